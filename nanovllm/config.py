@@ -1,0 +1,224 @@
+"""The engine's configuration: every constructor parameter of `LLM`, checked before any other work."""
+
+import difflib
+import json
+import os
+from dataclasses import dataclass, field, fields
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+from nanovllm.errors import ArgumentError, check_bool, check_choice, check_integer
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+DEFAULT_MAX_NUM_BATCHED_TOKENS = 16384
+ALIASES = {"block_size": "kvcache_block_size", "num_gpu_blocks_override": "num_kvcache_blocks"}
+
+# vLLM's constructor parameters that this library does not have: named as such in the error.
+VLLM_ONLY = frozenset(
+    """tokenizer tokenizer_mode skip_tokenizer_init trust_remote_code allowed_local_media_path
+    allowed_media_domains data_parallel_size quantization quantization_config revision
+    tokenizer_revision chat_template swap_space cpu_offload_gb offload_group_size
+    offload_num_in_group offload_prefetch_step offload_params enable_return_routed_experts
+    disable_custom_all_reduce hf_token hf_overrides mm_processor_kwargs limit_mm_per_prompt
+    pooler_config runner convert structured_outputs_config profiler_config attention_config
+    compilation_config logits_processors kv_cache_dtype kv_transfer_config speculative_config
+    spec_method spec_model spec_tokens enable_lora max_loras max_lora_rank enable_sleep_mode
+    pipeline_parallel_size distributed_executor_backend worker_cls enable_expert_parallel
+    expert_placement_strategy max_logprobs logprobs_mode scheduling_policy disable_log_stats
+    generation_config override_generation_config enable_prompt_embeds long_prefill_token_threshold
+    cudagraph_capture_sizes""".split()
+)
+
+
+@dataclass
+class Config:
+    """Constructor parameters of `LLM`; the class docstring of `LLMEngine` describes each.
+
+    Raises:
+        ArgumentError: a value is of the wrong type or outside its range.
+    """
+
+    model: str
+    max_num_batched_tokens: int = None  # type: ignore[assignment]  # resolved by _check_lengths
+    max_num_seqs: int = 512
+    max_model_len: int = 4096  # None until _check_lengths: the model's maximum
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = False
+    kvcache_block_size: int = 256
+    num_kvcache_blocks: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    watermark: float = 0.25
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = False
+    async_scheduling: bool = True
+    attention_backend: str = "auto"
+    dtype: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+    load_format: str = "auto"
+    hf_config: "PretrainedConfig" = field(init=False, repr=False)
+    eos_token_ids: frozenset[int] = field(init=False, default=frozenset())
+
+    @classmethod
+    def from_kwargs(cls, model: str, kwargs: dict[str, Any]) -> "Config":
+        """Config from the keywords of `LLM(...)`; TypeError for one that does not exist."""
+        known = {f.name for f in fields(cls) if f.init} | ALIASES.keys()
+        arguments: dict[str, Any] = {}
+        for name, value in kwargs.items():
+            if name not in known:
+                raise TypeError(_unknown_keyword(name, known))
+            target = ALIASES.get(name, name)
+            if target in arguments:
+                raise TypeError(f"LLM() got {target!r} twice: {name!r} is another name for it")
+            arguments[target] = value
+        return cls(model, **arguments)
+
+    def __post_init__(self) -> None:
+        self._check_ranges()
+        self.hf_config = _read_hf_config(self.model)
+        self._check_lengths()
+        self._check_tensor_parallel()
+
+    def _check_ranges(self) -> None:
+        if not isinstance(self.model, (str, os.PathLike)):
+            raise ArgumentError(f"model must be the path of a directory, got {self.model!r}")
+        self.model = os.fspath(self.model)
+        self.max_num_seqs = check_integer("max_num_seqs", self.max_num_seqs, minimum=1)
+        self.tensor_parallel_size = check_integer(
+            "tensor_parallel_size", self.tensor_parallel_size, minimum=1, maximum=8
+        )
+        self.kvcache_block_size = check_integer(
+            "kvcache_block_size", self.kvcache_block_size, minimum=1
+        )
+        if self.kvcache_block_size % 256 != 0:
+            raise ArgumentError(
+                f"kvcache_block_size must be a multiple of 256, got {self.kvcache_block_size}"
+            )
+        for name in ("max_num_batched_tokens", "max_model_len", "kv_cache_memory_bytes"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, check_integer(name, value, minimum=1))
+        if self.num_kvcache_blocks == -1:  # nano-vLLM's "let the engine decide"
+            self.num_kvcache_blocks = None
+        if self.num_kvcache_blocks is not None:
+            self.num_kvcache_blocks = check_integer(
+                "num_kvcache_blocks", self.num_kvcache_blocks, minimum=1
+            )
+        self.seed = check_integer("seed", self.seed, minimum=-(2**63), maximum=2**63 - 1)
+        for name in (
+            "enforce_eager",
+            "enable_prefix_caching",
+            "enable_chunked_prefill",
+            "async_scheduling",
+        ):
+            check_bool(name, getattr(self, name))
+        utilization = self.gpu_memory_utilization
+        if not isinstance(utilization, Real) or not 0 < utilization <= 1:
+            raise ArgumentError(f"gpu_memory_utilization must be in (0, 1], got {utilization!r}")
+        if not isinstance(self.watermark, Real) or not 0 <= self.watermark < float("inf"):
+            raise ArgumentError(f"watermark must be a number >= 0, got {self.watermark!r}")
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("device", self.device, ("auto", "cuda", "cpu"))
+        check_choice("load_format", self.load_format, ("auto", "dummy"))
+        check_choice(
+            "attention_backend", self.attention_backend, ("auto", "torch", "triton", "flash-attn")
+        )
+
+    def _check_lengths(self) -> None:
+        max_position_embeddings = self.hf_config.max_position_embeddings
+        budget_follows = self.max_num_batched_tokens is None and self.max_model_len is None
+        self.max_model_len = min(
+            self.max_model_len or max_position_embeddings, max_position_embeddings
+        )
+        if self.max_num_batched_tokens is None:
+            self.max_num_batched_tokens = DEFAULT_MAX_NUM_BATCHED_TOKENS
+        if budget_follows and not self.enable_chunked_prefill:
+            self.max_num_batched_tokens = max(self.max_num_batched_tokens, self.max_model_len)
+        if self.max_num_batched_tokens < self.max_model_len and not self.enable_chunked_prefill:
+            raise ArgumentError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be >= max_model_len "
+                f"({self.max_model_len}) unless enable_chunked_prefill=True"
+            )
+
+    def _check_tensor_parallel(self) -> None:
+        size, hf_config = self.tensor_parallel_size, self.hf_config
+        num_kv_heads = hf_config.num_key_value_heads
+        for name in ("num_attention_heads", "intermediate_size"):
+            value = getattr(hf_config, name)
+            if value % size != 0:
+                raise ArgumentError(
+                    f"tensor_parallel_size ({size}) must divide the model's {name} ({value})"
+                )
+        if num_kv_heads % size != 0 and size % num_kv_heads != 0:
+            raise ArgumentError(
+                f"tensor_parallel_size ({size}) must divide, or be a multiple of, the model's "
+                f"num_key_value_heads ({num_kv_heads})"
+            )
+
+    @property
+    def max_blocks_per_seq(self) -> int:
+        """Width of a block table: blocks of a sequence of `max_model_len` tokens."""
+        return -(-self.max_model_len // self.kvcache_block_size)
+
+    def resolve_device(self) -> "torch.device":
+        """The device of rank 0 (rank r has GPU r); ArgumentError if CUDA is asked for and cannot serve the ranks."""
+        import torch
+
+        name = self.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda":
+            count = torch.cuda.device_count()
+            if count < self.tensor_parallel_size:
+                raise ArgumentError(
+                    f"tensor_parallel_size ({self.tensor_parallel_size}) needs that many visible "
+                    f"GPUs, found {count}"
+                    if count
+                    else "device='cuda' needs a visible GPU, found none; device='cpu' runs without"
+                )
+        return torch.device(name, 0) if name == "cuda" else torch.device(name)
+
+    def resolve_dtype(self) -> "torch.dtype":
+        """The dtype of weights, activations and KV cache; "auto" is the model's, else bfloat16."""
+        import torch
+
+        if self.dtype != "auto":
+            return getattr(torch, self.dtype)
+        dtype = self.hf_config.dtype
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
+        return dtype or torch.bfloat16
+
+
+def _unknown_keyword(name: str, known: set[str]) -> str:
+    if name in VLLM_ONLY:
+        return f"LLM() got {name!r}, an option of vLLM that nanovllm does not have"
+    nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]
+    return f"LLM() got an unexpected keyword argument {name!r}; the nearest known is {nearest!r}"
+
+
+def _read_hf_config(model: str) -> "PretrainedConfig":
+    from nanovllm.models.registry import check_supported
+
+    if not os.path.isdir(model):
+        raise ArgumentError(
+            f"model must be an existing local directory, got {model!r} (nothing is downloaded, and "
+            "'~' is not expanded: use os.path.expanduser)"
+        )
+    path = os.path.join(model, "config.json")
+    if not os.path.isfile(path):
+        raise ArgumentError(f"model directory {model!r} holds no config.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            raw = json.load(file)
+    except ValueError as error:
+        raise ArgumentError(f"{path} is not valid JSON: {error}") from error
+    check_supported(raw, path)
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model)

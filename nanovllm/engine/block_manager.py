@@ -1,0 +1,179 @@
+"""The paged KV cache's bookkeeping: who holds which block, and which full blocks can be shared.
+
+A block is held (ref_count > 0) or free. A free block keeps its content, and its entry in the prefix
+cache, until it is taken for something else; free blocks are taken oldest first.
+"""
+
+from collections import OrderedDict
+from itertools import count
+
+import numpy as np
+import xxhash
+
+from nanovllm.engine.sequence import Sequence
+
+ROOT = 0  # the prefix id of "no block before"
+
+
+class Block:
+    """One block of the cache.
+
+    While the block is in the prefix cache, `prefix_id` names the exact token prefix that ends with
+    it and `parent_prefix_id` the one that ends before it: two blocks have equal prefix ids if and
+    only if their whole prefixes are equal, whatever the hash says.
+    """
+
+    __slots__ = ("block_id", "hash", "parent_prefix_id", "prefix_id", "ref_count", "token_ids")
+
+    def __init__(self, block_id: int) -> None:
+        self.block_id = block_id
+        self.ref_count = 0
+        self.hash: int | None = None
+        self.token_ids: list[int] = []
+        self.prefix_id = ROOT
+        self.parent_prefix_id = ROOT
+
+
+class BlockManager:
+    """Gives blocks to sequences, with sharing of equal prefixes.
+
+    Args:
+        num_blocks: blocks in the pool.
+        block_size: tokens per block, any number >= 1.
+        enable_prefix_caching: find and keep equal prefixes; off: nothing is hashed.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True
+    ) -> None:
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self.blocks = [Block(block_id) for block_id in range(num_blocks)]
+        # Insertion order is the order of reuse; removal from the middle is O(1).
+        self.free_block_ids: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        # Several blocks may hold equal content; each is listed under the hash.
+        self.hash_to_block_ids: dict[int, list[int]] = {}
+        self._new_prefix_id = count(ROOT + 1)
+
+    @property
+    def num_free_blocks(self) -> int:
+        return len(self.free_block_ids)
+
+    @staticmethod
+    def compute_hash(token_ids: list[int], prefix: int | None = None) -> int:
+        """xxh64 over the parent's hash (8 bytes, little endian; absent for None) and int64 ids."""
+        digest = xxhash.xxh64()
+        if prefix is not None:
+            digest.update(prefix.to_bytes(8, "little"))
+        digest.update(np.array(token_ids, dtype="<i8").tobytes())
+        return digest.intdigest()
+
+    def match_prefix(self, seq: Sequence) -> list[int]:
+        """Ids of the cached blocks that hold the leading full blocks of `seq`; changes nothing."""
+        matched: list[int] = []
+        if not self.enable_prefix_caching:
+            return matched
+        prefix_id = ROOT
+        for index in range(seq.num_tokens // self.block_size):
+            block = self._find(self._block_hash(seq, index), self._block_tokens(seq, index), prefix_id)
+            if block is None:
+                break
+            matched.append(block.block_id)
+            prefix_id = block.prefix_id
+        return matched
+
+    def can_allocate(self, seq: Sequence, matched: list[int], num_reserved: int = 0) -> bool:
+        """Whether all tokens of `seq` fit, with `num_reserved` blocks left free afterwards."""
+        num_new = self.num_blocks_for(seq.num_tokens) - len(matched)
+        num_matched_free = sum(self.blocks[block_id].ref_count == 0 for block_id in matched)
+        return self.num_free_blocks - num_matched_free - num_new >= num_reserved
+
+    def allocate(self, seq: Sequence, matched: list[int]) -> None:
+        """Give `seq` its matched blocks and new ones for the rest of its tokens."""
+        assert not seq.block_table
+        # Matched blocks leave the free list first, so that none of them is taken as a new one.
+        for block_id in matched:
+            self._hold(self.blocks[block_id])
+        seq.block_table.extend(matched)
+        seq.num_hashed_blocks = len(matched)
+        self.append_blocks(seq, self.num_blocks_for(seq.num_tokens))
+
+    def can_append(self, seq: Sequence) -> bool:
+        """Whether the blocks that the next decode step of `seq` writes to are held or free."""
+        missing = self.num_blocks_for(seq.num_tokens_with_pending) - len(seq.block_table)
+        return missing <= self.num_free_blocks
+
+    def may_append(self, seq: Sequence) -> None:
+        """Add the block that the next decode step of `seq` writes to, if it is not held yet."""
+        self.append_blocks(seq, self.num_blocks_for(seq.num_tokens_with_pending))
+
+    def append_blocks(self, seq: Sequence, num_blocks: int) -> None:
+        """Extend the block table of `seq` to `num_blocks`; never shortens it."""
+        while len(seq.block_table) < num_blocks:
+            block = self.blocks[next(iter(self.free_block_ids))]
+            self._forget(block)
+            self._hold(block)
+            seq.block_table.append(block.block_id)
+
+    def deallocate(self, seq: Sequence) -> None:
+        """Release the blocks of `seq`, the deepest first: tails are reused before prefixes."""
+        for block_id in reversed(seq.block_table):
+            block = self.blocks[block_id]
+            assert block.ref_count > 0
+            block.ref_count -= 1
+            if block.ref_count == 0:
+                self.free_block_ids[block_id] = None
+        seq.block_table.clear()
+        seq.num_hashed_blocks = 0
+
+    def cache_blocks(self, seq: Sequence, num_computed_tokens: int) -> None:
+        """Enter the full blocks among the first `num_computed_tokens` tokens in the prefix cache.
+
+        These tokens must be confirmed, and their K/V written by steps launched already.
+        """
+        if not self.enable_prefix_caching:
+            return
+        for index in range(seq.num_hashed_blocks, num_computed_tokens // self.block_size):
+            parent = self.blocks[seq.block_table[index - 1]].prefix_id if index else ROOT
+            block = self.blocks[seq.block_table[index]]
+            block_hash, token_ids = self._block_hash(seq, index), self._block_tokens(seq, index)
+            twin = self._find(block_hash, token_ids, parent)
+            block.prefix_id = twin.prefix_id if twin else next(self._new_prefix_id)
+            block.parent_prefix_id = parent
+            block.hash, block.token_ids = block_hash, token_ids
+            self.hash_to_block_ids.setdefault(block_hash, []).append(block.block_id)
+            seq.num_hashed_blocks = index + 1
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def _block_tokens(self, seq: Sequence, index: int) -> list[int]:
+        return seq.token_ids[index * self.block_size : (index + 1) * self.block_size]
+
+    def _block_hash(self, seq: Sequence, index: int) -> int:
+        hashes = seq.block_hashes
+        while len(hashes) <= index:
+            tokens = self._block_tokens(seq, len(hashes))
+            hashes.append(self.compute_hash(tokens, hashes[-1] if hashes else None))
+        return hashes[index]
+
+    def _find(self, block_hash: int, token_ids: list[int], parent_prefix_id: int) -> Block | None:
+        for block_id in self.hash_to_block_ids.get(block_hash, ()):
+            block = self.blocks[block_id]
+            if block.parent_prefix_id == parent_prefix_id and block.token_ids == token_ids:
+                return block
+        return None
+
+    def _hold(self, block: Block) -> None:
+        if block.ref_count == 0:
+            del self.free_block_ids[block.block_id]
+        block.ref_count += 1
+
+    def _forget(self, block: Block) -> None:
+        if block.hash is None:
+            return
+        block_ids = self.hash_to_block_ids[block.hash]
+        block_ids.remove(block.block_id)
+        if not block_ids:
+            del self.hash_to_block_ids[block.hash]
+        block.hash, block.token_ids, block.prefix_id = None, [], ROOT

@@ -1,0 +1,354 @@
+"""One rank's model, KV cache and row table, and how a step's plan runs on them.
+
+`run` is the whole step; `launch` is its first half, which does not wait for the device.
+"""
+
+import gc
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+
+from nanovllm.config import Config
+from nanovllm.engine.cuda_graphs import DecodeGraphs
+from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.step_plan import PlanBuilder, StepPlan
+from nanovllm.engine.transfers import Download, DownloadRing, UploadRing
+from nanovllm.engine.workers import WorkerGroup
+from nanovllm.errors import ArgumentError
+from nanovllm.kernels import row_state
+from nanovllm.kernels.ops import DecodeInputs, Ops, select_ops
+from nanovllm.layers.attention import Attention, DecodeMetadata, PrefillMetadata
+from nanovllm.layers.context import ModelContext
+from nanovllm.layers.tensor_parallel import TensorParallel
+from nanovllm.models.loader import load_model
+from nanovllm.models.registry import model_class
+
+MAX_CPU_CACHE_BYTES = 4 << 30
+# GPU memory kept for what no profile shows: CUDA context, captured graphs, fragmentation.
+RESERVED_GPU_BYTES = 1 << 30
+
+
+def choose_ops(config: Config, device: torch.device) -> Ops:
+    """The operations of the configured backend; ArgumentError if it cannot run here."""
+    try:
+        return select_ops(
+            config.attention_backend,
+            device,
+            config.resolve_dtype(),
+            config.hf_config.head_dim,
+            compile_torch_ops=not config.enforce_eager,
+        )
+    except ValueError as error:
+        raise ArgumentError(str(error)) from error
+
+
+class LaunchedStep:
+    """A step on its way: its sequences and the tokens that it samples."""
+
+    def __init__(
+        self, seqs: list[Sequence], is_prefill: bool, samples: list[bool], download: Download | None
+    ) -> None:
+        self.seqs = seqs
+        self.is_prefill = is_prefill
+        # Tokens that the step computes; the sequences' own numbers move on with the next step.
+        self.num_tokens = [seq.num_scheduled_tokens for seq in seqs]
+        self.samples = samples
+        self.download = download
+
+    def is_done(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self.download is None or self.download.is_done()
+
+    def wait(self) -> list[int | None]:
+        """The token sampled for each sequence, None where a prompt is not complete yet."""
+        sampled = iter(self.download.wait() if self.download else [])
+        return [next(sampled) if samples else None for samples in self.samples]
+
+
+class ModelRunner:
+    """Executes step plans on one rank.
+
+    All device work goes to the current stream, in the order of the plans.
+
+    Args:
+        config: the engine's configuration, the same on every rank.
+        device: this rank's device.
+        tp: this rank's place among the ranks.
+        agree: exchanges this rank's number of KV blocks for the smallest of all ranks.
+        workers: the other ranks, which rank 0 tells of each plan; None on every other rank.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        tp: TensorParallel,
+        agree: Callable[[int], int] = int,
+        workers: WorkerGroup | None = None,
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.tp = tp
+        self.workers = workers
+        self.block_size = config.kvcache_block_size
+        self.is_cuda = device.type == "cuda"
+        hf_config = config.hf_config
+        self.ops = choose_ops(config, device)
+        with self._on_device():
+            free_bytes = torch.cuda.mem_get_info(device)[0] if self.is_cuda else 0
+            context = ModelContext(self.ops, tp, config.resolve_dtype(), device)
+            self.model = model_class(hf_config.architectures)(hf_config, context)
+            load_model(self.model, config.model, config.load_format, hf_config.initializer_range)
+            self._attentions = [m for m in self.model.modules() if isinstance(m, Attention)]
+            self._allocate_row_table()
+            self.num_kvcache_blocks = agree(self._decide_num_blocks(free_bytes))
+            self._allocate_kv_cache(self.num_kvcache_blocks)
+            self.graphs: DecodeGraphs | None = None
+            if self.is_cuda and self.ops.supports_cuda_graphs and not config.enforce_eager:
+                self.graphs = DecodeGraphs(config.max_num_seqs, self.decode_rows, self._decode)
+
+    # ---- a step -------------------------------------------------------------------------------
+
+    def call(self, method: str, *args):
+        """Call a method by its name."""
+        return getattr(self, method)(*args)
+
+    def run(self, seqs: list[Sequence], is_prefill: bool) -> list[int | None]:
+        """Compute one step and wait for its tokens (None where a prompt is not complete yet)."""
+        return self.launch(seqs, is_prefill).wait()
+
+    def launch(self, seqs: list[Sequence], is_prefill: bool) -> LaunchedStep:
+        """Start one step on every rank; does not wait for the device."""
+        plan = self.plan_builder.build(seqs, is_prefill)
+        samples = [seq.is_prefilled for seq in seqs]
+        if self.workers is not None:
+            self.workers.send(plan.pack())
+        token_ids = self.execute(plan)
+        with self._on_device():
+            download = self.downloads.download(token_ids) if any(samples) else None
+        return LaunchedStep(seqs, is_prefill, samples, download)
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> torch.Tensor:
+        """Run a plan on this rank; [number of sampled sequences] int32 token ids on the device."""
+        with self._on_device():
+            return self._execute_prefill(plan) if plan.is_prefill else self._execute_decode(plan)
+
+    def _execute_prefill(self, plan: StepPlan) -> torch.Tensor:
+        num_seqs, num_tokens = len(plan.rows), len(plan.token_ids)
+        sampled = plan.samples == 1
+        last_tokens = (np.cumsum(plan.lengths, dtype=np.int32) - 1)[sampled]
+        per_seq = np.stack([plan.rows, plan.starts, plan.lengths, plan.shared])
+        updates, token_ids, per_seq_flat, last_tokens_gpu, sampled_rows = self.uploads.upload(
+            [plan.updates, plan.token_ids, per_seq, last_tokens, plan.rows[sampled]]
+        )
+        self._update_row_table(updates)
+        rows, starts, lengths, shared = per_seq_flat.view(4, num_seqs)
+        cu_seqlens_q = _cumulative(lengths)
+        block_tables = self.row_table[rows, row_state.BLOCK_TABLE :]
+        seq_of_token = torch.repeat_interleave(
+            torch.arange(num_seqs, device=self.device), lengths, output_size=num_tokens
+        )
+        token_index = torch.arange(num_tokens, dtype=torch.int32, device=self.device)
+        positions = token_index - (cu_seqlens_q[:-1] - starts)[seq_of_token]
+        blocks = block_tables[seq_of_token, positions // self.block_size].to(torch.int64)
+        slots = blocks * self.block_size + positions % self.block_size
+        metadata = PrefillMetadata(
+            slot_mapping=torch.where(positions < shared[seq_of_token], -1, slots),
+            block_tables=block_tables,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=_cumulative(starts + lengths),
+            max_seqlen_q=int(plan.lengths.max()),
+            max_seqlen_k=int((plan.starts + plan.lengths).max()),
+        )
+        hidden_states = self.model.model(token_ids, positions, metadata)
+        if not len(last_tokens):
+            return token_ids[:0]
+        return self._sample(
+            hidden_states[last_tokens_gpu],
+            sampled_rows,
+            self.row_table[sampled_rows, row_state.TEMPERATURE].view(torch.float32),
+            self.row_table[sampled_rows, row_state.SEED : row_state.SEED + 2],
+            positions[last_tokens_gpu],
+        )
+
+    def _execute_decode(self, plan: StepPlan) -> torch.Tensor:
+        num_seqs = len(plan.rows)
+        batch_size = self.graphs.padded_size(num_seqs) if self.graphs else num_seqs
+        rows = np.full(batch_size, self.config.max_num_seqs, dtype=np.int32)
+        rows[:num_seqs] = plan.rows
+        is_same_batch = np.array_equal(rows, self._uploaded_rows)
+        if not is_same_batch or len(plan.updates):
+            updates, new_rows = self.uploads.upload([plan.updates, rows])
+            self._update_row_table(updates)
+            self.decode_rows[:batch_size].copy_(new_rows)
+            self._uploaded_rows = rows
+        if self.graphs:
+            return self.graphs.replay(batch_size)[:num_seqs]
+        return self._decode(self.decode_rows[:batch_size])
+
+    def _decode(self, rows: torch.Tensor) -> torch.Tensor:
+        """One decode step of `rows` [B]: what a CUDA graph captures. Returns token ids [B] int32."""
+        inputs: DecodeInputs = self.ops.gather_decode_inputs(self.row_table, rows, self.block_size)
+        metadata = DecodeMetadata(inputs.slot_mapping, inputs.block_tables, inputs.context_lens)
+        hidden_states = self.model.model(inputs.input_ids, inputs.positions, metadata)
+        return self._sample(
+            hidden_states, rows, inputs.temperatures, inputs.seeds, inputs.positions
+        )
+
+    def _sample(
+        self,
+        hidden_states: torch.Tensor,
+        rows: torch.Tensor,
+        temperatures: torch.Tensor,
+        seeds: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """Sample one token for each row and enter it in the row table; all arguments are [B, ...]."""
+        lm_head = self.model.lm_head
+        scores, token_ids = self.ops.sample(
+            lm_head(hidden_states),
+            temperatures,
+            seeds,
+            positions,
+            lm_head.first_token_id,
+            lm_head.vocab_size,
+        )
+        token_ids = self.tp.argmax(scores, token_ids)
+        self.ops.write_back(self.row_table, rows, token_ids, positions)
+        return token_ids
+
+    def _update_row_table(self, updates: torch.Tensor) -> None:
+        if len(updates):
+            indices, values = updates.view(-1, 2).unbind(1)
+            self.row_table.view(-1)[indices] = values
+
+    # ---- set-up -------------------------------------------------------------------------------
+
+    def _allocate_row_table(self) -> None:
+        config = self.config
+        row_width = row_state.BLOCK_TABLE + config.max_blocks_per_seq
+        self.row_table = torch.zeros(
+            (config.max_num_seqs + 1, row_width), dtype=torch.int32, device=self.device
+        )
+        self.plan_builder = PlanBuilder(config.max_num_seqs, row_width)
+        capacity = StepPlan.max_packed_size(
+            config.max_num_seqs, config.max_num_batched_tokens, row_width
+        )
+        self.uploads = UploadRing(capacity, self.device)
+        self.downloads = DownloadRing(config.max_num_seqs, self.device)
+        # The rows of the decode batch; graphs read them here. Every slot starts as padding.
+        self.decode_rows = torch.full(
+            (config.max_num_seqs,), config.max_num_seqs, dtype=torch.int32, device=self.device
+        )
+        self._uploaded_rows = np.empty(0, dtype=np.int32)
+
+    def _allocate_kv_cache(self, num_blocks: int) -> None:
+        hf_config = self.config.hf_config
+        num_kv_heads = max(hf_config.num_key_value_heads // self.tp.size, 1)
+        shape = (
+            2, len(self._attentions), num_blocks, self.block_size, num_kv_heads, hf_config.head_dim
+        )  # fmt: skip
+        # Zeroed on the GPU, where a kernel may multiply what it masks; on the CPU untouched pages
+        # cost nothing, and the torch operations never read them.
+        new = torch.zeros if self.is_cuda else torch.empty
+        self.kv_cache = new(shape, dtype=self.config.resolve_dtype(), device=self.device)
+        for attention, key, value in zip(self._attentions, *self.kv_cache, strict=True):
+            attention.key_cache, attention.value_cache = key, value
+
+    def _block_bytes(self) -> int:
+        hf_config = self.config.hf_config
+        num_kv_heads = max(hf_config.num_key_value_heads // self.tp.size, 1)
+        per_token = 2 * len(self._attentions) * num_kv_heads * hf_config.head_dim
+        return per_token * self.block_size * self.config.resolve_dtype().itemsize
+
+    def _decide_num_blocks(self, free_bytes: int) -> int:
+        """This rank's number of KV blocks.
+
+        In order of precedence: `num_kvcache_blocks`, `kv_cache_memory_bytes`, and on the GPU what
+        the utilization share leaves after weights and the largest step's activations.
+        `free_bytes` was free on the GPU before the weights were loaded.
+        """
+        config = self.config
+        block_bytes = self._block_bytes()
+        if self.is_cuda:
+            self._warm_up()
+        if config.num_kvcache_blocks is not None:
+            return config.num_kvcache_blocks
+        if config.kv_cache_memory_bytes is not None:
+            available, knob = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
+        elif self.is_cuda:
+            available, knob = self._available_gpu_bytes(free_bytes), "gpu_memory_utilization"
+        else:
+            most = config.max_num_seqs * config.max_blocks_per_seq * block_bytes
+            available, knob = min(MAX_CPU_CACHE_BYTES, most), "kv_cache_memory_bytes"
+        num_blocks = available // block_bytes
+        if num_blocks < 1:
+            raise ArgumentError(
+                f"no room for the KV cache: {available / 2**20:.0f} MiB are left for it, one block "
+                f"takes {block_bytes / 2**20:.1f} MiB; raise {knob}"
+            )
+        return num_blocks
+
+    def _available_gpu_bytes(self, free_bytes: int) -> int:
+        total_bytes = torch.cuda.mem_get_info(self.device)[1]
+        budget = min(int(total_bytes * self.config.gpu_memory_utilization), free_bytes)
+        gc.collect()
+        torch.cuda.empty_cache()
+        held = free_bytes - torch.cuda.mem_get_info(self.device)[0]
+        return budget - held - self._peak_activation_bytes - RESERVED_GPU_BYTES
+
+    def _warm_up(self) -> None:
+        """Run the largest prefill and decode steps once: kernels are built, peak memory is known."""
+        config = self.config
+        self._allocate_kv_cache(num_blocks=1)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
+        length = min(config.max_num_batched_tokens // num_seqs, config.max_model_len)
+        # Every block table entry is 0, so all sequences read and write the one block there is.
+        sequences = np.arange(num_seqs, dtype=np.int32)
+        ones = np.ones(num_seqs, dtype=np.int32)
+        self.execute(
+            StepPlan(
+                is_prefill=True,
+                rows=sequences,
+                updates=np.empty((0, 2), dtype=np.int32),
+                token_ids=np.zeros(num_seqs * length, dtype=np.int32),
+                starts=0 * ones,
+                lengths=length * ones,
+                shared=length * ones,
+                samples=ones,
+            )
+        )
+        torch.cuda.synchronize(self.device)
+        self._decode_padding(config.max_num_seqs)
+        torch.cuda.synchronize(self.device)
+        self._peak_activation_bytes = torch.cuda.max_memory_allocated(self.device) - before
+        self.row_table.zero_()
+
+    @torch.inference_mode()
+    def _decode_padding(self, batch_size: int) -> None:
+        self._decode(self.decode_rows[:batch_size])
+
+    def _on_device(self):
+        return torch.cuda.device(self.device) if self.is_cuda else nullcontext()
+
+    def close(self) -> None:
+        """Drop the graphs, the cache and the weights."""
+        self.graphs = None
+        for attention in self._attentions:
+            del attention.key_cache, attention.value_cache
+        self._attentions = []
+        del self.model, self.kv_cache, self.row_table, self.decode_rows, self.uploads
+        del self.downloads
+        gc.collect()
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+
+
+def _cumulative(lengths: torch.Tensor) -> torch.Tensor:
+    """[S] int32 -> [S + 1] int32, 0 first."""
+    return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))

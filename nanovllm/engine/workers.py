@@ -1,0 +1,270 @@
+"""Tensor-parallel worker processes: how rank 0 starts them, feeds them plans and learns of a death.
+
+Plans travel through an anonymous shared-memory ring (no name, so nothing can collide or stay
+behind); a pipe to each worker rings the bell and brings the acknowledgement back.
+"""
+
+import os
+import signal
+import struct
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import connection, get_context, parent_process
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from nanovllm.config import Config
+from nanovllm.engine.step_plan import StepPlan
+from nanovllm.errors import EngineDeadError
+from nanovllm.kernels import row_state
+from nanovllm.layers.tensor_parallel import TensorParallel
+
+NUM_SLOTS = 4  # plans that may wait unread
+BELL = struct.Struct("<qq")  # sequence number, int32 words; a negative size: exit
+EXIT = -1
+JOIN_SECONDS = 5.0
+POLL_SECONDS = 0.2
+
+
+@dataclass
+class Worker:
+    """Rank 0's end of one worker."""
+
+    rank: int
+    process: Any
+    pipe: connection.Connection  # bells and acknowledgements, before that the start-up dialogue
+    errors: connection.Connection  # a traceback, if the worker fails
+    num_unread: int = 0  # plans sent and not acknowledged
+
+
+class WorkerGroup:
+    """The workers of ranks 1 to size - 1, as rank 0 sees them.
+
+    Args:
+        config: sent to every worker.
+        device_type: "cuda" (rank r uses GPU r) or "cpu".
+
+    Raises:
+        EngineDeadError: a worker died during start-up.
+    """
+
+    def __init__(self, config: Config, device_type: str) -> None:
+        context = get_context("spawn")
+        size = config.tensor_parallel_size
+        self.slot_size = StepPlan.max_packed_size(
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            row_state.BLOCK_TABLE + config.max_blocks_per_seq,
+        )
+        memory = context.RawArray("i", NUM_SLOTS * self.slot_size)
+        self.ring = np.frombuffer(memory, dtype=np.int32).reshape(NUM_SLOTS, self.slot_size)
+        self.num_sent = 0
+        self.workers: list[Worker] = []
+        self.tp: TensorParallel | None = None
+        self._death: str | None = None
+        self._is_closing = False
+        self._lock = threading.Lock()
+        # Port 0: the system picks a free one.
+        self._store = dist.TCPStore(
+            "127.0.0.1", 0, size, is_master=True, wait_for_workers=False
+        )
+        try:
+            for rank in range(1, size):
+                pipe, worker_pipe = context.Pipe()
+                errors, worker_errors = context.Pipe(duplex=False)
+                process = context.Process(
+                    target=_worker_main,
+                    args=(rank, config, device_type, self._store.port, memory, worker_pipe, worker_errors),
+                    name=f"nanovllm-rank-{rank}",
+                    daemon=True,
+                )
+                process.start()
+                # With our copies closed, the end of a process closes its pipes for the other side.
+                worker_pipe.close()
+                worker_errors.close()
+                self.workers.append(Worker(rank, process, pipe, errors))
+            self._monitor = threading.Thread(target=self._watch, daemon=True)
+            self._monitor.start()
+            for worker in self.workers:
+                self._receive(worker)  # "ready": imported and connected to the store
+            self.tp = TensorParallel.connect(0, size, self._store, torch.device(device_type))
+        except BaseException:
+            self.close()
+            raise
+
+    def agree(self, num_blocks: int) -> int:
+        """The smallest number of KV blocks of all ranks, which every rank then uses."""
+        smallest = min([num_blocks, *(self._receive(worker) for worker in self.workers)])
+        for worker in self.workers:
+            worker.pipe.send(smallest)
+        return smallest
+
+    def send(self, packed: np.ndarray) -> None:
+        """Send a packed plan to every worker; waits only if the ring is full.
+
+        A slot is rewritten only after every worker has acknowledged the plan before in it.
+        """
+        self.check()
+        for worker in self.workers:
+            while worker.num_unread >= NUM_SLOTS:
+                self._receive(worker)
+                worker.num_unread -= 1
+        self.ring[self.num_sent % NUM_SLOTS, : len(packed)] = packed
+        bell = BELL.pack(self.num_sent, len(packed))
+        self.num_sent += 1
+        for worker in self.workers:
+            try:
+                worker.pipe.send_bytes(bell)
+            except OSError:
+                self._raise_death(worker)
+            worker.num_unread += 1
+
+    def check(self) -> None:
+        """EngineDeadError if a worker has died."""
+        if self._death is not None:
+            raise EngineDeadError(self._death)
+
+    def wait_for_death(self, seconds: float) -> str | None:
+        """The cause if a worker has died or dies within `seconds`."""
+        deadline = time.monotonic() + seconds
+        while self._death is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self._death
+
+    def close(self) -> None:
+        """End the workers, kindly at first, and release the group. May be called again."""
+        with self._lock:
+            self._is_closing = True
+        for worker in self.workers:
+            try:
+                worker.pipe.send_bytes(BELL.pack(self.num_sent, EXIT))
+            except OSError:
+                pass  # it is dead already
+        deadline = time.monotonic() + (JOIN_SECONDS if self._death is None else 0.0)
+        for worker in self.workers:
+            worker.process.join(max(0.0, deadline - time.monotonic()))
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+            worker.pipe.close()
+        self.workers.clear()
+        if self.tp is not None:
+            self.tp.close(abort=True)
+
+    def _receive(self, worker: Worker) -> Any:
+        try:
+            while not worker.pipe.poll(POLL_SECONDS):
+                self.check()
+            return worker.pipe.recv()
+        except (EOFError, OSError):
+            self._raise_death(worker)
+
+    def _raise_death(self, worker: Worker) -> None:
+        # The pipe closes a moment before the process is gone and the monitor knows why.
+        cause = self.wait_for_death(JOIN_SECONDS)
+        raise EngineDeadError(cause or f"tensor-parallel rank {worker.rank} closed its pipe")
+
+    def _watch(self) -> None:
+        """Monitor thread: on a worker's death, record the cause and break the collectives."""
+        workers = list(self.workers)
+        ended = connection.wait([worker.process.sentinel for worker in workers])
+        with self._lock:
+            if self._is_closing:
+                return
+            dead = next(worker for worker in workers if worker.process.sentinel in ended)
+            self._death = _cause_of_death(dead)
+        # Rank 0 may be blocked in a collective that will never end.
+        if self.tp is not None:
+            self.tp.close(abort=True)
+
+
+def _cause_of_death(worker: Worker) -> str:
+    worker.process.join()
+    exitcode = worker.process.exitcode
+    where = f"tensor-parallel rank {worker.rank} (pid {worker.process.pid})"
+    try:
+        if worker.errors.poll():
+            return f"{where} failed:\n{worker.errors.recv()}"
+    except (EOFError, OSError):
+        pass  # it wrote nothing
+    if exitcode is not None and exitcode < 0:
+        return f"{where} was killed by {signal.Signals(-exitcode).name}"
+    return f"{where} exited with code {exitcode}"
+
+
+def _worker_main(
+    rank: int,
+    config: Config,
+    device_type: str,
+    port: int,
+    memory: Any,
+    pipe: connection.Connection,
+    errors: connection.Connection,
+) -> None:
+    # Ctrl-C reaches the whole process group; rank 0 alone decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    try:
+        _serve(rank, config, device_type, port, memory, pipe)
+    except (EOFError, BrokenPipeError):
+        pass  # rank 0 is gone
+    except BaseException:
+        errors.send(traceback.format_exc())
+        os._exit(1)  # without waiting for device work that cannot end
+
+
+def _exit_with_parent() -> None:
+    """Watchdog thread: a rank blocked in a collective must not outlive rank 0."""
+    parent = parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _serve(
+    rank: int,
+    config: Config,
+    device_type: str,
+    port: int,
+    memory: Any,
+    pipe: connection.Connection,
+) -> None:
+    from nanovllm.engine.model_runner import ModelRunner
+
+    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
+    if device_type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.tensor_parallel_size))
+    store = dist.TCPStore("127.0.0.1", port, config.tensor_parallel_size, is_master=False)
+    pipe.send("ready")
+    tp = TensorParallel.connect(rank, config.tensor_parallel_size, store, device)
+
+    def agree(num_blocks: int) -> int:
+        pipe.send(num_blocks)
+        return pipe.recv()
+
+    runner = ModelRunner(config, device, tp, agree)
+    _run_plans(runner.execute, memory, pipe)
+
+
+def _run_plans(
+    execute: Callable[[StepPlan], Any], memory: Any, pipe: connection.Connection
+) -> None:
+    ring = np.frombuffer(memory, dtype=np.int32).reshape(NUM_SLOTS, -1)
+    expected = 0
+    while True:
+        number, size = BELL.unpack(pipe.recv_bytes())
+        if size == EXIT:
+            return
+        assert number == expected, f"plan {number} arrived, {expected} was next"
+        expected += 1
+        plan = StepPlan.unpack(ring[number % NUM_SLOTS, :size].copy())
+        pipe.send(None)  # the slot is free
+        execute(plan)

@@ -1,0 +1,43 @@
+"""The exceptions that users meet, and the checks that raise them."""
+
+from numbers import Integral
+from typing import Any
+
+
+class ArgumentError(ValueError, AssertionError):
+    """A wrong argument: the message names the value and the limit.
+
+    Both a ValueError (what vLLM raises) and an AssertionError (what nano-vLLM raises), so that code
+    written for either catches it. Raised before any work is queued and before the GPU is touched.
+    """
+
+
+class EngineDeadError(RuntimeError):
+    """A tensor-parallel worker died or failed, so the engine cannot go on.
+
+    The message names the rank and the cause. Build a new `LLM` to continue.
+    """
+
+
+def check_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
+    """`value` as an int; ArgumentError if it is not an integer in [minimum, maximum]."""
+    limit = f">= {minimum}" if maximum is None else f"between {minimum} and {maximum}"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ArgumentError(f"{name} must be an integer {limit}, got {value!r}")
+    if value < minimum or (maximum is not None and value > maximum):
+        raise ArgumentError(f"{name} must be {limit}, got {value}")
+    return int(value)
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """`value` if it is True or False, else ArgumentError."""
+    if not isinstance(value, bool):
+        raise ArgumentError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """`value` if it is one of `choices`, else ArgumentError."""
+    if not isinstance(value, str) or value not in choices:
+        raise ArgumentError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    return value

@@ -1,0 +1,18 @@
+"""What every layer is built with, passed down explicitly instead of kept in globals."""
+
+from dataclasses import dataclass
+
+import torch
+
+from nanovllm.kernels.ops import Ops
+from nanovllm.layers.tensor_parallel import TensorParallel
+
+
+@dataclass(frozen=True)
+class ModelContext:
+    """The backend's operations, this rank's place, and where and how parameters are stored."""
+
+    ops: Ops
+    tp: TensorParallel
+    dtype: torch.dtype
+    device: torch.device

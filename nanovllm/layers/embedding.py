@@ -1,0 +1,65 @@
+"""The token embedding and the LM head, split over the ranks by token id."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanovllm.layers.context import ModelContext
+from nanovllm.layers.weights import Parameter, Shard, new_parameter
+
+VOCAB_ALIGNMENT = 64  # rows per rank are a multiple, which matrix products like
+
+
+def _vocab_parameter(vocab_size: int, hidden_size: int, context: ModelContext) -> Parameter:
+    # The vocabulary is padded so that every rank has equally many rows; padding rows are zero.
+    per_rank = -(-vocab_size // (context.tp.size * VOCAB_ALIGNMENT)) * VOCAB_ALIGNMENT
+    start = min(context.tp.rank * per_rank, vocab_size)
+    end = min(start + per_rank, vocab_size)
+    columns = slice(0, hidden_size)
+    shard = Shard(
+        (vocab_size, hidden_size), (slice(start, end), columns), (slice(0, end - start), columns)
+    )
+    parameter = new_parameter(
+        (per_rank, hidden_size), {"": shard}, context.dtype, context.device
+    )
+    parameter.data[end - start :].zero_()
+    return parameter
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Rows of the embedding table; a rank gives zeros for ids it does not hold."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, context: ModelContext) -> None:
+        super().__init__()
+        self.tp = context.tp
+        self.weight = _vocab_parameter(vocab_size, hidden_size, context)
+        self.first_token_id = self.tp.rank * self.weight.shape[0]
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """input_ids [T] int32 -> [T, hidden_size]."""
+        if self.tp.size == 1:
+            return F.embedding(input_ids, self.weight)
+        local_ids = input_ids - self.first_token_id
+        held = (local_ids >= 0) & (local_ids < self.weight.shape[0])
+        y = F.embedding(torch.where(held, local_ids, 0), self.weight)
+        return self.tp.all_reduce(y * held.unsqueeze(-1))
+
+
+class ParallelLMHead(nn.Module):
+    """Logits of this rank's token ids; `tied` shares the embedding's parameter."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        context: ModelContext,
+        tied: VocabParallelEmbedding | None = None,
+    ) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.weight = tied.weight if tied else _vocab_parameter(vocab_size, hidden_size, context)
+        self.first_token_id = context.tp.rank * self.weight.shape[0]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """hidden_states [B, hidden_size] -> logits [B, rows of this rank], padding included."""
+        return F.linear(hidden_states, self.weight)

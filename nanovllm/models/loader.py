@@ -1,0 +1,170 @@
+"""Fills a model's parameters from safetensors files, or with random numbers; every tensor is accounted for."""
+
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from nanovllm.errors import ArgumentError
+from nanovllm.layers.weights import Parameter, Shard
+
+MAX_NAMES_IN_ERROR = 8
+
+
+class Checkpoint(Protocol):
+    """A source of named tensors that can be read in part."""
+
+    def names(self) -> set[str]:
+        """Names of the tensors."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+
+    def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
+        """A part of the tensor."""
+
+
+class SafetensorsCheckpoint:
+    """The *.safetensors files of a directory: those that its index names, else all.
+
+    Raises:
+        ArgumentError: there is none, the index names a missing one, or one is damaged.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        self._files: dict[str, str] = {}  # tensor name -> file name
+        self._handles = {}
+        for file_name in self._file_names():
+            path = os.path.join(directory, file_name)
+            try:
+                self._handles[file_name] = safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise ArgumentError(f"cannot read {path}: {error}") from error
+            for name in self._handles[file_name].keys():  # noqa: SIM118 (not a dict)
+                self._files[name] = file_name
+
+    def _file_names(self) -> list[str]:
+        index_path = os.path.join(self.directory, "model.safetensors.index.json")
+        if os.path.isfile(index_path):
+            with open(index_path, encoding="utf-8") as file:
+                return sorted(set(json.load(file)["weight_map"].values()))
+        found = sorted(n for n in os.listdir(self.directory) if n.endswith(".safetensors"))
+        if not found:
+            raise ArgumentError(
+                f"model directory {self.directory!r} holds no *.safetensors file "
+                "(load_format='dummy' runs on random weights)"
+            )
+        return found
+
+    def names(self) -> set[str]:
+        return set(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
+        return self._slice(name)[index]
+
+    def _slice(self, name: str):
+        return self._handles[self._files[name]].get_slice(name)
+
+
+class DummyCheckpoint:
+    """Random weights of the shapes that a model expects: the same for any number of ranks.
+
+    Vectors are norm weights (1) or biases (0); matrices are normal with deviation `std`.
+    """
+
+    def __init__(
+        self, expected: dict[str, tuple[Parameter, Shard]], std: float, device: torch.device
+    ) -> None:
+        self._shapes = {name: shard.full_shape for name, (_, shard) in expected.items()}
+        self.std = std
+        self.device = device
+
+    def names(self) -> set[str]:
+        return set(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
+        shape = self._shapes[name]
+        if len(shape) == 1:
+            value = 0.0 if name.endswith("bias") else 1.0
+            return torch.full(shape, value, device=self.device)[index]
+        generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
+        tensor = torch.empty(shape, dtype=torch.float32, device=self.device)
+        return tensor.normal_(0.0, self.std, generator=generator)[index]
+
+
+def expected_tensors(model: nn.Module) -> dict[str, tuple[Parameter, Shard]]:
+    """Checkpoint tensor name -> the parameter and shard that it fills."""
+    expected = {}
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, Parameter), name
+        for module_name, shard in parameter.shards.items():
+            parts = name.split(".")
+            if module_name:
+                parts[-2] = module_name
+            expected[".".join(parts)] = (parameter, shard)
+    return expected
+
+
+def load_model(model: nn.Module, directory: str, load_format: str, std: float = 0.02) -> None:
+    """Fill every parameter of `model`, this rank's slices only.
+
+    Args:
+        model: built for this rank; its parameters are `layers.weights.Parameter`.
+        directory: the model's directory, with one *.safetensors file or several.
+        load_format: "auto" reads the files, "dummy" draws random weights of deviation `std`.
+
+    Raises:
+        ArgumentError: names the tensors that are missing, unexpected or of the wrong shape.
+    """
+    expected = expected_tensors(model)
+    checkpoint: Checkpoint
+    if load_format == "dummy":
+        device = next(model.parameters()).device
+        checkpoint = DummyCheckpoint(expected, std, device)
+    else:
+        checkpoint = SafetensorsCheckpoint(directory)
+    where = f"model directory {directory!r}"
+    _check_names(expected.keys(), checkpoint.names(), where)
+    for name, (_, shard) in expected.items():
+        if checkpoint.shape(name) != shard.full_shape:
+            raise ArgumentError(
+                f"{where}: tensor {name!r} has shape {list(checkpoint.shape(name))}, "
+                f"the config asks for {list(shard.full_shape)}"
+            )
+    with torch.no_grad():
+        for name, (parameter, shard) in expected.items():
+            if all(part.start < part.stop for part in shard.source):  # else all padding
+                parameter[shard.target].copy_(checkpoint.read(name, shard.source))
+
+
+def _check_names(expected, found: set[str], where: str) -> None:
+    # A tied model may repeat the embedding as lm_head.weight; the embedding is what counts.
+    ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}
+    ignored.add("lm_head.weight")
+    missing = sorted(expected - found)
+    unexpected = sorted(found - expected - ignored)
+    problems = [
+        f"{kind} tensors: {', '.join(_shortened(names))}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
+    if problems:
+        raise ArgumentError(f"{where} does not fit its config; {'; '.join(problems)}")
+
+
+def _shortened(names: list[str]) -> Iterator[str]:
+    yield from names[:MAX_NAMES_IN_ERROR]
+    if len(names) > MAX_NAMES_IN_ERROR:
+        yield f"and {len(names) - MAX_NAMES_IN_ERROR} more"

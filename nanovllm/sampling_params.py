@@ -1,0 +1,40 @@
+"""How one request is sampled and when it stops."""
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+
+from nanovllm.errors import ArgumentError, check_bool, check_integer
+
+GREEDY_TEMPERATURE = 1e-5  # below this a request is greedy, as in vLLM
+
+
+@dataclass
+class SamplingParams:
+    """Sampling parameters of a request.
+
+    Args:
+        temperature: divides the logits; finite and >= 0. Below 1e-5 (so also 0) is greedy decoding.
+        max_tokens: completion tokens at most, an EOS token counted; >= 1, or None for as many as
+            `max_model_len` allows.
+        ignore_eos: go on past EOS tokens.
+
+    Raises:
+        ArgumentError: a value is of the wrong type or outside its range.
+    """
+
+    temperature: float = 1.0
+    max_tokens: int | None = 64
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.temperature, bool) or not isinstance(self.temperature, Real):
+            raise ArgumentError(f"temperature must be a number >= 0, got {self.temperature!r}")
+        self.temperature = float(self.temperature)
+        if not math.isfinite(self.temperature) or self.temperature < 0:
+            raise ArgumentError(f"temperature must be finite and >= 0, got {self.temperature}")
+        if self.temperature < GREEDY_TEMPERATURE:
+            self.temperature = 0.0
+        if self.max_tokens is not None:
+            self.max_tokens = check_integer("max_tokens", self.max_tokens, minimum=1)
+        check_bool("ignore_eos", self.ignore_eos)

@@ -1,0 +1,95 @@
+"""Random tiny Qwen3 models, with a tokenizer, saved as Hugging Face model directories."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CORPUS = [
+    "the quick brown fox jumps over the lazy dog and then it sleeps in the warm afternoon sun",
+    "a paged cache keeps the keys and values of every sequence in blocks of equal size",
+]
+VOCAB_SIZE = 384  # of the models; the tokenizer has fewer, so some ids decode to nothing
+
+
+def save_tokenizer(directory: Path) -> None:
+    """A byte-level BPE tokenizer with the special tokens and the chat template of Qwen."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - 64,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(directory)
+
+
+def save_model(
+    directory: Path, seed: int = 0, max_shard_size: str = "1GB", **overrides: Any
+) -> Path:
+    """A random fp32 model whose greedy continuations vary; `overrides` go to Qwen3Config."""
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.2,
+        "eos_token_id": 2,
+        "dtype": "float32",
+    }
+    config = Qwen3Config(**(settings | overrides))
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(config).to(torch.float32).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # ones would hide a norm weight that is not loaded
+            parameter.data.uniform_(0.5, 1.5)
+        elif name.endswith("bias"):
+            parameter.data.normal_(0.0, 0.2)
+    directory.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    save_tokenizer(directory)
+    return directory
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    """Change fields of config.json; None removes one."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+@torch.inference_mode()
+def reference_greedy(directory: Path, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+    """Greedy completions of exactly `max_tokens` tokens by transformers in fp32, one by one."""
+    model = Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    completions = []
+    for prompt in prompts:
+        out = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=max_tokens,
+            min_new_tokens=max_tokens,
+            do_sample=False,
+            eos_token_id=None,
+        )
+        completions.append(out[0, len(prompt) :].tolist())
+    return completions
