@@ -1,4 +1,4 @@
-"""The engine's configuration: every constructor parameter of `LLM`, checked before any other work."""
+"""The engine's configuration: the constructor parameters of `LLM`, checked before other work."""
 
 import difflib
 import json
@@ -166,7 +166,7 @@ class Config:
         return -(-self.max_model_len // self.kvcache_block_size)
 
     def resolve_device(self) -> "torch.device":
-        """The device of rank 0 (rank r has GPU r); ArgumentError if CUDA is asked for and cannot serve the ranks."""
+        """The device of rank 0 (rank r has GPU r); ArgumentError if there are too few GPUs."""
         import torch
 
         name = self.device

@@ -24,9 +24,10 @@ def check_integer(name: str, value: Any, minimum: int, maximum: int | None = Non
     limit = f">= {minimum}" if maximum is None else f"between {minimum} and {maximum}"
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ArgumentError(f"{name} must be an integer {limit}, got {value!r}")
+    value = int(value)
     if value < minimum or (maximum is not None and value > maximum):
         raise ArgumentError(f"{name} must be {limit}, got {value}")
-    return int(value)
+    return value
 
 
 def check_bool(name: str, value: Any) -> bool:

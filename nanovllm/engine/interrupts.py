@@ -8,8 +8,8 @@ from types import FrameType
 class DeferredInterrupt:
     """Context in which the first SIGINT waits until the end of the block.
 
-    A second one is delivered at once, so that a step that hangs can still be broken off. Outside the
-    main thread, where Python delivers no signals, or where SIGINT is not handled, nothing changes.
+    A second one is delivered at once, so that a step that hangs can still be broken off. Outside
+    the main thread, where Python delivers no signals, and where SIGINT is ignored, nothing changes.
     """
 
     def __enter__(self) -> None:

@@ -45,7 +45,8 @@ class LLMEngine:
         enable_prefix_caching: share equal prefixes of whole blocks. Default True.
         enable_chunked_prefill: split prompts that exceed what is left of a step. Default False.
         async_scheduling: prepare step n + 1 while n runs. Default True.
-        attention_backend: "auto" (triton on CUDA, torch elsewhere), "torch", "triton", "flash-attn".
+        attention_backend: "auto" (triton on CUDA, torch elsewhere), "torch", "triton" or
+            "flash-attn".
         dtype: "auto" (the model's), "bfloat16", "float16", "float32".
         device: "auto" (CUDA if there is one), "cuda", "cpu".
         seed: keys the sampling of every request, with the request's number. Default 0.

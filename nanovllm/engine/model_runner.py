@@ -94,12 +94,13 @@ class ModelRunner:
         self.workers = workers
         self.block_size = config.kvcache_block_size
         self.is_cuda = device.type == "cuda"
+        self._uploaded_rows: np.ndarray = np.empty(0, dtype=np.int32)  # in decode_rows
         hf_config = config.hf_config
         self.ops = choose_ops(config, device)
         with self._on_device():
             free_bytes = torch.cuda.mem_get_info(device)[0] if self.is_cuda else 0
             context = ModelContext(self.ops, tp, config.resolve_dtype(), device)
-            self.model = model_class(hf_config.architectures)(hf_config, context)
+            self.model = model_class(hf_config.architectures or [])(hf_config, context)
             load_model(self.model, config.model, config.load_format, hf_config.initializer_range)
             self._attentions = [m for m in self.model.modules() if isinstance(m, Attention)]
             self._allocate_row_table()
@@ -190,7 +191,7 @@ class ModelRunner:
         return self._decode(self.decode_rows[:batch_size])
 
     def _decode(self, rows: torch.Tensor) -> torch.Tensor:
-        """One decode step of `rows` [B]: what a CUDA graph captures. Returns token ids [B] int32."""
+        """One decode step of `rows` [B], what a graph captures; returns token ids [B] int32."""
         inputs: DecodeInputs = self.ops.gather_decode_inputs(self.row_table, rows, self.block_size)
         metadata = DecodeMetadata(inputs.slot_mapping, inputs.block_tables, inputs.context_lens)
         hidden_states = self.model.model(inputs.input_ids, inputs.positions, metadata)
@@ -206,7 +207,7 @@ class ModelRunner:
         seeds: torch.Tensor,
         positions: torch.Tensor,
     ) -> torch.Tensor:
-        """Sample one token for each row and enter it in the row table; all arguments are [B, ...]."""
+        """Sample a token for each row and enter it in the row table; all arguments are [B, ...]."""
         lm_head = self.model.lm_head
         scores, token_ids = self.ops.sample(
             lm_head(hidden_states),
@@ -243,7 +244,6 @@ class ModelRunner:
         self.decode_rows = torch.full(
             (config.max_num_seqs,), config.max_num_seqs, dtype=torch.int32, device=self.device
         )
-        self._uploaded_rows = np.empty(0, dtype=np.int32)
 
     def _allocate_kv_cache(self, num_blocks: int) -> None:
         hf_config = self.config.hf_config
@@ -301,7 +301,7 @@ class ModelRunner:
         return budget - held - self._peak_activation_bytes - RESERVED_GPU_BYTES
 
     def _warm_up(self) -> None:
-        """Run the largest prefill and decode steps once: kernels are built, peak memory is known."""
+        """Run the largest prefill and decode steps once, to build kernels and see peak memory."""
         config = self.config
         self._allocate_kv_cache(num_blocks=1)
         torch.cuda.reset_peak_memory_stats(self.device)

@@ -18,7 +18,7 @@ class ProgressBar:
     """
 
     def __init__(self, use_tqdm: bool | Callable[..., Any], total: int) -> None:
-        self.bar = None
+        self.bar: Any = None
         if use_tqdm:
             factory = use_tqdm if callable(use_tqdm) else tqdm
             self.bar = factory(total=total, desc="Generating", dynamic_ncols=True)
@@ -34,7 +34,7 @@ class ProgressBar:
             self.bar.close()
 
     def update(self, num_finished: int, num_tokens: int) -> None:
-        """Count a step: requests finished in it, and `num_tokens` as `LLMEngine.step` returns it."""
+        """Count a step: requests finished in it, and its `num_tokens` as `LLMEngine.step` has it."""
         if self.bar is None:
             return
         now = perf_counter()

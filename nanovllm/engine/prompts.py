@@ -1,4 +1,4 @@
-"""Turns what users pass as prompts and sampling parameters into checked token ids and parameters."""
+"""Turns what users pass as prompts and sampling parameters into checked ones."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -55,10 +55,7 @@ def encode_prompt(prompt: Any, tokenizer: Any, vocab_size: int) -> list[int]:
     """
     if isinstance(prompt, Mapping):
         prompt = _from_dict(prompt)
-    if isinstance(prompt, str):
-        token_ids = tokenizer.encode(prompt)
-    else:
-        token_ids = _as_token_ids(prompt)
+    token_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else _as_token_ids(prompt)
     if not token_ids:
         raise ArgumentError("Prompt cannot be empty")
     if min(token_ids) < 0 or max(token_ids) >= vocab_size:

@@ -1,4 +1,4 @@
-"""Decides what the next step computes: prefill of waiting sequences first, else decode of running ones.
+"""Decides what the next step computes: prefill of waiting sequences, else decode of running ones.
 
 A step is one of the two, never a mix. With a step in flight the scheduler plans the next one from
 what is already certain; what it cannot know yet is settled when the step in flight is committed.
@@ -51,7 +51,7 @@ class Scheduler:
         self.waiting.append(seq)
 
     def schedule(self, in_flight: bool = False) -> tuple[list[Sequence], bool]:
-        """The next step's sequences and whether it is a prefill; an empty list: nothing to do (yet).
+        """The next step's sequences and whether it is a prefill; an empty list: nothing to do yet.
 
         Each sequence's `num_scheduled_tokens` says how many tokens the step computes for it, ending
         at `num_computed_tokens`. A sequence that is prefilled afterwards gets one new token.

@@ -28,7 +28,7 @@ class UploadRing:
             self.next_slot = 0
 
     def upload(self, parts: list[np.ndarray]) -> list[torch.Tensor]:
-        """Flat int32 tensors on the device, one for each of `parts`; valid for this step's kernels."""
+        """Flat int32 tensors on the device, one for each part; valid for this step's kernels."""
         sizes = [part.size for part in parts]
         flat = torch.from_numpy(np.concatenate([part.ravel() for part in parts]))
         if self.is_cuda:

@@ -71,16 +71,22 @@ class WorkerGroup:
         self._is_closing = False
         self._lock = threading.Lock()
         # Port 0: the system picks a free one.
-        self._store = dist.TCPStore(
-            "127.0.0.1", 0, size, is_master=True, wait_for_workers=False
-        )
+        self._store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
         try:
             for rank in range(1, size):
                 pipe, worker_pipe = context.Pipe()
                 errors, worker_errors = context.Pipe(duplex=False)
                 process = context.Process(
                     target=_worker_main,
-                    args=(rank, config, device_type, self._store.port, memory, worker_pipe, worker_errors),
+                    args=(
+                        rank,
+                        config,
+                        device_type,
+                        self._store.port,
+                        memory,
+                        worker_pipe,
+                        worker_errors,
+                    ),
                     name=f"nanovllm-rank-{rank}",
                     daemon=True,
                 )

@@ -19,9 +19,7 @@ def _vocab_parameter(vocab_size: int, hidden_size: int, context: ModelContext) -
     shard = Shard(
         (vocab_size, hidden_size), (slice(start, end), columns), (slice(0, end - start), columns)
     )
-    parameter = new_parameter(
-        (per_rank, hidden_size), {"": shard}, context.dtype, context.device
-    )
+    parameter = new_parameter((per_rank, hidden_size), {"": shard}, context.dtype, context.device)
     parameter.data[end - start :].zero_()
     return parameter
 

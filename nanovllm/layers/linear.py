@@ -60,9 +60,7 @@ class RowParallelLinear(nn.Module):
         shard = Shard(
             (output_size, input_size), (rows, slice(start, start + size)), (rows, slice(0, size))
         )
-        self.weight = new_parameter(
-            (output_size, size), {"": shard}, context.dtype, context.device
-        )
+        self.weight = new_parameter((output_size, size), {"": shard}, context.dtype, context.device)
         bias_shard = Shard((output_size,), (rows,), (rows,))
         self.bias = (
             new_parameter((output_size,), {"": bias_shard}, context.dtype, context.device)

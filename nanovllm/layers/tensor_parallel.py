@@ -31,17 +31,17 @@ class TensorParallel:
     def connect(
         cls, rank: int, size: int, store: dist.Store, device: torch.device
     ) -> "TensorParallel":
-        """Join the other ranks through `store`: NCCL on CUDA, gloo on CPU. Blocks until all join."""
+        """Join the other ranks through `store`, by NCCL on CUDA, gloo on CPU; blocks until all do."""
         if device.type == "cuda":
-            options = dist.ProcessGroupNCCL.Options()
+            nccl: Any = dist.ProcessGroupNCCL
+            options = nccl.Options()
             options._timeout = COLLECTIVE_TIMEOUT
-            group = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, size, options)
-        else:
-            options = dist.ProcessGroupGloo._Options()
-            options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-            options._timeout = COLLECTIVE_TIMEOUT
-            group = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, options)
-        return cls(rank, size, group)
+            return cls(rank, size, nccl(dist.PrefixStore("nccl", store), rank, size, options))
+        gloo: Any = dist.ProcessGroupGloo
+        options = gloo._Options()
+        options._devices = [gloo.create_device(hostname="127.0.0.1")]
+        options._timeout = COLLECTIVE_TIMEOUT
+        return cls(rank, size, gloo(dist.PrefixStore("gloo", store), rank, size, options))
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, in place; returns `tensor`."""

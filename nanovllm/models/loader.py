@@ -1,4 +1,4 @@
-"""Fills a model's parameters from safetensors files, or with random numbers; every tensor is accounted for."""
+"""Fills a model's parameters from safetensors files or with random numbers; none is left out."""
 
 import json
 import os

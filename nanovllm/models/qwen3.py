@@ -1,4 +1,4 @@
-"""Qwen3 dense (Qwen team 2025, arXiv 2505.09388): per-head RMS norms on q and k before the rotation."""
+"""Qwen3 dense (Qwen team 2025, arXiv 2505.09388): q and k are normalised per head, then rotated."""
 
 import torch
 from torch import nn
@@ -10,6 +10,7 @@ from nanovllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rotary import cos_sin_table
+from nanovllm.models.base import CausalLM
 
 
 class Qwen3Attention(nn.Module):
@@ -127,17 +128,19 @@ class Qwen3Model(nn.Module):
         self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
     ) -> torch.Tensor:
         """input_ids and positions [T] int32 -> [T, hidden_size]."""
-        x, residual = self.embed_tokens(input_ids), None
+        x: torch.Tensor = self.embed_tokens(input_ids)
+        residual: torch.Tensor | None = None
         for layer in self.layers:
             x, residual = layer(x, residual, positions, metadata)
+        assert residual is not None
         return self.norm.add(x, residual)[0]
 
 
-class Qwen3ForCausalLM(nn.Module):
-    """Qwen3 with its LM head; `model` gives hidden states, `lm_head` logits."""
+class Qwen3ForCausalLM(CausalLM):
+    """Qwen3 with its LM head."""
 
     def __init__(self, config: PretrainedConfig, context: ModelContext) -> None:
-        super().__init__()
+        super().__init__(config, context)
         self.model = Qwen3Model(config, context)
         tied = self.model.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, context, tied)

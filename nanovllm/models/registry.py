@@ -1,4 +1,4 @@
-"""Which model families run here, keyed on `architectures` in config.json; all else is refused by name."""
+"""The supported model families, keyed on `architectures`; all else is refused by name."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from nanovllm.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from nanovllm.models.base import CausalLM
 
 # architecture -> (module, class); the module is imported when the model is built.
 ARCHITECTURES = {"Qwen3ForCausalLM": ("nanovllm.models.qwen3", "Qwen3ForCausalLM")}
@@ -43,7 +43,7 @@ def check_supported(raw_config: dict[str, Any], path: str) -> None:
         raise ArgumentError(f"{path}: hidden_act {hidden_act!r} is not supported; supported: silu")
 
 
-def model_class(architectures: list[str]) -> "type[nn.Module]":
+def model_class(architectures: list[str]) -> "type[CausalLM]":
     """The class that runs the first supported name of `architectures`."""
     module, name = next(ARCHITECTURES[a] for a in architectures if a in ARCHITECTURES)
     return getattr(importlib.import_module(module), name)
