@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from nanovllm.config import Config
+from nanovllm.engine import kv_cache
 from nanovllm.engine.cuda_graphs import DecodeGraphs
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_plan import PlanBuilder, StepPlan
@@ -24,10 +25,6 @@ from nanovllm.layers.context import ModelContext
 from nanovllm.layers.tensor_parallel import TensorParallel
 from nanovllm.models.loader import load_model
 from nanovllm.models.registry import model_class
-
-MAX_CPU_CACHE_BYTES = 4 << 30
-# GPU memory kept for what no profile shows: CUDA context, captured graphs, fragmentation.
-RESERVED_GPU_BYTES = 1 << 30
 
 
 def choose_ops(config: Config, device: torch.device) -> Ops:
@@ -98,13 +95,13 @@ class ModelRunner:
         hf_config = config.hf_config
         self.ops = choose_ops(config, device)
         with self._on_device():
-            free_bytes = torch.cuda.mem_get_info(device)[0] if self.is_cuda else 0
+            free_at_start = torch.cuda.mem_get_info(device)[0] if self.is_cuda else 0
             context = ModelContext(self.ops, tp, config.resolve_dtype(), device)
             self.model = model_class(hf_config.architectures or [])(hf_config, context)
             load_model(self.model, config.model, config.load_format, hf_config.initializer_range)
             self._attentions = [m for m in self.model.modules() if isinstance(m, Attention)]
             self._allocate_row_table()
-            self.num_kvcache_blocks = agree(self._decide_num_blocks(free_bytes))
+            self.num_kvcache_blocks = agree(self._decide_num_blocks(free_at_start))
             self._allocate_kv_cache(self.num_kvcache_blocks)
             self.graphs: DecodeGraphs | None = None
             if self.is_cuda and self.ops.supports_cuda_graphs and not config.enforce_eager:
@@ -246,62 +243,24 @@ class ModelRunner:
         )
 
     def _allocate_kv_cache(self, num_blocks: int) -> None:
-        hf_config = self.config.hf_config
-        num_kv_heads = max(hf_config.num_key_value_heads // self.tp.size, 1)
-        shape = (
-            2, len(self._attentions), num_blocks, self.block_size, num_kv_heads, hf_config.head_dim
-        )  # fmt: skip
-        # Zeroed on the GPU, where a kernel may multiply what it masks; on the CPU untouched pages
-        # cost nothing, and the torch operations never read them.
-        new = torch.zeros if self.is_cuda else torch.empty
-        self.kv_cache = new(shape, dtype=self.config.resolve_dtype(), device=self.device)
+        self.kv_cache = kv_cache.allocate(self.config, self.tp.size, num_blocks, self.device)
         for attention, key, value in zip(self._attentions, *self.kv_cache, strict=True):
             attention.key_cache, attention.value_cache = key, value
 
-    def _block_bytes(self) -> int:
-        hf_config = self.config.hf_config
-        num_kv_heads = max(hf_config.num_key_value_heads // self.tp.size, 1)
-        per_token = 2 * len(self._attentions) * num_kv_heads * hf_config.head_dim
-        return per_token * self.block_size * self.config.resolve_dtype().itemsize
-
-    def _decide_num_blocks(self, free_bytes: int) -> int:
-        """This rank's number of KV blocks.
-
-        In order of precedence: `num_kvcache_blocks`, `kv_cache_memory_bytes`, and on the GPU what
-        the utilization share leaves after weights and the largest step's activations.
-        `free_bytes` was free on the GPU before the weights were loaded.
-        """
-        config = self.config
-        block_bytes = self._block_bytes()
+    def _decide_num_blocks(self, free_at_start: int) -> int:
+        available = None
         if self.is_cuda:
-            self._warm_up()
-        if config.num_kvcache_blocks is not None:
-            return config.num_kvcache_blocks
-        if config.kv_cache_memory_bytes is not None:
-            available, knob = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
-        elif self.is_cuda:
-            available, knob = self._available_gpu_bytes(free_bytes), "gpu_memory_utilization"
-        else:
-            most = config.max_num_seqs * config.max_blocks_per_seq * block_bytes
-            available, knob = min(MAX_CPU_CACHE_BYTES, most), "kv_cache_memory_bytes"
-        num_blocks = available // block_bytes
-        if num_blocks < 1:
-            raise ArgumentError(
-                f"no room for the KV cache: {available / 2**20:.0f} MiB are left for it, one block "
-                f"takes {block_bytes / 2**20:.1f} MiB; raise {knob}"
+            peak_bytes = self._warm_up()
+            available = kv_cache.available_gpu_bytes(
+                self.device, self.config.gpu_memory_utilization, free_at_start, peak_bytes
             )
-        return num_blocks
+        return kv_cache.decide_num_blocks(self.config, self.tp.size, available)
 
-    def _available_gpu_bytes(self, free_bytes: int) -> int:
-        total_bytes = torch.cuda.mem_get_info(self.device)[1]
-        budget = min(int(total_bytes * self.config.gpu_memory_utilization), free_bytes)
-        gc.collect()
-        torch.cuda.empty_cache()
-        held = free_bytes - torch.cuda.mem_get_info(self.device)[0]
-        return budget - held - self._peak_activation_bytes - RESERVED_GPU_BYTES
+    def _warm_up(self) -> int:
+        """Run the largest prefill and decode steps once, which builds the kernels.
 
-    def _warm_up(self) -> None:
-        """Run the largest prefill and decode steps once, to build kernels and see peak memory."""
+        Returns the peak of the activations' bytes.
+        """
         config = self.config
         self._allocate_kv_cache(num_blocks=1)
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -326,8 +285,8 @@ class ModelRunner:
         torch.cuda.synchronize(self.device)
         self._decode_padding(config.max_num_seqs)
         torch.cuda.synchronize(self.device)
-        self._peak_activation_bytes = torch.cuda.max_memory_allocated(self.device) - before
         self.row_table.zero_()
+        return torch.cuda.max_memory_allocated(self.device) - before
 
     @torch.inference_mode()
     def _decode_padding(self, batch_size: int) -> None:

@@ -34,7 +34,7 @@ class ProgressBar:
             self.bar.close()
 
     def update(self, num_finished: int, num_tokens: int) -> None:
-        """Count a step: requests finished in it, and its `num_tokens` as `LLMEngine.step` has it."""
+        """Count a step: requests finished in it, and its `num_tokens` as `step` returns it."""
         if self.bar is None:
             return
         now = perf_counter()

@@ -1,0 +1,85 @@
+"""How many KV blocks fit, and their tensor."""
+
+import gc
+
+import torch
+
+from nanovllm.config import Config
+from nanovllm.errors import ArgumentError
+
+MAX_CPU_CACHE_BYTES = 4 << 30
+# GPU memory kept for what no profile shows: CUDA context, captured graphs, fragmentation.
+RESERVED_GPU_BYTES = 1 << 30
+
+
+def cache_shape(config: Config, tp_size: int, num_blocks: int) -> tuple[int, ...]:
+    """[K and V, layers, num_blocks, block_size, KV heads of a rank, head_dim]."""
+    hf_config = config.hf_config
+    # With more ranks than KV heads, every rank holds one.
+    num_kv_heads = max(hf_config.num_key_value_heads // tp_size, 1)
+    num_layers = hf_config.num_hidden_layers
+    block_size = config.kvcache_block_size
+    return (2, num_layers, num_blocks, block_size, num_kv_heads, hf_config.head_dim)
+
+
+def block_bytes(config: Config, tp_size: int) -> int:
+    """Bytes of one block over all layers, on one rank."""
+    num_elements = 1
+    for size in cache_shape(config, tp_size, num_blocks=1):
+        num_elements *= size
+    return num_elements * config.resolve_dtype().itemsize
+
+
+def allocate(config: Config, tp_size: int, num_blocks: int, device: torch.device) -> torch.Tensor:
+    """The cache of one rank, of `cache_shape`.
+
+    Zeroed on the GPU, where a kernel may multiply what it masks. On the CPU untouched pages cost
+    nothing, and the torch operations never read what was not written.
+    """
+    new = torch.zeros if device.type == "cuda" else torch.empty
+    shape = cache_shape(config, tp_size, num_blocks)
+    return new(shape, dtype=config.resolve_dtype(), device=device)
+
+
+def decide_num_blocks(config: Config, tp_size: int, gpu_bytes: int | None) -> int:
+    """The number of KV blocks of one rank.
+
+    In order of precedence: `num_kvcache_blocks`; `kv_cache_memory_bytes`; on the GPU `gpu_bytes`,
+    what the utilization share leaves; on the CPU enough for `max_num_seqs` sequences of
+    `max_model_len` tokens, 4 GiB at most.
+
+    Raises:
+        ArgumentError: not one block fits; the message names the parameter to raise.
+    """
+    if config.num_kvcache_blocks is not None:
+        return config.num_kvcache_blocks
+    per_block = block_bytes(config, tp_size)
+    if config.kv_cache_memory_bytes is not None:
+        available, knob = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
+    elif gpu_bytes is not None:
+        available, knob = gpu_bytes, "gpu_memory_utilization"
+    else:
+        most = config.max_num_seqs * config.max_blocks_per_seq * per_block
+        available, knob = min(MAX_CPU_CACHE_BYTES, most), "kv_cache_memory_bytes"
+    if available < per_block:
+        raise ArgumentError(
+            f"no room for the KV cache: {available / 2**20:.0f} MiB are left for it, one block "
+            f"takes {per_block / 2**20:.1f} MiB; raise {knob}"
+        )
+    return available // per_block
+
+
+def available_gpu_bytes(
+    device: torch.device, utilization: float, free_at_start: int, peak_activation_bytes: int
+) -> int:
+    """What is left for the cache of the engine's share of `device`, once the weights are loaded.
+
+    The share is `utilization` of the device's memory, and no more than was free before the weights
+    (`free_at_start`), so what other processes hold counts against the device, not against us.
+    """
+    total = torch.cuda.mem_get_info(device)[1]
+    share = min(int(total * utilization), free_at_start)
+    gc.collect()
+    torch.cuda.empty_cache()
+    held = free_at_start - torch.cuda.mem_get_info(device)[0]
+    return share - held - peak_activation_bytes - RESERVED_GPU_BYTES
