@@ -2,12 +2,12 @@
 
 import difflib
 import json
+import math
 import os
 from dataclasses import dataclass, field, fields
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.errors import ArgumentError, check_bool, check_choice, check_integer
+from nanovllm.errors import ArgumentError, check_bool, check_choice, check_integer, check_number
 
 if TYPE_CHECKING:
     import torch
@@ -117,11 +117,15 @@ class Config:
             "async_scheduling",
         ):
             check_bool(name, getattr(self, name))
-        utilization = self.gpu_memory_utilization
-        if not isinstance(utilization, Real) or not 0 < utilization <= 1:
-            raise ArgumentError(f"gpu_memory_utilization must be in (0, 1], got {utilization!r}")
-        if not isinstance(self.watermark, Real) or not 0 <= self.watermark < float("inf"):
-            raise ArgumentError(f"watermark must be a number >= 0, got {self.watermark!r}")
+        self.gpu_memory_utilization = check_number(
+            "gpu_memory_utilization",
+            self.gpu_memory_utilization,
+            "in (0, 1]",
+            lambda share: 0 < share <= 1,
+        )
+        self.watermark = check_number(
+            "watermark", self.watermark, "finite and >= 0", lambda n: 0 <= n < math.inf
+        )
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("device", self.device, ("auto", "cuda", "cpu"))
         check_choice("load_format", self.load_format, ("auto", "dummy"))
@@ -142,12 +146,18 @@ class Config:
         if self.max_num_batched_tokens < self.max_model_len and not self.enable_chunked_prefill:
             raise ArgumentError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be >= max_model_len "
-                f"({self.max_model_len}) unless enable_chunked_prefill=True"
+                f"({self.max_model_len}) unless enable_chunked_prefill=True; its default is "
+                f"{DEFAULT_MAX_NUM_BATCHED_TOKENS}"
             )
 
     def _check_tensor_parallel(self) -> None:
         size, hf_config = self.tensor_parallel_size, self.hf_config
         num_kv_heads = hf_config.num_key_value_heads
+        if hf_config.num_attention_heads % num_kv_heads != 0:
+            raise ArgumentError(
+                f"the model's num_attention_heads ({hf_config.num_attention_heads}) must be a "
+                f"multiple of its num_key_value_heads ({num_kv_heads})"
+            )
         for name in ("num_attention_heads", "intermediate_size"):
             value = getattr(hf_config, name)
             if value % size != 0:
@@ -218,6 +228,8 @@ def _read_hf_config(model: str) -> "PretrainedConfig":
             raw = json.load(file)
     except ValueError as error:
         raise ArgumentError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ArgumentError(f"{path} must hold a JSON object, got {raw!r}")
     check_supported(raw, path)
     from transformers import AutoConfig
 

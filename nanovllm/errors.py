@@ -1,6 +1,7 @@
 """The exceptions that users meet, and the checks that raise them."""
 
-from numbers import Integral
+from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -28,6 +29,19 @@ def check_integer(name: str, value: Any, minimum: int, maximum: int | None = Non
     if value < minimum or (maximum is not None and value > maximum):
         raise ArgumentError(f"{name} must be {limit}, got {value}")
     return value
+
+
+def check_number(name: str, value: Any, limit: str, is_allowed: Callable[[float], bool]) -> float:
+    """`value` as a float; ArgumentError, naming `limit`, if it is no number or not allowed."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ArgumentError(f"{name} must be {limit}, got {value!r}")
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ArgumentError(f"{name} must be {limit}, got one beyond a float") from None
+    if not is_allowed(number):
+        raise ArgumentError(f"{name} must be {limit}, got {value}")
+    return number
 
 
 def check_bool(name: str, value: Any) -> bool:

@@ -2,9 +2,8 @@
 
 import math
 from dataclasses import dataclass
-from numbers import Real
 
-from nanovllm.errors import ArgumentError, check_bool, check_integer
+from nanovllm.errors import check_bool, check_integer, check_number
 
 GREEDY_TEMPERATURE = 1e-5  # below this a request is greedy, as in vLLM
 
@@ -28,11 +27,9 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.temperature, bool) or not isinstance(self.temperature, Real):
-            raise ArgumentError(f"temperature must be a number >= 0, got {self.temperature!r}")
-        self.temperature = float(self.temperature)
-        if not math.isfinite(self.temperature) or self.temperature < 0:
-            raise ArgumentError(f"temperature must be finite and >= 0, got {self.temperature}")
+        self.temperature = check_number(
+            "temperature", self.temperature, "finite and >= 0", lambda t: 0 <= t < math.inf
+        )
         if self.temperature < GREEDY_TEMPERATURE:
             self.temperature = 0.0
         if self.max_tokens is not None:

@@ -16,6 +16,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -191,7 +192,7 @@ def shorten(paragraph: str) -> str:
 
 def scene_chats(speeches: list[str], rng: random.Random) -> Iterator[tuple[str, str]]:
     """A speech and its answer, and now and then a piece of the scene."""
-    for i, (said, answer) in enumerate(zip(speeches, speeches[1:], strict=False)):
+    for i, (said, answer) in enumerate(pairwise(speeches)):
         if said[0] != "[" and answer[0] != "[" and len(said) <= 300 and len(answer) >= 60:
             yield said, answer
         if i % 6 == 0 and rng.random() < 0.5:
@@ -270,7 +271,7 @@ def tokenizer_config() -> dict[str, object]:
 def pack(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """All texts' tokens in one array, each text closed by END_OF_TEXT, and where each starts."""
     end = tokenizer.token_to_id(END_OF_TEXT)
-    rows = [encoding.ids + [end] for encoding in tokenizer.encode_batch(texts)]
+    rows = [[*encoding.ids, end] for encoding in tokenizer.encode_batch(texts)]
     starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)
     return np.concatenate([np.array(row, dtype=np.uint16) for row in rows]), starts
 

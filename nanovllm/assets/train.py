@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -173,7 +174,7 @@ def epoch_tokens(arrays: dict[str, np.ndarray], rng: np.random.Generator) -> np.
     plain_starts, chat_starts = arrays["plain_starts"], arrays["chat_starts"]
     wanted = round((len(chat_starts) - 1) * min(1.0, CHAT_SHARE * len(plain) / len(chat)))
     chosen = rng.choice(len(chat_starts) - 1, wanted, replace=False)
-    pieces = [plain[a:b] for a, b in zip(plain_starts, plain_starts[1:], strict=False)]
+    pieces = [plain[a:b] for a, b in pairwise(plain_starts)]
     pieces += [chat[chat_starts[i] : chat_starts[i + 1]] for i in chosen]
     return np.concatenate([pieces[i] for i in rng.permutation(len(pieces))])
 

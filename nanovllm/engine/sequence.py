@@ -49,7 +49,7 @@ class Sequence:
             max_length = self.num_prompt_tokens + self.sampling_params.max_tokens
         self.max_length = max_length
         self.block_hashes: list[int] = []  # chain hashes of the leading full blocks, computed once
-        self.num_cached_tokens = 0  # prompt tokens that the prefix cache spared at admission
+        self.num_cached_tokens = 0  # tokens that the prefix cache spared at the last admission
         self.reset()
 
     def reset(self) -> None:

@@ -1,7 +1,7 @@
 """Columns of the row table: one int32 row on the device for each running sequence.
 
-The table is ``[max_num_seqs + 1, BLOCK_TABLE + blocks per sequence]`` int32. Its last row is the padding row:
-its length stays 0 and every padded slot of a CUDA graph's batch points at it.
+The table is ``[max_num_seqs + 1, BLOCK_TABLE + blocks per sequence]`` int32. Its last row is the
+padding row: its length stays 0 and every padded slot of a CUDA graph's batch points at it.
 """
 
 LAST_TOKEN = 0  # the newest token, whose K/V is not yet in the cache

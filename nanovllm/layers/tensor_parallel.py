@@ -31,7 +31,7 @@ class TensorParallel:
     def connect(
         cls, rank: int, size: int, store: dist.Store, device: torch.device
     ) -> "TensorParallel":
-        """Join the other ranks through `store`, by NCCL on CUDA, gloo on CPU; blocks until all do."""
+        """Join the other ranks through `store`: NCCL on CUDA, gloo on CPU. Blocks until all do."""
         if device.type == "cuda":
             nccl: Any = dist.ProcessGroupNCCL
             options = nccl.Options()

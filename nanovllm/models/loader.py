@@ -52,8 +52,11 @@ class SafetensorsCheckpoint:
     def _file_names(self) -> list[str]:
         index_path = os.path.join(self.directory, "model.safetensors.index.json")
         if os.path.isfile(index_path):
-            with open(index_path, encoding="utf-8") as file:
-                return sorted(set(json.load(file)["weight_map"].values()))
+            try:
+                with open(index_path, encoding="utf-8") as file:
+                    return sorted(set(json.load(file)["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ArgumentError(f"cannot read {index_path}: {error!r}") from error
         found = sorted(n for n in os.listdir(self.directory) if n.endswith(".safetensors"))
         if not found:
             raise ArgumentError(

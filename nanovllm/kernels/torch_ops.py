@@ -1,0 +1,311 @@
+"""Every operation of `Ops` in plain PyTorch: the CPU path and the oracle of the kernel tests.
+
+Runs on any device, in float32, float16 and bfloat16. Low-precision rounding follows the order of
+Hugging Face's Qwen3. Memory stays bounded for long prompts and large batches; inputs are never
+changed in place, and unwritten cache slots (which may hold NaN) never reach a result.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from nanovllm.kernels import row_state
+from nanovllm.kernels.ops import DecodeInputs
+
+MAX_SCORE_ELEMENTS = 2**26  # attention scores alive at a time in prefill
+MAX_GATHER_ELEMENTS = 2**24  # keys (and as many values) copied out of the cache at a time in decode
+MAX_SAMPLE_ELEMENTS = 2**21  # logits that get noise at a time
+
+
+# Norms and activation
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMS norm over the last axis: x / sqrt(mean(x^2) + eps) * weight, normalised in float32."""
+    x32 = x.float()
+    normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * weight
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Residual sum in x.dtype, then its norm. x, residual [T, H] -> (norm [T, H], sum [T, H])."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """SwiGLU: gate_up [T, 2I] -> silu(gate) * up [T, I]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+# Rotary embedding and the cache
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates the pairs (i, i + D/2) of x [T, H, D]; cos, sin [T, 1, D/2] in x.dtype."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def qk_norm_rope(
+    qkv: torch.Tensor,
+    q_norm_weight: torch.Tensor | None,
+    k_norm_weight: torch.Tensor | None,
+    eps: float,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    num_kv_heads: int,
+    head_dim: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The part of `qk_norm_rope_store` without side effects: -> query [T, Hq, D], key [T, Hkv, D].
+
+    Hugging Face's order: norm, cos and sin rounded to the dtype, q * cos + rotate_half(q) * sin.
+    """
+    heads = qkv.unflatten(-1, (-1, head_dim))
+    query = heads[:, : -2 * num_kv_heads]
+    key = heads[:, -2 * num_kv_heads : -num_kv_heads]
+    if q_norm_weight is not None:
+        query = rms_norm(query, q_norm_weight, eps)
+    if k_norm_weight is not None:
+        key = rms_norm(key, k_norm_weight, eps)
+    cos, sin = cos_sin[positions.long()].to(qkv.dtype).unsqueeze(1).chunk(2, dim=-1)
+    return _rotate(query, cos, sin), _rotate(key, cos, sin)
+
+
+def qk_norm_rope_store(
+    qkv: torch.Tensor,
+    q_norm_weight: torch.Tensor | None,
+    k_norm_weight: torch.Tensor | None,
+    eps: float,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    pure_part=qk_norm_rope,
+) -> torch.Tensor:
+    """Norms and rotates q and k, writes K/V to their slots; see `Ops.qk_norm_rope_store`.
+
+    `pure_part` is `qk_norm_rope` or its compiled form; the store depends on the slots' values.
+    """
+    num_kv_heads, head_dim = key_cache.shape[2:]
+    query, key = pure_part(
+        qkv, q_norm_weight, k_norm_weight, eps, cos_sin, positions, num_kv_heads, head_dim
+    )
+    value = qkv.unflatten(-1, (-1, head_dim))[:, -num_kv_heads:]
+    stored = slot_mapping >= 0
+    slots = slot_mapping[stored]
+    key_cache.view(-1, num_kv_heads, head_dim)[slots] = key[stored]
+    value_cache.view(-1, num_kv_heads, head_dim)[slots] = value[stored]
+    return query
+
+
+# Attention
+
+
+def prefill_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+) -> torch.Tensor:
+    """Causal attention of each sequence's last positions over its pages, a sequence at a time.
+
+    query [T, Hq, D] -> [T, Hq, D]; softmax in float32. See `Ops.prefill_attention`.
+    """
+    num_heads = query.shape[1]
+    block_size, num_kv_heads = key_cache.shape[1:3]
+    group = num_heads // num_kv_heads
+    out = torch.empty_like(query)
+    q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for seq, table in enumerate(block_tables):
+        q_begin, q_end = q_ends[seq : seq + 2]
+        len_k = k_ends[seq + 1] - k_ends[seq]
+        num_cached = len_k - (q_end - q_begin)
+        pages = table[: -(-len_k // block_size)].long()
+        # [Hkv, G, len_k, D]: each KV head seen by its group of query heads without a copy.
+        keys, values = (
+            cache[pages].flatten(0, 1)[:len_k].permute(1, 0, 2)[:, None].expand(-1, group, -1, -1)
+            for cache in (key_cache, value_cache)
+        )
+        rows = max(1, MAX_SCORE_ELEMENTS // max(1, num_heads * len_k))
+        for begin in range(q_begin, q_end, rows):
+            end = min(begin + rows, q_end)
+            first, last = begin - q_begin + num_cached, end - q_begin + num_cached
+            mask = None
+            if first > 0:  # from position 0 on, SDPA's own causal mask is the right one
+                q_pos = torch.arange(first, last, device=query.device)
+                mask = torch.arange(last, device=query.device) <= q_pos.unsqueeze(1)
+            attended = F.scaled_dot_product_attention(
+                query[begin:end].unflatten(1, (num_kv_heads, group)).permute(1, 2, 0, 3),
+                keys[:, :, :last],
+                values[:, :, :last],
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scale,
+            )  # [Hkv, G, rows, D]
+            out[begin:end] = attended.permute(2, 0, 1, 3).flatten(1, 2)
+    return out
+
+
+def decode_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of one query per row over its pages; query [B, Hq, D] -> [B, Hq, D].
+
+    Works on slices of rows, padded to the slice's longest context. A row of length 0 gives zeros.
+    """
+    batch_size = query.shape[0]
+    block_size, num_kv_heads, head_dim = key_cache.shape[1:]
+    key_slots, value_slots = key_cache.flatten(0, 1), value_cache.flatten(0, 1)
+    out = torch.empty_like(query)
+    lens = context_lens.tolist()
+    per_row = max(lens, default=0) * num_kv_heads * head_dim
+    rows = max(1, MAX_GATHER_ELEMENTS // max(1, per_row))
+    for begin in range(0, batch_size, rows):
+        part = slice(begin, min(begin + rows, batch_size))
+        length = context_lens[part].long().unsqueeze(1)  # [b, 1]
+        position = torch.arange(max(1, max(lens[part])), device=query.device)
+        visible = position < length  # [b, L]
+        # Past its end a row reads its own first slot: a masked NaN would still spoil the product.
+        position = torch.where(visible, position, 0)
+        pages = block_tables[part].long().gather(1, position // block_size)
+        slots = pages * block_size + position % block_size
+        attended = F.scaled_dot_product_attention(
+            query[part].unflatten(1, (num_kv_heads, -1)),  # [b, Hkv, G, D]
+            key_slots[slots].transpose(1, 2),  # [b, Hkv, L, D]
+            value_slots[slots].transpose(1, 2),
+            attn_mask=visible[:, None, None, :],
+            scale=scale,
+        ).flatten(1, 2)
+        out[part] = attended.masked_fill(length.unsqueeze(2) == 0, 0)
+    return out
+
+
+# Sampling
+
+
+def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical right shift of int32."""
+    return (x >> bits) & ((1 << (32 - bits)) - 1)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """The 32-bit integer hash lowbias32 by Chris Wellons; int32 arithmetic wraps around."""
+    x = x ^ _shift_right(x, 16)
+    x = x * 0x7FEB352D
+    x = x ^ _shift_right(x, 15)
+    x = x * (0x846CA68B - 2**32)
+    return x ^ _shift_right(x, 16)
+
+
+def race_scores(
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    first_token_id: int,
+) -> torch.Tensor:
+    """logit / temperature - log(E) with exponential E: the argmax is a draw from the softmax.
+
+    logits [B, V] -> float32 [B, V]. E is a function of (seed, position, token id) alone, so a draw
+    is the same in any batch, on any rank and in any step. Temperature 0 leaves the logit as it is.
+    """
+    token_ids = torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32)
+    token_ids = token_ids + first_token_id
+    key0 = _mix(seeds[:, 0] ^ _mix(positions))
+    key1 = _mix(seeds[:, 1] ^ _mix(positions + (0x9E3779B9 - 2**32)))
+    bits = _mix(_mix(token_ids ^ key0.unsqueeze(1)) + key1.unsqueeze(1))
+    # v in (0, 1): the bits as an unsigned number, kept below 1 so that log(1 - v) is finite.
+    v = ((bits.long() & 0xFFFFFFFF).float() + 0.5) * 2.0**-32
+    v = v.clamp(max=1 - 2.0**-24)
+    # -log(1 - v), by its series where 1 - v would round away the digits of a small v: the winners.
+    series = v * (1 + v * (1 / 2 + v * (1 / 3 + v * (1 / 4 + v * (1 / 5)))))
+    exponential = torch.where(v < 2.0**-4, series, -torch.log(1 - v))
+    hot = (temperatures > 0).unsqueeze(1)
+    inverse = 1 / torch.where(temperatures > 0, temperatures, 1).unsqueeze(1)
+    logits = logits.float()
+    return torch.where(hot, logits * inverse - torch.log(exponential), logits)
+
+
+def sample(
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    first_token_id: int,
+    vocab_size: int,
+    *,
+    scores_part=race_scores,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The winner of each row's race: (scores [B] float32, token_ids [B] int32); see `Ops.sample`.
+
+    A NaN never wins; a slice that is all padding scores -inf. `scores_part` is `race_scores` or its
+    compiled form.
+    """
+    batch_size = logits.shape[0]
+    scores = logits.new_full((batch_size,), -torch.inf, dtype=torch.float32)
+    columns = torch.zeros(batch_size, dtype=torch.int64, device=logits.device)
+    logits = logits[:, : max(0, vocab_size - first_token_id)]
+    num_columns = logits.shape[1]
+    if num_columns > 0 and batch_size > 0:
+        hot = bool((temperatures > 0).any())
+        rows = max(1, MAX_SAMPLE_ELEMENTS // num_columns)
+        for begin in range(0, batch_size, rows):
+            part = slice(begin, begin + rows)
+            race = logits[part].float()
+            if hot:
+                race = scores_part(
+                    logits[part], temperatures[part], seeds[part], positions[part], first_token_id
+                )
+            race = race.masked_fill(race.isnan(), -torch.inf)
+            columns[part] = race.argmax(dim=1)  # the first of equals
+            scores[part] = race.gather(1, columns[part].unsqueeze(1)).squeeze(1)
+    return scores, (columns + first_token_id).clamp(max=vocab_size - 1).int()
+
+
+# Row table
+
+
+def gather_decode_inputs(
+    row_table: torch.Tensor, rows: torch.Tensor, block_size: int
+) -> DecodeInputs:
+    """Reads a batch's inputs from the row table [R, BLOCK_TABLE + W] int32; rows [B] int32."""
+    state = row_table[rows.long()]
+    length = state[:, row_state.LENGTH]
+    live = length > 0
+    position = torch.where(live, length - 1, 0)
+    block_tables = state[:, row_state.BLOCK_TABLE :].contiguous()
+    page = block_tables.gather(1, (position // block_size).long().unsqueeze(1)).squeeze(1).long()
+    return DecodeInputs(
+        input_ids=torch.where(live, state[:, row_state.LAST_TOKEN], 0),
+        positions=position,
+        slot_mapping=torch.where(live, page * block_size + position % block_size, -1),
+        context_lens=length.contiguous(),
+        block_tables=block_tables,
+        temperatures=state[:, row_state.TEMPERATURE].contiguous().view(torch.float32),
+        seeds=state[:, row_state.SEED : row_state.SEED + 2].contiguous(),
+    )
+
+
+def write_back(
+    row_table: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tensor, positions: torch.Tensor
+) -> None:
+    """Makes the sampled tokens [B] the rows' last ones; positions [B] are their inputs'."""
+    live = rows != row_table.shape[0] - 1
+    index = rows[live].long()
+    row_table[index, row_state.LAST_TOKEN] = token_ids[live]
+    row_table[index, row_state.LENGTH] = positions[live] + 2

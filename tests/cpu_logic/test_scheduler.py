@@ -1,0 +1,586 @@
+"""What the scheduler puts in each step, how sequences end, and what preemption does."""
+
+import random
+
+import pytest
+from scheduling_helpers import (
+    EOS,
+    FakeEngine,
+    check_all_released,
+    check_invariants,
+    drain,
+    expected_completion,
+    make_scheduler,
+    make_seq,
+    step,
+)
+
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.sampling_params import SamplingParams
+
+
+def add_prompts(scheduler: Scheduler, lengths: list[int], **kwargs) -> list[Sequence]:
+    """Queue prompts that share nothing."""
+    sequences = [
+        make_seq([1000 * (i + 1) + j for j in range(length)], seq_id=i, **kwargs)
+        for i, length in enumerate(lengths)
+    ]
+    for seq in sequences:
+        scheduler.add(seq)
+    return sequences
+
+
+def launch(scheduler: Scheduler, in_flight: bool) -> tuple[list[Sequence], bool]:
+    step = scheduler.schedule(in_flight)
+    check_invariants(scheduler)
+    return step
+
+
+# Admission
+
+
+def test_nothing_to_do_is_an_empty_step():
+    scheduler = make_scheduler()
+    assert scheduler.is_finished()
+    assert scheduler.schedule() == ([], False)
+    assert scheduler.schedule(in_flight=True) == ([], False)
+
+
+def test_one_step_admits_all_that_fit_in_order():
+    scheduler = make_scheduler()
+    sequences = add_prompts(scheduler, [10] * 10)
+    assert not scheduler.is_finished()
+    seqs, is_prefill = scheduler.schedule()
+    assert is_prefill
+    assert seqs == sequences == list(scheduler.running)
+    assert not scheduler.waiting
+    assert all(seq.status is SequenceStatus.RUNNING for seq in seqs)
+
+
+@pytest.mark.parametrize(
+    ("is_chunked", "first_steps"),
+    [(False, [[800], [800, 10]]), (True, [[800, 224], [576, 10]])],
+    ids=["whole prompts", "chunked"],
+)
+def test_budget_is_kept_in_order_of_arrival_and_running_is_bounded(is_chunked, first_steps):
+    scheduler = make_scheduler(
+        max_num_seqs=3,
+        max_num_batched_tokens=1024,
+        num_kvcache_blocks=200,
+        enable_chunked_prefill=is_chunked,
+    )
+    sequences = add_prompts(scheduler, [800, 800, 10, 10], max_tokens=5)
+    scheduled = []
+    for _ in first_steps:
+        seqs, is_prefill = scheduler.schedule()
+        assert is_prefill
+        scheduled.append([seq.num_scheduled_tokens for seq in seqs])
+        scheduler.postprocess(seqs, [7 if seq.is_prefilled else None for seq in seqs])
+    assert scheduled == first_steps
+    assert list(scheduler.running) == sequences[:3]
+    assert list(scheduler.waiting) == sequences[3:]
+    # The fourth comes in when another has ended, not when a step has room.
+    while not sequences[0].is_finished:
+        assert step(scheduler)[1] < 0
+        assert sequences[3] not in scheduler.running
+    assert step(scheduler) == ([sequences[3]], 10)
+    drain(scheduler)
+    check_all_released(scheduler)
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 4])
+def test_max_num_seqs_bounds_what_is_resident(max_num_seqs):
+    scheduler = make_scheduler(max_num_seqs=max_num_seqs, num_kvcache_blocks=100)
+    add_prompts(scheduler, [20] * 20, max_tokens=6)
+    held = len(scheduler.block_manager.blocks)
+    while not scheduler.is_finished():
+        step(scheduler)
+        assert len(scheduler.running) <= max_num_seqs
+        held = min(held, scheduler.block_manager.num_free_blocks)
+    assert held >= 100 - 2 * max_num_seqs
+
+
+def test_later_short_prompt_does_not_overtake_one_that_waits_for_blocks():
+    scheduler = make_scheduler()
+    sequences = add_prompts(scheduler, [100, 100, 5])
+    assert step(scheduler)[0] == sequences[:1]
+    assert step(scheduler)[1] == -1
+    assert list(scheduler.waiting) == sequences[1:]
+
+
+def test_steps_are_never_mixed():
+    scheduler = make_scheduler(num_kvcache_blocks=100)
+    add_prompts(scheduler, [20, 20], max_tokens=4)
+    assert step(scheduler)[1] == 40
+    assert step(scheduler)[1] == -2
+    scheduler.add(make_seq([5] * 30, max_tokens=4, seq_id=2))
+    assert step(scheduler)[1] == 30
+    assert step(scheduler)[1] == -3
+
+
+def test_long_prompt_is_computed_in_chunks_and_gets_no_token_before_the_last():
+    scheduler = make_scheduler(
+        max_num_batched_tokens=1024, num_kvcache_blocks=200, enable_chunked_prefill=True
+    )
+    [seq] = add_prompts(scheduler, [2500], max_tokens=3)
+    numbers, lengths = [], []
+    while not scheduler.is_finished():
+        numbers.append(step(scheduler)[1])
+        lengths.append(seq.num_completion_tokens)
+    assert numbers == [1024, 1024, 452, -1, -1]
+    assert lengths == [0, 0, 1, 2, 3]
+
+
+def test_whole_prompt_longer_than_what_is_left_of_the_budget_waits():
+    scheduler = make_scheduler(max_num_batched_tokens=100, num_kvcache_blocks=50)
+    sequences = add_prompts(scheduler, [60, 60], max_tokens=2)
+    assert step(scheduler) == (sequences[:1], 60)
+    assert step(scheduler) == (sequences[1:], 60)
+
+
+def test_only_uncached_tokens_count_against_the_budget():
+    scheduler = make_scheduler(max_num_batched_tokens=70, num_kvcache_blocks=50)
+    for seq_id in range(4):
+        scheduler.add(make_seq([3] * 64 + [seq_id], max_tokens=2, seq_id=seq_id))
+    assert step(scheduler)[1] == 65 + 3
+    assert len(scheduler.running) == 4
+
+
+# Ends
+
+
+def finish_with(tokens: list[int], params: SamplingParams, eos=(EOS,), **kwargs) -> Sequence:
+    scheduler = make_scheduler(eos_token_ids=frozenset(eos))
+    seq = Sequence([10, 11, 12], params, **kwargs)
+    scheduler.add(seq)
+    for token in tokens:
+        assert not seq.is_finished
+        step(scheduler, token)
+    assert seq.is_finished
+    check_all_released(scheduler)
+    return seq
+
+
+@pytest.mark.parametrize(
+    ("tokens", "params", "eos", "reason"),
+    [
+        ([EOS], SamplingParams(), (EOS,), "stop"),
+        ([5, 6, EOS], SamplingParams(), (EOS,), "stop"),
+        ([5, 42], SamplingParams(), (EOS, 42), "stop"),
+        ([5, EOS], SamplingParams(), (42, EOS), "stop"),
+        ([5, 6], SamplingParams(max_tokens=2), (EOS,), "length"),
+        ([5], SamplingParams(max_tokens=1), (EOS,), "length"),
+        ([5, EOS], SamplingParams(max_tokens=2), (EOS,), "stop"),
+        ([EOS, 42, EOS], SamplingParams(max_tokens=3, ignore_eos=True), (EOS, 42), "length"),
+        ([5, 6, 7], SamplingParams(max_tokens=3), (), "length"),
+    ],
+)
+def test_a_sequence_ends_for_the_right_reason_and_keeps_its_last_token(tokens, params, eos, reason):
+    seq = finish_with(tokens, params, eos)
+    assert seq.completion_token_ids == tokens
+    assert seq.finish_reason == reason
+
+
+@pytest.mark.parametrize("max_tokens", [30, None])
+def test_max_length_ends_a_sequence(max_tokens):
+    seq = finish_with([5] * 17, SamplingParams(max_tokens=max_tokens), max_length=20)
+    assert (seq.num_tokens, seq.finish_reason) == (20, "length")
+
+
+def test_max_length_is_needed_without_max_tokens():
+    with pytest.raises(ValueError, match="max_length"):
+        Sequence([1], SamplingParams(max_tokens=None))
+
+
+def test_prompt_is_copied():
+    prompt = [1, 2, 3]
+    seq = Sequence(prompt)
+    prompt.append(4)
+    assert seq.token_ids == seq.prompt_token_ids == [1, 2, 3]
+    assert (len(seq), seq.num_completion_tokens, seq.completion_token_ids) == (3, 0, [])
+
+
+def test_lone_sequence_may_fill_the_pool_and_one_token_more():
+    """2 blocks of 16, prompt 30: ends at 33 tokens, whose last needs no K/V, and does not hang."""
+    scheduler = make_scheduler(num_kvcache_blocks=2)
+    [seq] = add_prompts(scheduler, [30], max_tokens=20, max_length=33)
+    assert drain(scheduler) == [30, -1, -1]
+    assert (seq.num_tokens, seq.finish_reason) == (33, "length")
+    assert scheduler.num_preemptions == 0
+    check_all_released(scheduler)
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 3])
+def test_aborted_sequences_release_everything_at_once(num_steps):
+    scheduler = make_scheduler(max_num_seqs=6, num_kvcache_blocks=30)
+    sequences = add_prompts(scheduler, [20] * 10)
+    for _ in range(num_steps):
+        step(scheduler)
+    for i, seq in enumerate(sequences):
+        scheduler.finish(seq, "abort")
+        check_invariants(scheduler)
+        assert len(scheduler.running) + len(scheduler.waiting) == 9 - i
+        assert (seq.is_finished, seq.finish_reason) == (True, "abort")
+        assert seq.block_table == []
+    check_all_released(scheduler)
+
+
+def test_sequence_aborted_between_two_chunks_makes_room_for_the_next():
+    scheduler = make_scheduler(max_num_batched_tokens=32, enable_chunked_prefill=True)
+    first, second = add_prompts(scheduler, [100, 20], max_tokens=1)
+    assert step(scheduler) == ([first], 32)
+    scheduler.finish(first, "abort")
+    assert step(scheduler) == ([second], 20)
+    check_all_released(scheduler)
+
+
+# Preemption
+
+
+def test_last_sequence_is_preempted_and_comes_back_with_what_is_still_cached():
+    scheduler = make_scheduler()
+    first, second = add_prompts(scheduler, [80, 80], max_tokens=20)
+    assert step(scheduler) == ([first, second], 160)
+    assert scheduler.block_manager.num_free_blocks == 0
+    assert step(scheduler) == ([first], -1)
+    assert list(scheduler.waiting) == [second]
+    assert scheduler.block_manager.num_free_blocks == 4
+    assert second.num_tokens == 81
+    assert (second.status, second.row) == (SequenceStatus.WAITING, None)
+    while not first.is_finished:
+        assert step(scheduler)[0] == [first]
+    assert step(scheduler) == ([second], 33)
+    assert second.num_cached_tokens == 48
+    drain(scheduler)
+    assert (first.num_completion_tokens, second.num_completion_tokens) == (20, 20)
+    assert scheduler.num_preemptions == 1
+    check_all_released(scheduler)
+
+
+def test_preempted_sequences_keep_their_order_ahead_of_those_that_wait():
+    scheduler = make_scheduler(num_kvcache_blocks=4, max_num_seqs=4)
+    sequences = add_prompts(scheduler, [16, 15, 15, 15, 5], max_tokens=16)
+    step(scheduler)
+    assert list(scheduler.running) == sequences[:4]
+    step(scheduler)  # the first needs a block
+    assert list(scheduler.waiting) == sequences[3:]
+    step(scheduler)  # the second and the third need one each; the fourth's is taken
+    assert list(scheduler.running) == sequences[:2]
+    assert list(scheduler.waiting) == sequences[2:]
+    drain(scheduler)
+    assert [seq.num_completion_tokens for seq in sequences] == [16] * 5
+    check_all_released(scheduler)
+
+
+@pytest.mark.parametrize("length", [32, 33])
+def test_sequence_preempted_at_a_block_boundary_is_prefilled_with_all_its_tokens(length):
+    scheduler = make_scheduler(num_kvcache_blocks=5)
+    _, second = add_prompts(scheduler, [20, 30], max_tokens=40)
+    while second.num_tokens < length:
+        step(scheduler)
+    scheduler.preempt(second)
+    assert scheduler.waiting[0] is second
+    assert (second.num_prefill_tokens, second.num_computed_tokens) == (length, 0)
+    seqs, is_prefill = scheduler.schedule()
+    assert (seqs, is_prefill) == ([second], True)
+    assert second.num_computed_tokens == length
+    # Its own blocks are still cached, those whose K/V were complete: not that of the newest token.
+    assert second.num_cached_tokens == (length - 1) // 16 * 16
+    scheduler.postprocess(seqs, [7])
+    drain(scheduler)
+    assert second.num_completion_tokens == 40
+
+
+def test_with_a_step_in_flight_nothing_is_preempted():
+    scheduler = make_scheduler()
+    first, second = add_prompts(scheduler, [80, 80], max_tokens=20)
+    prefill, _ = launch(scheduler, in_flight=False)
+
+    def visible():
+        return [
+            (
+                seq.status,
+                seq.row,
+                list(seq.token_ids),
+                seq.num_computed_tokens,
+                seq.num_pending_tokens,
+            )
+            for seq in (first, second)
+        ]
+
+    before = visible()
+    for _ in range(3):  # asking again changes nothing either
+        assert launch(scheduler, in_flight=True) == ([], False)
+        assert visible() == before
+    assert list(scheduler.running) == [first, second]
+    assert not scheduler.waiting
+    assert scheduler.num_preemptions == 0
+
+    scheduler.postprocess(prefill, [7, 7])
+    assert launch(scheduler, in_flight=False) == ([first], False)
+    assert list(scheduler.waiting) == [second]
+    assert scheduler.num_preemptions == 1
+
+
+def test_cancelled_step_keeps_blocks_that_the_retry_uses():
+    """The first takes the last free block, the second has none: both are retried later."""
+    scheduler = make_scheduler(num_kvcache_blocks=11)
+    first, second = add_prompts(scheduler, [80, 80], max_tokens=20)
+    prefill, _ = launch(scheduler, in_flight=False)
+    assert launch(scheduler, in_flight=True) == ([], False)
+    blocks = list(first.block_table)
+    assert first.num_pending_tokens == second.num_pending_tokens == 1
+    scheduler.postprocess(prefill, [7, EOS])
+    assert second.finish_reason == "stop"
+    assert launch(scheduler, in_flight=False) == ([first], False)
+    assert first.block_table == blocks
+    assert scheduler.num_preemptions == 0
+
+
+# Watermark
+
+
+def test_watermark_keeps_blocks_free_for_those_that_run():
+    scheduler = make_scheduler(watermark=0.5, num_kvcache_blocks=12)
+    sequences = add_prompts(scheduler, [33] * 4)
+    step(scheduler)
+    # 3 + 3 blocks; the third needs 3 and leaves 3 >= ceil(0.5 * 2); the fourth would leave 0 < 2.
+    assert list(scheduler.running) == sequences[:3]
+    assert scheduler.block_manager.num_free_blocks == 3
+
+
+@pytest.mark.parametrize(("watermark", "num_running"), [(0.0, 2), (0.01, 1), (0.25, 1)])
+def test_watermark_is_rounded_up_to_whole_blocks(watermark, num_running):
+    scheduler = make_scheduler(watermark=watermark)
+    add_prompts(scheduler, [80, 80])
+    step(scheduler)
+    assert len(scheduler.running) == num_running
+
+
+def test_watermark_never_keeps_out_a_sequence_that_would_run_alone():
+    scheduler = make_scheduler(watermark=100.0)
+    sequences = add_prompts(scheduler, [160, 160], max_tokens=1)
+    assert step(scheduler) == (sequences[:1], 160)
+    assert step(scheduler) == (sequences[1:], 160)
+
+
+@pytest.fixture(scope="module")
+def bench_requests() -> list[tuple[list[int], int]]:
+    """Prompts and max_tokens, drawn in the order of the benchmark script."""
+    rng = random.Random(0)
+    prompts = [[rng.randint(0, 10000) for _ in range(rng.randint(100, 1024))] for _ in range(256)]
+    requests = [(prompt, rng.randint(100, 1024)) for prompt in prompts]
+    assert sum(map(len, prompts)) == 142827
+    assert sum(max_tokens for _, max_tokens in requests) == 133966
+    return requests
+
+
+def run_bench(requests, num_blocks: int, watermark: float, is_overlapped: bool = False):
+    """The scheduler, the numbers of tokens of its steps, and the most blocks in use."""
+    scheduler = make_scheduler(
+        max_num_seqs=512,
+        num_kvcache_blocks=num_blocks,
+        kvcache_block_size=256,
+        watermark=watermark,
+    )
+    for seq_id, (prompt, max_tokens) in enumerate(requests):
+        scheduler.add(make_seq(prompt, max_tokens, ignore_eos=True, seq_id=seq_id))
+    numbers: list[int] = []
+    peak = 0
+    manager = scheduler.block_manager
+
+    def launch_next(in_flight):
+        nonlocal peak
+        seqs, is_prefill = scheduler.schedule(in_flight)
+        peak = max(peak, num_blocks - manager.num_free_blocks)
+        if seqs:
+            num_tokens = sum(seq.num_scheduled_tokens for seq in seqs)
+            numbers.append(num_tokens if is_prefill else -num_tokens)
+        return seqs
+
+    in_flight: list[Sequence] = []
+    while not scheduler.is_finished():
+        current = in_flight or launch_next(False)
+        in_flight = launch_next(True) if is_overlapped else []
+        scheduler.postprocess(current, [7] * len(current))
+    check_all_released(scheduler)
+    return scheduler, numbers, peak
+
+
+@pytest.mark.parametrize("is_overlapped", [False, True], ids=["synchronous", "overlapped"])
+@pytest.mark.parametrize("watermark", [0.0, 0.25])
+def test_bench_trace_with_ample_blocks(bench_requests, watermark, is_overlapped):
+    scheduler, numbers, peak = run_bench(bench_requests, 4000, watermark, is_overlapped)
+    prefills = [n for n in numbers if n > 0]
+    decodes = [-n for n in numbers if n < 0]
+    assert (len(numbers), len(prefills), len(decodes)) == (1032, 9, 1023)
+    assert numbers == prefills + [-n for n in decodes]
+    assert (sum(prefills), sum(decodes)) == (142827, 133710)
+    assert max(prefills) <= 16384
+    assert max(decodes) == 256
+    # Overlapped, a sequence that ends holds its blocks until the next step is planned.
+    assert peak == 791 + is_overlapped
+    assert scheduler.num_preemptions == 0
+
+
+def test_watermark_cuts_recomputation_on_a_small_pool(bench_requests):
+    num_prompt_tokens = 142827
+    recomputed, decode_steps, preemptions = [], [], []
+    for watermark in (0.0, 0.25):
+        scheduler, numbers, _ = run_bench(bench_requests, 170, watermark)
+        recomputed.append(sum(n for n in numbers if n > 0) - num_prompt_tokens)
+        decode_steps.append(sum(n < 0 for n in numbers))
+        preemptions.append(scheduler.num_preemptions)
+    assert recomputed[0] > 0.3 * num_prompt_tokens
+    assert recomputed[1] < 0.1 * num_prompt_tokens
+    assert preemptions[1] < preemptions[0] / 5
+    assert decode_steps[1] < 1.1 * decode_steps[0]
+
+
+# Overlap: step n + 1 is scheduled before step n is committed
+
+
+def test_nothing_is_scheduled_past_max_length():
+    scheduler = make_scheduler()
+    short, long = add_prompts(scheduler, [5, 5], max_tokens=2)
+    long.max_length = 9
+    prefill, _ = launch(scheduler, in_flight=False)
+    second, _ = launch(scheduler, in_flight=True)
+    assert second == [short, long]
+    assert short.num_tokens_with_pending == 7
+    scheduler.postprocess(prefill, [7, 7])
+    third, _ = launch(scheduler, in_flight=True)
+    assert third == [long]
+    scheduler.postprocess(second, [7, 7])
+    assert short.finish_reason == "length"
+    fourth, _ = launch(scheduler, in_flight=True)
+    assert fourth == [long]
+    scheduler.postprocess(third, [7])
+    assert launch(scheduler, in_flight=True) == ([], False)
+    scheduler.postprocess(fourth, [7])
+    assert (short.num_completion_tokens, long.num_completion_tokens) == (2, 4)
+    check_all_released(scheduler)
+
+
+def test_late_eos_drops_one_row_and_its_token():
+    scheduler = make_scheduler()
+    first, second = add_prompts(scheduler, [5, 5], max_tokens=10)
+    prefill, _ = launch(scheduler, in_flight=False)
+    decode, _ = launch(scheduler, in_flight=True)
+    assert decode == [first, second]
+    assert scheduler.postprocess(prefill, [EOS, 7]) == [first, second]
+    assert first.is_finished
+    following, _ = launch(scheduler, in_flight=True)
+    assert following == [second]
+    assert scheduler.postprocess(decode, [8, 8]) == [second]
+    assert first.completion_token_ids == [EOS]
+    assert second.completion_token_ids == [7, 8]
+    assert (first.finish_reason, second.finish_reason) == ("stop", None)
+    check_invariants(scheduler)
+
+
+def test_row_and_blocks_of_a_late_end_serve_the_next_request_at_once():
+    scheduler = make_scheduler(max_num_seqs=1, num_kvcache_blocks=1)
+    first, second = add_prompts(scheduler, [5, 6], max_tokens=3)
+    prefill, _ = launch(scheduler, in_flight=False)
+    decode, _ = launch(scheduler, in_flight=True)
+    scheduler.postprocess(prefill, [EOS])
+    assert launch(scheduler, in_flight=True) == ([second], True)
+    assert (second.row, second.block_table) == (0, [0])
+    assert scheduler.postprocess(decode, [8]) == []
+    assert second.num_tokens == 6
+    assert first.completion_token_ids == [EOS]
+
+
+def test_sequence_aborted_in_flight_is_dropped_when_its_step_is_committed():
+    scheduler = make_scheduler()
+    first, second = add_prompts(scheduler, [5, 5], max_tokens=10)
+    prefill, _ = launch(scheduler, in_flight=False)
+    scheduler.finish(first, "abort")
+    assert scheduler.postprocess(prefill, [7, 7]) == [second]
+    assert first.completion_token_ids == []
+    assert first.finish_reason == "abort"
+
+
+def test_missing_tokens_of_partial_prompts_are_ignored():
+    scheduler = make_scheduler(max_num_batched_tokens=8, enable_chunked_prefill=True)
+    [seq] = add_prompts(scheduler, [20], max_tokens=2)
+    steps = [launch(scheduler, in_flight=False)[0]]
+    for expected_length, token in ((20, None), (20, None), (21, 7), (22, 7)):
+        following, _ = launch(scheduler, in_flight=True)
+        assert scheduler.postprocess(steps[-1], [token]) == [seq]
+        assert seq.num_tokens == expected_length
+        steps.append(following)
+    assert len(steps[:-1]) == 4
+    assert seq.finish_reason == "length"
+    check_all_released(scheduler)
+
+
+def test_waiting_sequence_is_admitted_while_a_decode_is_in_flight():
+    scheduler = make_scheduler()
+    [first] = add_prompts(scheduler, [20], max_tokens=10)
+    step(scheduler)
+    decode, _ = launch(scheduler, in_flight=False)
+    second = make_seq([5] * 20, seq_id=1)
+    scheduler.add(second)
+    assert launch(scheduler, in_flight=True) == ([second], True)
+    assert scheduler.postprocess(decode, [7]) == [first]
+
+
+@pytest.mark.parametrize("num_blocks", [12, 100])
+@pytest.mark.parametrize("is_chunked", [False, True], ids=["whole prompts", "chunked"])
+def test_overlapped_and_synchronous_stepping_complete_alike(num_blocks, is_chunked):
+    completions = []
+    for is_overlapped in (False, True):
+        scheduler = make_scheduler(
+            max_num_seqs=5,
+            max_num_batched_tokens=20 if is_chunked else 64,
+            enable_chunked_prefill=is_chunked,
+            num_kvcache_blocks=num_blocks,
+            kvcache_block_size=4,
+        )
+        engine = FakeEngine(scheduler, 30, 12, is_overlapped)
+        sequences = add_prompts(scheduler, [5, 9, 3, 16, 8, 7, 12, 4], max_tokens=30)
+        while engine.step():
+            pass
+        check_all_released(scheduler)
+        assert (scheduler.num_preemptions > 0) == (num_blocks == 12)
+        completions.append([seq.completion_token_ids for seq in sequences])
+        for seq in sequences:
+            expected = expected_completion(seq, 30, scheduler.eos_token_ids)
+            assert (seq.completion_token_ids, seq.finish_reason) == expected
+    assert completions[0] == completions[1]
+
+
+# After an error
+
+
+@pytest.mark.parametrize("num_launched", [1, 2])
+def test_restart_keeps_confirmed_tokens_and_accounts_for_every_block(num_launched):
+    scheduler = make_scheduler(max_num_seqs=3, num_kvcache_blocks=20)
+    sequences = add_prompts(scheduler, [20] * 4, max_tokens=6)
+    step(scheduler)
+    step(scheduler)
+    for i in range(num_launched):
+        launch(scheduler, in_flight=i > 0)  # and never commit
+    scheduler.restart(sequences)
+    check_invariants(scheduler)
+    manager = scheduler.block_manager
+    assert manager.num_free_blocks == 20
+    assert manager.hash_to_block_ids == {}
+    assert list(scheduler.waiting) == sequences
+    assert not scheduler.running
+    assert [seq.num_tokens for seq in sequences] == [22, 22, 22, 20]
+    assert step(scheduler) == (sequences[:3], 66)
+    drain(scheduler)
+    assert [seq.completion_token_ids for seq in sequences] == [[7] * 6] * 4
+    check_all_released(scheduler)
+
+
+def test_restart_without_requests_leaves_an_empty_scheduler():
+    scheduler = make_scheduler()
+    add_prompts(scheduler, [20, 20])
+    step(scheduler)
+    scheduler.restart([])
+    check_all_released(scheduler)

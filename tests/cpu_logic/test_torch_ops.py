@@ -1,0 +1,398 @@
+"""The torch operations against plain float32 mathematics, Hugging Face's Qwen3 and exact odds."""
+
+import math
+import sys
+from subprocess import run
+
+import pytest
+import torch
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
+
+from nanovllm.kernels import row_state, torch_ops
+from nanovllm.kernels.ops import select_ops
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+EPS = 1e-6
+# (query heads, KV heads, head_dim)
+HEADS = ((2, 2, 24), (6, 2, 48), (16, 1, 64), (16, 8, 128), (3, 1, 80), (2, 1, 256))
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    eps = (16 if dtype == torch.float32 else 4) * torch.finfo(dtype).eps
+    return {"rtol": eps, "atol": eps}
+
+
+def paged_cache(
+    lens: list[int], block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    """Caches full of NaN but for the sequences' own slots, in shuffled pages of equal width."""
+    width = max(1, max(-(-n // block_size) for n in lens)) + 1
+    num_blocks = width * len(lens) + 1
+    caches = torch.full((2, num_blocks, block_size, num_kv_heads, head_dim), torch.nan).to(dtype)
+    tables = torch.randperm(num_blocks)[: width * len(lens)].view(len(lens), width).int()
+    contents: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    for table, length in zip(tables, lens, strict=True):
+        position = torch.arange(length)
+        slots = table[position // block_size].long() * block_size + position % block_size
+        for cache, content in zip(caches, contents, strict=True):
+            values = torch.randn(length, num_kv_heads, head_dim).to(dtype)
+            cache.view(-1, num_kv_heads, head_dim)[slots] = values
+            content.append(values)
+    return caches[0], caches[1], tables, *contents
+
+
+def dense_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Causal attention of the last positions in float64, a head at a time."""
+    num_queries, num_heads = query.shape[:2]
+    len_k, num_kv_heads = keys.shape[:2]
+    out = torch.empty(query.shape, dtype=torch.float64)
+    future = torch.arange(len_k) > torch.arange(len_k - num_queries, len_k).unsqueeze(1)
+    for head in range(num_heads):
+        kv_head = head // (num_heads // num_kv_heads)
+        scores = query[:, head].double() @ keys[:, kv_head].double().T * scale
+        scores[future] = -torch.inf
+        out[:, head] = scores.softmax(-1) @ values[:, kv_head].double()
+    return out
+
+
+# Norms, activation, rotary embedding
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_is_hugging_faces(dtype):
+    x, weight = torch.randn(7, 96).to(dtype), torch.randn(96).to(dtype)
+    reference = Qwen3RMSNorm(96, eps=EPS).to(dtype)
+    reference.weight.data.copy_(weight)
+    assert torch.equal(torch_ops.rms_norm(x, weight, EPS), reference(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_rms_norm_adds_first_and_changes_no_input(dtype):
+    x, residual = torch.randn(5, 64).to(dtype), torch.randn(5, 64).to(dtype)
+    weight = torch.randn(64).to(dtype)
+    inputs = x.clone(), residual.clone()
+    normed, total = torch_ops.add_rms_norm(x, residual, weight, EPS)
+    assert torch.equal(total, inputs[0] + inputs[1])
+    assert torch.equal(normed, torch_ops.rms_norm(total, weight, EPS))
+    assert torch.equal(x, inputs[0]) and torch.equal(residual, inputs[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_and_mul(dtype):
+    gate_up = torch.randn(5, 2 * 37).to(dtype)
+    gate, up = gate_up.double().chunk(2, -1)
+    expected = gate * torch.sigmoid(gate) * up
+    torch.testing.assert_close(
+        torch_ops.silu_and_mul(gate_up).double(), expected, **tolerance(dtype)
+    )
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_norm", (True, False))
+def test_qk_norm_rope_store(heads, dtype, with_norm):
+    num_heads, num_kv_heads, head_dim = heads
+    positions = torch.tensor([0, 5, 99, 17], dtype=torch.int32)
+    slots = torch.tensor([35, -1, 0, 16])
+    angles = torch.outer(torch.arange(100), 1e4 ** -(torch.arange(0, head_dim, 2) / head_dim))
+    cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
+    qkv = torch.randn(4, (num_heads + 2 * num_kv_heads) * head_dim).to(dtype)
+    q_weight, k_weight = torch.randn(2, head_dim).to(dtype) if with_norm else (None, None)
+    caches = torch.full((2, 3, 16, num_kv_heads, head_dim), 7.0, dtype=dtype)
+    query = torch_ops.qk_norm_rope_store(
+        qkv, q_weight, k_weight, EPS, cos_sin, positions, *caches, slots
+    )
+
+    sizes = [n * head_dim for n in (num_heads, num_kv_heads, num_kv_heads)]
+    q, k, v = (part.view(4, -1, head_dim) for part in qkv.split(sizes, -1))
+    norm = Qwen3RMSNorm(head_dim, eps=EPS).to(dtype)
+    if with_norm:
+        norm.weight.data.copy_(q_weight)
+        q = norm(q)
+        norm.weight.data.copy_(k_weight)
+        k = norm(k)
+    emb = angles[positions.long()].repeat(1, 2)
+    cos, sin = emb.cos().to(dtype), emb.sin().to(dtype)
+    q, k = apply_rotary_pos_emb(q[None], k[None], cos[None], sin[None], unsqueeze_dim=2)
+    torch.testing.assert_close(query, q[0])
+    stored = slots >= 0
+    for cache, expected in zip(caches.flatten(1, 2), (k[0], v), strict=True):
+        torch.testing.assert_close(cache[slots[stored]], expected[stored])
+        cache[slots[stored]] = 7.0
+        assert (cache == 7.0).all()  # nothing else was written
+
+
+# Attention
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prefill_attention(heads, dtype):
+    num_heads, num_kv_heads, head_dim = heads
+    lens_k, lens_q = [1, 15, 16, 17, 40, 33], [1, 15, 16, 17, 7, 1]
+    key_cache, value_cache, tables, keys, values = paged_cache(
+        lens_k, 16, num_kv_heads, head_dim, dtype
+    )
+    cu_q, cu_k = (
+        torch.tensor([0, *lens]).cumsum(0, dtype=torch.int32) for lens in (lens_q, lens_k)
+    )
+    query = torch.randn(sum(lens_q), num_heads, head_dim).to(dtype)
+    scale = head_dim**-0.5
+    out = torch_ops.prefill_attention(
+        query, key_cache, value_cache, tables, cu_q, cu_k, 17, 40, scale
+    )
+    for part, got, k, v in zip(query.split(lens_q), out.split(lens_q), keys, values, strict=True):
+        expected = dense_attention(part, k, v, scale)
+        torch.testing.assert_close(got.double(), expected, **tolerance(dtype))
+
+
+def test_prefill_attention_in_slices_of_queries(monkeypatch):
+    key_cache, value_cache, tables, keys, values = paged_cache([50], 16, 2, 24, torch.float32)
+    query = torch.randn(50, 4, 24)
+    cu = torch.tensor([0, 50], dtype=torch.int32)
+    monkeypatch.setattr(torch_ops, "MAX_SCORE_ELEMENTS", 7 * 4 * 50)
+    out = torch_ops.prefill_attention(query, key_cache, value_cache, tables, cu, cu, 50, 50, 0.2)
+    expected = dense_attention(query, keys[0], values[0], 0.2)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("max_elements", (2**24, 1))
+def test_decode_attention(heads, dtype, max_elements, monkeypatch):
+    """Rows of several lengths and a padded one, together and one row at a time."""
+    monkeypatch.setattr(torch_ops, "MAX_GATHER_ELEMENTS", max_elements)
+    num_heads, num_kv_heads, head_dim = heads
+    lens = [1, 15, 0, 16, 17, 64]
+    key_cache, value_cache, tables, keys, values = paged_cache(
+        lens, 16, num_kv_heads, head_dim, dtype
+    )
+    query = torch.randn(len(lens), num_heads, head_dim).to(dtype)
+    scale = head_dim**-0.5
+    context_lens = torch.tensor(lens, dtype=torch.int32)
+    out = torch_ops.decode_attention(query, key_cache, value_cache, tables, context_lens, scale)
+    assert out.isfinite().all()
+    for row, length in enumerate(lens):
+        if length > 0:
+            expected = dense_attention(query[row : row + 1], keys[row], values[row], scale)
+            torch.testing.assert_close(out[row].double(), expected[0], **tolerance(dtype))
+
+
+# Sampling
+
+
+def race(
+    logits: torch.Tensor,
+    temperature: float | list[float],
+    seeds: list[int] | None = None,
+    position: int = 0,
+    first_token_id: int = 0,
+    vocab_size: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch_size = logits.shape[0]
+    if isinstance(temperature, float):
+        temperature = [temperature] * batch_size
+    seed_words = torch.tensor(
+        [[seed, 12345] for seed in seeds or range(batch_size)], dtype=torch.int32
+    )
+    return torch_ops.sample(
+        logits,
+        torch.tensor(temperature),
+        seed_words,
+        torch.full((batch_size,), position, dtype=torch.int32),
+        first_token_id,
+        logits.shape[1] if vocab_size is None else vocab_size,
+    )
+
+
+@pytest.mark.parametrize("varied", ("seed", "position"))
+@pytest.mark.parametrize(
+    ("temperature", "odds"),
+    ((1.0, (0.5, 0.3, 0.15, 0.05)), (0.5, (0.6849, 0.2466, 0.0616, 0.0068))),
+)
+def test_draws_follow_the_softmax(temperature, odds, varied):
+    draws = 20_000
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(draws, -1)
+    words = torch.zeros(draws, 2, dtype=torch.int32)
+    positions = torch.zeros(draws, dtype=torch.int32)
+    if varied == "seed":
+        words[:, 0] = torch.arange(draws)
+    else:
+        positions = torch.arange(draws, dtype=torch.int32)
+    _, ids = torch_ops.sample(
+        logits, torch.full((draws,), temperature), words, positions, 0, vocab_size=4
+    )
+    shares = ids.bincount(minlength=4) / draws
+    torch.testing.assert_close(shares, torch.tensor(odds), rtol=0, atol=0.017)
+
+
+def test_noise_matches_plain_unsigned_arithmetic():
+    """The formula, written out with Python's integers and floats."""
+    word = 2**32 - 1
+
+    def mix(x: int) -> int:
+        x ^= x >> 16
+        x = x * 0x7FEB352D & word
+        x ^= x >> 15
+        x = x * 0x846CA68B & word
+        return x ^ x >> 16
+
+    seed_lo, seed_hi, position, first_token_id = 0xFEDCBA98, 0x80000001, 4711, 70_000
+    scores = torch_ops.race_scores(
+        torch.zeros(1, 500),
+        torch.tensor([1.0]),
+        torch.tensor([[seed_lo - 2**32, seed_hi - 2**32]], dtype=torch.int32),
+        torch.tensor([position], dtype=torch.int32),
+        first_token_id,
+    )
+    key0 = mix(seed_lo ^ mix(position))
+    key1 = mix(seed_hi ^ mix(position + 0x9E3779B9 & word))
+    expected = []
+    for token_id in range(first_token_id, first_token_id + 500):
+        bits = mix(mix(token_id ^ key0) + key1 & word)
+        expected.append(-math.log(-math.log1p(-(bits + 0.5) * 2.0**-32)))
+    torch.testing.assert_close(scores[0], torch.tensor(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_extreme_bits_give_finite_noise(monkeypatch):
+    for bits in (0, -1):
+        monkeypatch.setattr(torch_ops, "_mix", lambda x, bits=bits: torch.full_like(x, bits))
+        one = torch.ones(1, dtype=torch.int32)
+        scores = torch_ops.race_scores(
+            torch.zeros(1, 3), torch.ones(1), one.expand(1, 2), one, first_token_id=0
+        )
+        assert scores.isfinite().all()
+
+
+def test_draws_are_repeatable_and_independent_of_the_batch():
+    logits, seeds = torch.randn(9, 1000), list(range(100, 109))
+    _, ids = race(logits, 1.0, seeds, position=3)
+    _, again = race(logits, 1.0, seeds, position=3)
+    assert torch.equal(ids, again)
+    order = torch.randperm(9)
+    _, shuffled = race(logits[order], 1.0, [seeds[i] for i in order], position=3)
+    assert torch.equal(shuffled, ids[order])
+    for row in range(9):
+        _, alone = race(logits[row : row + 1], 1.0, [seeds[row]], position=3)
+        assert alone[0] == ids[row]
+    _, elsewhere = race(logits, 1.0, seeds, position=4)
+    assert not torch.equal(elsewhere, ids)
+
+
+def test_slices_of_rows_change_nothing(monkeypatch):
+    logits = torch.randn(7, 50)
+    temperatures = [0.0, 1.0, 0.7, 0.0, 2.0, 1.0, 0.1]
+    expected = race(logits, temperatures)
+    monkeypatch.setattr(torch_ops, "MAX_SAMPLE_ELEMENTS", 100)
+    torch.testing.assert_close(race(logits, temperatures), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_temperature_zero_takes_the_lowest_of_equal_ids(dtype):
+    logits = torch.zeros(3, 50, dtype=dtype)
+    logits[0, [7, 30]] = 2.5
+    logits[1, [49, 48]] = 1.0
+    scores, ids = race(logits, [0.0, 0.0, 1.0])
+    assert ids[:2].tolist() == [7, 48] and scores[:2].tolist() == [2.5, 1.0]
+    assert ids.dtype == torch.int32 and scores.dtype == torch.float32
+
+
+def test_padded_vocabulary_is_never_drawn():
+    logits = torch.zeros(2000, 8)
+    logits[:, 5:] = 100.0
+    for temperature in (0.0, 1.0):
+        assert race(logits, temperature, vocab_size=5)[1].max() < 5
+
+
+@pytest.mark.parametrize("temperature", (0.0, 0.9))
+def test_shards_of_the_vocabulary_merge_to_the_whole(temperature):
+    logits = torch.randn(64, 96)
+    scores, ids = race(logits, temperature, position=2, vocab_size=50)
+    shards = [
+        race(part, temperature, position=2, first_token_id=32 * rank, vocab_size=50)
+        for rank, part in enumerate(logits.split(32, 1))
+    ]
+    shard_scores, shard_ids = (torch.stack(parts) for parts in zip(*shards, strict=True))
+    assert (shard_scores[2] == -torch.inf).all()  # the last shard is all padding
+    assert (shard_ids[2] == 49).all()
+    best = shard_scores.argmax(0, keepdim=True)
+    assert torch.equal(shard_ids.gather(0, best)[0], ids)
+    assert torch.equal(shard_scores.gather(0, best)[0], scores)
+
+
+def test_nan_logits_give_a_valid_id():
+    logits = torch.full((4, 10), torch.nan)
+    logits[1, 6] = -5.0
+    logits[3, 2] = -5.0
+    _, ids = race(logits, [0.0, 0.0, 1.0, 1.0], vocab_size=9)
+    assert ids[1] == 6 and ids[3] == 2
+    assert ((ids >= 0) & (ids < 9)).all()
+
+
+# Row table
+
+
+def test_row_table_round_trip():
+    block_size, width = 16, 3
+    table = torch.zeros(4, row_state.BLOCK_TABLE + width, dtype=torch.int32)
+    table[0] = torch.tensor([11, 16, 0, 5, -6, 9, 8, 7])
+    table[1] = torch.tensor([12, 17, 0, 1, 2, 2**30, 2**30 + 1, 0])
+    table[0, row_state.TEMPERATURE] = torch.tensor(0.75).view(torch.int32)
+    rows = torch.tensor([1, 3, 0, 3], dtype=torch.int32)
+    inputs = torch_ops.gather_decode_inputs(table, rows, block_size)
+    assert inputs.input_ids.tolist() == [12, 0, 11, 0]
+    assert inputs.positions.tolist() == [16, 0, 15, 0]
+    assert inputs.slot_mapping.tolist() == [(2**30 + 1) * 16, -1, 9 * 16 + 15, -1]
+    assert inputs.context_lens.tolist() == [17, 0, 16, 0]
+    assert torch.equal(inputs.block_tables, table[rows.long(), row_state.BLOCK_TABLE :])
+    assert inputs.temperatures.tolist() == [0, 0, 0.75, 0]
+    assert inputs.seeds.tolist() == [[1, 2], [0, 0], [5, -6], [0, 0]]
+    assert inputs.slot_mapping.dtype == torch.int64
+    for tensor in (inputs.input_ids, inputs.positions, inputs.context_lens, inputs.seeds):
+        assert tensor.dtype == torch.int32
+
+    tokens = torch.tensor([21, 22, 23, 24], dtype=torch.int32)
+    before = table.clone()
+    torch_ops.write_back(table, rows, tokens, inputs.positions)
+    before[1, :2] = torch.tensor([21, 18])
+    before[0, :2] = torch.tensor([23, 17])
+    assert torch.equal(table, before)
+
+
+# Selection
+
+
+def test_select_ops_chooses_torch_without_a_gpu():
+    for backend in ("auto", "torch"):
+        ops = select_ops(backend, torch.device("cpu"), torch.float32, 64, compile_torch_ops=True)
+        assert not ops.supports_cuda_graphs
+        assert ops.decode_attention is torch_ops.decode_attention
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "head_dim", "message"),
+    (
+        ("tritn", torch.float32, 64, "'tritn'.*auto, torch, triton, flash-attn"),
+        ("triton", torch.float32, 64, "'triton'.*needs a CUDA device.*'cpu'"),
+        ("flash-attn", torch.float16, 64, "'flash-attn'.*needs a CUDA device.*'cpu'"),
+        ("torch", torch.float64, 64, "torch.float64.*torch.bfloat16"),
+        ("torch", torch.float32, 33, "head_dim is 33"),
+    ),
+)
+def test_select_ops_names_the_value_and_the_choices(backend, dtype, head_dim, message, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=message):
+        select_ops(backend, torch.device("cpu"), dtype, head_dim, compile_torch_ops=False)
+
+
+def test_torch_backend_imports_no_kernel_package():
+    program = (
+        "import sys, torch\n"
+        "from nanovllm.kernels.ops import select_ops\n"
+        "before = set(sys.modules)\n"
+        "select_ops('auto', torch.device('cpu'), torch.float32, 64, True)\n"
+        "assert not {'triton', 'flash_attn'} & (set(sys.modules) - before)\n"
+    )
+    run([sys.executable, "-c", program], check=True)

@@ -1,0 +1,24 @@
+"""Runs the checks of `triton_interpreter_checks.py` under Triton's interpreter, which needs no GPU.
+
+Triton reads TRITON_INTERPRET when it is imported, hence a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def test_triton_kernels_in_the_interpreter():
+    pytest.importorskip("triton", reason="triton is not installed")
+    checks = Path(__file__).with_name("triton_interpreter_checks.py")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--tb=short", str(checks)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert result.returncode == 0, f"the checks failed:\n{result.stdout}"

@@ -1,0 +1,162 @@
+"""Every Triton kernel against `torch_ops`, to be run by pytest with TRITON_INTERPRET=1.
+
+float32 and float16 only: the interpreter's bfloat16 is inexact. `test_triton_interpreter.py` starts
+it; the name keeps pytest from collecting it in a process without the variable.
+"""
+
+import pytest
+import torch
+
+from nanovllm.kernels import row_state, torch_ops, triton_decode_attention
+from nanovllm.kernels.ops import select_ops
+from nanovllm.kernels.triton_prefill_attention import prefill_attention
+
+DTYPES = (torch.float32, torch.float16)
+EPS = 1e-6
+OPS = select_ops("triton", torch.device("cpu"), torch.float32, 64, compile_torch_ops=False)
+# (query heads, KV heads, head_dim)
+HEADS = ((2, 2, 64), (6, 2, 24), (16, 1, 48), (3, 1, 128))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    eps = (16 if got.dtype == torch.float32 else 4) * torch.finfo(got.dtype).eps
+    torch.testing.assert_close(got, expected, rtol=eps, atol=eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", (24, 64, 1025))
+@pytest.mark.parametrize("num_rows", (0, 1, 5))
+def test_norms_and_activation(dtype, width, num_rows):
+    x, residual = torch.randn(2, num_rows, width).to(dtype)
+    weight = torch.randn(width).to(dtype)
+    assert_close(OPS.rms_norm(x, weight, EPS), torch_ops.rms_norm(x, weight, EPS))
+    expected = torch_ops.add_rms_norm(x, residual, weight, EPS)
+    for got, want in zip(OPS.add_rms_norm(x, residual, weight, EPS), expected, strict=True):
+        assert_close(got, want)
+    gate_up = torch.randn(num_rows, 2 * width).to(dtype)
+    assert_close(OPS.silu_and_mul(gate_up), torch_ops.silu_and_mul(gate_up))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("with_norm", (True, False))
+def test_qk_norm_rope_store(dtype, heads, with_norm):
+    num_heads, num_kv_heads, head_dim = heads
+    positions = torch.tensor([0, 5, 30], dtype=torch.int32)
+    slots = torch.tensor([35, -1, 0])
+    cos_sin = torch.randn(31, head_dim)
+    qkv = torch.randn(3, (num_heads + 2 * num_kv_heads) * head_dim).to(dtype)
+    weights = torch.randn(2, head_dim).to(dtype) if with_norm else (None, None)
+    caches = torch.zeros(2, 3, 16, num_kv_heads, head_dim, dtype=dtype)
+    expected_caches = caches.clone()
+    args = qkv, *weights, EPS, cos_sin, positions
+    query = OPS.qk_norm_rope_store(*args, *caches, slots)
+    assert_close(query, torch_ops.qk_norm_rope_store(*args, *expected_caches, slots))
+    assert_close(caches, expected_caches)
+    assert OPS.qk_norm_rope_store(qkv[:0], *args[1:], *caches, slots[:0]).shape[0] == 0
+
+
+def paged_inputs(lens: list[int], block_size: int, heads: tuple[int, int, int], dtype: torch.dtype):
+    """Caches that hold NaN outside the sequences' own slots, and their shuffled block tables."""
+    _, num_kv_heads, head_dim = heads
+    width = -(-max(lens) // block_size) + 1
+    num_blocks = width * len(lens)
+    caches = torch.full((2, num_blocks, block_size, num_kv_heads, head_dim), torch.nan).to(dtype)
+    tables = torch.randperm(num_blocks).view(len(lens), width).int()
+    for table, length in zip(tables, lens, strict=True):
+        position = torch.arange(length)
+        slots = table[position // block_size].long() * block_size + position % block_size
+        values = torch.randn(2, length, num_kv_heads, head_dim).to(dtype)
+        caches.flatten(1, 2)[:, slots] = values
+    return caches[0], caches[1], tables
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("block_size", (16, 64))
+@pytest.mark.parametrize("num_splits", (1, 3))
+def test_decode_attention(dtype, heads, block_size, num_splits):
+    lens = [1, 15, 0, 16, 17, 150]
+    caches_and_tables = paged_inputs(lens, block_size, heads, dtype)
+    query = torch.randn(len(lens), heads[0], heads[2]).to(dtype)
+    args = query, *caches_and_tables, torch.tensor(lens, dtype=torch.int32), heads[2] ** -0.5
+    got = triton_decode_attention.decode_attention(*args, num_splits=num_splits)
+    assert_close(got, torch_ops.decode_attention(*args))
+
+
+def test_decode_attention_of_no_rows():
+    caches_and_tables = paged_inputs([3], 16, HEADS[0], torch.float32)
+    lens = torch.empty(0, dtype=torch.int32)
+    out = OPS.decode_attention(torch.empty(0, 2, 64), *caches_and_tables, lens, 1.0)
+    assert out.shape == (0, 2, 64)
+
+
+def test_num_splits_fill_the_gpu_and_stay_within_the_table():
+    choose = triton_decode_attention.choose_num_splits
+    assert choose(256, 8, 4096, num_sms=132) == 1
+    assert choose(1, 8, 4096, num_sms=132) == 4096 // triton_decode_attention.MIN_SPLIT_TOKENS
+    assert choose(1, 8, 16, num_sms=132) == 1
+    assert choose(1, 1, 2**20, num_sms=132) == triton_decode_attention.MAX_SPLITS
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("block_size", (16, 64))
+def test_prefill_attention(dtype, heads, block_size):
+    """Whole prompts, a cached prefix before 7 new tokens, and one new token."""
+    lens_k, lens_q = [1, 15, 17, 40, 33], [1, 15, 17, 7, 1]
+    caches_and_tables = paged_inputs(lens_k, block_size, heads, dtype)
+    cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0, dtype=torch.int32) for n in (lens_q, lens_k))
+    query = torch.randn(sum(lens_q), heads[0], heads[2]).to(dtype)
+    args = query, *caches_and_tables, cu_q, cu_k, max(lens_q), max(lens_k), heads[2] ** -0.5
+    expected = torch_ops.prefill_attention(*args)
+    assert_close(prefill_attention(*args, config=(16, 16, 4, 1)), expected)
+    assert_close(prefill_attention(*args), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab_size", (50, 2048, 2049, 5000))
+def test_sample(dtype, vocab_size):
+    """Mixed temperatures, padded columns that would win, NaN, ties, slices of the vocabulary."""
+    logits = torch.randn(6, vocab_size + 8).to(dtype)
+    logits[:, vocab_size:] = 100
+    logits[1, [vocab_size - 1, 3]] = 50  # a tie
+    logits[2] = torch.nan
+    logits[3, 7] = torch.nan
+    temperatures = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.3, 2.0])
+    words = torch.randint(-(2**31), 2**31, (7, 2)).int()
+    positions = torch.arange(6, dtype=torch.int32) * 1000
+    for first in (0, vocab_size // 2, vocab_size):
+        part = logits[:, first:]  # rows are not contiguous
+        args = part, temperatures, words[:6], positions, first, vocab_size
+        scores, ids = OPS.sample(*args)
+        expected_scores, expected_ids = torch_ops.sample(*args)
+        assert torch.equal(ids, expected_ids)
+        torch.testing.assert_close(scores, expected_scores, rtol=1e-5, atol=1e-5)
+    assert OPS.sample(logits[:0], temperatures[:0], words[:0], positions[:0], 0, 9)[1].shape == (0,)
+
+
+def test_row_table():
+    width = 300  # more than one program copies
+    table = torch.randint(0, 1000, (6, row_state.BLOCK_TABLE + width)).int()
+    table[:, row_state.LENGTH] = torch.tensor([1, 16, 17, 4800, 33, 0])
+    table[:, row_state.TEMPERATURE] = torch.rand(6).view(torch.int32)
+    table[:, row_state.SEED] = -5
+    table[5] = 0
+    table[2, row_state.BLOCK_TABLE + 1] = 2**30
+    rows = torch.tensor([3, 5, 0, 2, 1, 5], dtype=torch.int32)
+    expected = torch_ops.gather_decode_inputs(table, rows, 16)
+    inputs = OPS.gather_decode_inputs(table, rows, 16)
+    for name, got in inputs._asdict().items():
+        want = getattr(expected, name)
+        assert got.dtype == want.dtype and torch.equal(got, want), name
+    token_ids = torch.arange(100, 106, dtype=torch.int32)
+    expected_table = table.clone()
+    torch_ops.write_back(expected_table, rows, token_ids, inputs.positions)
+    OPS.write_back(table, rows, token_ids, inputs.positions)
+    assert torch.equal(table, expected_table)
