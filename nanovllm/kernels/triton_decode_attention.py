@@ -27,7 +27,11 @@ def _split_size(length, num_splits, TILE: tl.constexpr, MIN_SPLIT: tl.constexpr)
     return tl.maximum(tokens, MIN_SPLIT)
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+# Tables and lengths may be slices of one packed buffer: no recompilation for their alignment.
+@triton.jit(
+    do_not_specialize=["num_splits", "stride_table"],
+    do_not_specialize_on_alignment=["block_tables", "context_lens"],
+)
 def _decode_kernel(
     out,  # [B, Hq, D], or with SPLIT float32 [B, Hq, num_splits, D]
     out_lse,  # with SPLIT float32 [B, Hq, num_splits]: log2 of the softmax's denominator
@@ -110,7 +114,7 @@ def _decode_kernel(
     tl.store(out_pointers, acc.to(out.dtype.element_ty), mask=q_mask)
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["context_lens"])
 def _combine_kernel(
     out,  # [B, Hq, D]
     partial,  # float32 [B, Hq, num_splits, D]

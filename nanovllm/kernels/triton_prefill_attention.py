@@ -5,6 +5,8 @@ of which (a cached prefix and the new tokens alike) are read back from the cache
 keys that every query sees come first and need no mask; the tiles on the diagonal follow.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -79,7 +81,11 @@ def _attend(
     return acc, running_max, running_sum
 
 
-@triton.jit
+# Tables and lengths may be slices of one packed buffer: no recompilation for their alignment.
+@triton.jit(
+    do_not_specialize=["stride_table"],
+    do_not_specialize_on_alignment=["block_tables", "cu_seqlens_q", "cu_seqlens_k"],
+)
 def _prefill_kernel(
     out,  # [T, Hq, D]
     query,  # [T, Hq, D]
@@ -194,6 +200,11 @@ def _prefill_kernel(
     tl.store(out_pointers, acc.to(out.dtype.element_ty), mask=q_mask)
 
 
+@lru_cache
+def _has_bulk_copies(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def prefill_attention(
     query: torch.Tensor,
     key_cache: torch.Tensor,
@@ -228,7 +239,7 @@ def prefill_attention(
     assert block_n >= 16 and block_size % block_n == 0
     padded_dim = max(16, triton.next_power_of_2(head_dim))
     if use_tensor_descriptors is None:
-        use_tensor_descriptors = USE_TENSOR_DESCRIPTORS
+        use_tensor_descriptors = USE_TENSOR_DESCRIPTORS and _has_bulk_copies(query.device)
     key_tiles = value_tiles = None
     if use_tensor_descriptors and head_dim == padded_dim:
         key_tiles, value_tiles = (

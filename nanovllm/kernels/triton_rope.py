@@ -13,7 +13,8 @@ HEADS_PER_PROGRAM = 8
 NUM_WARPS = 4
 
 
-@triton.jit
+# Per-token inputs may be slices of one packed buffer: no recompilation for their alignment.
+@triton.jit(do_not_specialize_on_alignment=["positions", "slot_mapping"])
 def _qk_norm_rope_store_kernel(
     query,  # [T, Hq, D] out
     qkv,  # [T, (Hq + 2 Hkv) * D]

@@ -20,7 +20,8 @@ SEED = tl.constexpr(row_state.SEED)
 BLOCK_TABLE = tl.constexpr(row_state.BLOCK_TABLE)
 
 
-@triton.jit
+# Per-row inputs may be slices of one packed buffer: no recompilation for their alignment.
+@triton.jit(do_not_specialize_on_alignment=["rows"])
 def _gather_kernel(
     row_table,  # [R, BLOCK_TABLE + WIDTH] int32
     rows,  # [B] int32
@@ -90,7 +91,10 @@ def gather_decode_inputs(
     return inputs
 
 
-@triton.jit(do_not_specialize=["batch_size", "padding_row"])
+@triton.jit(
+    do_not_specialize=["batch_size", "padding_row"],
+    do_not_specialize_on_alignment=["rows", "token_ids", "positions"],
+)
 def _write_back_kernel(
     row_table,
     rows,

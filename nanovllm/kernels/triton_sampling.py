@@ -23,7 +23,11 @@ def _mix(x):
     return x
 
 
-@triton.jit(do_not_specialize=["first_token_id", "num_valid"])
+# Per-row inputs may be slices of one packed buffer: no recompilation for their alignment.
+@triton.jit(
+    do_not_specialize=["first_token_id", "num_valid"],
+    do_not_specialize_on_alignment=["temperatures", "seeds", "positions"],
+)
 def _chunk_winner_kernel(
     chunk_scores,  # [B, num_chunks] float32
     chunk_columns,  # [B, num_chunks] int32

@@ -387,6 +387,27 @@ def test_select_ops_names_the_value_and_the_choices(backend, dtype, head_dim, me
         select_ops(backend, torch.device("cpu"), dtype, head_dim, compile_torch_ops=False)
 
 
+def test_select_ops_on_cuda():
+    """Selecting launches nothing, so it needs no device."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    device = torch.device("cuda")
+    assert select_ops("auto", device, torch.float32, 64, False).supports_cuda_graphs
+    assert select_ops("triton", device, torch.float32, 64, False).supports_cuda_graphs
+    compiled = select_ops("torch", device, torch.float32, 64, compile_torch_ops=True)
+    assert not compiled.supports_cuda_graphs
+    assert compiled.rms_norm is not torch_ops.rms_norm
+    with pytest.raises(ValueError, match=r"torch\.float32.*'flash-attn' computes in.*float16"):
+        select_ops("flash-attn", device, torch.float32, 64, False)
+
+
+def test_a_flash_attn_that_cannot_be_imported_is_reported(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # makes the import fail
+    monkeypatch.delitem(sys.modules, "nanovllm.kernels.flash_attention", raising=False)
+    with pytest.raises(ValueError, match=r"cannot be imported \(.*flash_attn.*\); choose 'triton'"):
+        select_ops("flash-attn", torch.device("cuda"), torch.bfloat16, 64, False)
+
+
 def test_torch_backend_imports_no_kernel_package():
     program = (
         "import sys, torch\n"

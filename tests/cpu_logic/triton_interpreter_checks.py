@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.float16)
 EPS = 1e-6
 OPS = select_ops("triton", torch.device("cpu"), torch.float32, 64, compile_torch_ops=False)
 # (query heads, KV heads, head_dim)
-HEADS = ((2, 2, 64), (6, 2, 24), (16, 1, 48), (3, 1, 128))
+HEADS = ((2, 2, 64), (6, 2, 24), (8, 1, 48), (3, 1, 128))
 
 
 @pytest.fixture(autouse=True)
@@ -109,14 +109,16 @@ def test_num_splits_fill_the_gpu_and_stay_within_the_table():
 @pytest.mark.parametrize("block_size", (16, 64))
 def test_prefill_attention(dtype, heads, block_size):
     """Whole prompts, a cached prefix before 7 new tokens, and one new token."""
-    lens_k, lens_q = [1, 15, 17, 40, 33], [1, 15, 17, 7, 1]
+    lens_k, lens_q = [1, 15, 17, 40, 33, 70], [1, 15, 17, 7, 1, 70]
     caches_and_tables = paged_inputs(lens_k, block_size, heads, dtype)
     cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0, dtype=torch.int32) for n in (lens_q, lens_k))
     query = torch.randn(sum(lens_q), heads[0], heads[2]).to(dtype)
     args = query, *caches_and_tables, cu_q, cu_k, max(lens_q), max(lens_k), heads[2] ** -0.5
     expected = torch_ops.prefill_attention(*args)
-    assert_close(prefill_attention(*args, config=(16, 16, 4, 1)), expected)
     assert_close(prefill_attention(*args), expected)
+    for descriptors in (False, True):
+        got = prefill_attention(*args, config=(16, 16, 4, 1), use_tensor_descriptors=descriptors)
+        assert_close(got, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
