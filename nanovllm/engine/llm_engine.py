@@ -342,6 +342,7 @@ def _request_seed(engine_seed: int, seq_id: int) -> int:
 
 
 def _release(model_runner: ModelRunner, workers: WorkerGroup | None) -> None:
+    model_runner.drop_graphs()
     if workers is not None:
         workers.close()
     model_runner.close()

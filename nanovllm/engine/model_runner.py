@@ -295,9 +295,13 @@ class ModelRunner:
     def _on_device(self):
         return torch.cuda.device(self.device) if self.is_cuda else nullcontext()
 
+    def drop_graphs(self) -> None:
+        """Run without CUDA graphs from now on."""
+        self.graphs = None
+
     def close(self) -> None:
         """Drop the graphs, the cache and the weights."""
-        self.graphs = None
+        self.drop_graphs()
         for attention in self._attentions:
             del attention.key_cache, attention.value_cache
         self._attentions = []

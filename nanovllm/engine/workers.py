@@ -144,7 +144,10 @@ class WorkerGroup:
         return self._death
 
     def close(self) -> None:
-        """End the workers, kindly at first, and release the group. May be called again."""
+        """End the workers, kindly at first, and leave the group. May be called again.
+
+        Rank 0's CUDA graphs must be gone by now, see `TensorParallel.abort`.
+        """
         with self._lock:
             self._is_closing = True
         for worker in self.workers:
@@ -161,7 +164,7 @@ class WorkerGroup:
             worker.pipe.close()
         self.workers.clear()
         if self.tp is not None:
-            self.tp.close(abort=True)
+            self.tp.abort()
 
     def _receive(self, worker: Worker) -> Any:
         try:
@@ -187,7 +190,7 @@ class WorkerGroup:
             self._death = _cause_of_death(dead)
         # Rank 0 may be blocked in a collective that will never end.
         if self.tp is not None:
-            self.tp.close(abort=True)
+            self.tp.abort()
 
 
 def _cause_of_death(worker: Worker) -> str:
@@ -218,11 +221,14 @@ def _worker_main(
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     try:
         _serve(rank, config, device_type, port, memory, pipe)
+        status = 0
     except (EOFError, BrokenPipeError):
-        pass  # rank 0 is gone
+        status = 1  # rank 0 is gone
     except BaseException:
         errors.send(traceback.format_exc())
-        os._exit(1)  # without waiting for device work that cannot end
+        status = 1
+    # At once: nothing is to be saved, and the usual way out waits for device work and for peers.
+    os._exit(status)
 
 
 def _exit_with_parent() -> None:

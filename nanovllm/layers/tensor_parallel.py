@@ -1,5 +1,6 @@
 """One rank's place among the tensor-parallel ranks, and the two reductions that the layers need."""
 
+import threading
 from datetime import timedelta
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+ABORT_SECONDS = 5.0
 MAX_TOKEN_ID = 0x7FFFFFFF
 
 
@@ -73,11 +75,14 @@ class TensorParallel:
         options.reduceOp = op
         self.group.allreduce([tensor], options).wait()
 
-    def close(self, abort: bool = False) -> None:
-        """Leave the group; `abort`: without waiting for the other ranks. May be called again."""
+    def abort(self) -> None:
+        """Leave the group at once, breaking off what is in flight. May be called again.
+
+        NCCL does not let go of a communicator while a CUDA graph that uses it exists: drop the
+        graphs first. Should one be left, this gives up after some seconds instead of hanging.
+        """
         group, self.group = self.group, None
         if group is not None:
-            if abort:
-                group.abort()
-            else:
-                group.shutdown()
+            aborting = threading.Thread(target=group.abort, daemon=True)
+            aborting.start()
+            aborting.join(ABORT_SECONDS)
