@@ -39,7 +39,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--no-async-scheduling", action="store_true", help="no overlap")
     parser.add_argument("--no-prefix-caching", action="store_true")
-    parser.add_argument("--repeat", type=int, default=1, help="timed runs, a line each")
+    parser.add_argument(
+        "--repeat", type=int, default=1, help="timed runs, a line each; later ones draw new ids"
+    )
     return parser.parse_args()
 
 
@@ -79,7 +81,11 @@ def main() -> None:
 
     llm.generate(["Benchmark: "], SamplingParams())
     total_tokens = sum(params.max_tokens for params in sampling_params)
-    for _ in range(args.repeat):
+    for run in range(args.repeat):
+        if run > 0:  # or the prefix cache would serve the prompts
+            prompt_token_ids = [
+                [randint(0, max_token_id) for _ in prompt] for prompt in prompt_token_ids
+            ]
         start = time.time()
         llm.generate(prompt_token_ids, sampling_params, use_tqdm=False)
         seconds = time.time() - start

@@ -233,4 +233,7 @@ def _read_hf_config(model: str) -> "PretrainedConfig":
     check_supported(raw, path)
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(model)
+    try:
+        return AutoConfig.from_pretrained(model)
+    except Exception as error:  # its validators raise many types
+        raise ArgumentError(f"{path} is refused by transformers: {error}") from error

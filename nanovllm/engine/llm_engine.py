@@ -226,11 +226,15 @@ class LLMEngine:
             while not launched.is_done():
                 self._workers.check()
         alive = self.scheduler.postprocess(launched.seqs, launched.wait())
-        for seq in alive:
+        self._deliver(alive)
+        return sum(launched.num_tokens) if launched.is_prefill else -len(alive)
+
+    def _deliver(self, seqs: list[Sequence]) -> None:
+        """Hand over the completions of those of `seqs` that have ended."""
+        for seq in seqs:
             if seq.is_finished:
                 del self._sequences[seq.seq_id]
                 self._undelivered.append((seq.seq_id, seq.completion_token_ids))
-        return sum(launched.num_tokens) if launched.is_prefill else -len(alive)
 
     def _drop_dead_step(self) -> None:
         """Forget the step in flight if all its sequences have ended: nobody wants its tokens."""
@@ -309,13 +313,17 @@ class LLMEngine:
     def _recover(self, error: BaseException) -> None:
         """After a failed step: queue all requests anew, trust nothing in the cache."""
         self._in_flight = None
-        self.scheduler.restart(list(self._sequences.values()))
+        unfinished = list(self._sequences.values())
+        self.scheduler.restart(unfinished)
+        self._deliver(unfinished)
         if self._workers is not None:
             # The ranks are out of step, whatever happened.
             cause = self._workers.wait_for_death(1.0)
             self._cause_of_death = cause or f"a tensor-parallel step failed: {error!r}"
+            self._workers.is_broken = True
             self.exit()
-            raise EngineDeadError(self._cause_of_death) from error
+            if isinstance(error, Exception):
+                raise EngineDeadError(self._cause_of_death) from error
 
     def _check_alive(self) -> None:
         if not self._finalizer.alive:

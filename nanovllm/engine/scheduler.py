@@ -30,7 +30,10 @@ class Scheduler:
         self.restart([])
 
     def restart(self, seqs: list[Sequence]) -> None:
-        """Start over with an empty cache and `seqs` waiting, after a step that failed half-way."""
+        """Start over with an empty cache and `seqs` waiting, after a step that failed half-way.
+
+        A sequence whose end was committed already is finished instead.
+        """
         config = self.config
         assert config.num_kvcache_blocks is not None
         self.block_manager = BlockManager(
@@ -38,9 +41,12 @@ class Scheduler:
         )
         self.free_rows = deque(range(config.max_num_seqs))
         self.running: deque[Sequence] = deque()
-        self.waiting = deque(seqs)
+        self.waiting: deque[Sequence] = deque()
         for seq in seqs:
             seq.reset()
+            self.waiting.append(seq)
+            if reason := self._reason_to_end(seq):
+                self.finish(seq, reason)
 
     def is_finished(self) -> bool:
         """Whether nothing waits and nothing runs."""
@@ -163,11 +169,19 @@ class Scheduler:
             # All tokens but the newest are computed now; cached before a finish releases them.
             if (seq.num_tokens - 1) % self.block_manager.block_size == 0:
                 self.block_manager.cache_blocks(seq, seq.num_tokens - 1)
-            if not seq.sampling_params.ignore_eos and token_id in self.eos_token_ids:
-                self.finish(seq, "stop")
-            elif seq.num_tokens >= seq.max_length:
-                self.finish(seq, "length")
+            if reason := self._reason_to_end(seq):
+                self.finish(seq, reason)
         return alive
+
+    def _reason_to_end(self, seq: Sequence) -> str | None:
+        """Why `seq` ends with its newest token; None: it goes on."""
+        if (
+            seq.num_completion_tokens > 0
+            and not seq.sampling_params.ignore_eos
+            and seq.token_ids[-1] in self.eos_token_ids
+        ):
+            return "stop"
+        return "length" if seq.num_tokens >= seq.max_length else None
 
     def finish(self, seq: Sequence, reason: str) -> None:
         """End a sequence and release what it holds; also one that is waiting."""

@@ -67,6 +67,7 @@ class WorkerGroup:
         self.num_sent = 0
         self.workers: list[Worker] = []
         self.tp: TensorParallel | None = None
+        self.is_broken = False  # the ranks are out of step, and may wait for each other for ever
         self._death: str | None = None
         self._is_closing = False
         self._lock = threading.Lock()
@@ -144,7 +145,7 @@ class WorkerGroup:
         return self._death
 
     def close(self) -> None:
-        """End the workers, kindly at first, and leave the group. May be called again.
+        """End the workers, kindly unless they are broken, and leave the group. May be called again.
 
         Rank 0's CUDA graphs must be gone by now, see `TensorParallel.abort`.
         """
@@ -155,7 +156,8 @@ class WorkerGroup:
                 worker.pipe.send_bytes(BELL.pack(self.num_sent, EXIT))
             except OSError:
                 pass  # it is dead already
-        deadline = time.monotonic() + (JOIN_SECONDS if self._death is None else 0.0)
+        is_healthy = self._death is None and not self.is_broken
+        deadline = time.monotonic() + (JOIN_SECONDS if is_healthy else 0.0)
         for worker in self.workers:
             worker.process.join(max(0.0, deadline - time.monotonic()))
             if worker.process.is_alive():

@@ -11,25 +11,28 @@ import torch
 import triton
 import triton.language as tl
 
-TILE = 32  # tokens per iteration; lies within one page
+TILE = 64  # tokens per iteration; lies within one page
+SMALL_BATCH_TILE = 32
+SMALL_BATCH = 256  # row-heads (rows times KV heads) up to which the smaller tile wins
 NUM_WARPS = 2
-NUM_STAGES = 4
-MIN_SPLIT_TOKENS = 128  # a split shorter than this costs more to combine than it wins
+NUM_STAGES = 6  # of which Triton gives the block table's load some: two tiles are in flight
+MIN_SPLIT_TOKENS = 64  # for 8 row-heads, see `choose_min_split`
+MAX_MIN_SPLIT_TOKENS = 512
 PROGRAMS_PER_SM = 16  # the grid aims at this many programs per multiprocessor: a few waves
 MAX_SPLITS = 64
-STAGE_BYTES = 16384  # a deeper pipeline only while a stage's keys and values stay within this
+STAGE_BYTES = 32768  # a deeper pipeline only while a stage's keys and values stay within this
 
 
 @triton.jit
-def _split_size(length, num_splits, TILE: tl.constexpr, MIN_SPLIT: tl.constexpr):
-    """Tokens per split: whole tiles, so that only the last live split may be shorter."""
+def _split_size(length, num_splits, min_split, TILE: tl.constexpr):
+    """Tokens per split, at least `min_split`: whole tiles, only the last live one is shorter."""
     tokens = tl.cdiv(tl.cdiv(length, num_splits), TILE) * TILE
-    return tl.maximum(tokens, MIN_SPLIT)
+    return tl.maximum(tokens, min_split)
 
 
 # Tables and lengths may be slices of one packed buffer: no recompilation for their alignment.
 @triton.jit(
-    do_not_specialize=["num_splits", "stride_table"],
+    do_not_specialize=["num_splits", "min_split", "stride_table"],
     do_not_specialize_on_alignment=["block_tables", "context_lens"],
 )
 def _decode_kernel(
@@ -42,6 +45,7 @@ def _decode_kernel(
     context_lens,  # [B] int32
     scale_log2,  # softmax scale * log2(e): the exponentials are powers of two
     num_splits,
+    min_split,
     stride_query,
     stride_head,
     stride_block,
@@ -54,7 +58,6 @@ def _decode_kernel(
     PADDED_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
@@ -64,7 +67,7 @@ def _decode_kernel(
     begin = 0
     end = length
     if SPLIT:
-        size = _split_size(length, num_splits, TILE, MIN_SPLIT)
+        size = _split_size(length, num_splits, min_split, TILE)
         begin = split * size
         end = tl.minimum(begin + size, length)
         if begin >= length:
@@ -114,18 +117,21 @@ def _decode_kernel(
     tl.store(out_pointers, acc.to(out.dtype.element_ty), mask=q_mask)
 
 
-@triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["context_lens"])
+@triton.jit(
+    do_not_specialize=["num_splits", "min_split"],
+    do_not_specialize_on_alignment=["context_lens"],
+)
 def _combine_kernel(
     out,  # [B, Hq, D]
     partial,  # float32 [B, Hq, num_splits, D]
     partial_lse,  # float32 [B, Hq, num_splits]
     context_lens,  # [B] int32
     num_splits,
+    min_split,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     PADDED_SPLITS: tl.constexpr,
     TILE: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
 ):
     """Averages the splits' outputs, weighted by the shares of the softmax's denominator."""
     head = tl.program_id(0)
@@ -136,7 +142,7 @@ def _combine_kernel(
     dim = tl.arange(0, PADDED_DIM)
     in_dim = dim < HEAD_DIM
     # Splits that begin past the context wrote nothing and are not read.
-    live = split < tl.cdiv(length, _split_size(length, num_splits, TILE, MIN_SPLIT))
+    live = split < tl.cdiv(length, _split_size(length, num_splits, min_split, TILE))
     index = out_row * num_splits + split
     lse = tl.load(partial_lse + index, mask=live, other=float("-inf"))
     largest = tl.max(lse, axis=0)
@@ -156,10 +162,17 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def choose_min_split(batch_size: int, num_kv_heads: int) -> int:
+    """Tokens of the shortest split worth its combination: the more rows, the longer."""
+    wanted = MIN_SPLIT_TOKENS * triton.cdiv(batch_size * num_kv_heads, 8)
+    return min(wanted, MAX_MIN_SPLIT_TOKENS)
+
+
 def choose_num_splits(batch_size: int, num_kv_heads: int, capacity: int, num_sms: int) -> int:
     """Splits per row for a table of `capacity` tokens a row: enough programs for a few waves."""
     wanted = PROGRAMS_PER_SM * num_sms // (batch_size * num_kv_heads)
-    return max(1, min(wanted, triton.cdiv(capacity, MIN_SPLIT_TOKENS), MAX_SPLITS))
+    most = triton.cdiv(capacity, choose_min_split(batch_size, num_kv_heads))
+    return max(1, min(wanted, most, MAX_SPLITS))
 
 
 def decode_attention(
@@ -184,8 +197,11 @@ def decode_attention(
     out = torch.empty((batch_size, num_heads, head_dim), dtype=query.dtype, device=query.device)
     if batch_size == 0:
         return out
-    tile = min(tile or TILE, block_size)
-    assert tile >= 16 and block_size % tile == 0 and MIN_SPLIT_TOKENS % tile == 0
+    if tile is None:
+        tile = SMALL_BATCH_TILE if batch_size * num_kv_heads <= SMALL_BATCH else TILE
+    tile = min(tile, block_size)
+    min_split = max(choose_min_split(batch_size, num_kv_heads), tile)
+    assert tile >= 16 and block_size % tile == 0 and min_split % tile == 0
     assert query.stride(2) == 1 and key_cache.stride(3) == 1
     assert key_cache.stride() == value_cache.stride()
     if num_splits is None:
@@ -213,6 +229,7 @@ def decode_attention(
         context_lens,
         scale * 1.4426950408889634,
         num_splits,
+        min_split,
         query.stride(0),
         query.stride(1),
         key_cache.stride(0),
@@ -225,7 +242,6 @@ def decode_attention(
         PADDED_DIM=padded_dim,
         BLOCK_SIZE=block_size,
         TILE=tile,
-        MIN_SPLIT=MIN_SPLIT_TOKENS,
         SPLIT=split,
         num_warps=num_warps or NUM_WARPS,
         num_stages=num_stages,
@@ -237,11 +253,11 @@ def decode_attention(
             partial_lse,
             context_lens,
             num_splits,
+            min_split,
             HEAD_DIM=head_dim,
             PADDED_DIM=padded_dim,
             PADDED_SPLITS=triton.next_power_of_2(num_splits),
             TILE=tile,
-            MIN_SPLIT=MIN_SPLIT_TOKENS,
             num_warps=4,
         )
     return out

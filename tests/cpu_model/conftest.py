@@ -1,0 +1,52 @@
+"""Tiny models and their references by transformers; every engine of this folder runs on the CPU."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from engine_checks import check_varied, random_prompts
+from tiny_models import reference_greedy, save_model
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _one_thread():
+    """The models are too small for more threads, which would only wait for each other."""
+    previous = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(previous)
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory) -> Path:
+    """Tied embeddings, 8 query heads on 4 KV heads, eos_token_id 2."""
+    return save_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@dataclass
+class Workload:
+    """Prompts that share and repeat prefixes, around multiples of the block size 256."""
+
+    prompts: list[list[int]]
+    reference: list[list[int]]
+    max_tokens: int
+
+
+@pytest.fixture(scope="session")
+def workload(tiny_dir) -> Workload:
+    max_tokens = 24
+    shared = random_prompts([600], seed=1)[0]
+    prompts = [
+        *random_prompts((1, 2, 17, 100, 240, 255, 256, 257, 300, 500, 511, 512, 513)),
+        shared[:512],
+        shared[:520],
+        shared,
+        shared,  # equal prompts, in one step where the budget allows
+        [*shared, 5],
+        shared[:256],
+        shared[:512],
+    ]
+    reference = reference_greedy(tiny_dir, prompts, max_tokens)
+    check_varied(reference)
+    return Workload(prompts, reference, max_tokens)

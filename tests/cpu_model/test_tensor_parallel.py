@@ -1,0 +1,213 @@
+"""Several ranks (gloo, on the CPU) give the tokens of transformers, and leave nothing behind."""
+
+import gc
+import multiprocessing
+import os
+import shutil
+
+import pytest
+from engine_checks import (
+    check_nothing_is_held,
+    check_varied,
+    drain,
+    generate,
+    greedy,
+    is_running,
+    random_prompts,
+    shared_memory_files,
+    tiny_engine,
+    wait_until,
+    worker_pids,
+)
+from tiny_models import VOCAB_SIZE, edit_config, reference_greedy, save_model
+
+from nanovllm import ArgumentError, SamplingParams
+
+pytestmark = pytest.mark.slow
+MAX_TOKENS = 16
+SAMPLED = SamplingParams(temperature=0.8, max_tokens=MAX_TOKENS, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """Untied, with biases, 2 KV heads, a vocabulary that no number of ranks divides."""
+    return save_model(
+        tmp_path_factory.mktemp("models") / "tp",
+        seed=3,
+        vocab_size=VOCAB_SIZE + 5,
+        tie_word_embeddings=False,
+        attention_bias=True,
+        num_key_value_heads=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    shared = random_prompts([600], seed=41)[0]
+    own = random_prompts((1, 2, 100, 255, 256, 257, 300, 511, 512, 513), seed=40)
+    # Ids of every rank's part of the vocabulary, the last ones too.
+    ends = list(range(0, VOCAB_SIZE + 5, 7)) + list(range(VOCAB_SIZE - 3, VOCAB_SIZE + 5))
+    return [*own, ends, shared[:512], shared, shared, [*shared, 5]]
+
+
+@pytest.fixture(scope="module")
+def reference(model_dir, prompts):
+    reference = reference_greedy(model_dir, prompts, MAX_TOKENS)
+    check_varied(reference)
+    return reference
+
+
+@pytest.fixture(scope="module")
+def two_ranks(model_dir):
+    with tiny_engine(model_dir, tensor_parallel_size=2) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def two_ranks_short_of_blocks(model_dir, two_ranks):
+    """A second engine beside the first; chunked, and with 7 blocks."""
+    with tiny_engine(
+        model_dir,
+        tensor_parallel_size=2,
+        num_kvcache_blocks=7,
+        watermark=0,
+        enable_chunked_prefill=True,
+        max_num_batched_tokens=200,
+    ) as llm:
+        yield llm
+
+
+def test_greedy_tokens_of_two_ranks(two_ranks, prompts, reference):
+    for _ in range(2):
+        assert generate(two_ranks, prompts, greedy(MAX_TOKENS)) == reference
+        check_nothing_is_held(two_ranks)
+
+
+def test_sampled_tokens_of_two_ranks_are_those_of_one(model_dir, two_ranks, prompts):
+    last_id = two_ranks.add_request([1], greedy(1))
+    drain(two_ranks)
+    with tiny_engine(model_dir) as llm:
+        generate(llm, [[1]] * (last_id + 1), greedy(1))  # the same request numbers from here on
+        expected = generate(llm, prompts, SAMPLED)
+    assert generate(two_ranks, prompts, SAMPLED) == expected
+
+
+def test_preemption_and_chunks_on_two_ranks(two_ranks_short_of_blocks, prompts, reference):
+    llm = two_ranks_short_of_blocks
+    for _ in range(2):
+        assert generate(llm, prompts, greedy(MAX_TOKENS)) == reference
+        check_nothing_is_held(llm)
+    assert llm.scheduler.num_preemptions > 0
+
+
+def test_two_engines_step_in_turn(two_ranks, two_ranks_short_of_blocks, prompts, reference):
+    engines = two_ranks, two_ranks_short_of_blocks
+    ids = [[llm.add_request(prompt, greedy(MAX_TOKENS)) for prompt in prompts] for llm in engines]
+    results = {}, {}
+    while not all(llm.is_finished() for llm in engines):
+        for llm, result in zip(engines, results, strict=True):
+            result.update(llm.step()[0])
+    for engine_ids, result in zip(ids, results, strict=True):
+        assert [result[seq_id] for seq_id in engine_ids] == reference
+
+
+def test_a_step_with_many_long_prompts_that_are_mostly_cached(two_ranks, prompts, reference):
+    """What a step sends to the ranks does not grow with the cached part of the prompts."""
+    generate(two_ranks, [prompts[12]], greedy(1))
+    for _ in range(60):
+        two_ranks.add_request(prompts[12], greedy(4))
+    completions, counts = drain(two_ranks)
+    assert list(completions.values()) == [reference[12][:4]] * 60
+    assert sum(count for count in counts if count > 0) == 60 * 88
+
+
+def test_aborted_requests_do_not_disturb_the_ranks(two_ranks, prompts, reference):
+    class Stopped(Exception):
+        pass
+
+    class Bar:
+        def __init__(self, **kwargs):
+            pass
+
+        def update(self, n):
+            raise Stopped
+
+        def set_postfix(self, values):
+            pass
+
+        def close(self):
+            pass
+
+    for _ in range(3):
+        with pytest.raises(Stopped):
+            params = [greedy(3), *[greedy(MAX_TOKENS)] * (len(prompts) - 1)]
+            two_ranks.generate(prompts, params, use_tqdm=Bar)
+        check_nothing_is_held(two_ranks)
+        assert generate(two_ranks, prompts, greedy(MAX_TOKENS)) == reference
+
+
+def test_four_ranks_on_two_kv_heads(model_dir, prompts, reference):
+    prompts, expected = prompts[5:10], [completion[:6] for completion in reference[5:10]]
+    with tiny_engine(model_dir, tensor_parallel_size=4, num_kvcache_blocks=4, watermark=0) as llm:
+        assert sorted(worker_pids())[-1] == 3
+        assert generate(llm, prompts, greedy(6)) == expected
+        assert llm.scheduler.num_preemptions > 0
+        check_nothing_is_held(llm)
+
+
+@pytest.mark.parametrize("way", ["exit", "drop"])
+def test_nothing_is_left_of_an_engine(model_dir, prompts, reference, way):
+    """Also: blocks of 512 tokens, whose size every rank has to know."""
+    files, children = shared_memory_files(), set(multiprocessing.active_children())
+    descriptors = len(os.listdir("/proc/self/fd"))
+    llm = tiny_engine(model_dir, tensor_parallel_size=2, kvcache_block_size=512)
+    [worker] = set(multiprocessing.active_children()) - children
+    assert is_running(worker.pid)
+    assert generate(llm, prompts, greedy(MAX_TOKENS)) == reference
+    if way == "exit":
+        llm.add_request(prompts[0], greedy(100))
+        llm.step()
+        llm.exit()
+        llm.exit()
+    del llm
+    gc.collect()
+    pid = worker.pid
+    assert not is_running(pid)
+    assert set(multiprocessing.active_children()) == children
+    wait_until(lambda: shared_memory_files() <= files)
+    del worker
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= descriptors + 2
+
+
+@pytest.mark.parametrize(
+    ("size", "changes", "message"),
+    [
+        (3, {}, "num_attention_heads"),
+        (9, {}, "between 1 and 8"),
+        (0, {}, "between 1 and 8"),
+        (8, {"num_attention_heads": 4}, "num_attention_heads"),
+        (3, {"num_attention_heads": 12, "num_key_value_heads": 4}, "num_key_value_heads"),
+        (2, {"intermediate_size": 97}, "intermediate_size"),
+    ],
+)
+def test_a_wrong_number_of_ranks_starts_no_process(
+    model_dir, tmp_path, monkeypatch, size, changes, message
+):
+    def start(*args):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", start)
+    shutil.copytree(model_dir, tmp_path / "m")
+    edit_config(tmp_path / "m", **changes)
+    with pytest.raises(ArgumentError, match=message):
+        tiny_engine(tmp_path / "m", tensor_parallel_size=size)
+
+
+def test_a_model_that_cannot_be_loaded_leaves_no_process(model_dir, tmp_path):
+    shutil.copytree(model_dir, tmp_path / "m")
+    os.remove(tmp_path / "m" / "model.safetensors")
+    children = set(multiprocessing.active_children())
+    with pytest.raises(ArgumentError, match=r"safetensors"):
+        tiny_engine(tmp_path / "m", tensor_parallel_size=2)
+    assert set(multiprocessing.active_children()) == children

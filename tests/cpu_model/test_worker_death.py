@@ -1,0 +1,179 @@
+"""A rank that dies is named within seconds, nothing hangs, and nothing is left behind."""
+
+import os
+import signal
+import threading
+import time
+
+import failing_workers
+import pytest
+from engine_checks import (
+    descendants,
+    generate,
+    greedy,
+    is_running,
+    random_prompts,
+    read_until,
+    shared_memory_files,
+    start_script,
+    tiny_engine,
+    wait_until,
+    worker_pids,
+)
+from tiny_models import reference_greedy
+
+from nanovllm import EngineDeadError
+
+pytestmark = pytest.mark.slow
+PROMPTS = random_prompts((5, 300, 40), seed=50)
+LIMIT_SECONDS = 10
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left():
+    files = shared_memory_files()
+    assert not worker_pids()
+    yield
+    assert not worker_pids()
+    wait_until(lambda: shared_memory_files() <= files)
+
+
+def check_dead(llm, message):
+    """Every later call says the same, at once."""
+    start = time.monotonic()
+    for call in (
+        lambda: llm.generate(PROMPTS, greedy(1)),
+        lambda: llm.add_request(PROMPTS[0], greedy(1)),
+        lambda: llm.step(),
+    ):
+        with pytest.raises(EngineDeadError, match=message):
+            call()
+    llm.exit()
+    assert time.monotonic() - start < 2
+
+
+def check_a_new_engine_works(tiny_dir):
+    with tiny_engine(tiny_dir) as llm:
+        assert generate(llm, PROMPTS, greedy(5)) == reference_greedy(tiny_dir, PROMPTS, 5)
+
+
+def test_a_worker_killed_while_idle(tiny_dir):
+    llm = tiny_engine(tiny_dir, tensor_parallel_size=4)
+    generate(llm, PROMPTS, greedy(3))
+    pids = worker_pids()
+    assert sorted(pids) == [1, 2, 3]
+    os.kill(pids[2], signal.SIGKILL)
+    start = time.monotonic()
+    message = rf"rank 2 \(pid {pids[2]}\) was killed by SIGKILL"
+    with pytest.raises(EngineDeadError, match=message):
+        llm.generate(PROMPTS, greedy(30))
+    assert time.monotonic() - start < LIMIT_SECONDS
+    wait_until(lambda: not any(map(is_running, pids.values())))
+    check_dead(llm, message)
+    check_a_new_engine_works(tiny_dir)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_worker_killed_while_generating(tiny_dir, overlap):
+    llm = tiny_engine(
+        tiny_dir, tensor_parallel_size=2, max_model_len=2048, async_scheduling=overlap
+    )
+    generate(llm, PROMPTS, greedy(3))
+    [pid] = worker_pids().values()
+    killed_at = []
+
+    def kill():
+        killed_at.append(time.monotonic())
+        os.kill(pid, signal.SIGKILL)
+
+    threading.Timer(0.7, kill).start()
+    message = rf"rank 1 \(pid {pid}\) was killed by SIGKILL"
+    with pytest.raises(EngineDeadError, match=message):
+        while True:
+            llm.generate(PROMPTS, greedy(1500), use_tqdm=False)
+    assert time.monotonic() - killed_at[0] < LIMIT_SECONDS
+    assert not is_running(pid)
+    check_dead(llm, message)
+
+
+@pytest.mark.parametrize(
+    ("entry_point", "message"),
+    [
+        ("raise_in_start_up", r"(?s)rank 1 .*ValueError: injected in the start of rank 1"),
+        ("exit_in_start_up", r"rank 1 .* exited with code 7"),
+    ],
+)
+def test_a_worker_that_fails_in_its_start(tiny_dir, monkeypatch, entry_point, message):
+    monkeypatch.setattr(
+        "nanovllm.engine.workers._worker_main", getattr(failing_workers, entry_point)
+    )
+    start = time.monotonic()
+    with pytest.raises(EngineDeadError, match=message):
+        tiny_engine(tiny_dir, tensor_parallel_size=2)
+    assert time.monotonic() - start < 30  # the start of a process is slow
+
+
+@pytest.mark.parametrize(
+    ("entry_point", "message"),
+    [
+        ("raise_in_step", r"(?s)rank 1 .*ValueError: injected in a step of rank 1"),
+        ("exit_in_step", r"rank 1 .* exited with code 7"),
+    ],
+)
+def test_a_worker_that_fails_in_a_step(tiny_dir, monkeypatch, entry_point, message):
+    monkeypatch.setattr(
+        "nanovllm.engine.workers._worker_main", getattr(failing_workers, entry_point)
+    )
+    llm = tiny_engine(tiny_dir, tensor_parallel_size=2)
+    start = time.monotonic()
+    with pytest.raises(EngineDeadError, match=message):
+        llm.generate(PROMPTS, greedy(30))
+    assert time.monotonic() - start < LIMIT_SECONDS
+    check_dead(llm, message)
+
+
+def test_a_step_that_fails_on_rank_0_ends_the_workers(tiny_dir, monkeypatch):
+    llm = tiny_engine(tiny_dir, tensor_parallel_size=2)
+    [pid] = worker_pids().values()
+    generate(llm, PROMPTS, greedy(3))
+
+    def execute(plan):
+        raise ValueError("injected in rank 0")
+
+    monkeypatch.setattr(llm.model_runner, "execute", execute)
+    start = time.monotonic()
+    with pytest.raises(EngineDeadError, match="injected in rank 0") as raised:
+        llm.generate(PROMPTS, greedy(3))
+    assert isinstance(raised.value.__cause__, ValueError)
+    assert time.monotonic() - start < LIMIT_SECONDS
+    wait_until(lambda: not is_running(pid))
+    check_dead(llm, "injected in rank 0")
+
+
+SCRIPT = """
+import sys, time
+from engine_checks import greedy, tiny_engine
+
+if __name__ == "__main__":
+    llm = tiny_engine(sys.argv[1], tensor_parallel_size=2, max_model_len=2048)
+    llm.generate([[1, 2, 3]], greedy(3), use_tqdm=False)
+    print("ready", flush=True)
+    while True:
+        if sys.argv[2] == "idle":
+            time.sleep(1)
+        else:
+            llm.generate([[1, 2, 3]], greedy(1000), use_tqdm=False)
+"""
+
+
+@pytest.mark.parametrize("state", ["idle", "generating"])
+def test_workers_do_not_outlive_a_killed_rank_0(tiny_dir, tmp_path, state):
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    with start_script(path, str(tiny_dir), state) as process:
+        read_until(process, "ready")
+        time.sleep(0.3)
+        pids = descendants(process.pid)
+        assert pids
+        process.kill()
+        wait_until(lambda: not any(map(is_running, pids)), LIMIT_SECONDS)
