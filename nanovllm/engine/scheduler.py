@@ -126,6 +126,9 @@ class Scheduler:
             self.block_manager.may_append(seq)
             self._advance(seq, 1)
             scheduled.append(seq)
+        # Longest first: the attention kernel starts its programs in this order, and the short ones
+        # then fill the tail. All grow alike, so the order changes only with the batch.
+        scheduled.sort(key=len, reverse=True)
         return scheduled
 
     def _advance(self, seq: Sequence, num_tokens: int) -> None:
