@@ -8,12 +8,17 @@ import torch
 import triton
 import triton.language as tl
 
+from nanovllm.kernels.triton_launch import await_previous, overlap_options
+
 BLOCK = 1024
 NUM_WARPS = 4
 
 
 @triton.jit
-def _silu_and_mul_kernel(out, gate_up, stride_gate_up, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_and_mul_kernel(
+    out, gate_up, stride_gate_up, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
+    await_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < WIDTH
@@ -34,6 +39,12 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
         return out
     assert gate_up.stride(1) == 1
     _silu_and_mul_kernel[(num_rows, triton.cdiv(width, BLOCK))](
-        out, gate_up, gate_up.stride(0), WIDTH=width, BLOCK=BLOCK, num_warps=NUM_WARPS
+        out,
+        gate_up,
+        gate_up.stride(0),
+        WIDTH=width,
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+        **overlap_options(gate_up.device),
     )
     return out

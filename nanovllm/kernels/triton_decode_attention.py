@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nanovllm.kernels.triton_launch import await_previous, overlap_options
+
 TILE = 64  # tokens per iteration; lies within one page
 SMALL_BATCH_TILE = 32
 SMALL_BATCH = 256  # row-heads (rows times KV heads) up to which the smaller tile wins
@@ -59,7 +61,9 @@ def _decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     SPLIT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    await_previous(OVERLAP)
     kv_head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -132,8 +136,10 @@ def _combine_kernel(
     PADDED_DIM: tl.constexpr,
     PADDED_SPLITS: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Averages the splits' outputs, weighted by the shares of the softmax's denominator."""
+    await_previous(OVERLAP)
     head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     length = tl.load(context_lens + row)
@@ -245,6 +251,7 @@ def decode_attention(
         SPLIT=split,
         num_warps=num_warps or NUM_WARPS,
         num_stages=num_stages,
+        **overlap_options(query.device),
     )
     if split:
         _combine_kernel[(num_heads, batch_size)](
@@ -259,5 +266,6 @@ def decode_attention(
             PADDED_SPLITS=triton.next_power_of_2(num_splits),
             TILE=tile,
             num_warps=4,
+            **overlap_options(query.device),
         )
     return out

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nanovllm.kernels.triton_launch import await_previous, overlap_options
+
 ELEMENTS_PER_PROGRAM = 1024  # short rows share a program until it has this many elements
 ELEMENTS_PER_WARP = 256  # 8 elements a thread: one 16-byte access in half precision
 
@@ -26,7 +28,9 @@ def _rms_norm_kernel(
     PADDED_WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     ADD: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    await_previous(OVERLAP)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     row = row.to(tl.int64)
     column = tl.arange(0, PADDED_WIDTH)[None, :]
@@ -70,6 +74,7 @@ def _launch(
         ROWS=rows,
         ADD=residual is not None,
         num_warps=min(16, max(1, rows * padded_width // ELEMENTS_PER_WARP)),
+        **overlap_options(x.device),
     )
     return out
 

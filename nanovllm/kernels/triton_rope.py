@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nanovllm.kernels.triton_launch import await_previous, overlap_options
+
 HEADS_PER_PROGRAM = 8
 NUM_WARPS = 4
 
@@ -33,7 +35,9 @@ def _qk_norm_rope_store_kernel(
     HEAD_DIM: tl.constexpr,
     PADDED_HALF: tl.constexpr,
     HEADS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    await_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]  # [HEADS, 1]
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -132,5 +136,6 @@ def qk_norm_rope_store(
         PADDED_HALF=triton.next_power_of_2(head_dim // 2),
         HEADS=HEADS_PER_PROGRAM,
         num_warps=NUM_WARPS,
+        **overlap_options(qkv.device),
     )
     return query

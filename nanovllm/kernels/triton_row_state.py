@@ -10,6 +10,7 @@ import triton.language as tl
 
 from nanovllm.kernels import row_state
 from nanovllm.kernels.ops import DecodeInputs
+from nanovllm.kernels.triton_launch import await_previous, overlap_options
 
 BLOCK = 256  # block-table entries copied, or rows written back, by one program
 
@@ -36,7 +37,9 @@ def _gather_kernel(
     WIDTH: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    await_previous(OVERLAP)
     i = tl.program_id(0)
     state = row_table + tl.load(rows + i).to(tl.int64) * stride_table
     entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -87,6 +90,7 @@ def gather_decode_inputs(
             BLOCK_SIZE=block_size,
             BLOCK=BLOCK,
             num_warps=1,
+            **overlap_options(row_table.device),
         )
     return inputs
 
@@ -104,7 +108,9 @@ def _write_back_kernel(
     padding_row,
     stride_table,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    await_previous(OVERLAP)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     in_batch = i < batch_size
     row = tl.load(rows + i, mask=in_batch, other=0)
@@ -130,4 +136,5 @@ def write_back(
             row_table.stride(0),
             BLOCK=BLOCK,
             num_warps=4,
+            **overlap_options(row_table.device),
         )

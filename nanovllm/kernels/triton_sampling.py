@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nanovllm.kernels.triton_launch import await_previous, overlap_options
+
 CHUNK = 2048  # logits per program of stage 1
 NUM_WARPS = 4
 
@@ -39,7 +41,9 @@ def _chunk_winner_kernel(
     first_token_id,
     num_valid,  # columns from here on are padding and never win
     CHUNK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    await_previous(OVERLAP)
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     column = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -77,7 +81,9 @@ def _row_winner_kernel(
     vocab_size,
     num_chunks,
     PADDED_CHUNKS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    await_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.arange(0, PADDED_CHUNKS)
     pointers = chunk_scores + row * num_chunks + chunk
@@ -119,6 +125,7 @@ def sample(
         max(0, min(width, vocab_size - first_token_id)),
         CHUNK=CHUNK,
         num_warps=NUM_WARPS,
+        **overlap_options(logits.device),
     )
     _row_winner_kernel[(batch_size,)](
         scores,
@@ -130,5 +137,6 @@ def sample(
         num_chunks,
         PADDED_CHUNKS=triton.next_power_of_2(num_chunks),
         num_warps=1,
+        **overlap_options(logits.device),
     )
     return scores, token_ids
