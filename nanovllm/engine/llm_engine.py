@@ -304,10 +304,10 @@ class LLMEngine:
 
     def _abort(self, seqs: list[Sequence]) -> None:
         """End those of `seqs` that are queued and not finished."""
-        for seq in seqs:
-            if self._sequences.get(seq.seq_id) is seq:
-                del self._sequences[seq.seq_id]
-                self.scheduler.finish(seq, "abort")
+        queued = [seq for seq in seqs if self._sequences.get(seq.seq_id) is seq]
+        for seq in queued:
+            del self._sequences[seq.seq_id]
+        self.scheduler.abort(queued)
         self._drop_dead_step()
 
     def _recover(self, error: BaseException) -> None:

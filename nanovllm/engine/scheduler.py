@@ -44,9 +44,10 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         for seq in seqs:
             seq.reset()
-            self.waiting.append(seq)
             if reason := self._reason_to_end(seq):
                 self.finish(seq, reason)
+            else:
+                self.waiting.append(seq)
 
     def is_finished(self) -> bool:
         """Whether nothing waits and nothing runs."""
@@ -186,13 +187,17 @@ class Scheduler:
             return "stop"
         return "length" if seq.num_tokens >= seq.max_length else None
 
+    def abort(self, seqs: list[Sequence]) -> None:
+        """End sequences that run or wait, in one pass over the queue however many they are."""
+        for seq in seqs:
+            self.finish(seq, "abort")
+        self.waiting = deque(seq for seq in self.waiting if not seq.is_finished)
+
     def finish(self, seq: Sequence, reason: str) -> None:
-        """End a sequence and release what it holds; also one that is waiting."""
+        """End a sequence and release what it holds; one that waits is left in the queue."""
         if seq.status is SequenceStatus.RUNNING:
             self.running.remove(seq)
             self._release(seq)
-        elif seq.status is SequenceStatus.WAITING:
-            self.waiting.remove(seq)
         seq.status = SequenceStatus.FINISHED
         seq.finish_reason = reason
 

@@ -272,7 +272,7 @@ class FakeEngine:
         return current
 
     def abort(self, seq: Sequence) -> None:
-        self.scheduler.finish(seq, "abort")
+        self.scheduler.abort([seq])
         self._drop_dead_step()
         check_invariants(self.scheduler)
 

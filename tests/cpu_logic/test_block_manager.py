@@ -278,7 +278,7 @@ def test_twin_blocks_are_forgotten_one_by_one(reused):
     [block_ids] = manager.hash_to_block_ids.values()
     assert sorted(block_ids) == sorted(seq.block_table[0] for seq in twins)
     survivor = twins[1 - reused]
-    scheduler.finish(twins[reused], "abort")
+    scheduler.abort([twins[reused]])
     # Takes the free blocks, the freed twin among them.
     scheduler.add(make_seq([4] * 30, seq_id=2))
     step(scheduler)

@@ -1,6 +1,7 @@
 """What the scheduler puts in each step, how sequences end, and what preemption does."""
 
 import random
+import time
 
 import pytest
 from scheduling_helpers import (
@@ -218,7 +219,7 @@ def test_aborted_sequences_release_everything_at_once(num_steps):
     for _ in range(num_steps):
         step(scheduler)
     for i, seq in enumerate(sequences):
-        scheduler.finish(seq, "abort")
+        scheduler.abort([seq])
         check_invariants(scheduler)
         assert len(scheduler.running) + len(scheduler.waiting) == 9 - i
         assert (seq.is_finished, seq.finish_reason) == (True, "abort")
@@ -226,11 +227,22 @@ def test_aborted_sequences_release_everything_at_once(num_steps):
     check_all_released(scheduler)
 
 
+def test_aborting_a_long_queue_takes_one_pass():
+    scheduler = make_scheduler(max_num_seqs=4)
+    seqs = add_prompts(scheduler, [5] * 50_000)
+    scheduler.schedule()
+    start = time.perf_counter()
+    scheduler.abort(seqs[:-1])
+    assert time.perf_counter() - start < 2.0
+    assert list(scheduler.waiting) == seqs[-1:]
+    assert not scheduler.running
+
+
 def test_sequence_aborted_between_two_chunks_makes_room_for_the_next():
     scheduler = make_scheduler(max_num_batched_tokens=32, enable_chunked_prefill=True)
     first, second = add_prompts(scheduler, [100, 20], max_tokens=1)
     assert step(scheduler) == ([first], 32)
-    scheduler.finish(first, "abort")
+    scheduler.abort([first])
     assert step(scheduler) == ([second], 20)
     check_all_released(scheduler)
 
@@ -497,7 +509,7 @@ def test_sequence_aborted_in_flight_is_dropped_when_its_step_is_committed():
     scheduler = make_scheduler()
     first, second = add_prompts(scheduler, [5, 5], max_tokens=10)
     prefill, _ = launch(scheduler, in_flight=False)
-    scheduler.finish(first, "abort")
+    scheduler.abort([first])
     assert scheduler.postprocess(prefill, [7, 7]) == [second]
     assert first.completion_token_ids == []
     assert first.finish_reason == "abort"
