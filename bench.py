@@ -12,6 +12,7 @@ from nanovllm import LLM, SamplingParams
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -46,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Draw the requests, warm up, time `generate`, print the line."""
     args = parse_arguments()
     llm = LLM(
         args.model,

@@ -14,6 +14,7 @@ SHIPPED = str(Path(nanovllm.__file__).parent / "assets" / "austen-7m")
 
 
 def main() -> None:
+    """Complete the prompts and print them with their completions."""
     path = QWEN3 if os.path.isdir(QWEN3) else SHIPPED
     print(f"Model: {path}", file=sys.stderr)
     tokenizer = AutoTokenizer.from_pretrained(path)

@@ -1,0 +1,1 @@
+"""Requests to tokens: queues, blocks, steps, ranks."""

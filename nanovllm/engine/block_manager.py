@@ -57,6 +57,7 @@ class BlockManager:
 
     @property
     def num_free_blocks(self) -> int:
+        """Blocks that nobody holds, cached ones included."""
         return len(self.free_block_ids)
 
     @staticmethod
@@ -147,6 +148,7 @@ class BlockManager:
             seq.num_hashed_blocks = index + 1
 
     def num_blocks_for(self, num_tokens: int) -> int:
+        """Blocks that `num_tokens` tokens take."""
         return -(-num_tokens // self.block_size)
 
     def _block_tokens(self, seq: Sequence, index: int) -> list[int]:

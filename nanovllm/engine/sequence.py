@@ -69,22 +69,27 @@ class Sequence:
 
     @property
     def is_finished(self) -> bool:
+        """Whether it has ended, for whatever reason."""
         return self.status is SequenceStatus.FINISHED
 
     @property
     def num_tokens(self) -> int:
+        """Confirmed tokens, prompt and completion."""
         return len(self.token_ids)
 
     @property
     def num_completion_tokens(self) -> int:
+        """Confirmed tokens after the prompt."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def prompt_token_ids(self) -> list[int]:
+        """The prompt's ids, a new list."""
         return self.token_ids[: self.num_prompt_tokens]
 
     @property
     def completion_token_ids(self) -> list[int]:
+        """The ids generated so far, a new list."""
         return self.token_ids[self.num_prompt_tokens :]
 
     @property

@@ -1,0 +1,1 @@
+"""The backends' operations; imports nothing else of the library."""

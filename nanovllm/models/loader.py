@@ -66,12 +66,15 @@ class SafetensorsCheckpoint:
         return found
 
     def names(self) -> set[str]:
+        """See `Checkpoint`."""
         return set(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """See `Checkpoint`."""
         return tuple(self._slice(name).get_shape())
 
     def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
+        """See `Checkpoint`."""
         return self._slice(name)[index]
 
     def _slice(self, name: str):
@@ -92,12 +95,15 @@ class DummyCheckpoint:
         self.device = device
 
     def names(self) -> set[str]:
+        """See `Checkpoint`."""
         return set(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """See `Checkpoint`."""
         return self._shapes[name]
 
     def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
+        """See `Checkpoint`."""
         shape = self._shapes[name]
         if len(shape) == 1:
             value = 0.0 if name.endswith("bias") else 1.0
