@@ -74,7 +74,8 @@ class Config:
                 raise TypeError(_unknown_keyword(name, known))
             target = ALIASES.get(name, name)
             if target in arguments:
-                raise TypeError(f"LLM() got {target!r} twice: {name!r} is another name for it")
+                alias = next(a for a, t in ALIASES.items() if t == target)
+                raise TypeError(f"LLM() got {target!r} twice: {alias!r} is another name for it")
             arguments[target] = value
         return cls(model, **arguments)
 
@@ -99,10 +100,12 @@ class Config:
             raise ArgumentError(
                 f"kvcache_block_size must be a multiple of 256, got {self.kvcache_block_size}"
             )
-        for name in ("max_num_batched_tokens", "max_model_len", "kv_cache_memory_bytes"):
+        # A sequence is a prompt of one token and a completion of one at least.
+        minima = {"max_num_batched_tokens": 1, "max_model_len": 2, "kv_cache_memory_bytes": 1}
+        for name, minimum in minima.items():
             value = getattr(self, name)
             if value is not None:
-                setattr(self, name, check_integer(name, value, minimum=1))
+                setattr(self, name, check_integer(name, value, minimum))
         if self.num_kvcache_blocks == -1:  # nano-vLLM's "let the engine decide"
             self.num_kvcache_blocks = None
         if self.num_kvcache_blocks is not None:
@@ -152,6 +155,8 @@ class Config:
 
     def _check_tensor_parallel(self) -> None:
         size, hf_config = self.tensor_parallel_size, self.hf_config
+        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+            check_integer(f"the model's {name}", getattr(hf_config, name), minimum=1)
         num_kv_heads = hf_config.num_key_value_heads
         if hf_config.num_attention_heads % num_kv_heads != 0:
             raise ArgumentError(

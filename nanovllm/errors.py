@@ -9,7 +9,8 @@ class ArgumentError(ValueError, AssertionError):
     """A wrong argument: the message names the value and the limit.
 
     Both a ValueError (what vLLM raises) and an AssertionError (what nano-vLLM raises), so that code
-    written for either catches it. Raised before any work is queued and before the GPU is touched.
+    written for either catches it. Raised before any work is queued, and before the GPU is touched
+    wherever the arguments alone show the mistake.
     """
 
 

@@ -1,11 +1,11 @@
 """How one request is sampled and when it stops."""
 
-import math
 from dataclasses import dataclass
 
 from nanovllm.errors import check_bool, check_integer, check_number
 
 GREEDY_TEMPERATURE = 1e-5  # below this a request is greedy, as in vLLM
+MAX_FLOAT32 = 3.4028234663852886e38  # beyond it a float32, as the device keeps it, is infinite
 
 
 @dataclass
@@ -28,7 +28,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self.temperature = check_number(
-            "temperature", self.temperature, "finite and >= 0", lambda t: 0 <= t < math.inf
+            "temperature", self.temperature, "finite and >= 0", lambda t: 0 <= t <= MAX_FLOAT32
         )
         if self.temperature < GREEDY_TEMPERATURE:
             self.temperature = 0.0

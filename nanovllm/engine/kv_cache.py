@@ -38,7 +38,14 @@ def allocate(config: Config, tp_size: int, num_blocks: int, device: torch.device
     """
     new = torch.zeros if device.type == "cuda" else torch.empty
     shape = cache_shape(config, tp_size, num_blocks)
-    return new(shape, dtype=config.resolve_dtype(), device=device)
+    try:
+        return new(shape, dtype=config.resolve_dtype(), device=device)
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        raise ArgumentError(
+            f"no memory for {num_blocks} KV blocks of "
+            f"{block_bytes(config, tp_size) / 2**20:.1f} MiB; lower num_kvcache_blocks or "
+            "kv_cache_memory_bytes"
+        ) from error
 
 
 def decide_num_blocks(config: Config, tp_size: int, gpu_bytes: int | None) -> int:

@@ -1,13 +1,17 @@
 """The engine: takes requests, steps the scheduler and the model in turn, returns completions."""
 
 import hashlib
+import json
+import os
 import weakref
 from collections.abc import Callable
+from time import perf_counter
 from typing import Any
 
 import torch
 
 from nanovllm.config import Config
+from nanovllm.engine import kv_cache
 from nanovllm.engine.interrupts import DeferredInterrupt
 from nanovllm.engine.model_runner import LaunchedStep, ModelRunner, choose_ops
 from nanovllm.engine.progress import ProgressBar
@@ -52,8 +56,11 @@ class LLMEngine:
         seed: keys the sampling of every request, with the request's number. Default 0.
         load_format: "auto", or "dummy" for random weights (config and tokenizer are still read).
 
+    An engine has no lock: use it from one thread at a time.
+
     Raises:
-        ArgumentError: a value is wrong; before any process is started or GPU memory taken.
+        ArgumentError: a value is wrong; before any process is started or GPU memory taken, except
+            what only loading can show (weights that do not fit, no memory left for the cache).
         TypeError: an unknown keyword.
         EngineDeadError: a tensor-parallel worker died during start-up.
     """
@@ -61,11 +68,12 @@ class LLMEngine:
     def __init__(self, model: str, **kwargs: Any) -> None:
         config = Config.from_kwargs(model, kwargs)
         device = config.resolve_device()
-        from transformers import AutoTokenizer
-
         self.config = config
-        choose_ops(config, device)  # a backend that cannot run is refused before anything starts
-        self.tokenizer = AutoTokenizer.from_pretrained(config.model)
+        # What cannot run is refused before anything is started.
+        choose_ops(config, device)
+        if config.kv_cache_memory_bytes is not None:
+            kv_cache.decide_num_blocks(config, config.tensor_parallel_size, None)
+        self.tokenizer = _load_tokenizer(config.model)
         config.eos_token_ids = _eos_token_ids(config, self.tokenizer)
         self._workers = None
         if config.tensor_parallel_size > 1:
@@ -76,6 +84,8 @@ class LLMEngine:
         self._in_flight: LaunchedStep | None = None
         self._sequences: dict[int, Sequence] = {}  # unfinished requests
         self._undelivered: list[tuple[int, list[int]]] = []  # finished, for `step` to return
+        self._generating: set[int] = set()  # unfinished requests of the `generate` that runs
+        self._step_seconds = 0.0  # spent on launching the last committed step and waiting for it
         self._next_seq_id = 0
         self._cause_of_death = "the engine was ended by exit()"
         # Not bound to self, so that dropping the engine releases everything.
@@ -222,19 +232,25 @@ class LLMEngine:
 
     def _commit(self, launched: LaunchedStep) -> int:
         """Wait for a step's tokens and settle its sequences; its number of tokens as in `step`."""
+        start = perf_counter()
         if self._workers is not None:
             while not launched.is_done():
                 self._workers.check()
-        alive = self.scheduler.postprocess(launched.seqs, launched.wait())
+        token_ids = launched.wait()
+        self._step_seconds = launched.seconds + perf_counter() - start
+        alive = self.scheduler.postprocess(launched.seqs, token_ids)
         self._deliver(alive)
         return sum(launched.num_tokens) if launched.is_prefill else -len(alive)
 
     def _deliver(self, seqs: list[Sequence]) -> None:
-        """Hand over the completions of those of `seqs` that have ended."""
+        """Keep the completions of those of `seqs` that have ended for `step`, or for `generate`."""
         for seq in seqs:
             if seq.is_finished:
                 del self._sequences[seq.seq_id]
-                self._undelivered.append((seq.seq_id, seq.completion_token_ids))
+                if seq.seq_id in self._generating:
+                    self._generating.remove(seq.seq_id)
+                else:
+                    self._undelivered.append((seq.seq_id, seq.completion_token_ids))
 
     def _drop_dead_step(self) -> None:
         """Forget the step in flight if all its sequences have ended: nobody wants its tokens."""
@@ -242,20 +258,15 @@ class LLMEngine:
             self._in_flight = None
 
     def _drain(self, own_ids: set[int], bar: ProgressBar) -> None:
-        """Step until all of `own_ids` have finished; leaves only others' results undelivered."""
-        others, self._undelivered = self._undelivered, []
-        num_left = len(own_ids)
+        """Step until all of `own_ids` have finished; `step` will return what else finished."""
+        self._generating = own_ids
         try:
-            while num_left:
+            while own_ids:
+                num_left = len(own_ids)
                 num_tokens = self._advance()
-                finished, self._undelivered = self._undelivered, []
-                others += [output for output in finished if output[0] not in own_ids]
-                num_own = sum(seq_id in own_ids for seq_id, _ in finished)
-                num_left -= num_own
-                bar.update(num_own, num_tokens)
+                bar.update(num_left - len(own_ids), num_tokens, self._step_seconds)
         finally:
-            others += [output for output in self._undelivered if output[0] not in own_ids]
-            self._undelivered = others
+            self._generating = set()
 
     # ---- errors and the end -------------------------------------------------------------------
 
@@ -264,6 +275,7 @@ class LLMEngine:
         self._finalizer()
         self._abort(list(self._sequences.values()))
         self._in_flight = None
+        self._undelivered.clear()
 
     def __enter__(self) -> "LLMEngine":
         return self
@@ -330,17 +342,32 @@ class LLMEngine:
             raise EngineDeadError(self._cause_of_death)
 
 
+def _load_tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # of many types
+        raise ArgumentError(f"cannot load the tokenizer of {model!r}: {error}") from error
+    if len(tokenizer) <= 1:  # transformers makes up an empty one where the files are missing
+        raise ArgumentError(f"model directory {model!r} holds no tokenizer")
+    return tokenizer
+
+
 def _eos_token_ids(config: Config, tokenizer: Any) -> frozenset[int]:
     """Ids that end a completion: the tokenizer's, and all in generation_config.json."""
-    from transformers import GenerationConfig
-
-    ids = {tokenizer.eos_token_id}
-    try:
-        listed = GenerationConfig.from_pretrained(config.model).eos_token_id
-    except OSError:
-        listed = None  # no generation_config.json
-    ids.update(listed if isinstance(listed, list) else [listed])
-    return frozenset(i for i in ids if i is not None)
+    ids = [tokenizer.eos_token_id]
+    path = os.path.join(config.model, "generation_config.json")
+    if os.path.isfile(path):
+        try:
+            with open(path, encoding="utf-8") as file:
+                listed = json.load(file).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise ArgumentError(f"cannot read {path}: {error}") from error
+        ids += listed if isinstance(listed, list) else [listed]
+    if not all(token_id is None or type(token_id) is int for token_id in ids):
+        raise ArgumentError(f"{path}: eos_token_id must be integers, got {ids[1:]!r}")
+    return frozenset(token_id for token_id in ids if token_id is not None)
 
 
 def _request_seed(engine_seed: int, seq_id: int) -> int:

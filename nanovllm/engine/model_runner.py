@@ -6,6 +6,7 @@
 import gc
 from collections.abc import Callable
 from contextlib import nullcontext
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -45,7 +46,12 @@ class LaunchedStep:
     """A step on its way: its sequences and the tokens that it samples."""
 
     def __init__(
-        self, seqs: list[Sequence], is_prefill: bool, samples: list[bool], download: Download | None
+        self,
+        seqs: list[Sequence],
+        is_prefill: bool,
+        samples: list[bool],
+        download: Download | None,
+        seconds: float,
     ) -> None:
         self.seqs = seqs
         self.is_prefill = is_prefill
@@ -53,6 +59,7 @@ class LaunchedStep:
         self.num_tokens = [seq.num_scheduled_tokens for seq in seqs]
         self.samples = samples
         self.download = download
+        self.seconds = seconds  # spent on the launch; on the CPU that is the whole computation
 
     def is_done(self) -> bool:
         """Whether `wait` would return at once."""
@@ -119,6 +126,7 @@ class ModelRunner:
 
     def launch(self, seqs: list[Sequence], is_prefill: bool) -> LaunchedStep:
         """Start one step on every rank; does not wait for the device."""
+        start = perf_counter()
         plan = self.plan_builder.build(seqs, is_prefill)
         samples = [seq.is_prefilled for seq in seqs]
         if self.workers is not None:
@@ -126,7 +134,7 @@ class ModelRunner:
         token_ids = self.execute(plan)
         with self._on_device():
             download = self.downloads.download(token_ids) if any(samples) else None
-        return LaunchedStep(seqs, is_prefill, samples, download)
+        return LaunchedStep(seqs, is_prefill, samples, download, perf_counter() - start)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> torch.Tensor:

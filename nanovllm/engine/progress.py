@@ -23,7 +23,7 @@ class ProgressBar:
             factory = use_tqdm if callable(use_tqdm) else tqdm
             self.bar = factory(total=total, desc="Generating", dynamic_ncols=True)
         self.rates = {"Prefill": 0, "Decode": 0}
-        self.last_step = self.last_redraw = perf_counter()
+        self.last_redraw = perf_counter()
 
     def __enter__(self) -> "ProgressBar":
         return self
@@ -33,17 +33,16 @@ class ProgressBar:
             self._show_rates()
             self.bar.close()
 
-    def update(self, num_finished: int, num_tokens: int) -> None:
-        """Count a step: requests finished in it, and its `num_tokens` as `step` returns it."""
+    def update(self, num_finished: int, num_tokens: int, seconds: float) -> None:
+        """Count a step: requests finished, `num_tokens` as `step` returns it, and its time."""
         if self.bar is None:
             return
-        now = perf_counter()
-        seconds, self.last_step = max(now - self.last_step, 1e-9), now
         if num_tokens:
             kind = "Prefill" if num_tokens > 0 else "Decode"
-            self.rates[kind] = int(abs(num_tokens) / seconds)
+            self.rates[kind] = int(abs(num_tokens) / max(seconds, 1e-9))
         if num_finished:
             self.bar.update(num_finished)
+        now = perf_counter()
         if now - self.last_redraw > REDRAW_SECONDS:
             self.last_redraw = now
             self._show_rates()

@@ -12,6 +12,8 @@ from nanovllm.sampling_params import SamplingParams
 def as_prompt_list(prompts: Any) -> list[Any]:
     """The prompts as a list; a bare string, dict or list of token ids is one prompt."""
     _refuse_bytes(prompts)
+    if hasattr(prompts, "tolist"):  # an array or a tensor
+        prompts = prompts.tolist()
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
     try:
@@ -56,7 +58,14 @@ def encode_prompt(prompt: Any, tokenizer: Any, vocab_size: int) -> list[int]:
     """
     if isinstance(prompt, Mapping):
         prompt = _from_dict(prompt)
-    token_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else _as_token_ids(prompt)
+    if isinstance(prompt, str):
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ArgumentError(f"prompt is not valid Unicode: {error}") from None
+        token_ids = tokenizer.encode(prompt)
+    else:
+        token_ids = _as_token_ids(prompt)
     if not token_ids:
         raise ArgumentError("Prompt cannot be empty")
     if min(token_ids) < 0 or max(token_ids) >= vocab_size:
@@ -83,6 +92,8 @@ def _refuse_bytes(prompt: Any) -> None:
 
 def _as_token_ids(prompt: Any) -> list[int]:
     _refuse_bytes(prompt)
+    if hasattr(prompt, "tolist"):
+        prompt = prompt.tolist()
     try:
         token_ids = list(prompt)
     except TypeError:

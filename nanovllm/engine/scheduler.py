@@ -21,7 +21,8 @@ class Scheduler:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.max_num_seqs = config.max_num_seqs
+        # A decode step computes one token of each running sequence.
+        self.max_num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
         self.max_num_batched_tokens = config.max_num_batched_tokens
         self.enable_chunked_prefill = config.enable_chunked_prefill
         self.watermark = config.watermark
@@ -39,7 +40,7 @@ class Scheduler:
         self.block_manager = BlockManager(
             config.num_kvcache_blocks, config.kvcache_block_size, config.enable_prefix_caching
         )
-        self.free_rows = deque(range(config.max_num_seqs))
+        self.free_rows = deque(range(self.max_num_seqs))
         self.running: deque[Sequence] = deque()
         self.waiting: deque[Sequence] = deque()
         for seq in seqs:

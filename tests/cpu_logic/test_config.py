@@ -185,8 +185,8 @@ def test_no_known_keyword_is_listed_as_vllm_only():
         ({"max_num_seqs": -3}, "max_num_seqs must be >= 1, got -3"),
         ({"max_num_seqs": 1.5}, "max_num_seqs must be an integer >= 1, got 1.5"),
         ({"max_num_seqs": None}, "max_num_seqs must be an integer >= 1, got None"),
-        ({"max_model_len": 0}, "max_model_len must be >= 1, got 0"),
-        ({"max_model_len": "4096"}, "max_model_len must be an integer >= 1, got '4096'"),
+        ({"max_model_len": 0}, "max_model_len must be >= 2, got 0"),
+        ({"max_model_len": "4096"}, "max_model_len must be an integer >= 2, got '4096'"),
         ({"max_num_batched_tokens": 0}, "max_num_batched_tokens must be >= 1, got 0"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size must be between 1 and 8, got 0"),
         ({"tensor_parallel_size": 9}, "tensor_parallel_size must be between 1 and 8, got 9"),
@@ -425,3 +425,22 @@ def test_auto_dtype_of_a_model_without_one_is_bfloat16(tmp_path):
 @pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
 def test_given_dtype_overrides_the_models(name, model):
     assert Config(model, dtype=name).resolve_dtype() is getattr(torch, name)
+
+
+def test_max_model_len_leaves_room_for_a_prompt_and_a_token(model):
+    assert Config(model, max_model_len=2).max_model_len == 2
+    with refused("max_model_len must be >= 2, got 1"):
+        Config(model, max_model_len=1)
+
+
+@pytest.mark.parametrize("name", ["num_key_value_heads", "num_attention_heads"])
+def test_model_without_heads_is_refused(tmp_path, name):
+    with refused(f"{name} must be >= 1, got 0|refused by transformers"):
+        Config(write_model(tmp_path / "m", **{name: 0}))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_parameter_given_under_both_names_is_refused(model, order):
+    names = ["block_size", "kvcache_block_size"][::order]
+    with pytest.raises(TypeError, match="'kvcache_block_size' twice: 'block_size' is another"):
+        Config.from_kwargs(model, dict.fromkeys(names, 256))

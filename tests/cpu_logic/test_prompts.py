@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from nanovllm import ArgumentError, SamplingParams
 from nanovllm.engine.prompts import as_params_list, as_prompt_list, check_params, encode_prompt
@@ -155,3 +156,16 @@ def test_params_are_copied_and_checked_again():
     assert copy == SamplingParams(max_tokens=3)
     with pytest.raises(ArgumentError, match="max_tokens must be >= 1, got 0"):
         check_params(params)
+
+
+def test_text_that_is_not_unicode_is_refused():
+    with pytest.raises(ArgumentError, match="not valid Unicode"):
+        encode("a lone surrogate \ud800")
+
+
+def test_arrays_and_tensors_are_lists_of_ids():
+    assert as_prompt_list(torch.tensor([[1, 2], [3, 4]])) == [[1, 2], [3, 4]]
+    assert as_prompt_list(torch.tensor([1, 2])) == [[1, 2]]
+    assert encode(torch.tensor([1, 2])) == encode(np.array([1, 2])) == [1, 2]
+    with pytest.raises(ArgumentError, match="list of prompts"):
+        as_prompt_list(torch.tensor(1))

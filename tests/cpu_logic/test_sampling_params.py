@@ -104,3 +104,9 @@ def test_package_refuses_unknown_attributes():
 
     with pytest.raises(AttributeError, match="no attribute 'LMM'"):
         _ = nanovllm.LMM
+
+
+def test_temperature_beyond_float32_is_refused():
+    SamplingParams(temperature=3e38)
+    with pytest.raises(ValueError, match="temperature must be finite and >= 0, got 1e"):
+        SamplingParams(temperature=1e39)

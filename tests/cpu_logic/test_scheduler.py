@@ -596,3 +596,10 @@ def test_restart_without_requests_leaves_an_empty_scheduler():
     step(scheduler)
     scheduler.restart([])
     check_all_released(scheduler)
+
+
+def test_decode_steps_keep_the_token_budget_too():
+    scheduler = make_scheduler(max_num_batched_tokens=4, enable_chunked_prefill=True)
+    seqs = add_prompts(scheduler, [1] * 10, max_tokens=3)
+    assert all(abs(num_tokens) <= 4 for num_tokens in drain(scheduler))
+    assert all(seq.num_completion_tokens == 3 for seq in seqs)

@@ -1,0 +1,91 @@
+"""What the engine needs of a model directory beside weights, and memory it cannot have."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from engine_checks import greedy, tiny_engine
+
+from nanovllm import LLM, ArgumentError
+
+
+@pytest.fixture
+def model_dir(tiny_dir, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny_dir, tmp_path / "model"))
+
+
+@pytest.mark.parametrize("text", ['{"eos_token_id": [2, 0', "[]", '{"eos_token_id": "x"}'])
+def test_a_damaged_generation_config_is_named(model_dir, text):
+    (model_dir / "generation_config.json").write_text(text)
+    with pytest.raises(ArgumentError, match=r"generation_config\.json"):
+        tiny_engine(model_dir)
+
+
+@pytest.mark.parametrize("text", ['{"eos_token_id": [2, 0]}', '{"eos_token_id": 0}', "{}"])
+def test_eos_ids_of_tokenizer_and_generation_config_are_united(model_dir, text):
+    (model_dir / "generation_config.json").write_text(text)
+    with tiny_engine(model_dir) as llm:
+        assert llm.config.eos_token_ids == ({2} if text == "{}" else {0, 2})
+
+
+def test_a_directory_without_a_tokenizer_is_refused(model_dir):
+    for path in model_dir.glob("token*"):
+        path.unlink()
+    with pytest.raises(ArgumentError, match="tokenizer"):
+        tiny_engine(model_dir)
+
+
+def test_a_broken_tokenizer_is_refused_with_the_directory(model_dir):
+    (model_dir / "tokenizer.json").write_text("{")
+    with pytest.raises(ArgumentError, match=str(model_dir)):
+        tiny_engine(model_dir)
+
+
+def test_more_blocks_than_memory_name_the_parameter(tiny_dir):
+    with pytest.raises(ArgumentError, match="lower num_kvcache_blocks"):
+        LLM(str(tiny_dir), device="cpu", num_kvcache_blocks=10**10)
+
+
+def test_bytes_for_no_block_are_refused_before_any_rank_starts(tiny_dir, monkeypatch):
+    monkeypatch.setattr("nanovllm.engine.llm_engine.WorkerGroup", None)
+    with pytest.raises(ArgumentError, match="raise kv_cache_memory_bytes"):
+        LLM(str(tiny_dir), device="cpu", kv_cache_memory_bytes=1, tensor_parallel_size=2)
+
+
+def test_the_progress_bar_shows_rates_that_the_run_can_have(tiny_dir):
+    lines = []
+
+    class Bar:
+        def __init__(self, **kwargs):
+            pass
+
+        def update(self, n):
+            pass
+
+        def set_postfix(self, rates):
+            lines.append(rates)
+
+        def close(self):
+            pass
+
+    with tiny_engine(tiny_dir) as llm:
+        launch, slow = llm.model_runner.launch, 0.02
+
+        def slow_launch(seqs, is_prefill):
+            launched = launch(seqs, is_prefill)
+            launched.seconds = slow
+            return launched
+
+        llm.model_runner.launch = slow_launch
+        llm.generate([[1, 2, 3]] * 4, greedy(10), use_tqdm=Bar)
+    decode = int(lines[-1]["Decode"].removesuffix("tok/s"))
+    assert 0 < decode <= 4 / slow  # four sequences a step
+
+
+def test_results_of_add_request_end_with_the_engine(tiny_dir):
+    llm = tiny_engine(tiny_dir)
+    llm.add_request([1, 2], greedy(2))
+    llm.generate([[3, 4]], greedy(9), use_tqdm=False)
+    assert not llm.is_finished()
+    llm.exit()
+    assert llm.is_finished()
