@@ -200,7 +200,7 @@ class LLMEngine:
         return outputs, num_tokens
 
     def _advance(self) -> int:
-        """`step`, but what finishes is left in `_undelivered`."""
+        """`step`, but what finishes is left in `_undelivered`, or counted off `_generating`."""
         self._check_alive()
         with DeferredInterrupt():
             try:
@@ -212,10 +212,8 @@ class LLMEngine:
                 raise
 
     def _step_synchronous(self) -> int:
-        seqs, is_prefill = self.scheduler.schedule()
-        if not seqs:
-            return 0
-        return self._commit(self.model_runner.call("launch", seqs, is_prefill))
+        launched = self._launch(in_flight=False)
+        return 0 if launched is None else self._commit(launched)
 
     def _step_overlapped(self) -> int:
         current = self._in_flight or self._launch(in_flight=False)

@@ -11,9 +11,7 @@ from nanovllm.sampling_params import SamplingParams
 
 def as_prompt_list(prompts: Any) -> list[Any]:
     """The prompts as a list; a bare string, dict or list of token ids is one prompt."""
-    _refuse_bytes(prompts)
-    if hasattr(prompts, "tolist"):  # an array or a tensor
-        prompts = prompts.tolist()
+    prompts = _without_arrays(prompts)
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
     try:
@@ -84,16 +82,16 @@ def _from_dict(prompt: Mapping[str, Any]) -> Any:
     raise ArgumentError(f"a prompt dict needs 'prompt' or 'prompt_token_ids', got {dict(prompt)!r}")
 
 
-def _refuse_bytes(prompt: Any) -> None:
+def _without_arrays(prompt: Any) -> Any:
+    """An array's or tensor's lists; all else as it is, but for bytes, which are refused."""
     # Bytes are a sequence of integers, but nobody means them as token ids.
     if isinstance(prompt, (bytes, bytearray)):
         raise ArgumentError(f"a prompt must be a string or a list of token ids, got {prompt!r}")
+    return prompt.tolist() if hasattr(prompt, "tolist") else prompt
 
 
 def _as_token_ids(prompt: Any) -> list[int]:
-    _refuse_bytes(prompt)
-    if hasattr(prompt, "tolist"):
-        prompt = prompt.tolist()
+    prompt = _without_arrays(prompt)
     try:
         token_ids = list(prompt)
     except TypeError:
