@@ -34,6 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--attention-backend", default="auto")
     parser.add_argument("--temperature", type=float, default=0.6)
@@ -60,6 +61,7 @@ def main() -> None:
         tensor_parallel_size=args.tensor_parallel_size,
         load_format=args.load_format,
         dtype=args.dtype,
+        kv_cache_dtype=args.kv_cache_dtype,
         device=args.device,
         attention_backend=args.attention_backend,
         async_scheduling=not args.no_async_scheduling,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 16384
 ALIASES = {"block_size": "kvcache_block_size", "num_gpu_blocks_override": "num_kvcache_blocks"}
 
@@ -25,7 +26,7 @@ VLLM_ONLY = frozenset(
     offload_num_in_group offload_prefetch_step offload_params enable_return_routed_experts
     disable_custom_all_reduce hf_token hf_overrides mm_processor_kwargs limit_mm_per_prompt
     pooler_config runner convert structured_outputs_config profiler_config attention_config
-    compilation_config logits_processors kv_cache_dtype kv_transfer_config speculative_config
+    compilation_config logits_processors kv_transfer_config speculative_config
     spec_method spec_model spec_tokens enable_lora max_loras max_lora_rank enable_sleep_mode
     pipeline_parallel_size distributed_executor_backend worker_cls enable_expert_parallel
     expert_placement_strategy max_logprobs logprobs_mode scheduling_policy disable_log_stats
@@ -52,6 +53,7 @@ class Config:
     kvcache_block_size: int = 256
     num_kvcache_blocks: int | None = None
     kv_cache_memory_bytes: int | None = None
+    kv_cache_dtype: str = "auto"
     watermark: float = 0.25
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = False
@@ -130,6 +132,7 @@ class Config:
             "watermark", self.watermark, "finite and >= 0", lambda n: 0 <= n < math.inf
         )
         check_choice("dtype", self.dtype, DTYPES)
+        check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         check_choice("device", self.device, ("auto", "cuda", "cpu"))
         check_choice("load_format", self.load_format, ("auto", "dummy"))
         check_choice(
@@ -199,7 +202,7 @@ class Config:
         return torch.device(name, 0) if name == "cuda" else torch.device(name)
 
     def resolve_dtype(self) -> "torch.dtype":
-        """The dtype of weights, activations and KV cache; "auto" is the model's, else bfloat16."""
+        """The dtype of weights and activations; "auto" is the model's, else bfloat16."""
         import torch
 
         if self.dtype != "auto":
@@ -208,6 +211,12 @@ class Config:
         if isinstance(dtype, str):
             dtype = getattr(torch, dtype)
         return dtype or torch.bfloat16
+
+    def resolve_kv_cache_dtype(self) -> "torch.dtype":
+        """The dtype of the KV cache: that of the activations, or fp8."""
+        from nanovllm.kernels.ops import FP8_DTYPE
+
+        return self.resolve_dtype() if self.kv_cache_dtype == "auto" else FP8_DTYPE
 
 
 def _unknown_keyword(name: str, known: set[str]) -> str:

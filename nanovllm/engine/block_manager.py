@@ -101,11 +101,6 @@ class BlockManager:
         seq.num_hashed_blocks = len(matched)
         self.append_blocks(seq, self.num_blocks_for(seq.num_tokens))
 
-    def can_append(self, seq: Sequence) -> bool:
-        """Whether the blocks that the next decode step of `seq` writes to are held or free."""
-        missing = self.num_blocks_for(seq.num_tokens_with_pending) - len(seq.block_table)
-        return missing <= self.num_free_blocks
-
     def may_append(self, seq: Sequence) -> None:
         """Add the block that the next decode step of `seq` writes to, if it is not held yet."""
         self.append_blocks(seq, self.num_blocks_for(seq.num_tokens_with_pending))

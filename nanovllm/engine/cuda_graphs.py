@@ -1,6 +1,7 @@
 """Decode steps captured as CUDA graphs, one for each padded batch size."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -12,10 +13,10 @@ def batch_sizes(max_num_seqs: int) -> list[int]:
 
 
 class DecodeGraphs:
-    """Graphs of `decode(rows[:size])` for every size; all share one memory pool.
+    """Graphs of `decode(rows[:size], has_common_blocks)` for every size; all share one memory pool.
 
     A replay reads `rows` and the row table as they are then. Slots beyond the batch must hold the
-    padding row.
+    padding row. Graphs for batches with common blocks are captured when they are first wanted.
 
     Args:
         max_num_seqs: the largest batch.
@@ -27,31 +28,46 @@ class DecodeGraphs:
         self,
         max_num_seqs: int,
         rows: torch.Tensor,
-        decode: Callable[[torch.Tensor], torch.Tensor],
+        decode: Callable[[torch.Tensor, bool], torch.Tensor],
     ) -> None:
+        self.rows = rows
+        self.decode = decode
         self.sizes = batch_sizes(max_num_seqs)
         self._padded = [0] * (max_num_seqs + 1)
         for size in reversed(self.sizes):
             self._padded[1 : size + 1] = [size] * size
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.outputs: dict[int, torch.Tensor] = {}
-        pool = None
+        # Both by (size, has_common_blocks).
+        self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self.outputs: dict[tuple[int, bool], torch.Tensor] = {}
+        self._pool: Any = None
         with torch.inference_mode():
             # The largest first: smaller ones then fit in the pool it leaves.
             for size in reversed(self.sizes):
-                decode(rows[:size])  # builds what a capture may not build
-                torch.cuda.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                    self.outputs[size] = decode(rows[:size])
-                pool = pool or graph.pool()
-                self.graphs[size] = graph
+                self._run_and_capture(size, has_common_blocks=False)
 
     def padded_size(self, num_seqs: int) -> int:
         """The captured size that serves a batch of `num_seqs`."""
         return self._padded[num_seqs]
 
-    def replay(self, size: int) -> torch.Tensor:
-        """Run the graph of `size`; its token ids [size] int32, valid until the next replay."""
-        self.graphs[size].replay()
-        return self.outputs[size]
+    def replay(self, size: int, has_common_blocks: bool = False) -> torch.Tensor:
+        """Run the step of `size`; its token ids [size] int32, valid until the next replay."""
+        key = size, has_common_blocks
+        if key not in self.graphs:
+            return self._run_and_capture(*key)
+        self.graphs[key].replay()
+        return self.outputs[key]
+
+    def _run_and_capture(self, size: int, has_common_blocks: bool) -> torch.Tensor:
+        """One step launch by launch, which builds what a capture may not build; then its graph.
+
+        The capture itself computes nothing. It waits for the device, a step in flight included.
+        """
+        token_ids = self.decode(self.rows[:size], has_common_blocks)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            output = self.decode(self.rows[:size], has_common_blocks)
+        self._pool = self._pool or graph.pool()
+        self.graphs[size, has_common_blocks] = graph
+        self.outputs[size, has_common_blocks] = output
+        return token_ids

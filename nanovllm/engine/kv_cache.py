@@ -1,11 +1,13 @@
-"""How many KV blocks fit, and their tensor."""
+"""How many KV blocks fit, and their tensors."""
 
 import gc
+import math
 
 import torch
 
 from nanovllm.config import Config
 from nanovllm.errors import ArgumentError
+from nanovllm.kernels.ops import FP8_DTYPE
 
 MAX_CPU_CACHE_BYTES = 4 << 30
 # GPU memory kept for what no profile shows: CUDA context, captured graphs, fragmentation.
@@ -22,24 +24,38 @@ def cache_shape(config: Config, tp_size: int, num_blocks: int) -> tuple[int, ...
     return (2, num_layers, num_blocks, block_size, num_kv_heads, hf_config.head_dim)
 
 
+def scales_shape(config: Config, tp_size: int, num_blocks: int) -> tuple[int, ...] | None:
+    """[K and V, layers, num_blocks, KV heads of a rank, block_size] with fp8, else None."""
+    if config.resolve_kv_cache_dtype() != FP8_DTYPE:
+        return None
+    *outer, block_size, num_kv_heads, _ = cache_shape(config, tp_size, num_blocks)
+    return (*outer, num_kv_heads, block_size)
+
+
 def block_bytes(config: Config, tp_size: int) -> int:
-    """Bytes of one block over all layers, on one rank."""
-    num_elements = 1
-    for size in cache_shape(config, tp_size, num_blocks=1):
-        num_elements *= size
-    return num_elements * config.resolve_dtype().itemsize
+    """Bytes of one block and its scales over all layers, on one rank."""
+    num_elements = math.prod(cache_shape(config, tp_size, num_blocks=1))
+    scales = scales_shape(config, tp_size, num_blocks=1)
+    scale_bytes = math.prod(scales) * torch.float32.itemsize if scales else 0
+    return num_elements * config.resolve_kv_cache_dtype().itemsize + scale_bytes
 
 
-def allocate(config: Config, tp_size: int, num_blocks: int, device: torch.device) -> torch.Tensor:
-    """The cache of one rank, of `cache_shape`.
+def allocate(
+    config: Config, tp_size: int, num_blocks: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The cache of one rank, of `cache_shape`, and its float32 scales, of `scales_shape`.
 
     Zeroed on the GPU, where a kernel may multiply what it masks. On the CPU untouched pages cost
     nothing, and the torch operations never read what was not written.
     """
     new = torch.zeros if device.type == "cuda" else torch.empty
     shape = cache_shape(config, tp_size, num_blocks)
+    scales = scales_shape(config, tp_size, num_blocks)
     try:
-        return new(shape, dtype=config.resolve_dtype(), device=device)
+        return (
+            new(shape, dtype=config.resolve_kv_cache_dtype(), device=device),
+            new(scales, dtype=torch.float32, device=device) if scales else None,
+        )
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         raise ArgumentError(
             f"no memory for {num_blocks} KV blocks of "

@@ -44,6 +44,8 @@ class LLMEngine:
         kvcache_block_size (block_size): tokens per KV block, a multiple of 256. Default 256.
         num_kvcache_blocks (num_gpu_blocks_override): KV blocks; None: as memory allows.
         kv_cache_memory_bytes: bytes of KV cache per rank, instead of `gpu_memory_utilization`.
+        kv_cache_dtype: "auto" (that of the activations), or "fp8" ("fp8_e4m3"): about half the
+            bytes, with a scale for each token and KV head; slightly less exact. Default "auto".
         watermark: KV blocks kept free for each running sequence when a waiting one is admitted;
             they spare preemptions when memory is short. 0: none. Default 0.25.
         enable_prefix_caching: share equal prefixes of whole blocks. Default True.
@@ -238,7 +240,7 @@ class LLMEngine:
         self._step_seconds = launched.seconds + perf_counter() - start
         alive = self.scheduler.postprocess(launched.seqs, token_ids)
         self._deliver(alive)
-        return sum(launched.num_tokens) if launched.is_prefill else -len(alive)
+        return len(launched.plan.token_ids) if launched.plan.is_prefill else -len(alive)
 
     def _deliver(self, seqs: list[Sequence]) -> None:
         """Keep the completions of those of `seqs` that have ended for `step`, or for `generate`."""

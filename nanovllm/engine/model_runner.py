@@ -14,6 +14,7 @@ import torch
 from nanovllm.config import Config
 from nanovllm.engine import kv_cache
 from nanovllm.engine.cuda_graphs import DecodeGraphs
+from nanovllm.engine.prefill_inputs import PrefillInputs, prefill_inputs
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_plan import PlanBuilder, StepPlan
 from nanovllm.engine.transfers import Download, DownloadRing, UploadRing
@@ -21,7 +22,12 @@ from nanovllm.engine.workers import WorkerGroup
 from nanovllm.errors import ArgumentError
 from nanovllm.kernels import row_state
 from nanovllm.kernels.ops import DecodeInputs, Ops, select_ops
-from nanovllm.layers.attention import Attention, DecodeMetadata, PrefillMetadata
+from nanovllm.layers.attention import (
+    Attention,
+    DecodeMetadata,
+    LastTokensMetadata,
+    PrefillMetadata,
+)
 from nanovllm.layers.context import ModelContext
 from nanovllm.layers.tensor_parallel import TensorParallel
 from nanovllm.models.loader import load_model
@@ -37,6 +43,7 @@ def choose_ops(config: Config, device: torch.device) -> Ops:
             config.resolve_dtype(),
             config.hf_config.head_dim,
             compile_torch_ops=not config.enforce_eager,
+            kv_cache_dtype=config.resolve_kv_cache_dtype(),
         )
     except ValueError as error:
         raise ArgumentError(str(error)) from error
@@ -46,18 +53,10 @@ class LaunchedStep:
     """A step on its way: its sequences and the tokens that it samples."""
 
     def __init__(
-        self,
-        seqs: list[Sequence],
-        is_prefill: bool,
-        samples: list[bool],
-        download: Download | None,
-        seconds: float,
+        self, seqs: list[Sequence], plan: StepPlan, download: Download | None, seconds: float
     ) -> None:
         self.seqs = seqs
-        self.is_prefill = is_prefill
-        # Tokens that the step computes; the sequences' own numbers move on with the next step.
-        self.num_tokens = [seq.num_scheduled_tokens for seq in seqs]
-        self.samples = samples
+        self.plan = plan  # the sequences' own numbers move on with the next step
         self.download = download
         self.seconds = seconds  # spent on the launch; on the CPU that is the whole computation
 
@@ -67,8 +66,11 @@ class LaunchedStep:
 
     def wait(self) -> list[int | None]:
         """The token sampled for each sequence, None where a prompt is not complete yet."""
-        sampled = iter(self.download.wait() if self.download else [])
-        return [next(sampled) if samples else None for samples in self.samples]
+        token_ids = self.download.wait() if self.download else []
+        if not self.plan.is_prefill:
+            return list(token_ids)
+        sampled = iter(token_ids)
+        return [next(sampled) if samples else None for samples in self.plan.samples]
 
 
 class ModelRunner:
@@ -98,7 +100,7 @@ class ModelRunner:
         self.workers = workers
         self.block_size = config.kvcache_block_size
         self.is_cuda = device.type == "cuda"
-        self._uploaded_rows: np.ndarray = np.empty(0, dtype=np.int32)  # in decode_rows
+        self._uploaded_batch: np.ndarray = np.empty(0, dtype=np.int32)  # in decode_batch
         hf_config = config.hf_config
         self.ops = choose_ops(config, device)
         with self._on_device():
@@ -128,77 +130,80 @@ class ModelRunner:
         """Start one step on every rank; does not wait for the device."""
         start = perf_counter()
         plan = self.plan_builder.build(seqs, is_prefill)
-        samples = [seq.is_prefilled for seq in seqs]
         if self.workers is not None:
             self.workers.send(plan.pack())
         token_ids = self.execute(plan)
         with self._on_device():
-            download = self.downloads.download(token_ids) if any(samples) else None
-        return LaunchedStep(seqs, is_prefill, samples, download, perf_counter() - start)
+            download = self.downloads.download(token_ids) if len(token_ids) else None
+        return LaunchedStep(seqs, plan, download, perf_counter() - start)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> torch.Tensor:
         """Run a plan on this rank; [number of sampled sequences] int32 token ids on the device."""
+        self.sent_rows.reshape(-1)[plan.updates[:, 0]] = plan.updates[:, 1]
         with self._on_device():
             return self._execute_prefill(plan) if plan.is_prefill else self._execute_decode(plan)
 
     def _execute_prefill(self, plan: StepPlan) -> torch.Tensor:
-        num_seqs, num_tokens = len(plan.rows), len(plan.token_ids)
-        sampled = plan.samples == 1
-        last_tokens = (np.cumsum(plan.lengths, dtype=np.int32) - 1)[sampled]
-        per_seq = np.stack([plan.rows, plan.starts, plan.lengths, plan.shared])
-        updates, token_ids, per_seq_flat, last_tokens_gpu, sampled_rows = self.uploads.upload(
-            [plan.updates, plan.token_ids, per_seq, last_tokens, plan.rows[sampled]]
-        )
-        self._update_row_table(updates)
-        rows, starts, lengths, shared = per_seq_flat.view(4, num_seqs)
-        cu_seqlens_q = _cumulative(lengths)
-        block_tables = self.row_table[rows, row_state.BLOCK_TABLE :]
-        seq_of_token = torch.repeat_interleave(
-            torch.arange(num_seqs, device=self.device), lengths, output_size=num_tokens
-        )
-        token_index = torch.arange(num_tokens, dtype=torch.int32, device=self.device)
-        positions = token_index - (cu_seqlens_q[:-1] - starts)[seq_of_token]
-        blocks = block_tables[seq_of_token, positions // self.block_size].to(torch.int64)
-        slots = blocks * self.block_size + positions % self.block_size
+        inputs = prefill_inputs(plan, self.sent_rows, self.block_size, self.uploads.upload)
+        self._update_row_table(inputs.row_updates)
         metadata = PrefillMetadata(
-            slot_mapping=torch.where(positions < shared[seq_of_token], -1, slots),
-            block_tables=block_tables,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=_cumulative(starts + lengths),
+            slot_mapping=inputs.slot_mapping,
+            block_tables=inputs.block_tables,
+            cu_seqlens_q=inputs.cu_seqlens_q,
+            cu_seqlens_k=inputs.cu_seqlens_k,
             max_seqlen_q=int(plan.lengths.max()),
             max_seqlen_k=int((plan.starts + plan.lengths).max()),
+            last_layer=LastTokensMetadata(
+                slot_mapping=inputs.slot_mapping,
+                block_tables=inputs.last_block_tables,
+                context_lens=inputs.last_positions + 1,
+                last_tokens=inputs.last_tokens,
+            ),
         )
-        hidden_states = self.model.model(token_ids, positions, metadata)
-        if not len(last_tokens):
-            return token_ids[:0]
+        hidden_states = self.model.model(inputs.token_ids, inputs.positions, metadata)
+        if not len(inputs.rows):
+            return inputs.token_ids[:0]
         return self._sample(
-            hidden_states[last_tokens_gpu],
-            sampled_rows,
-            self.row_table[sampled_rows, row_state.TEMPERATURE].view(torch.float32),
-            self.row_table[sampled_rows, row_state.SEED : row_state.SEED + 2],
-            positions[last_tokens_gpu],
+            hidden_states,
+            inputs.rows,
+            inputs.temperatures,
+            inputs.seeds,
+            inputs.last_positions,
         )
 
     def _execute_decode(self, plan: StepPlan) -> torch.Tensor:
         num_seqs = len(plan.rows)
         batch_size = self.graphs.padded_size(num_seqs) if self.graphs else num_seqs
-        rows = np.full(batch_size, self.config.max_num_seqs, dtype=np.int32)
-        rows[:num_seqs] = plan.rows
-        is_same_batch = np.array_equal(rows, self._uploaded_rows)
+        num_common_blocks = plan.num_common_blocks if self.ops.reads_common_blocks_once else 0
+        batch = np.full(1 + batch_size, self.config.max_num_seqs, dtype=np.int32)
+        batch[0] = num_common_blocks
+        batch[1 : 1 + num_seqs] = plan.rows
+        is_same_batch = np.array_equal(batch, self._uploaded_batch)
         if not is_same_batch or len(plan.updates):
-            updates, new_rows = self.uploads.upload([plan.updates, rows])
+            updates, new_batch = self.uploads.upload([plan.updates, batch])
             self._update_row_table(updates)
-            self.decode_rows[:batch_size].copy_(new_rows)
-            self._uploaded_rows = rows
+            self.decode_batch[: len(batch)].copy_(new_batch)
+            self._uploaded_batch = batch
         if self.graphs:
-            return self.graphs.replay(batch_size)[:num_seqs]
-        return self._decode(self.decode_rows[:batch_size])
+            return self.graphs.replay(batch_size, num_common_blocks > 0)[:num_seqs]
+        return self._decode(self.decode_rows[:batch_size], num_common_blocks > 0)
 
-    def _decode(self, rows: torch.Tensor) -> torch.Tensor:
-        """One decode step of `rows` [B], what a graph captures; returns token ids [B] int32."""
+    def _decode(self, rows: torch.Tensor, has_common_blocks: bool = False) -> torch.Tensor:
+        """One decode step of `rows` [B], what a graph captures; returns token ids [B] int32.
+
+        has_common_blocks: read the rows' `num_common_blocks` leading blocks once for all.
+        """
         inputs: DecodeInputs = self.ops.gather_decode_inputs(self.row_table, rows, self.block_size)
-        metadata = DecodeMetadata(inputs.slot_mapping, inputs.block_tables, inputs.context_lens)
+        plan = self.ops.plan_decode(
+            self._attentions[0].key_cache,
+            inputs.block_tables,
+            inputs.context_lens,
+            self.decode_batch[:1] if has_common_blocks else None,
+        )
+        metadata = DecodeMetadata(
+            inputs.slot_mapping, inputs.block_tables, inputs.context_lens, plan
+        )
         hidden_states = self.model.model(inputs.input_ids, inputs.positions, metadata)
         return self._sample(
             hidden_states, rows, inputs.temperatures, inputs.seeds, inputs.positions
@@ -239,21 +244,31 @@ class ModelRunner:
         self.row_table = torch.zeros(
             (config.max_num_seqs + 1, row_width), dtype=torch.int32, device=self.device
         )
+        # The host's copy of what plans have sent: never the token or the length, which steps write.
+        self.sent_rows = np.zeros(self.row_table.shape, dtype=np.int32)
         self.plan_builder = PlanBuilder(config.max_num_seqs, row_width)
-        capacity = StepPlan.max_packed_size(
+        capacity = PrefillInputs.max_bytes(
             config.max_num_seqs, config.max_num_batched_tokens, row_width
         )
         self.uploads = UploadRing(capacity, self.device)
         self.downloads = DownloadRing(config.max_num_seqs, self.device)
-        # The rows of the decode batch; graphs read them here. Every slot starts as padding.
-        self.decode_rows = torch.full(
-            (config.max_num_seqs,), config.max_num_seqs, dtype=torch.int32, device=self.device
+        # The number of leading blocks that the decode batch has in common, then its rows; graphs
+        # read them here. Every row starts as padding.
+        self.decode_batch = torch.full(
+            (1 + config.max_num_seqs,), config.max_num_seqs, dtype=torch.int32, device=self.device
         )
+        self.decode_batch[0] = 0
+        self.decode_rows = self.decode_batch[1:]
 
     def _allocate_kv_cache(self, num_blocks: int) -> None:
-        self.kv_cache = kv_cache.allocate(self.config, self.tp.size, num_blocks, self.device)
+        self.kv_cache, self.kv_scales = kv_cache.allocate(
+            self.config, self.tp.size, num_blocks, self.device
+        )
         for attention, key, value in zip(self._attentions, *self.kv_cache, strict=True):
             attention.key_cache, attention.value_cache = key, value
+        if self.kv_scales is not None:
+            for attention, key, value in zip(self._attentions, *self.kv_scales, strict=True):
+                attention.key_scales, attention.value_scales = key, value
 
     def _decide_num_blocks(self, free_at_start: int) -> int:
         available = None
@@ -292,13 +307,15 @@ class ModelRunner:
         )
         torch.cuda.synchronize(self.device)
         self._decode_padding(config.max_num_seqs)
+        if self.ops.reads_common_blocks_once:
+            self._decode_padding(config.max_num_seqs, has_common_blocks=True)
         torch.cuda.synchronize(self.device)
         self.row_table.zero_()
         return torch.cuda.max_memory_allocated(self.device) - before
 
     @torch.inference_mode()
-    def _decode_padding(self, batch_size: int) -> None:
-        self._decode(self.decode_rows[:batch_size])
+    def _decode_padding(self, batch_size: int, has_common_blocks: bool = False) -> None:
+        self._decode(self.decode_rows[:batch_size], has_common_blocks)
 
     def _on_device(self):
         return torch.cuda.device(self.device) if self.is_cuda else nullcontext()
@@ -312,14 +329,10 @@ class ModelRunner:
         self.drop_graphs()
         for attention in self._attentions:
             del attention.key_cache, attention.value_cache
+            attention.key_scales = attention.value_scales = None
         self._attentions = []
-        del self.model, self.kv_cache, self.row_table, self.decode_rows, self.uploads
-        del self.downloads
+        del self.model, self.kv_cache, self.kv_scales, self.row_table, self.uploads
+        del self.decode_batch, self.decode_rows, self.downloads
         gc.collect()
         if self.is_cuda:
             torch.cuda.empty_cache()
-
-
-def _cumulative(lengths: torch.Tensor) -> torch.Tensor:
-    """[S] int32 -> [S + 1] int32, 0 first."""
-    return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))

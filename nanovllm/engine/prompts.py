@@ -98,6 +98,8 @@ def _as_token_ids(prompt: Any) -> list[int]:
         raise ArgumentError(
             f"a prompt must be a string or a list of token ids, got {prompt!r}"
         ) from None
+    if set(map(type, token_ids)) <= {int}:  # a whole night's prompts pass here: no loop in Python
+        return token_ids
     for token in token_ids:
         if isinstance(token, bool) or not isinstance(token, Integral):
             raise ArgumentError(f"a prompt's token ids must be integers, got {token!r}")

@@ -6,10 +6,15 @@ what is already certain; what it cannot know yet is settled when the step in fli
 
 from collections import deque
 from math import ceil
+from operator import attrgetter
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence, SequenceStatus
+
+# When sequences that decode are held up for those that wait; see Scheduler._is_prefill_due.
+ADMISSION_SHARE = 1 / 8  # this much of the slots and of the blocks is free
+ADMISSION_INTERVAL = 24  # or so many decode steps have passed since the last prefill step
 
 
 class Scheduler:
@@ -43,6 +48,7 @@ class Scheduler:
         self.free_rows = deque(range(self.max_num_seqs))
         self.running: deque[Sequence] = deque()
         self.waiting: deque[Sequence] = deque()
+        self.num_decodes_since_prefill = 0
         for seq in seqs:
             seq.reset()
             if reason := self._reason_to_end(seq):
@@ -68,10 +74,33 @@ class Scheduler:
             in_flight: a launched step is not committed yet, so nothing may be preempted; if only a
                 preemption would help, the list is empty and the caller commits first.
         """
-        seqs = self._schedule_prefill()
-        if seqs:
+        if self._is_prefill_due() and (seqs := self._schedule_prefill()):
+            self.num_decodes_since_prefill = 0
             return seqs, True
-        return self._schedule_decode(in_flight), False
+        seqs = self._schedule_decode(in_flight)
+        if seqs:
+            self.num_decodes_since_prefill += 1
+        return seqs, False
+
+    def _is_prefill_due(self) -> bool:
+        """Whether what waits is worth a prefill step now, as far as it fits.
+
+        A prefill step holds up all that decode, for about as long with one short prompt as with
+        ten. So sequences are admitted together: when a share of slots and blocks is free (or as
+        many slots as sequences wait), and else at intervals. What fits is therefore admitted after
+        ADMISSION_INTERVAL decode steps at most, and at once where little runs or the last prefill
+        is long ago.
+        """
+        if not self.running or not self.running[-1].is_prefilled:
+            return True
+        if self.num_decodes_since_prefill >= ADMISSION_INTERVAL:
+            return True
+        manager = self.block_manager
+        num_free_slots = self.max_num_seqs - len(self.running)
+        num_free_blocks = manager.num_free_blocks - self.watermark * len(self.running)
+        num_wanted_slots = min(len(self.waiting), ADMISSION_SHARE * self.max_num_seqs)
+        num_wanted_blocks = ADMISSION_SHARE * len(manager.blocks)
+        return num_free_slots >= num_wanted_slots and num_free_blocks >= num_wanted_blocks
 
     def _schedule_prefill(self) -> list[Sequence]:
         scheduled: list[Sequence] = []
@@ -105,46 +134,41 @@ class Scheduler:
 
     def _schedule_chunk(self, seq: Sequence, budget: int) -> int:
         num_tokens = min(seq.num_prefill_tokens - seq.num_computed_tokens, budget)
-        self._advance(seq, num_tokens)
+        seq.num_scheduled_tokens = num_tokens
+        seq.num_computed_tokens += num_tokens
+        if seq.is_prefilled:
+            seq.num_pending_tokens += 1
         # A later sequence, in this step even, may share these blocks: every layer writes the K/V of
         # the whole batch before its attention reads.
         self.block_manager.cache_blocks(seq, seq.num_computed_tokens)
         return num_tokens
 
     def _schedule_decode(self, in_flight: bool) -> list[Sequence]:
-        scheduled: list[Sequence] = []
-        candidates = deque(
-            seq for seq in self.running if seq.num_tokens_with_pending < seq.max_length
-        )
-        while candidates:
-            seq = candidates.popleft()
-            while not self.block_manager.can_append(seq):
-                if in_flight:
-                    return self._cancel(scheduled)
-                victim = candidates.pop() if candidates else seq
-                self.preempt(victim)
-                if victim is seq:
-                    return scheduled
-            self.block_manager.may_append(seq)
-            self._advance(seq, 1)
-            scheduled.append(seq)
+        manager = self.block_manager
+        while True:
+            # A sequence whose last token is pending already has nothing left to compute.
+            seqs = [seq for seq in self.running if seq.num_computed_tokens + 1 < seq.max_length]
+            # Those whose next token opens a block.
+            full = [
+                seq
+                for seq in seqs
+                if seq.num_computed_tokens == len(seq.block_table) * manager.block_size
+            ]
+            if len(full) <= manager.num_free_blocks:
+                break
+            if in_flight:
+                return []
+            self.preempt(self.running[-1])
+        for seq in full:
+            manager.may_append(seq)
+        for seq in seqs:
+            seq.num_scheduled_tokens = 1
+            seq.num_computed_tokens += 1
+            seq.num_pending_tokens += 1
         # Longest first: the attention kernel starts its programs in this order, and the short ones
         # then fill the tail. All grow alike, so the order changes only with the batch.
-        scheduled.sort(key=len, reverse=True)
-        return scheduled
-
-    def _advance(self, seq: Sequence, num_tokens: int) -> None:
-        seq.num_scheduled_tokens = num_tokens
-        seq.num_computed_tokens += num_tokens
-        if seq.is_prefilled:
-            seq.num_pending_tokens += 1
-
-    def _cancel(self, scheduled: list[Sequence]) -> list[Sequence]:
-        # The blocks appended stay: they are needed in the retried step just the same.
-        for seq in scheduled:
-            seq.num_computed_tokens -= 1
-            seq.num_pending_tokens -= 1
-        return []
+        seqs.sort(key=attrgetter("num_computed_tokens"), reverse=True)
+        return seqs
 
     def preempt(self, seq: Sequence) -> None:
         """Put a running sequence back at the front of the waiting queue, to be computed anew."""
@@ -164,17 +188,22 @@ class Scheduler:
         Returns:
             The sequences of the step that were still alive, in its order.
         """
-        alive = [seq for seq in seqs if not seq.is_finished]
+        alive: list[Sequence] = []
+        block_size = self.block_manager.block_size
         for seq, token_id in zip(seqs, token_ids, strict=True):
-            # A sequence that ended while this step was in flight: its token is dropped.
-            if token_id is None or seq.is_finished:
+            if seq.is_finished:  # while this step was in flight: its token is dropped
+                continue
+            alive.append(seq)
+            if token_id is None:
                 continue
             seq.token_ids.append(token_id)
             seq.num_pending_tokens -= 1
             # All tokens but the newest are computed now; cached before a finish releases them.
-            if (seq.num_tokens - 1) % self.block_manager.block_size == 0:
-                self.block_manager.cache_blocks(seq, seq.num_tokens - 1)
-            if reason := self._reason_to_end(seq):
+            num_tokens = len(seq.token_ids)
+            if (num_tokens - 1) % block_size == 0:
+                self.block_manager.cache_blocks(seq, num_tokens - 1)
+            may_end = num_tokens >= seq.max_length or token_id in self.eos_token_ids
+            if may_end and (reason := self._reason_to_end(seq)):
                 self.finish(seq, reason)
         return alive
 

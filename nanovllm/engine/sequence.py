@@ -70,7 +70,7 @@ class Sequence:
     @property
     def is_finished(self) -> bool:
         """Whether it has ended, for whatever reason."""
-        return self.status is SequenceStatus.FINISHED
+        return self.finish_reason is not None
 
     @property
     def num_tokens(self) -> int:

@@ -5,14 +5,17 @@ nothing but the row numbers.
 """
 
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels import row_state
 
-HEADER_SIZE = 4  # is_prefill, and the lengths of rows, updates and token_ids
+HEADER_SIZE = 5  # is_prefill, the lengths of rows, updates and token_ids, num_common_blocks
 PREFILL_FIELDS = 4  # per-sequence numbers of a prefill
+# Fewer cost more than they save: reading the common blocks apart takes a kernel in every layer.
+MIN_SPARED_BLOCK_READS = 32
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,13 @@ class StepPlan:
     lengths: np.ndarray  # [S] tokens to compute
     shared: np.ndarray  # [S] positions below this are in shared blocks: K/V not written
     samples: np.ndarray  # [S] 1: the last token's logits are sampled; 0: more chunks follow
+    num_common_blocks: int = 0  # leading blocks that a decode step reads once for all its rows
 
     def pack(self) -> np.ndarray:
         """The plan as one flat int32 array."""
-        header = [self.is_prefill, len(self.rows), len(self.updates), len(self.token_ids)]
-        parts = [np.array(header, dtype=np.int32), self.rows, self.updates.ravel(), self.token_ids]
+        lengths = [len(self.rows), len(self.updates), len(self.token_ids)]
+        header = np.array([self.is_prefill, *lengths, self.num_common_blocks], dtype=np.int32)
+        parts = [header, self.rows, self.updates.ravel(), self.token_ids]
         if self.is_prefill:
             parts += [self.starts, self.lengths, self.shared, self.samples]
         return np.concatenate(parts)
@@ -43,18 +48,46 @@ class StepPlan:
     @classmethod
     def unpack(cls, packed: np.ndarray) -> "StepPlan":
         """The plan that `pack` flattened; its arrays are views of `packed`."""
-        is_prefill, num_seqs, num_updates, num_tokens = (int(n) for n in packed[:HEADER_SIZE])
+        header = (int(n) for n in packed[:HEADER_SIZE])
+        is_prefill, num_seqs, num_updates, num_tokens, num_common_blocks = header
         num_fields = PREFILL_FIELDS * num_seqs if is_prefill else 0
         sizes = [HEADER_SIZE, num_seqs, 2 * num_updates, num_tokens, num_fields]
         _, rows, updates, token_ids, numbers = np.split(packed[: sum(sizes)], np.cumsum(sizes)[:-1])
-        per_seq = numbers.reshape(PREFILL_FIELDS, -1)
-        return cls(bool(is_prefill), rows, updates.reshape(-1, 2), token_ids, *per_seq)
+        starts, lengths, shared, samples = numbers.reshape(PREFILL_FIELDS, -1)
+        return cls(
+            bool(is_prefill),
+            rows,
+            updates.reshape(-1, 2),
+            token_ids,
+            starts,
+            lengths,
+            shared,
+            samples,
+            num_common_blocks,
+        )
 
     @staticmethod
     def max_packed_size(max_num_seqs: int, max_num_batched_tokens: int, row_width: int) -> int:
-        """An upper bound of a plan's int32 words, packed or with what is uploaded beside it."""
-        per_seq = 2 + PREFILL_FIELDS + 2 * row_width
+        """An upper bound of a packed plan's int32 words."""
+        per_seq = 1 + PREFILL_FIELDS + 2 * row_width  # the row is new and its block table full
         return HEADER_SIZE + max_num_seqs * per_seq + max_num_batched_tokens
+
+
+def count_common_blocks(block_tables: list[list[int]]) -> int:
+    """How many leading blocks all tables share."""
+    # What the smallest and the largest have in common, all in between have too.
+    lowest, highest = min(block_tables), max(block_tables)
+    num_common = 0
+    for block_id, other in zip(lowest, highest, strict=False):
+        if block_id != other:
+            break
+        num_common += 1
+    return num_common
+
+
+def _start(seq: Sequence) -> int:
+    """Position of the first token that the newest scheduled step computes."""
+    return seq.num_computed_tokens - seq.num_scheduled_tokens
 
 
 class PlanBuilder:
@@ -68,6 +101,9 @@ class PlanBuilder:
     def __init__(self, num_rows: int, row_width: int) -> None:
         self.row_width = row_width
         self.num_sent_blocks = [0] * num_rows
+        # Of the newest decode batch; None: a prefill has given a row another table since.
+        self._decode_rows: np.ndarray | None = None
+        self._num_common_blocks = 0
 
     def build(self, seqs: list[Sequence], is_prefill: bool) -> StepPlan:
         """The plan of a step that computes `seq.num_scheduled_tokens` tokens of each sequence."""
@@ -75,8 +111,7 @@ class PlanBuilder:
         for seq in seqs:
             row = seq.row
             assert row is not None
-            start = seq.num_computed_tokens - seq.num_scheduled_tokens
-            if is_prefill and start == seq.num_cached_tokens:  # the first chunk: a new row
+            if is_prefill and _start(seq) == seq.num_cached_tokens:  # the first chunk: a new row
                 self.num_sent_blocks[row] = 0
                 updates += self._row_head(seq, row)
             num_sent = self.num_sent_blocks[row]
@@ -87,23 +122,33 @@ class PlanBuilder:
         rows = np.array([seq.row for seq in seqs], dtype=np.int32)
         update_array = np.array(updates, dtype=np.int32).reshape(-1, 2)
         if not is_prefill:
-            return StepPlan(False, rows, update_array, *[np.empty(0, dtype=np.int32)] * 5)
-        starts = [seq.num_computed_tokens - seq.num_scheduled_tokens for seq in seqs]
-        token_ids = [
-            token
-            for seq, start in zip(seqs, starts, strict=True)
-            for token in seq.token_ids[start : seq.num_computed_tokens]
-        ]
+            none = np.empty(0, dtype=np.int32)
+            num_common_blocks = self._common_blocks(seqs, rows)
+            return StepPlan(
+                False, rows, update_array, none, none, none, none, none, num_common_blocks
+            )
+        self._decode_rows = None
+        chunks = (seq.token_ids[_start(seq) : seq.num_computed_tokens] for seq in seqs)
+        token_ids = np.fromiter(chain.from_iterable(chunks), dtype=np.int32)
         numbers = np.array(
             [
-                starts,
+                [_start(seq) for seq in seqs],
                 [seq.num_scheduled_tokens for seq in seqs],
                 [seq.num_shared_tokens for seq in seqs],
                 [seq.is_prefilled for seq in seqs],
             ],
             dtype=np.int32,
         )
-        return StepPlan(True, rows, update_array, np.array(token_ids, dtype=np.int32), *numbers)
+        return StepPlan(True, rows, update_array, token_ids, *numbers)
+
+    def _common_blocks(self, seqs: list[Sequence], rows: np.ndarray) -> int:
+        # While the batch stays, decoding only appends blocks of each sequence's own.
+        if self._decode_rows is None or not np.array_equal(rows, self._decode_rows):
+            num_common = count_common_blocks([seq.block_table for seq in seqs])
+            num_spared = (len(seqs) - 1) * num_common
+            self._num_common_blocks = num_common if num_spared >= MIN_SPARED_BLOCK_READS else 0
+            self._decode_rows = rows
+        return self._num_common_blocks
 
     def _row_head(self, seq: Sequence, row: int) -> list[tuple[int, int]]:
         first = row * self.row_width

@@ -4,16 +4,27 @@ import numpy as np
 import torch
 
 NUM_SLOTS = 4  # steps in flight at once are at most 2
+ALIGNMENT = 16  # bytes; compiled kernels may rely on it
+TORCH_DTYPES = {
+    np.dtype(np.int32): torch.int32,
+    np.dtype(np.int64): torch.int64,
+    np.dtype(np.float32): torch.float32,
+}
+
+
+def aligned(num_bytes: int) -> int:
+    """`num_bytes` rounded up to a multiple of ALIGNMENT."""
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
 class UploadRing:
-    """Host arrays to the device, each in one asynchronous copy through pinned memory.
+    """Host arrays to the device, all of a step in one asynchronous copy through pinned memory.
 
     Invariants: a pinned slot is rewritten only after its copy's event; the device half of a slot is
     overwritten by a later copy on the same stream, so after all kernels that read it.
 
     Args:
-        capacity: int32 words of the largest array.
+        capacity: bytes of the largest upload, each array's `aligned`.
         device: where to; on the CPU an upload is a plain copy.
     """
 
@@ -21,25 +32,29 @@ class UploadRing:
         self.device = device
         self.is_cuda = device.type == "cuda"
         if self.is_cuda:
-            shape = (NUM_SLOTS, capacity)
-            self.pinned = torch.empty(shape, dtype=torch.int32, pin_memory=True)
-            self.staged = torch.empty(shape, dtype=torch.int32, device=device)
+            shape = (NUM_SLOTS, aligned(capacity))
+            self.pinned = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+            self.staged = torch.empty(shape, dtype=torch.uint8, device=device)
             self.events = [torch.cuda.Event() for _ in range(NUM_SLOTS)]
             self.next_slot = 0
 
-    def upload(self, parts: list[np.ndarray]) -> list[torch.Tensor]:
-        """Flat int32 tensors on the device, one for each part; valid for this step's kernels."""
-        sizes = [part.size for part in parts]
-        flat = torch.from_numpy(np.concatenate([part.ravel() for part in parts]))
-        if self.is_cuda:
-            slot, self.next_slot = self.next_slot, (self.next_slot + 1) % NUM_SLOTS
-            self.events[slot].synchronize()
-            pinned = self.pinned[slot, : len(flat)]
-            pinned.copy_(flat)
-            flat = self.staged[slot, : len(flat)]
-            flat.copy_(pinned, non_blocking=True)
-            self.events[slot].record()
-        return list(flat.split(sizes))
+    def upload(self, arrays: list[np.ndarray]) -> list[torch.Tensor]:
+        """The arrays as tensors of their shapes and dtypes; valid for this step's kernels."""
+        if not self.is_cuda:
+            return [torch.from_numpy(array.copy()) for array in arrays]
+        slot, self.next_slot = self.next_slot, (self.next_slot + 1) % NUM_SLOTS
+        self.events[slot].synchronize()
+        pinned, staged = self.pinned[slot], self.staged[slot]
+        pinned_bytes = pinned.numpy()
+        tensors = []
+        end = 0
+        for array in arrays:
+            start, end = aligned(end), aligned(end) + array.nbytes
+            pinned_bytes[start:end] = array.reshape(-1).view(np.uint8)
+            tensors.append(staged[start:end].view(TORCH_DTYPES[array.dtype]).view(array.shape))
+        staged[:end].copy_(pinned[:end], non_blocking=True)
+        self.events[slot].record()
+        return tensors
 
 
 class Download:

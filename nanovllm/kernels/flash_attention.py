@@ -1,6 +1,7 @@
 """The attention operations of `Ops` on the flash-attn 2 package, imported only when asked for.
 
-flash-attn reads the same paged caches (pages of a multiple of 256 tokens) in float16 and bfloat16.
+flash-attn reads the same paged caches (pages of a multiple of 256 tokens) in float16 and bfloat16,
+not in fp8: `select_ops` never gives it scales.
 """
 
 import torch
@@ -17,8 +18,11 @@ def prefill_attention(
     max_seqlen_q: int,
     max_seqlen_k: int,
     scale: float,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """query [T, Hq, D] -> [T, Hq, D]; see `Ops.prefill_attention`."""
+    assert key_scales is None and value_scales is None
     return flash_attn_varlen_func(
         query,
         key_cache,
@@ -40,8 +44,12 @@ def decode_attention(
     block_tables: torch.Tensor,
     context_lens: torch.Tensor,
     scale: float,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
+    plan: None = None,
 ) -> torch.Tensor:
     """query [B, Hq, D] -> [B, Hq, D]; see `Ops.decode_attention`."""
+    assert key_scales is None and value_scales is None
     return flash_attn_with_kvcache(
         query.unsqueeze(1),
         key_cache,

@@ -18,6 +18,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLASH_ATTN_DTYPES = (torch.float16, torch.bfloat16)
 MAX_TRITON_HEAD_DIM = 256
 
+FP8_DTYPE = torch.float8_e4m3fn
+FP8_MAX = 448.0  # the largest number of FP8_DTYPE
+FP8_MIN_AMAX = 2.0**-100  # a head whose elements are all below is stored as zeros
+FP8_MIN_CAPABILITY = (8, 9)  # of a GPU that converts FP8_DTYPE
+
 
 class DecodeInputs(NamedTuple):
     """What one decode step reads from the row table, for a batch of B rows of W blocks.
@@ -34,33 +39,61 @@ class DecodeInputs(NamedTuple):
     seeds: torch.Tensor  # [B, 2] int32
 
 
+class PartialSums(NamedTuple):
+    """A product [T, N] in parts that the op which reads it adds up, and then rounds to `dtype`."""
+
+    parts: torch.Tensor  # float32 [P, T, N]
+    dtype: torch.dtype
+
+
+Product = torch.Tensor | PartialSums
+
+
 @dataclass(frozen=True)
 class Ops:
     """One backend's operations.
 
     T tokens, S sequences, B rows, D head_dim, Hq query and Hkv KV heads, V logits.
     K/V caches are ``[num_blocks, block_size, Hkv, D]``; slot = block_id * block_size + offset.
+
+    Their dtype is the model's, or FP8_DTYPE with key_scales and value_scales, float32
+    ``[num_blocks, Hkv, block_size]``: an element is its fp8 number times the scale of its token and
+    head, which is the head's largest magnitude / FP8_MAX (1 below FP8_MIN_AMAX). Without fp8 both
+    scales are None, their default.
     """
 
     # (x [T, H], weight [H], eps) -> [T, H]
     rms_norm: Callable[..., torch.Tensor]
-    # (x [T, H], residual [T, H], weight [H], eps) -> (norm(x + residual), x + residual);
+    # (x: Product [T, H], residual [T, H], weight [H], eps) -> (norm(x + residual), x + residual);
     # the residual's memory may be reused for the second result.
     add_rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    # (gate_up [T, 2I]) -> silu(gate) * up [T, I]
+    # (gate_up: Product [T, 2I]) -> silu(gate) * up [T, I]
     silu_and_mul: Callable[..., torch.Tensor]
-    # (qkv [T, (Hq + 2 Hkv) * D], q_norm_weight [D] | None, k_norm_weight [D] | None, eps,
+    # (x [T, K], weight [N, K], bias [N] | None) -> x weight^T + bias [T, N]: a tensor, or partial
+    # sums, which the ops that take a Product add up.
+    linear: Callable[..., Product]
+    # (qkv: Product [T, (Hq + 2 Hkv) * D], q_norm_weight [D] | None, k_norm_weight [D] | None, eps,
     #  cos_sin [max_position, D] float32 (cos half, sin half), positions [T] int32,
-    #  key_cache, value_cache, slot_mapping [T] int64) -> query [T, Hq, D]:
-    # per-head RMS norm and rotation of q and k, and K/V into their slots (slot -1 is not written).
+    #  key_cache, value_cache, slot_mapping [T] int64, key_scales, value_scales)
+    #  -> query [T, Hq, D]:
+    # per-head RMS norm and rotation of q and k, and K/V into their slots (slot -1 is not written;
+    # a value that is not finite may be stored as 0).
     qk_norm_rope_store: Callable[..., torch.Tensor]
     # (query [T, Hq, D], key_cache, value_cache, block_tables [S, W] int32, cu_seqlens_q [S + 1]
-    #  int32, cu_seqlens_k [S + 1] int32, max_seqlen_q: int, max_seqlen_k: int, scale)
-    #  -> [T, Hq, D]:
+    #  int32, cu_seqlens_k [S + 1] int32, max_seqlen_q: int, max_seqlen_k: int, scale,
+    #  key_scales, value_scales) -> [T, Hq, D]:
     # causal attention over the paged cache; a sequence's queries are its last positions.
     prefill_attention: Callable[..., torch.Tensor]
+    # (key_cache of any layer, block_tables [B, W] int32, context_lens [B] int32,
+    #  num_common_blocks [1] int32 | None) -> what `decode_attention` takes as its plan:
+    # how the work of a step is divided, made once for all layers. With num_common_blocks, the
+    # tables of all rows that are not empty begin with so many equal, full blocks, fewer than any of
+    # these rows has; they are read once for the batch. (Prefixes shared by some rows only are not.)
+    plan_decode: Callable[..., Any]
     # (query [B, Hq, D], key_cache, value_cache, block_tables [B, W] int32, context_lens [B] int32,
-    #  scale) -> [B, Hq, D]; a row of length 0 gives finite values that nobody reads.
+    #  scale, key_scales, value_scales, plan) -> [B, Hq, D];
+    # a row of length 0 gives finite values that nobody reads. Without a plan (None, the default)
+    # one is made.
     decode_attention: Callable[..., torch.Tensor]
     # (logits [B, V], temperatures [B] float32, seeds [B, 2] int32, positions [B] int32,
     #  first_token_id: int, vocab_size: int) -> (scores [B] float32, token_ids [B] int32):
@@ -74,6 +107,12 @@ class Ops:
     write_back: Callable[..., None]
     # Whether decode steps can be captured in a CUDA graph: no shape depends on device values.
     supports_cuda_graphs: bool
+    # Whether `plan_decode` makes use of num_common_blocks.
+    reads_common_blocks_once: bool
+
+
+def _no_plan(*args: object) -> None:
+    """`plan_decode` of the backends that divide the work themselves."""
 
 
 def _torch_ops(compile_elementwise: bool) -> Ops:
@@ -86,21 +125,25 @@ def _torch_ops(compile_elementwise: bool) -> Ops:
         rms_norm=compiled(torch_ops.rms_norm),
         add_rms_norm=compiled(torch_ops.add_rms_norm),
         silu_and_mul=compiled(torch_ops.silu_and_mul),
+        linear=torch_ops.linear,
         qk_norm_rope_store=partial(
             torch_ops.qk_norm_rope_store, pure_part=compiled(torch_ops.qk_norm_rope)
         ),
         prefill_attention=torch_ops.prefill_attention,
+        plan_decode=_no_plan,
         decode_attention=torch_ops.decode_attention,
         sample=partial(torch_ops.sample, scores_part=compiled(torch_ops.race_scores)),
         gather_decode_inputs=torch_ops.gather_decode_inputs,
         write_back=torch_ops.write_back,
         supports_cuda_graphs=False,
+        reads_common_blocks_once=False,
     )
 
 
 def _triton_ops() -> Ops:
     from nanovllm.kernels.triton_activation import silu_and_mul
-    from nanovllm.kernels.triton_decode_attention import decode_attention
+    from nanovllm.kernels.triton_decode_attention import decode_attention, plan_decode
+    from nanovllm.kernels.triton_linear import linear
     from nanovllm.kernels.triton_norm import add_rms_norm, rms_norm
     from nanovllm.kernels.triton_prefill_attention import prefill_attention
     from nanovllm.kernels.triton_rope import qk_norm_rope_store
@@ -111,13 +154,16 @@ def _triton_ops() -> Ops:
         rms_norm=rms_norm,
         add_rms_norm=add_rms_norm,
         silu_and_mul=silu_and_mul,
+        linear=linear,
         qk_norm_rope_store=qk_norm_rope_store,
         prefill_attention=prefill_attention,
+        plan_decode=plan_decode,
         decode_attention=decode_attention,
         sample=sample,
         gather_decode_inputs=gather_decode_inputs,
         write_back=write_back,
         supports_cuda_graphs=True,
+        reads_common_blocks_once=True,
     )
 
 
@@ -127,12 +173,14 @@ def select_ops(
     dtype: torch.dtype,
     head_dim: int,
     compile_torch_ops: bool,
+    kv_cache_dtype: torch.dtype | None = None,
 ) -> Ops:
     """The operations of the backend "auto", "torch", "triton" or "flash-attn" for a model.
 
     "auto" is "triton" on CUDA where triton can be imported, otherwise "torch". `compile_torch_ops`
-    sends the elementwise operations of "torch" through torch.compile on CUDA. Raises ValueError for
-    a backend that is unknown, not installed, or unable to run this device, dtype or head_dim.
+    sends the elementwise operations of "torch" through torch.compile on CUDA. `kv_cache_dtype` is
+    `dtype` (None) or FP8_DTYPE. Raises ValueError for a backend that is unknown, not installed, or
+    unable to run this device, dtype, head_dim or kv_cache_dtype.
     """
     backend = attention_backend
     if backend != "auto" and backend not in BACKENDS:
@@ -143,6 +191,12 @@ def select_ops(
         raise ValueError(f"dtype is {dtype}; the kernels compute in {', '.join(map(str, DTYPES))}")
     if head_dim <= 0 or head_dim % 2:
         raise ValueError(f"head_dim is {head_dim}; rotary embeddings need an even number")
+    is_fp8 = kv_cache_dtype == FP8_DTYPE
+    if is_fp8 and backend == "flash-attn":
+        raise ValueError(
+            "kv_cache_dtype is 'fp8', which attention_backend 'flash-attn' cannot read; choose "
+            "'triton' or 'torch'"
+        )
     if backend == "torch" or (backend == "auto" and device.type != "cuda"):
         return _torch_ops(compile_torch_ops and device.type == "cuda")
 
@@ -152,6 +206,14 @@ def select_ops(
             f"attention_backend is {backend!r}, which needs a CUDA device, but the device is "
             f"{str(device)!r}; choose 'auto' or 'torch'"
         )
+    if is_fp8 and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < FP8_MIN_CAPABILITY:
+            raise ValueError(
+                f"kv_cache_dtype is 'fp8', which attention_backend {backend!r} offers on GPUs of "
+                f"compute capability {_version(FP8_MIN_CAPABILITY)} or higher, but {device} has "
+                f"{_version(capability)}; choose kv_cache_dtype 'auto' or attention_backend 'torch'"
+            )
     try:
         ops = _triton_ops()
     except (ImportError, OSError) as error:
@@ -191,5 +253,11 @@ def select_ops(
     return replace(
         ops,
         prefill_attention=flash_attention.prefill_attention,
+        plan_decode=_no_plan,
         decode_attention=flash_attention.decode_attention,
+        reads_common_blocks_once=False,
     )
+
+
+def _version(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"

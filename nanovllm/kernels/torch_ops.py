@@ -5,11 +5,13 @@ Hugging Face's Qwen3. Memory stays bounded for long prompts and large batches; i
 changed in place, and unwritten cache slots (which may hold NaN) never reach a result.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels import row_state
-from nanovllm.kernels.ops import DecodeInputs
+from nanovllm.kernels.ops import FP8_DTYPE, FP8_MAX, FP8_MIN_AMAX, DecodeInputs
 
 MAX_SCORE_ELEMENTS = 2**26  # attention scores alive at a time in prefill
 MAX_GATHER_ELEMENTS = 2**24  # keys (and as many values) copied out of the cache at a time in decode
@@ -38,6 +40,11 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """SwiGLU: gate_up [T, 2I] -> silu(gate) * up [T, I]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, K], weight [N, K], bias [N] -> [T, N]."""
+    return F.linear(x, weight, bias)
 
 
 # Rotary embedding and the cache
@@ -84,6 +91,8 @@ def qk_norm_rope_store(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
     *,
     pure_part=qk_norm_rope,
 ) -> torch.Tensor:
@@ -91,16 +100,37 @@ def qk_norm_rope_store(
 
     `pure_part` is `qk_norm_rope` or its compiled form; the store depends on the slots' values.
     """
-    num_kv_heads, head_dim = key_cache.shape[2:]
+    block_size, num_kv_heads, head_dim = key_cache.shape[1:]
     query, key = pure_part(
         qkv, q_norm_weight, k_norm_weight, eps, cos_sin, positions, num_kv_heads, head_dim
     )
     value = qkv.unflatten(-1, (-1, head_dim))[:, -num_kv_heads:]
     stored = slot_mapping >= 0
     slots = slot_mapping[stored]
-    key_cache.view(-1, num_kv_heads, head_dim)[slots] = key[stored]
-    value_cache.view(-1, num_kv_heads, head_dim)[slots] = value[stored]
+    for new, cache, scales in ((key, key_cache, key_scales), (value, value_cache, value_scales)):
+        heads = new[stored]
+        if scales is not None:
+            heads, scales[slots // block_size, :, slots % block_size] = quantize(heads)
+        cache.view(-1, num_kv_heads, head_dim)[slots] = heads
     return query
+
+
+def quantize(heads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """heads [T, Hkv, D] -> (FP8_DTYPE [T, Hkv, D], scales float32 [T, Hkv]); see `Ops`."""
+    amax = heads.float().abs().amax(-1, keepdim=True)
+    is_nonzero = amax > FP8_MIN_AMAX
+    scales = torch.where(is_nonzero, amax * (1 / FP8_MAX), 1)
+    inverse = torch.where(is_nonzero, FP8_MAX / amax, 1)
+    return (heads.float() * inverse).to(FP8_DTYPE), scales.squeeze(-1)
+
+
+def _dequantize(
+    heads: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """What was read from the cache [..., Hkv, D], with scales [..., Hkv] if it is fp8."""
+    if scales is None:
+        return heads
+    return (heads.float() * scales.unsqueeze(-1)).to(dtype)
 
 
 # Attention
@@ -116,6 +146,8 @@ def prefill_attention(
     max_seqlen_q: int,
     max_seqlen_k: int,
     scale: float,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of each sequence's last positions over its pages, a sequence at a time.
 
@@ -131,10 +163,17 @@ def prefill_attention(
         len_k = k_ends[seq + 1] - k_ends[seq]
         num_cached = len_k - (q_end - q_begin)
         pages = table[: -(-len_k // block_size)].long()
-        # [Hkv, G, len_k, D]: each KV head seen by its group of query heads without a copy.
         keys, values = (
-            cache[pages].flatten(0, 1)[:len_k].permute(1, 0, 2)[:, None].expand(-1, group, -1, -1)
-            for cache in (key_cache, value_cache)
+            _dequantize(
+                cache[pages],
+                None if scales is None else scales[pages].transpose(1, 2),
+                query.dtype,
+            )
+            .flatten(0, 1)[:len_k]
+            # [Hkv, G, len_k, D]: each KV head seen by its group of query heads without a copy.
+            .permute(1, 0, 2)[:, None]
+            .expand(-1, group, -1, -1)
+            for cache, scales in ((key_cache, key_scales), (value_cache, value_scales))
         )
         rows = max(1, MAX_SCORE_ELEMENTS // max(1, num_heads * len_k))
         for begin in range(q_begin, q_end, rows):
@@ -163,6 +202,9 @@ def decode_attention(
     block_tables: torch.Tensor,
     context_lens: torch.Tensor,
     scale: float,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
+    plan: None = None,
 ) -> torch.Tensor:
     """Attention of one query per row over its pages; query [B, Hq, D] -> [B, Hq, D].
 
@@ -183,11 +225,18 @@ def decode_attention(
         # Past its end a row reads its own first slot: a masked NaN would still spoil the product.
         position = torch.where(visible, position, 0)
         pages = block_tables[part].long().gather(1, position // block_size)
-        slots = pages * block_size + position % block_size
+        offset = position % block_size
+        slots = pages * block_size + offset
+        keys, values = (
+            _dequantize(
+                cache[slots], None if scales is None else scales[pages, :, offset], query.dtype
+            )  # [b, L, Hkv, D]
+            for cache, scales in ((key_slots, key_scales), (value_slots, value_scales))
+        )
         attended = F.scaled_dot_product_attention(
             query[part].unflatten(1, (num_kv_heads, -1)),  # [b, Hkv, G, D]
-            key_slots[slots].transpose(1, 2),  # [b, Hkv, L, D]
-            value_slots[slots].transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
             attn_mask=visible[:, None, None, :],
             scale=scale,
         ).flatten(1, 2)
@@ -219,26 +268,27 @@ def race_scores(
     positions: torch.Tensor,
     first_token_id: int,
 ) -> torch.Tensor:
-    """logit / temperature - log(E) with exponential E: the argmax is a draw from the softmax.
+    """log2(e) * logit / temperature - log2(E): the argmax is a draw from the softmax.
 
-    logits [B, V] -> float32 [B, V]. E is a function of (seed, position, token id) alone, so a draw
-    is the same in any batch, on any rank and in any step. Temperature 0 leaves the logit as it is.
+    logits [B, V] -> float32 [B, V]. E is exponential and a function of (seed, position, token id)
+    alone, so a draw is the same in any batch, on any rank and in any step. Temperature 0 leaves
+    the logit as it is.
     """
     token_ids = torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32)
-    token_ids = token_ids + first_token_id
-    key0 = _mix(seeds[:, 0] ^ _mix(positions))
-    key1 = _mix(seeds[:, 1] ^ _mix(positions + (0x9E3779B9 - 2**32)))
-    bits = _mix(_mix(token_ids ^ key0.unsqueeze(1)) + key1.unsqueeze(1))
-    # v in (0, 1): the bits as an unsigned number, kept below 1 so that log(1 - v) is finite.
-    v = ((bits.long() & 0xFFFFFFFF).float() + 0.5) * 2.0**-32
-    v = v.clamp(max=1 - 2.0**-24)
-    # -log(1 - v), by its series where 1 - v would round away the digits of a small v: the winners.
-    series = v * (1 + v * (1 / 2 + v * (1 / 3 + v * (1 / 4 + v * (1 / 5)))))
-    exponential = torch.where(v < 2.0**-4, series, -torch.log(1 - v))
+    # Every draw walks over the 32-bit integers from a start and in steps of its own, a step for
+    # each token id, and hashes them: lowbias32 without its outermost shift.
+    start = _mix(seeds[:, 0] ^ _mix(positions))
+    step = _mix(seeds[:, 1] ^ start) | 1
+    bits = start.unsqueeze(1) + (token_ids + (first_token_id + 1)) * step.unsqueeze(1)
+    bits = (bits ^ _shift_right(bits, 16)) * 0x7FEB352D
+    bits = (bits ^ _shift_right(bits, 15)) * (0x846CA68B - 2**32)
+    # v in (0, 1): the bits as an unsigned number. log1p keeps the digits of a small v: the winners.
+    v = (bits.long() & 0xFFFFFFFF).float() * (2.0**-32 - 2.0**-56) + 2.0**-33
+    exponential = -torch.log1p(-v) * math.log2(math.e)
     hot = (temperatures > 0).unsqueeze(1)
-    inverse = 1 / torch.where(temperatures > 0, temperatures, 1).unsqueeze(1)
+    rate = math.log2(math.e) / torch.where(temperatures > 0, temperatures, 1).unsqueeze(1)
     logits = logits.float()
-    return torch.where(hot, logits * inverse - torch.log(exponential), logits)
+    return torch.where(hot, logits * rate - torch.log2(exponential), logits)
 
 
 def sample(

@@ -1,8 +1,11 @@
 """Overlap of kernel launches on Hopper and later (programmatic dependent launch).
 
 A kernel launched with `overlap_options` may start before the one ahead of it on the stream has
-ended. It calls `await_previous` before anything else, in every program, so it touches memory only
-when that one, and with it all earlier ones, is done: only the launch itself overlaps.
+ended. Every program of every kernel calls `await_previous`, which returns when that kernel has
+completed and its memory is visible. Until then a program may only read what no kernel writes
+(weights). The kernel ahead has completed only if it, too, has waited for the one before it, so all
+earlier kernels are done. Hence `release_next` may come at any time, even before the own wait: the
+next kernel's programs wait for this one's completion, whenever they come.
 """
 
 from functools import lru_cache
@@ -15,16 +18,51 @@ OVERLAP_LAUNCHES = True  # off for an ablation
 
 
 @triton.jit
+def release_next(OVERLAP: tl.constexpr):
+    """Let the next kernel's programs come, once all of this kernel's have; they wait for its end.
+
+    Calling it again has no effect.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def await_previous(OVERLAP: tl.constexpr):
-    """Wait for the previous kernel's memory, and let the next kernel's programs come and wait."""
+    """Let the next kernel's programs come, then wait for the previous kernel and its memory."""
+    release_next(OVERLAP)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def await_previous_alone(OVERLAP: tl.constexpr):
+    """Wait for the previous kernel, but let the next one come only when this one has ended.
+
+    All kernels from here on may then read, even before they wait, what this kernel and those ahead
+    of it have written; past their multiprocessor's cache (".cg"), which may remember older values.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
 
 
 @lru_cache
 def _can_overlap(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@lru_cache
+def has_bulk_copies(device: torch.device) -> bool:
+    """Whether tensor descriptors load by Hopper's bulk tensor copies, 64-row products included."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+
+
+@lru_cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; 1 for Triton's interpreter."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def overlap_options(device: torch.device) -> dict[str, bool]:

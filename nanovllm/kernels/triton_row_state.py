@@ -10,7 +10,11 @@ import triton.language as tl
 
 from nanovllm.kernels import row_state
 from nanovllm.kernels.ops import DecodeInputs
-from nanovllm.kernels.triton_launch import await_previous, overlap_options
+from nanovllm.kernels.triton_launch import (
+    await_previous,
+    await_previous_alone,
+    overlap_options,
+)
 
 BLOCK = 256  # block-table entries copied, or rows written back, by one program
 
@@ -39,7 +43,7 @@ def _gather_kernel(
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    await_previous(OVERLAP)
+    await_previous_alone(OVERLAP)  # later kernels read these inputs before they wait
     i = tl.program_id(0)
     state = row_table + tl.load(rows + i).to(tl.int64) * stride_table
     entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -1,7 +1,8 @@
-"""The Gumbel race over the vocabulary in Triton: one pass over the logits, two stages.
+"""The race over the vocabulary in Triton: one pass over the logits, two stages.
 
-Stage 1 gives the winner of every chunk of a row, stage 2 the row's. The formula is that of
-`torch_ops.race_scores`, so both backends draw the same tokens, apart from ties in the last bit.
+Stage 1 finds the earliest arrival of every chunk of a row; stage 2 computes the earliest chunk
+once more to find its token. The formula is that of `torch_ops.race_scores`, so both backends draw
+the same tokens, apart from ties within the logarithm's error (1e-5 of the exponential).
 """
 
 import torch
@@ -10,7 +11,7 @@ import triton.language as tl
 
 from nanovllm.kernels.triton_launch import await_previous, overlap_options
 
-CHUNK = 2048  # logits per program of stage 1
+CHUNK = 4096  # logits per program of stage 1
 NUM_WARPS = 4
 
 
@@ -25,14 +26,64 @@ def _mix(x):
     return x
 
 
+@triton.jit
+def _log2(x, APPROXIMATE: tl.constexpr):
+    """Base-2 logarithm of a positive normal float32, by the hardware's unit if APPROXIMATE."""
+    if APPROXIMATE:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def _arrivals(
+    row,
+    chunk,
+    logits,
+    temperatures,
+    seeds,
+    positions,
+    stride_logits,
+    first_token_id,
+    num_valid,
+    CHUNK: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+):
+    """Minus `torch_ops.race_scores` of one chunk of a row, [CHUNK]; +inf from num_valid on."""
+    column = chunk * CHUNK + tl.arange(0, CHUNK)
+    pointers = logits + row * stride_logits + column
+    logit = tl.load(pointers, mask=column < num_valid, other=float("-inf")).to(tl.float32)
+    temperature = tl.load(temperatures + row)
+    if temperature > 0:
+        position = tl.load(positions + row).to(tl.uint32, bitcast=True)
+        seed_lo = tl.load(seeds + 2 * row).to(tl.uint32, bitcast=True)
+        seed_hi = tl.load(seeds + 2 * row + 1).to(tl.uint32, bitcast=True)
+        start = _mix(seed_lo ^ _mix(position))
+        step = _mix(seed_hi ^ start) | 1
+        bits = start + (first_token_id + 1 + column).to(tl.uint32, bitcast=True) * step
+        bits = (bits ^ (bits >> 16)) * 0x7FEB352D
+        bits = (bits ^ (bits >> 15)) * 0x846CA68B
+        v = bits.to(tl.float32) * (2.0**-32 - 2.0**-56) + 2.0**-33
+        # -log2(1 - v). For a small v, a winner, 1 - v has lost the digits, but there the series
+        # exceeds the logarithm less its error; elsewhere it falls behind for want of terms.
+        series = v * (1.4426950 + v * (0.72134752 + v * (0.48089835 + v * 0.36067376)))
+        exponential = tl.maximum(series, -9.5e-7 - _log2(1 - v, APPROXIMATE))
+        rate = 1.4426950408889634 / temperature
+        arrival = _log2(exponential, APPROXIMATE) - logit * rate
+    else:
+        arrival = -logit
+    return arrival
+
+
 # Per-row inputs may be slices of one packed buffer: no recompilation for their alignment.
 @triton.jit(
-    do_not_specialize=["first_token_id", "num_valid"],
+    do_not_specialize=["first_token_id"],
     do_not_specialize_on_alignment=["temperatures", "seeds", "positions"],
 )
-def _chunk_winner_kernel(
-    chunk_scores,  # [B, num_chunks] float32
-    chunk_columns,  # [B, num_chunks] int32
+def _chunk_kernel(
+    chunk_arrivals,  # [B, num_chunks] float32
     logits,  # [B, V]
     temperatures,
     seeds,  # [B, 2] int32
@@ -41,57 +92,76 @@ def _chunk_winner_kernel(
     first_token_id,
     num_valid,  # columns from here on are padding and never win
     CHUNK: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     await_previous(OVERLAP)
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
-    column = chunk * CHUNK + tl.arange(0, CHUNK)
-    valid = column < num_valid
-    pointers = logits + row * stride_logits + column
-    scores = tl.load(pointers, mask=valid, other=float("-inf")).to(tl.float32)
-    temperature = tl.load(temperatures + row)
-    if temperature > 0:
-        position = tl.load(positions + row).to(tl.uint32, bitcast=True)
-        seed_lo = tl.load(seeds + 2 * row).to(tl.uint32, bitcast=True)
-        seed_hi = tl.load(seeds + 2 * row + 1).to(tl.uint32, bitcast=True)
-        key0 = _mix(seed_lo ^ _mix(position))
-        key1 = _mix(seed_hi ^ _mix(position + 0x9E3779B9))
-        token_id = (column + first_token_id).to(tl.uint32, bitcast=True)
-        bits = _mix(_mix(token_id ^ key0) + key1)
-        v = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2^-32
-        v = tl.minimum(v, 0.99999994)  # 1 - 2^-24: log(1 - v) stays finite
-        series = v * (1 + v * (1 / 2 + v * (1 / 3 + v * (1 / 4 + v * (1 / 5)))))
-        exponential = tl.where(v < 0.0625, series, -tl.log(1 - v))
-        scores = scores * tl.div_rn(1.0, temperature) - tl.log(exponential)
-    scores = tl.where(scores >= float("-inf"), scores, float("-inf"))  # a NaN never wins
-    best, winner = tl.max(scores, 0, return_indices=True, return_indices_tie_break_left=True)
-    out = row * tl.num_programs(0) + chunk
-    tl.store(chunk_scores + out, best)
-    tl.store(chunk_columns + out, chunk * CHUNK + winner)
+    arrival = _arrivals(
+        row,
+        chunk,
+        logits,
+        temperatures,
+        seeds,
+        positions,
+        stride_logits,
+        first_token_id,
+        num_valid,
+        CHUNK,
+        APPROXIMATE,
+    )
+    earliest = tl.min(arrival, 0)  # skips NaN; NaN itself if there is nothing else
+    tl.store(chunk_arrivals + row * tl.num_programs(0) + chunk, earliest)
 
 
-@triton.jit(do_not_specialize=["first_token_id", "vocab_size", "num_chunks"])
-def _row_winner_kernel(
+@triton.jit(
+    do_not_specialize=["first_token_id", "vocab_size", "num_chunks"],
+    do_not_specialize_on_alignment=["temperatures", "seeds", "positions"],
+)
+def _row_kernel(
     scores,  # [B] float32
     token_ids,  # [B] int32
-    chunk_scores,
-    chunk_columns,
-    first_token_id,
+    chunk_arrivals,  # [B, num_chunks]
     vocab_size,
     num_chunks,
+    logits,
+    temperatures,
+    seeds,
+    positions,
+    stride_logits,
+    first_token_id,
+    num_valid,
+    CHUNK: tl.constexpr,
     PADDED_CHUNKS: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     await_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
-    chunk = tl.arange(0, PADDED_CHUNKS)
-    pointers = chunk_scores + row * num_chunks + chunk
-    values = tl.load(pointers, mask=chunk < num_chunks, other=float("-inf"))
-    best, winner = tl.max(values, 0, return_indices=True, return_indices_tie_break_left=True)
-    column = tl.load(chunk_columns + row * num_chunks + winner)
-    tl.store(scores + row, best)
-    tl.store(token_ids + row, tl.minimum(first_token_id + column, vocab_size - 1))
+    index = tl.arange(0, PADDED_CHUNKS)
+    pointers = chunk_arrivals + row * num_chunks + index
+    earliest = tl.load(pointers, mask=index < num_chunks, other=float("inf"))
+    earliest = tl.where(earliest <= float("inf"), earliest, float("inf"))  # a NaN never wins
+    chunk = tl.argmin(earliest, 0, tie_break_left=True)
+    arrival = _arrivals(
+        row,
+        chunk,
+        logits,
+        temperatures,
+        seeds,
+        positions,
+        stride_logits,
+        first_token_id,
+        num_valid,
+        CHUNK,
+        APPROXIMATE,
+    )
+    arrival = tl.where(arrival <= float("inf"), arrival, float("inf"))
+    first, winner = tl.min(arrival, 0, return_indices=True, return_indices_tie_break_left=True)
+    token_id = first_token_id + chunk * CHUNK + winner
+    tl.store(scores + row, -first)
+    tl.store(token_ids + row, tl.minimum(token_id, vocab_size - 1))
 
 
 def sample(
@@ -110,33 +180,24 @@ def sample(
         return scores, token_ids
     assert logits.stride(1) == 1 and seeds.is_contiguous()
     num_chunks = triton.cdiv(width, CHUNK)
-    shape = (batch_size, num_chunks)
-    chunk_scores = torch.empty(shape, dtype=torch.float32, device=logits.device)
-    chunk_columns = torch.empty(shape, dtype=torch.int32, device=logits.device)
-    _chunk_winner_kernel[(num_chunks, batch_size)](
-        chunk_scores,
-        chunk_columns,
-        logits,
-        temperatures,
-        seeds,
-        positions,
-        logits.stride(0),
-        first_token_id,
-        max(0, min(width, vocab_size - first_token_id)),
-        CHUNK=CHUNK,
-        num_warps=NUM_WARPS,
+    chunk_arrivals = torch.empty((batch_size, num_chunks), device=logits.device)
+    num_valid = max(0, min(width, vocab_size - first_token_id))
+    race = logits, temperatures, seeds, positions, logits.stride(0), first_token_id, num_valid
+    options = {
+        "CHUNK": CHUNK,
+        "APPROXIMATE": logits.is_cuda,  # the interpreter runs no assembly
+        "num_warps": NUM_WARPS,
         **overlap_options(logits.device),
-    )
-    _row_winner_kernel[(batch_size,)](
+    }
+    _chunk_kernel[(num_chunks, batch_size)](chunk_arrivals, *race, **options)
+    _row_kernel[(batch_size,)](
         scores,
         token_ids,
-        chunk_scores,
-        chunk_columns,
-        first_token_id,
+        chunk_arrivals,
         vocab_size,
         num_chunks,
+        *race,
         PADDED_CHUNKS=triton.next_power_of_2(num_chunks),
-        num_warps=1,
-        **overlap_options(logits.device),
+        **options,
     )
     return scores, token_ids

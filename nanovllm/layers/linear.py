@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanovllm.kernels.ops import Product
 from nanovllm.layers.context import ModelContext
 from nanovllm.layers.weights import Shard, new_parameter
 
@@ -25,6 +26,7 @@ class ColumnParallelLinear(nn.Module):
         context: ModelContext,
     ) -> None:
         super().__init__()
+        self.ops = context.ops
         columns = slice(0, input_size)
         weight_shards, bias_shards = {}, {}
         offset = 0
@@ -42,9 +44,9 @@ class ColumnParallelLinear(nn.Module):
             new_parameter((offset,), bias_shards, context.dtype, context.device) if bias else None
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Product:
         """x [T, input_size] -> [T, sum of this rank's row counts]."""
-        return F.linear(x, self.weight, self.bias)
+        return self.ops.linear(x, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):
@@ -54,6 +56,7 @@ class RowParallelLinear(nn.Module):
         self, input_size: int, output_size: int, bias: bool, context: ModelContext
     ) -> None:
         super().__init__()
+        self.ops = context.ops
         self.tp = context.tp
         size = input_size // self.tp.size
         rows, start = slice(0, output_size), self.tp.rank * size
@@ -68,9 +71,9 @@ class RowParallelLinear(nn.Module):
             else None
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Product:
         """x [T, input_size / ranks] -> [T, output_size]."""
         if self.tp.size == 1:
-            return F.linear(x, self.weight, self.bias)
+            return self.ops.linear(x, self.weight, self.bias)
         y = self.tp.all_reduce(F.linear(x, self.weight))
         return y if self.bias is None else y + self.bias

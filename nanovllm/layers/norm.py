@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from nanovllm.kernels.ops import Product
 from nanovllm.layers.context import ModelContext
 from nanovllm.layers.weights import new_parameter, whole
 
@@ -20,6 +21,6 @@ class RMSNorm(nn.Module):
         """x [T, size] -> [T, size]."""
         return self.ops.rms_norm(x, self.weight, self.eps)
 
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def add(self, x: Product, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm(x + residual), x + residual); the residual's memory may be reused."""
         return self.ops.add_rms_norm(x, residual, self.weight, self.eps)

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from nanovllm.kernels.ops import Product
 from nanovllm.layers.attention import Attention, AttentionMetadata
 from nanovllm.layers.context import ModelContext
 from nanovllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
@@ -49,7 +50,7 @@ class Qwen3Attention(nn.Module):
 
     def forward(
         self, x: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
-    ) -> torch.Tensor:
+    ) -> Product:
         """x [T, hidden_size] -> [T, hidden_size]."""
         qkv = self.qkv_proj(x)
         out = self.attn(
@@ -73,7 +74,7 @@ class Qwen3MLP(nn.Module):
             config.intermediate_size, config.hidden_size, False, context
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Product:
         """x [T, hidden_size] -> [T, hidden_size]."""
         return self.down_proj(self.ops.silu_and_mul(self.gate_up_proj(x)))
 
@@ -92,17 +93,18 @@ class Qwen3DecoderLayer(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: Product,
         residual: torch.Tensor | None,
         positions: torch.Tensor,
         metadata: AttentionMetadata,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x, residual) [T, hidden_size] each -> the same for the next layer."""
+    ) -> tuple[Product, torch.Tensor]:
+        """(x, residual) [T, hidden_size] each -> the same for the next layer, the wanted rows."""
         if residual is None:
+            assert isinstance(x, torch.Tensor)  # the embedding's
             normed, residual = self.input_layernorm(x), x
         else:
             normed, residual = self.input_layernorm.add(x, residual)
-        x = self.self_attn(normed, positions, metadata)
+        x, residual = self.self_attn(normed, positions, metadata), metadata.wanted(residual)
         normed, residual = self.post_attention_layernorm.add(x, residual)
         return self.mlp(normed), residual
 
@@ -127,11 +129,12 @@ class Qwen3Model(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
     ) -> torch.Tensor:
-        """input_ids and positions [T] int32 -> [T, hidden_size]."""
-        x: torch.Tensor = self.embed_tokens(input_ids)
+        """input_ids and positions [T] int32 -> [T, hidden_size], the rows to sample from."""
+        x: Product = self.embed_tokens(input_ids)
         residual: torch.Tensor | None = None
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             x, residual = layer(x, residual, positions, metadata)
+        x, residual = self.layers[-1](x, residual, positions, metadata.of_last_layer())
         assert residual is not None
         return self.norm.add(x, residual)[0]
 

@@ -8,9 +8,11 @@ the sequence reads through its block table, so a wrong slot anywhere changes the
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
+from nanovllm.engine import step_plan
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_plan import PlanBuilder, StepPlan
@@ -169,7 +171,8 @@ class FakeDevice:
         self.sampled: dict[int, list[int]] = {}  # seq_id -> all that was sampled for it
 
     def launch(self, seqs: list[Sequence], is_prefill: bool) -> Launched:
-        packed = self.plan_builder.build(seqs, is_prefill).pack()
+        with patch.object(step_plan, "MIN_SPARED_BLOCK_READS", 1):
+            packed = self.plan_builder.build(seqs, is_prefill).pack()
         assert packed.dtype == np.int32
         assert len(packed) <= self.capacity
         plan = StepPlan.unpack(packed)
@@ -195,6 +198,7 @@ class FakeDevice:
         return token_ids
 
     def _decode(self, plan: StepPlan, seqs: list[Sequence]) -> list[int | None]:
+        self._check_common_blocks(plan)
         token_ids: list[int | None] = []
         for seq, row in zip(seqs, plan.rows.tolist(), strict=True):
             token = int(self.row_table[row, row_state.LAST_TOKEN])
@@ -204,6 +208,16 @@ class FakeDevice:
             self._check_context(seq, row, position + 1)
             token_ids.append(self._sample(seq, row, position))
         return token_ids
+
+    def _check_common_blocks(self, plan: StepPlan) -> None:
+        """They are all that the rows share, and full: no row writes into them in this step."""
+        tables = self.row_table[plan.rows, row_state.BLOCK_TABLE :]
+        lengths = self.row_table[plan.rows, row_state.LENGTH]
+        is_used = np.arange(tables.shape[1]) < -(-lengths.min() // self.block_size)
+        is_shared = (tables == tables[0]).all(axis=0) & is_used
+        num_shared = int(np.cumprod(is_shared).sum()) if len(plan.rows) > 1 else 0
+        assert plan.num_common_blocks == num_shared
+        assert num_shared * self.block_size < lengths.min()
 
     def _slot(self, row: int, position: int) -> int:
         block_id = self.row_table[row, row_state.BLOCK_TABLE + position // self.block_size]

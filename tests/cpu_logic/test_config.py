@@ -124,6 +124,7 @@ def test_defaults(model):
     assert config.enable_chunked_prefill is False
     assert config.async_scheduling is True
     assert (config.dtype, config.device, config.attention_backend) == ("auto",) * 3
+    assert config.kv_cache_dtype == "auto"
     assert (config.seed, config.load_format) == (0, "auto")
     assert config.max_blocks_per_seq == 16
 
@@ -211,6 +212,15 @@ def test_no_known_keyword_is_listed_as_vllm_only():
         ({"seed": 0.5}, "seed must be an integer"),
         ({"dtype": "int8"}, "dtype must be one of auto, bfloat16, float16, float32, got 'int8'"),
         ({"dtype": torch.float16}, "dtype must be one of .* got torch.float16"),
+        (
+            {"kv_cache_dtype": "int8"},
+            "kv_cache_dtype must be one of auto, fp8, fp8_e4m3, got 'int8'",
+        ),
+        (
+            {"kv_cache_dtype": torch.float8_e4m3fn},
+            "kv_cache_dtype must be .* got torch.float8_e4m3",
+        ),
+        ({"kv_cache_dtype": None}, "kv_cache_dtype must be one of .* got None"),
         ({"device": "tpu"}, "device must be one of auto, cuda, cpu, got 'tpu'"),
         ({"load_format": "pt"}, "load_format must be one of auto, dummy, got 'pt'"),
         ({"attention_backend": "xformers"}, "attention_backend must be one of .* got 'xformers'"),

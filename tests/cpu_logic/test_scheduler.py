@@ -2,6 +2,7 @@
 
 import random
 import time
+from math import ceil
 
 import pytest
 from scheduling_helpers import (
@@ -16,7 +17,7 @@ from scheduling_helpers import (
     step,
 )
 
-from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.scheduler import ADMISSION_INTERVAL, Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.sampling_params import SamplingParams
 
@@ -146,6 +147,129 @@ def test_only_uncached_tokens_count_against_the_budget():
         scheduler.add(make_seq([3] * 64 + [seq_id], max_tokens=2, seq_id=seq_id))
     assert step(scheduler)[1] == 65 + 3
     assert len(scheduler.running) == 4
+
+
+# Admission while others decode
+
+
+def fill_slots(num_waiting: int, first_to_end: int) -> Scheduler:
+    """16 sequences run and decode, of which the first few end with the next step; others wait."""
+    scheduler = make_scheduler(max_num_seqs=16, num_kvcache_blocks=1000)
+    for seq in add_prompts(scheduler, [20] * (16 + num_waiting), max_tokens=200)[:first_to_end]:
+        seq.max_length = 22
+    assert step(scheduler)[1] == 16 * 20
+    assert step(scheduler)[1] == -16
+    return scheduler
+
+
+@pytest.mark.parametrize(
+    ("num_free", "num_waiting", "num_decodes"),
+    [
+        (2, 10, 1),  # an eighth of the slots is free
+        (1, 1, 1),  # all that wait get a slot
+        (1, 2, ADMISSION_INTERVAL),
+        (1, 10, ADMISSION_INTERVAL),
+    ],
+)
+def test_few_freed_slots_are_filled_together_at_intervals(num_free, num_waiting, num_decodes):
+    scheduler = fill_slots(num_waiting, first_to_end=num_free)
+    waiting = list(scheduler.waiting)
+    for _ in range(num_decodes - 1):
+        assert step(scheduler)[1] == num_free - 16
+    num_admitted = min(num_free, num_waiting)
+    assert step(scheduler) == (waiting[:num_admitted], 20 * num_admitted)
+
+
+def test_slot_freed_long_after_the_last_prefill_is_filled_at_once():
+    scheduler = fill_slots(num_waiting=10, first_to_end=0)
+    scheduler.running[5].max_length = 24 + ADMISSION_INTERVAL
+    numbers = [step(scheduler)[1] for _ in range(ADMISSION_INTERVAL + 4)]
+    assert numbers == [-16] * (ADMISSION_INTERVAL + 2) + [20, -16]
+
+
+def test_new_request_is_admitted_at_once_where_little_runs():
+    scheduler = make_scheduler(max_num_seqs=16, num_kvcache_blocks=1000)
+    for seq_id in range(14):
+        seq = make_seq([seq_id] * 20, seq_id=seq_id)
+        scheduler.add(seq)
+        assert step(scheduler) == ([seq], 20)
+        assert step(scheduler)[1] == -1 - seq_id
+
+
+@pytest.mark.parametrize(("num_free", "num_decodes"), [(5, 1), (4, ADMISSION_INTERVAL)])
+def test_few_freed_blocks_are_given_out_together_at_intervals(num_free, num_decodes):
+    """40 blocks, one for each sequence, bound what runs; an eighth of them is 5."""
+    scheduler = make_scheduler(max_num_seqs=64, num_kvcache_blocks=40, kvcache_block_size=64)
+    sequences = add_prompts(scheduler, [20] * 50, max_tokens=40)
+    for seq in sequences[:num_free]:
+        seq.max_length = 22
+    assert step(scheduler) == (sequences[:40], 40 * 20)
+    assert step(scheduler)[1] == -40
+    for _ in range(num_decodes - 1):
+        assert step(scheduler)[1] == num_free - 40
+    assert step(scheduler) == (sequences[40 : 40 + num_free], 20 * num_free)
+
+
+def test_long_prompt_goes_on_whatever_waits_or_decodes():
+    scheduler = make_scheduler(
+        max_num_seqs=2, max_num_batched_tokens=8, num_kvcache_blocks=50, enable_chunked_prefill=True
+    )
+    add_prompts(scheduler, [4, 30, 5, 5], max_tokens=20)
+    assert [step(scheduler)[1] for _ in range(7)] == [8, 8, 8, 8, 2, -2, -2]
+
+
+def test_short_requests_are_admitted_in_few_prefill_steps(monkeypatch):
+    """1,024 requests over 512 slots: with a prefill step for each freed slot there are 170."""
+    rng = random.Random(4)
+    prompts = [[rng.randint(0, 10000) for _ in range(rng.randint(32, 256))] for _ in range(1024)]
+    requests = [(prompt, rng.randint(32, 256)) for prompt in prompts]
+    num_prefills, num_decodes = [], []
+    for interval in (0, ADMISSION_INTERVAL):
+        monkeypatch.setattr("nanovllm.engine.scheduler.ADMISSION_INTERVAL", interval)
+        for is_overlapped in (False, True):
+            _, numbers, _ = run_bench(requests, 4000, 0.25, is_overlapped)
+            num_prefills.append(sum(n > 0 for n in numbers))
+            num_decodes.append(sum(n < 0 for n in numbers))
+    assert min(num_prefills[:2]) > 150
+    assert max(num_prefills[2:]) < 20
+    assert max(num_decodes[2:]) < 1.03 * min(num_decodes[:2])
+
+
+def longest_wait_for_what_is_free(seed: int) -> int:
+    """Decode steps in a row before each of which the first that waits would have fit."""
+    rng = random.Random(seed)
+    is_chunked = rng.random() < 0.5
+    scheduler = make_scheduler(
+        max_num_seqs=rng.choice([2, 16, 32]),
+        max_num_batched_tokens=40 if is_chunked else 400,
+        enable_chunked_prefill=is_chunked,
+        num_kvcache_blocks=rng.choice([60, 200, 800]),
+        kvcache_block_size=4,
+        watermark=rng.choice([0.0, 0.25]),
+    )
+    manager = scheduler.block_manager
+    num_to_come, num_decodes, longest_wait = 100, 0, 0
+    while num_to_come or not scheduler.is_finished():
+        while num_to_come and rng.random() < 0.5:
+            num_to_come -= 1
+            prompt = [rng.randint(2, 9) for _ in range(rng.randint(1, 24))]
+            max_tokens = rng.choice([rng.randint(1, 24), 100])
+            scheduler.add(make_seq(prompt, max_tokens, seq_id=num_to_come))
+        is_free = False
+        if scheduler.waiting and len(scheduler.running) < scheduler.max_num_seqs:
+            seq = scheduler.waiting[0]
+            num_reserved = ceil(scheduler.watermark * len(scheduler.running))
+            is_free = manager.can_allocate(seq, manager.match_prefix(seq), num_reserved)
+        _, num_tokens = step(scheduler)
+        num_decodes = num_decodes + 1 if is_free and num_tokens < 0 else 0
+        longest_wait = max(longest_wait, num_decodes)
+    check_all_released(scheduler)
+    return longest_wait
+
+
+def test_what_fits_is_never_left_waiting_for_more_than_an_interval():
+    waits = [longest_wait_for_what_is_free(seed) for seed in range(16)]
+    assert max(waits) == ADMISSION_INTERVAL
 
 
 # Ends
@@ -335,18 +459,20 @@ def test_with_a_step_in_flight_nothing_is_preempted():
     assert scheduler.num_preemptions == 1
 
 
-def test_cancelled_step_keeps_blocks_that_the_retry_uses():
-    """The first takes the last free block, the second has none: both are retried later."""
+def test_step_put_off_for_want_of_blocks_takes_none_until_its_retry():
+    """There is one free block for the first, and none for the second."""
     scheduler = make_scheduler(num_kvcache_blocks=11)
     first, second = add_prompts(scheduler, [80, 80], max_tokens=20)
     prefill, _ = launch(scheduler, in_flight=False)
-    assert launch(scheduler, in_flight=True) == ([], False)
     blocks = list(first.block_table)
+    assert launch(scheduler, in_flight=True) == ([], False)
+    assert first.block_table == blocks
+    assert scheduler.block_manager.num_free_blocks == 1
     assert first.num_pending_tokens == second.num_pending_tokens == 1
     scheduler.postprocess(prefill, [7, EOS])
     assert second.finish_reason == "stop"
     assert launch(scheduler, in_flight=False) == ([first], False)
-    assert first.block_table == blocks
+    assert first.block_table == [*blocks, 10]
     assert scheduler.num_preemptions == 0
 
 

@@ -8,7 +8,12 @@ from hypothesis.extra.numpy import arrays
 from scheduling_helpers import make_scheduler, make_seq, seed_words, temperature_bits
 
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.step_plan import PlanBuilder, StepPlan
+from nanovllm.engine.step_plan import (
+    MIN_SPARED_BLOCK_READS,
+    PlanBuilder,
+    StepPlan,
+    count_common_blocks,
+)
 from nanovllm.kernels import row_state
 from nanovllm.sampling_params import SamplingParams
 
@@ -34,6 +39,7 @@ def plans(draw) -> StepPlan:
         array(num_updates, 2),
         array(num_tokens),
         *(array(per_seq) for _ in range(4)),
+        num_common_blocks=0 if is_prefill else draw(st.integers(0, 9)),
     )
 
 
@@ -45,6 +51,7 @@ def test_unpacking_gives_the_plan_back(plan, num_stale_words):
     # A slot of the ring may hold the end of a longer, older plan.
     unpacked = StepPlan.unpack(np.concatenate([packed, np.full(num_stale_words, 99, np.int32)]))
     assert unpacked.is_prefill is plan.is_prefill
+    assert unpacked.num_common_blocks == plan.num_common_blocks
     for name in FIELDS:
         field, expected = getattr(unpacked, name), getattr(plan, name)
         assert field.shape == expected.shape, name
@@ -54,7 +61,7 @@ def test_unpacking_gives_the_plan_back(plan, num_stale_words):
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(st.data())
-def test_max_packed_size_bounds_every_plan_packed_or_uploaded(data):
+def test_max_packed_size_bounds_every_plan(data):
     max_num_seqs = data.draw(st.integers(1, 6))
     num_blocks = data.draw(st.integers(1, 9))
     budget = data.draw(st.integers(1, 30))
@@ -74,10 +81,6 @@ def test_max_packed_size_bounds_every_plan_packed_or_uploaded(data):
     plan = builder.build(sequences, is_prefill)
     bound = StepPlan.max_packed_size(max_num_seqs, budget, row_state.BLOCK_TABLE + num_blocks)
     assert len(plan.pack()) <= bound
-    # What the runner uploads in a prefill: four numbers and, if sampled, two more a sequence.
-    num_sampled = int(plan.samples.sum()) if is_prefill else 0
-    assert plan.updates.size + plan.token_ids.size + 4 * num_seqs + 2 * num_sampled <= bound
-    assert plan.updates.size + max_num_seqs <= bound  # a decode padded to the largest batch
 
 
 def updates_of(plan: StepPlan) -> dict[int, int]:
@@ -198,7 +201,7 @@ def test_preempted_sequence_is_sent_anew_with_its_completion():
     assert plan.token_ids.tolist() == [9]
 
 
-def test_block_appended_by_a_cancelled_step_is_sent_with_the_retry():
+def test_block_that_a_step_was_put_off_for_is_sent_with_the_retry():
     steps = Steps(num_kvcache_blocks=3)
     scheduler = steps.scheduler
     first, second = new_seq([1] * 4, 0), new_seq([2] * 4, 1)
@@ -207,7 +210,7 @@ def test_block_appended_by_a_cancelled_step_is_sent_with_the_retry():
     prefill, _ = scheduler.schedule()
     steps.builder.build(prefill, True)
     assert scheduler.schedule(in_flight=True) == ([], False)
-    assert len(first.block_table) == 2
+    assert len(first.block_table) == 1
     scheduler.postprocess(prefill, [7, 7])
     assert updates_of(steps.next()) == table(first, 1, 2)
 
@@ -220,3 +223,51 @@ def test_seed_is_sent_as_two_words(seed):
     sent = updates_of(steps.next())
     low, high = (sent[row_state.SEED + i] & 0xFFFFFFFF for i in range(2))
     assert low | high << 32 == seed
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.lists(st.integers(0, 2), max_size=4), min_size=1, max_size=5))
+def test_common_blocks_are_the_longest_prefix_of_all_tables(tables):
+    shortest = min(map(len, tables))
+    lengths = [n for n in range(shortest + 1) if all(t[:n] == tables[0][:n] for t in tables)]
+    assert count_common_blocks(tables) == max(lengths)
+
+
+def test_common_blocks_follow_the_batch():
+    num_seqs = MIN_SPARED_BLOCK_READS // 2 + 1
+    prefix = [3, 1, 4, 1, 5, 9, 2, 6]  # two blocks
+
+    def decode_plan() -> StepPlan:
+        while True:
+            if not (plan := steps.next()).is_prefill:
+                return plan
+
+    steps = Steps(num_kvcache_blocks=200, max_num_seqs=num_seqs)
+    for i in range(num_seqs):
+        # The last sequence ends after its third token.
+        max_tokens = 3 if i == num_seqs - 1 else 20
+        steps.scheduler.add(new_seq([*prefix, i], i, max_tokens=max_tokens))
+    assert steps.next().num_common_blocks == 0  # a prefill
+    whole_batch = decode_plan()
+    assert whole_batch.num_common_blocks == 2
+    # With the row that the last sequence leaves, another prefix joins the same rows.
+    stranger = new_seq([0, *prefix], num_seqs)
+    steps.scheduler.add(stranger)
+    assert steps.next().num_common_blocks == 2
+    plan = decode_plan()
+    assert plan.rows.tolist() == whole_batch.rows.tolist()
+    assert plan.num_common_blocks == 0
+    steps.scheduler.abort([stranger])
+    plan = decode_plan()
+    assert len(plan.rows) == num_seqs - 1
+    assert plan.num_common_blocks == 0, "fewer reads are spared than are worth a kernel"
+    steps.scheduler.add(new_seq([*prefix, 99], num_seqs + 1))
+    plans = [decode_plan() for _ in range(3)]
+    assert plans[-1].num_common_blocks == 2
+
+
+def test_a_single_sequence_has_no_common_blocks():
+    steps = Steps(num_kvcache_blocks=200)
+    steps.scheduler.add(new_seq(list(range(4 * MIN_SPARED_BLOCK_READS + 1)), 0))
+    steps.next()
+    assert steps.next().num_common_blocks == 0

@@ -9,7 +9,7 @@ import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
 from nanovllm.kernels import row_state, torch_ops
-from nanovllm.kernels.ops import select_ops
+from nanovllm.kernels.ops import FP8_DTYPE, FP8_MAX, FP8_MIN_AMAX, select_ops
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EPS = 1e-6
@@ -122,6 +122,133 @@ def test_qk_norm_rope_store(heads, dtype, with_norm):
         torch.testing.assert_close(cache[slots[stored]], expected[stored])
         cache[slots[stored]] = 7.0
         assert (cache == 7.0).all()  # nothing else was written
+
+
+# The fp8 cache
+
+
+def e4m3_magnitudes() -> torch.Tensor:
+    """Every non-negative number of the format in float64: 4 exponent bits, 3 of the mantissa."""
+    subnormal = [mantissa * 2.0**-9 for mantissa in range(8)]
+    normal = [(8 + m) * 2.0 ** (e - 10) for e in range(1, 16) for m in range(8)]
+    return torch.tensor(subnormal + normal[:-1], dtype=torch.float64)  # the last pattern is NaN
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_takes_the_nearest_number_and_uses_the_whole_range(dtype):
+    magnitudes = e4m3_magnitudes()
+    assert magnitudes[-1] == FP8_MAX == torch.finfo(FP8_DTYPE).max
+    heads = (torch.randn(50, 3, 24) * torch.logspace(-4, 4, 50)[:, None, None]).to(dtype)
+    heads[7, 1] = 0
+    heads[8, 0, 1:] = 0
+    quantized, scales = torch_ops.quantize(heads)
+    assert quantized.dtype == FP8_DTYPE and scales.dtype == torch.float32
+    assert quantized.shape == heads.shape and scales.shape == heads.shape[:2]
+    assert scales[7, 1] == 1 and (quantized[7, 1].float() == 0).all()
+    exact = heads.double()
+    expected_scales = exact.abs().amax(-1) / 448
+    expected_scales[7, 1] = 1
+    torch.testing.assert_close(scales.double(), expected_scales, rtol=1e-6, atol=0)
+    distance = (exact.abs() / expected_scales.unsqueeze(-1)).unsqueeze(-1) - magnitudes
+    error = exact / expected_scales.unsqueeze(-1) - quantized.double()
+    torch.testing.assert_close(error.abs(), distance.abs().amin(-1), rtol=0, atol=448 * 1e-6)
+    assert (quantized.double().abs().amax(-1)[expected_scales != 1] == 448).all()
+
+
+@pytest.mark.parametrize("magnitude", (1e-44, 1e-35, 1e-30, 3e38))
+def test_quantize_extreme_magnitudes(magnitude):
+    heads = torch.tensor([[[magnitude, -magnitude, 0, magnitude / 2]]])
+    quantized, scales = torch_ops.quantize(heads)
+    restored = quantized.double() * scales.double().unsqueeze(-1)
+    torch.testing.assert_close(restored, heads.double(), rtol=1e-6, atol=FP8_MIN_AMAX)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_qk_norm_rope_store_into_an_fp8_cache(dtype):
+    """Stores what `quantize` makes of the unquantised store, and its scales, nothing else."""
+    num_heads, num_kv_heads, head_dim = 4, 2, 24
+    slots = torch.tensor([35, -1, 0, 16])
+    qkv = torch.randn(4, (num_heads + 2 * num_kv_heads) * head_dim).to(dtype)
+    weights = torch.randn(2, head_dim).to(dtype)
+    positions = torch.tensor([0, 5, 99, 17], dtype=torch.int32)
+    args = qkv, *weights, EPS, torch.randn(100, head_dim), positions
+    plain = torch.zeros(2, 3, 16, num_kv_heads, head_dim, dtype=dtype)
+    query = torch_ops.qk_norm_rope_store(*args, *plain, slots)
+    caches = torch.full(plain.shape, 7.0).to(FP8_DTYPE)
+    scales = torch.full((2, 3, num_kv_heads, 16), 7.0)
+    assert torch.equal(torch_ops.qk_norm_rope_store(*args, *caches, slots, *scales), query)
+    stored = slots[slots >= 0]
+    for cache, scale, content in zip(caches, scales, plain, strict=True):
+        expected, expected_scale = torch_ops.quantize(content.flatten(0, 1)[stored])
+        by_slot = scale.transpose(1, 2).flatten(0, 1)  # a copy
+        assert torch.equal(by_slot[stored], expected_scale)
+        assert torch.equal(cache.float().flatten(0, 1)[stored], expected.float())
+        others = torch.ones(48, dtype=torch.bool).index_fill(0, stored, False)
+        assert (by_slot[others] == 7).all() and (cache.float().flatten(0, 1)[others] == 7).all()
+
+
+def fp8_cache(
+    cache: torch.Tensor, contents: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """A paged cache in fp8, its scales, and the sequences' contents as they come back, float64.
+
+    What is NaN in `cache` is NaN in fp8, and so are the scales of slots without a sequence.
+    """
+    quantized, scales = torch_ops.quantize(cache.float().flatten(0, 1))
+    scales = scales.masked_fill(cache.flatten(0, 1).isnan().all(-1), torch.nan)
+    restored = []
+    for content in contents:
+        content8, scale = torch_ops.quantize(content)
+        restored.append(content8.double() * scale.double().unsqueeze(-1))
+    scales = scales.view(cache.shape[:3]).transpose(1, 2).contiguous()
+    return quantized.view(cache.shape), scales, restored
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_over_an_fp8_cache(heads, dtype):
+    """Prefill and decode attention against float64 computations with the quantised numbers."""
+    num_heads, num_kv_heads, head_dim = heads
+    lens_k, lens_q = [1, 15, 16, 17, 40, 33], [1, 15, 16, 17, 7, 1]
+    key_cache, value_cache, tables, keys, values = paged_cache(
+        lens_k, 16, num_kv_heads, head_dim, dtype
+    )
+    # Magnitudes that differ by token show a scale of a wrong token.
+    key_cache, value_cache = (
+        cache * torch.rand(cache.shape[:3]).add(0.1).unsqueeze(-1).to(dtype)
+        for cache in (key_cache, value_cache)
+    )
+    for table, length, k, v in zip(tables, lens_k, keys, values, strict=True):
+        position = torch.arange(length)
+        slots = table[position // 16].long() * 16 + position % 16
+        k.copy_(key_cache.flatten(0, 1)[slots])
+        v.copy_(value_cache.flatten(0, 1)[slots])
+    key_cache, key_scales, keys = fp8_cache(key_cache, keys)
+    value_cache, value_scales, values = fp8_cache(value_cache, values)
+    scales = key_scales, value_scales
+    cu_q, cu_k = (
+        torch.tensor([0, *lens]).cumsum(0, dtype=torch.int32) for lens in (lens_q, lens_k)
+    )
+    query = torch.randn(sum(lens_q), num_heads, head_dim).to(dtype)
+    scale = head_dim**-0.5
+    out = torch_ops.prefill_attention(
+        query, key_cache, value_cache, tables, cu_q, cu_k, 17, 40, scale, *scales
+    )
+    parts = zip(query.split(lens_q), out.split(lens_q), keys, values, strict=True)
+    expected = [dense_attention(part, k, v, scale) for part, _, k, v in parts]
+    torch.testing.assert_close(out.double(), torch.cat(expected), **tolerance(dtype))
+
+    last = cu_q[1:].long() - 1
+    context_lens = torch.tensor(lens_k, dtype=torch.int32)
+    out = torch_ops.decode_attention(
+        query[last], key_cache, value_cache, tables, context_lens, scale, *scales
+    )
+    torch.testing.assert_close(out.double(), torch.cat(expected)[last], **tolerance(dtype))
+    context_lens[2] = 0
+    out = torch_ops.decode_attention(
+        query[last], key_cache, value_cache, tables, context_lens, scale, *scales
+    )
+    assert out.isfinite().all()
 
 
 # Attention
@@ -240,30 +367,90 @@ def test_noise_matches_plain_unsigned_arithmetic():
         return x ^ x >> 16
 
     seed_lo, seed_hi, position, first_token_id = 0xFEDCBA98, 0x80000001, 4711, 70_000
+    logit, temperature = 3.5, 0.7
     scores = torch_ops.race_scores(
-        torch.zeros(1, 500),
-        torch.tensor([1.0]),
+        torch.full((1, 500), logit),
+        torch.tensor([temperature]),
         torch.tensor([[seed_lo - 2**32, seed_hi - 2**32]], dtype=torch.int32),
         torch.tensor([position], dtype=torch.int32),
         first_token_id,
     )
-    key0 = mix(seed_lo ^ mix(position))
-    key1 = mix(seed_hi ^ mix(position + 0x9E3779B9 & word))
+    start = mix(seed_lo ^ mix(position))
+    step = mix(seed_hi ^ start) | 1
     expected = []
     for token_id in range(first_token_id, first_token_id + 500):
-        bits = mix(mix(token_id ^ key0) + key1 & word)
-        expected.append(-math.log(-math.log1p(-(bits + 0.5) * 2.0**-32)))
+        bits = start + (token_id + 1) * step & word
+        bits = (bits ^ bits >> 16) * 0x7FEB352D & word
+        bits = (bits ^ bits >> 15) * 0x846CA68B & word
+        exponential = -math.log1p(-(bits + 0.5) * 2.0**-32) / math.log(2)
+        expected.append(logit / temperature / math.log(2) - math.log2(exponential))
     torch.testing.assert_close(scores[0], torch.tensor(expected), rtol=1e-5, atol=1e-5)
 
 
+def noise_bits(seed_words: torch.Tensor, positions: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """The race's random 32-bit numbers [B, num_tokens] int64, from its arrivals at logit 0."""
+    scores = torch_ops.race_scores(
+        torch.zeros(len(positions), num_tokens),
+        torch.ones(len(positions)),
+        seed_words,
+        positions,
+        first_token_id=0,
+    )
+    return (2**32 * -torch.expm1(-math.log(2) * torch.exp2(-scores.double()))).long()
+
+
+@pytest.mark.parametrize("varied", ("token", "position", "seed_low", "seed_high"))
+def test_noise_of_neighbours_is_uniform_and_independent(varied):
+    """Chi-square over 32 x 32 cells of the noise and that of a neighbour, and of winners alone."""
+    num_draws, num_tokens = 200, 10_000
+    count = torch.arange(num_draws, dtype=torch.int32)
+    words = torch.zeros(num_draws, 2, dtype=torch.int32)
+    positions = torch.full((num_draws,), 7, dtype=torch.int32)
+    if varied == "position":
+        positions = count
+    else:
+        words[:, int(varied == "seed_high")] = count
+    bits = noise_bits(words, positions, num_tokens)
+    if varied == "token":
+        pairs = [(bits[:, :-lag], bits[:, lag:]) for lag in (1, 2, 3, 8, 16, 100, 256, 2048, 4096)]
+    else:
+        pairs = [(bits[:-lag], bits[lag:]) for lag in (1, 2, 3, 8, 16, 64, 128)]
+    for mine, neighbour in pairs:
+        for shift in (27, 22):  # the five leading bits, and five within the smallest 32nd
+            if shift == 22:
+                small = (mine < 2**27) & (neighbour < 2**27)
+                mine, neighbour = mine[small], neighbour[small]
+            cells = (mine >> shift) * 32 + (neighbour >> shift)
+            counts = cells.flatten().bincount(minlength=1024).double()
+            expected = counts.sum() / 1024
+            chi_square = ((counts - expected).square() / expected).sum().item()
+            assert abs(chi_square - 1023) < 5 * math.sqrt(2 * 1023)
+
+
+def test_first_arrivals_follow_the_exponential():
+    """The smallest of V exponentials, times V, is exponential too: Kolmogorov-Smirnov."""
+    num_draws, num_tokens = 1000, 20_000
+    words = torch.zeros(num_draws, 2, dtype=torch.int32)
+    words[:, 0] = torch.arange(num_draws)
+    zeros = torch.zeros(num_draws, dtype=torch.int32)
+    scores = torch_ops.race_scores(
+        torch.zeros(num_draws, num_tokens), torch.ones(num_draws), words, zeros, 0
+    )
+    earliest = torch.exp2(-scores.max(dim=1).values.double()) * math.log(2) * num_tokens
+    shares = torch.sort(-torch.expm1(-earliest)).values
+    exact = (torch.arange(num_draws) + 0.5) / num_draws
+    assert (shares - exact).abs().max().item() * math.sqrt(num_draws) < 1.95  # 0.1 % of fair races
+
+
 def test_extreme_bits_give_finite_noise(monkeypatch):
-    for bits in (0, -1):
-        monkeypatch.setattr(torch_ops, "_mix", lambda x, bits=bits: torch.full_like(x, bits))
-        one = torch.ones(1, dtype=torch.int32)
+    monkeypatch.setattr(torch_ops, "_mix", torch.zeros_like)  # start 0, step 1
+    one = torch.ones(1, dtype=torch.int32)
+    # The hash turns 0 into 0 and this number into 2^32 - 1: the earliest and the latest arrival.
+    for number, arrival in ((0, 2.0**-33 / math.log(2)), (0xDDFFEFCB - 2**32, 24.0)):
         scores = torch_ops.race_scores(
-            torch.zeros(1, 3), torch.ones(1), one.expand(1, 2), one, first_token_id=0
+            torch.zeros(1, 1), torch.ones(1), one.expand(1, 2), one, first_token_id=number - 1
         )
-        assert scores.isfinite().all()
+        torch.testing.assert_close(scores.item(), -math.log2(arrival), rtol=1e-5, atol=1e-5)
 
 
 def test_draws_are_repeatable_and_independent_of_the_batch():
@@ -398,6 +585,29 @@ def test_select_ops_on_cuda():
     assert compiled.rms_norm is not torch_ops.rms_norm
     with pytest.raises(ValueError, match=r"torch\.float32.*'flash-attn' computes in.*float16"):
         select_ops("flash-attn", device, torch.float32, 64, False)
+
+
+@pytest.mark.parametrize("device", ("cpu", "cuda"))
+def test_flash_attn_refuses_an_fp8_cache(device):
+    message = "kv_cache_dtype is 'fp8', which attention_backend 'flash-attn' cannot read"
+    with pytest.raises(ValueError, match=message):
+        select_ops("flash-attn", torch.device(device), torch.bfloat16, 64, False, FP8_DTYPE)
+
+
+@pytest.mark.parametrize("capability", ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0)))
+def test_an_fp8_cache_needs_a_gpu_that_converts_it(capability, monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    args = torch.device("cuda", 0), torch.bfloat16, 64, False
+    assert select_ops("auto", *args, torch.bfloat16).supports_cuda_graphs
+    assert not select_ops("torch", *args, FP8_DTYPE).supports_cuda_graphs  # converts by itself
+    for backend in ("auto", "triton"):
+        if capability >= (8, 9):
+            assert select_ops(backend, *args, FP8_DTYPE).supports_cuda_graphs
+            continue
+        found = f"{capability[0]}.{capability[1]}"
+        with pytest.raises(ValueError, match=rf"capability 8\.9 or higher, but cuda:0 has {found}"):
+            select_ops(backend, *args, FP8_DTYPE)
 
 
 def test_a_flash_attn_that_cannot_be_imported_is_reported(monkeypatch):

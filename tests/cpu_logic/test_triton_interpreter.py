@@ -1,4 +1,4 @@
-"""Runs the checks of `triton_interpreter_checks.py` under Triton's interpreter, which needs no GPU.
+"""Runs the files of checks under Triton's interpreter, which needs no GPU.
 
 Triton reads TRITON_INTERPRET when it is imported, hence a process of its own.
 """
@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 
-def test_triton_kernels_in_the_interpreter():
+@pytest.mark.parametrize(
+    "checks", ("triton_interpreter_checks.py", "triton_decode_checks.py", "triton_linear_checks.py")
+)
+def test_triton_kernels_in_the_interpreter(checks):
     pytest.importorskip("triton", reason="triton is not installed")
-    checks = Path(__file__).with_name("triton_interpreter_checks.py")
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--tb=short", str(checks)],
+        [sys.executable, "-m", "pytest", "-q", "--tb=short", str(Path(__file__).with_name(checks))],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

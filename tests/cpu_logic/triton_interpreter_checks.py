@@ -7,8 +7,8 @@ it; the name keeps pytest from collecting it in a process without the variable.
 import pytest
 import torch
 
-from nanovllm.kernels import row_state, torch_ops, triton_decode_attention
-from nanovllm.kernels.ops import select_ops
+from nanovllm.kernels import row_state, torch_ops, triton_rope
+from nanovllm.kernels.ops import FP8_DTYPE, select_ops
 from nanovllm.kernels.triton_prefill_attention import prefill_attention
 
 DTYPES = (torch.float32, torch.float16)
@@ -45,7 +45,9 @@ def test_norms_and_activation(dtype, width, num_rows):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("with_norm", (True, False))
-def test_qk_norm_rope_store(dtype, heads, with_norm):
+@pytest.mark.parametrize("many_tokens", (1, 1024))
+def test_qk_norm_rope_store(dtype, heads, with_norm, many_tokens, monkeypatch):
+    monkeypatch.setattr(triton_rope, "MANY_TOKENS", many_tokens)
     num_heads, num_kv_heads, head_dim = heads
     positions = torch.tensor([0, 5, 30], dtype=torch.int32)
     slots = torch.tensor([35, -1, 0])
@@ -61,12 +63,41 @@ def test_qk_norm_rope_store(dtype, heads, with_norm):
     assert OPS.qk_norm_rope_store(qkv[:0], *args[1:], *caches, slots[:0]).shape[0] == 0
 
 
+def test_qk_norm_rope_store_into_an_fp8_cache():
+    """The interpreter rounds a few elements to a neighbouring fp8 number; scales are exact."""
+    for num_heads, num_kv_heads, head_dim in HEADS:
+        slots = torch.tensor([35, -1, 0, 17])
+        positions = torch.tensor([0, 5, 30, 7], dtype=torch.int32)
+        qkv = torch.randn(4, (num_heads + 2 * num_kv_heads) * head_dim)
+        qkv[3] = 0
+        args = qkv, *torch.randn(2, head_dim), EPS, torch.randn(31, head_dim), positions
+        results = []
+        for ops in (OPS, torch_ops):
+            caches = torch.full((2, 3, 16, num_kv_heads, head_dim), 7.0).to(FP8_DTYPE)
+            scales = torch.full((2, 3, num_kv_heads, 16), 7.0)
+            query = ops.qk_norm_rope_store(*args, *caches, slots, *scales)
+            results.append((query, scales, caches.float()))
+        (query, scales, caches), (expected_query, expected_scales, expected_caches) = results
+        assert_close(query, expected_query)
+        torch.testing.assert_close(scales, expected_scales, rtol=1e-6, atol=0)
+        assert (caches == expected_caches).float().mean() > 0.99
+        torch.testing.assert_close(caches, expected_caches, rtol=0.5, atol=2**-9)
+
+
+def fp8_cache(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A cache in fp8 and its scales; what is NaN stays NaN, and so do unused slots' scales."""
+    quantized, scales = torch_ops.quantize(cache.float().flatten(0, 1))
+    scales = scales.masked_fill(cache.flatten(0, 1).isnan().all(-1), torch.nan)
+    return quantized.view(cache.shape), scales.view(cache.shape[:3]).transpose(1, 2).contiguous()
+
+
 def paged_inputs(lens: list[int], block_size: int, heads: tuple[int, int, int], dtype: torch.dtype):
-    """Caches that hold NaN outside the sequences' own slots, and their shuffled block tables."""
+    """Caches that hold NaN (values: large numbers) outside the sequences' slots; block tables."""
     _, num_kv_heads, head_dim = heads
     width = -(-max(lens) // block_size) + 1
     num_blocks = width * len(lens)
     caches = torch.full((2, num_blocks, block_size, num_kv_heads, head_dim), torch.nan).to(dtype)
+    caches[1] = 1e4  # values in a cache are finite
     tables = torch.randperm(num_blocks).view(len(lens), width).int()
     for table, length in zip(tables, lens, strict=True):
         position = torch.arange(length)
@@ -74,34 +105,6 @@ def paged_inputs(lens: list[int], block_size: int, heads: tuple[int, int, int], 
         values = torch.randn(2, length, num_kv_heads, head_dim).to(dtype)
         caches.flatten(1, 2)[:, slots] = values
     return caches[0], caches[1], tables
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("block_size", (16, 64))
-@pytest.mark.parametrize("num_splits", (1, 3))
-def test_decode_attention(dtype, heads, block_size, num_splits):
-    lens = [1, 15, 0, 16, 17, 150]
-    caches_and_tables = paged_inputs(lens, block_size, heads, dtype)
-    query = torch.randn(len(lens), heads[0], heads[2]).to(dtype)
-    args = query, *caches_and_tables, torch.tensor(lens, dtype=torch.int32), heads[2] ** -0.5
-    got = triton_decode_attention.decode_attention(*args, num_splits=num_splits)
-    assert_close(got, torch_ops.decode_attention(*args))
-
-
-def test_decode_attention_of_no_rows():
-    caches_and_tables = paged_inputs([3], 16, HEADS[0], torch.float32)
-    lens = torch.empty(0, dtype=torch.int32)
-    out = OPS.decode_attention(torch.empty(0, 2, 64), *caches_and_tables, lens, 1.0)
-    assert out.shape == (0, 2, 64)
-
-
-def test_num_splits_fill_the_gpu_and_stay_within_the_table():
-    choose = triton_decode_attention.choose_num_splits
-    assert choose(256, 8, 4096, num_sms=132) == 1
-    assert choose(1, 8, 4096, num_sms=132) == 4096 // triton_decode_attention.MIN_SPLIT_TOKENS
-    assert choose(1, 8, 16, num_sms=132) == 1
-    assert choose(1, 1, 2**20, num_sms=132) == triton_decode_attention.MAX_SPLITS
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -116,9 +119,18 @@ def test_prefill_attention(dtype, heads, block_size):
     args = query, *caches_and_tables, cu_q, cu_k, max(lens_q), max(lens_k), heads[2] ** -0.5
     expected = torch_ops.prefill_attention(*args)
     assert_close(prefill_attention(*args), expected)
-    for descriptors in (False, True):
-        got = prefill_attention(*args, config=(16, 16, 4, 1), use_tensor_descriptors=descriptors)
+    got = prefill_attention(*args, config=(16, 16, 4, 1), use_tensor_descriptors=False)
+    assert_close(got, expected)
+    for block_m, block_n in ((16, 16), (32, 16), (16, 64)):
+        config = block_m, block_n, 4, 1
+        got = prefill_attention(*args, config=config, use_tensor_descriptors=True)
         assert_close(got, expected)
+
+    query, key_cache, value_cache, *rest = args
+    (key_cache, key_scales), (value_cache, value_scales) = map(fp8_cache, (key_cache, value_cache))
+    args = query, key_cache, value_cache, *rest, key_scales, value_scales
+    got = prefill_attention(*args, config=(16, 16, 4, 1))
+    assert_close(got, torch_ops.prefill_attention(*args))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,14 +1,25 @@
 """tests/bench_suite.py on a tiny model: it runs, and counts what hand and step loop count."""
 
+import dataclasses
+import functools
 import json
 import math
+import sys
+import types
 from types import SimpleNamespace
 
 import bench_suite
 import pytest
 import torch
-from bench_suite import Hardware, ModelCost, Row, Workload
+from benchmarks import compare, limits, timing
+from benchmarks.engine_options import engine_settings
+from benchmarks.limits import Hardware, ModelCost
+from benchmarks.variants import VARIANTS, Variant, constants_set, settings_of
+from benchmarks.workloads import ROWS, Row, Workload, check_fits, workloads
 from engine_checks import tiny_engine
+from tiny_models import save_model
+
+from nanovllm.config import Config
 
 SCALE = 0.05  # the least that leaves every row but prefill a decode step
 HARDWARE = Hardware(bandwidth=1e3, matrix_rate=1e4)
@@ -34,7 +45,7 @@ COST = ModelCost(
 
 def test_all_rows_and_the_json_line(tiny_dir, capsys):
     arguments = ["--model", str(tiny_dir), "--load-format", "dummy", "--device", "cpu"]
-    bench_suite.main([*arguments, "--scale", str(SCALE), "--repeat", "1", "--enforce-eager"])
+    bench_suite.main([*arguments, "--scale", str(SCALE), "--repeat", "1", "--variant", "no-graphs"])
     *table, last_line = capsys.readouterr().out.splitlines()
     assert max(map(len, table)) <= 100
     summary = json.loads(last_line)
@@ -44,15 +55,17 @@ def test_all_rows_and_the_json_line(tiny_dir, capsys):
     assert all(0 < summary["hardware"][k] < math.inf for k in ("bandwidth", "matrix_rate"))
 
     rows = {row["name"]: row for row in summary["rows"]}
-    names = ["start-cold", "start-warm", *(row.name for row in bench_suite.ROWS)]
+    names = ["start-cold", "start-warm", *(row.name for row in ROWS)]
     assert list(rows) == names
     assert [line.split()[0] for line in table[1:]] == names
     for name, row in rows.items():
         assert row.pop("all_seconds") == [row["seconds"]]
+        phases = row.pop("phase_seconds", {"all": row["seconds"]})
+        assert sum(phases.values()) == pytest.approx(row["seconds"])
         assert row.pop("preemptions", 0) == 0
         if name == "prefill":  # the first token ends every request
-            decode_keys = ("mean_decode_batch", "decode_steps", "kv_bytes_read")
-            assert [row.pop(key) for key in (*decode_keys, "kv_bytes_per_second")] == [0] * 4
+            decode_keys = ("mean_decode_batch", "decode_steps", "decode_seconds", "kv_bytes_read")
+            assert [row.pop(key) for key in (*decode_keys, "kv_bytes_per_second")] == [0] * 5
         numbers = {key: value for key, value in row.items() if not isinstance(value, str)}
         assert all(0 < value < math.inf for value in numbers.values()), row
     assert rows["prefill"]["unit"] == "prompt"
@@ -71,9 +84,9 @@ def step_counts(llm, workload: Workload) -> list[int]:
 def test_steps_equal_those_of_a_step_loop(tiny_dir, async_scheduling):
     row = Row("small", 7, (3, 40), (2, 12), seed=3)
     settings = {"async_scheduling": async_scheduling, "max_num_seqs": 4, "enforce_eager": True}
-    draws = bench_suite.workloads(row, vocab_size=384)
+    draws = workloads(row, vocab_size=384)
     with tiny_engine(tiny_dir, **settings) as llm:
-        result = bench_suite.measure_row(llm, row, 1, COST, HARDWARE)
+        result = timing.measure_row(llm, row, 1, COST, HARDWARE)
         assert "_commit" not in vars(llm)
         workload = next(draws)
         # Another repetition: new ids, or the cache could serve them, of the same lengths.
@@ -86,12 +99,14 @@ def test_steps_equal_those_of_a_step_loop(tiny_dir, async_scheduling):
     assert (result.prefill_steps, result.decode_steps) == (len(prefills), len(decodes))
     assert result.computed_prompt_tokens == sum(prefills) == workload.num_prompt_tokens
     assert result.mean_decode_batch == sum(decodes) / len(decodes)
+    assert 0 < result.prefill_seconds < result.seconds
+    assert result.prefill_seconds + result.decode_seconds <= result.seconds
     assert sum(decodes) == workload.num_output_tokens - len(workload.prompts)
 
 
 def test_contexts_equal_those_of_the_sequences(tiny_dir):
     row = Row("small", 5, (3, 40), (1, 12), shared_prefix_len=10)
-    workload = next(bench_suite.workloads(row, vocab_size=384))
+    workload = next(workloads(row, vocab_size=384))
     contexts = 0
     with tiny_engine(tiny_dir, async_scheduling=False, enforce_eager=True) as llm:
         launch = llm.model_runner.launch
@@ -103,47 +118,78 @@ def test_contexts_equal_those_of_the_sequences(tiny_dir):
 
         llm.model_runner.launch = counting_launch
         step_counts(llm, workload)
-    assert bench_suite.count_decode_contexts(workload) == contexts > 0
+    assert limits.count_decode_contexts(workload) == contexts > 0
 
 
 def test_costs_of_a_small_config():
     assert ModelCost.of(CONFIG, itemsize=4) == COST
 
 
+def test_an_fp8_cache_has_a_byte_an_element_and_a_scale_a_head():
+    cost = ModelCost.of(CONFIG, itemsize=2, kv_itemsize=1, kv_scale_bytes=4)
+    assert cost.kv_bytes == 2 * 2 * 2 * (5 + 4)  # layers, K and V, heads
+    assert cost.weight_bytes == (LAYER_PARAMS + 33) * 2
+
+
+def test_ranks_without_a_kv_head_of_their_own_hold_a_copy():
+    cost = ModelCost.of(CONFIG, itemsize=4, tp_size=4)
+    assert cost.kv_bytes == 2 * COST.kv_bytes
+    assert cost.layer_params == LAYER_PARAMS + 2 * (30 + 30)  # k and v once more, in two layers
+    assert ModelCost.of(CONFIG, itemsize=4, tp_size=2) == COST
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("tie_word_embeddings", [True, False])
+def test_costs_of_an_engine_are_those_of_its_tensors(tmp_path, kv_cache_dtype, tie_word_embeddings):
+    save_model(tmp_path / "m", tie_word_embeddings=tie_word_embeddings)
+    with tiny_engine(tmp_path / "m", kv_cache_dtype=kv_cache_dtype) as llm:
+        cost = ModelCost.of_engine(llm.config)
+        runner = llm.model_runner
+        cache_bytes = runner.kv_cache.nbytes
+        if runner.kv_scales is not None:
+            cache_bytes += runner.kv_scales.nbytes
+        assert cost.kv_bytes * llm.config.num_kvcache_blocks * 256 == cache_bytes
+        embedding = runner.model.model.embed_tokens.weight
+        matrices = {id(p): p.nbytes for p in runner.model.parameters() if p.dim() == 2}
+        assert cost.weight_bytes == sum(matrices.values()) - (
+            0 if tie_word_embeddings else embedding.nbytes
+        )
+
+
 def test_counts_of_two_requests():
     workload = Workload([[1, 2], [3, 4, 5]], [3, 1], shared_prefix_len=0)
-    assert bench_suite.count_decode_contexts(workload) == 3 + 4
+    assert limits.count_decode_contexts(workload) == 3 + 4
     pairs = (1 + 2) + (1 + 2 + 3)
     flops = 2 * LAYER_PARAMS * 5 + 2 * 33 * 2 + 160 * pairs
-    assert bench_suite.count_prefill_flops(workload, COST) == flops
+    assert limits.count_prefill_flops(workload, COST) == flops
     read_bytes = 7 * COST.kv_bytes + 2 * COST.weight_bytes
-    seconds = bench_suite.limit_seconds(workload, COST, HARDWARE, num_decode_steps=2)
+    seconds = limits.limit_seconds(workload, COST, HARDWARE, num_decode_steps=2)
     assert seconds == pytest.approx(read_bytes / 1e3 + flops / 1e4)
     two_devices = Hardware(bandwidth=1e3, matrix_rate=1e4, num_devices=2)
-    halved = bench_suite.limit_seconds(workload, COST, two_devices, num_decode_steps=2)
+    halved = limits.limit_seconds(workload, COST, two_devices, num_decode_steps=2)
     assert halved == pytest.approx(seconds / 2)
 
 
 def test_a_shared_prefix_is_computed_once_and_read_once_a_step():
     workload = Workload([[7, 8, 1], [7, 8, 2, 3]], [3, 2], shared_prefix_len=2)
-    assert bench_suite.count_decode_contexts(workload) == (4 + 5) + 5
+    assert limits.count_decode_contexts(workload) == (4 + 5) + 5
     # Two steps: 7, 8 twice; of their own 2 and 3 tokens of the first, 3 of the second.
-    assert bench_suite.count_distinct_contexts(workload, num_decode_steps=2) == 2 * 2 + 2 + 3 + 3
+    assert limits.count_distinct_contexts(workload, num_decode_steps=2) == 2 * 2 + 2 + 3 + 3
     pairs = (1 + 2) + 3 + (3 + 4)
     flops = 2 * LAYER_PARAMS * (2 + 1 + 2) + 2 * 33 * 2 + 160 * pairs
-    assert bench_suite.count_prefill_flops(workload, COST) == flops
+    assert limits.count_prefill_flops(workload, COST) == flops
 
 
 def test_the_first_repetition_of_bench_is_that_of_bench_py():
     """The sums that design and test of bench.py know."""
-    workload = next(bench_suite.workloads(bench_suite.ROWS[0], vocab_size=151936))
+    workload = next(workloads(ROWS[0], vocab_size=151936))
     assert workload.num_prompt_tokens == 142827
     assert workload.num_output_tokens == 133966
 
 
 def test_each_repetition_draws_new_ids_and_lengths_stay():
-    for row in bench_suite.ROWS:
-        draws = bench_suite.workloads(row.scaled(0.05), vocab_size=151936)
+    for row in ROWS:
+        draws = workloads(row.scaled(0.05), vocab_size=151936)
         first, second = next(draws), next(draws)
         assert first.output_lens == second.output_lens
         for before, after in zip(first.prompts, second.prompts, strict=True):
@@ -151,30 +197,30 @@ def test_each_repetition_draws_new_ids_and_lengths_stay():
             assert before != after
             prefix_len = first.shared_prefix_len
             assert before[:prefix_len] == first.prompts[0][:prefix_len]
-    assert len({row.seed for row in bench_suite.ROWS}) == len(bench_suite.ROWS)
+    assert len({row.seed for row in ROWS}) == len(ROWS)
 
 
 def test_a_row_that_cannot_fit_is_refused_by_name():
     with pytest.raises(SystemExit, match=r"'prefill' draws .* 4001 tokens.* 2048"):
-        bench_suite.check_fits(bench_suite.ROWS, 2048)
+        check_fits(ROWS, 2048)
 
 
 def test_a_prompt_served_by_the_prefix_cache_is_an_error(tiny_dir):
-    workload = next(bench_suite.workloads(Row("long", 1, (600, 600), (2, 2)), vocab_size=384))
+    workload = next(workloads(Row("long", 1, (600, 600), (2, 2)), vocab_size=384))
     with tiny_engine(tiny_dir, enforce_eager=True) as llm:
-        bench_suite.time_workload(llm, workload)
+        timing.time_workload(llm, workload)
         with pytest.raises(RuntimeError, match="88 prompt tokens were computed, not 600"):
-            bench_suite.time_workload(llm, workload)
+            timing.time_workload(llm, workload)
 
 
-def test_switches_reach_the_engine():
+def test_options_and_variants_reach_the_engine():
     arguments = (
-        "--model m --no-async-scheduling --enforce-eager --attention-backend torch "
-        "--no-prefix-caching --dtype float32 --tensor-parallel-size 2 --max-num-seqs 3 "
-        "--kvcache-block-size 512 --device cpu"
+        "--model m --variant no-overlap no-graphs torch no-prefix-caching --dtype float32 "
+        "--tensor-parallel-size 2 --max-num-seqs 3 --kvcache-block-size 512 --device cpu "
+        "--gpu-memory-utilization 0.5 --load-format dummy"
     )
-    assert bench_suite.engine_settings(bench_suite.parse_arguments(arguments.split())) == {
-        "load_format": "auto",
+    assert engine_settings(bench_suite.parse_arguments(arguments.split())) == {
+        "load_format": "dummy",
         "async_scheduling": False,
         "enforce_eager": True,
         "attention_backend": "torch",
@@ -184,4 +230,123 @@ def test_switches_reach_the_engine():
         "max_num_seqs": 3,
         "kvcache_block_size": 512,
         "device": "cpu",
+        "gpu_memory_utilization": 0.5,
     }
+    assert engine_settings(bench_suite.parse_arguments(["--model", "m"])) == {}
+
+
+# ---- variants -----------------------------------------------------------------------------------
+
+
+def test_every_variant_exists_in_the_library():
+    """Constants and parameters, whether or not they can run here."""
+    known = {field.name for field in dataclasses.fields(Config)}
+    for name in VARIANTS:
+        with constants_set([name]):
+            pass
+        assert settings_of([name]).keys() <= known
+
+
+def test_constants_hold_inside_only_and_caches_are_cleared(monkeypatch):
+    module = types.ModuleType("nanovllm.toy")
+    module.LIMIT = 3
+    module.twice = functools.lru_cache(lambda: 2 * module.LIMIT)
+    monkeypatch.setitem(sys.modules, "nanovllm.toy", module)
+    monkeypatch.setitem(VARIANTS, "low", Variant(constants={"toy.LIMIT": 1}))
+    monkeypatch.setitem(VARIANTS, "typo", Variant(constants={"toy.LIMITS": 1}))
+    assert module.twice() == 6
+    with pytest.raises(ZeroDivisionError), constants_set(["low"]):
+        assert module.twice() == 2
+        raise ZeroDivisionError
+    assert module.twice() == 6
+    with pytest.raises(LookupError, match=r"nanovllm\.toy has no LIMITS"), constants_set(["typo"]):
+        pass
+
+
+@pytest.mark.parametrize("arguments", ["--compare .", "--tensor-parallel-size 2"])
+def test_constants_are_refused_where_other_processes_need_them(arguments, capsys):
+    command = ["--model", "m", "--variant", "no-launch-overlap", *arguments.split()]
+    with pytest.raises(SystemExit):
+        bench_suite.parse_arguments(command)
+    assert "one process" in capsys.readouterr().err
+
+
+def test_ablations(tiny_dir, capsys):
+    arguments = ["--model", str(tiny_dir), "--device", "cpu", "--num-kvcache-blocks", "64"]
+    names = ["no-overlap", "flash-attn", "no-prefix-caching"]
+    options = ["--rows", "8x512", "1x512", "--scale", "0.02", "--repeat", "1"]
+    bench_suite.main([*arguments, *options, "--ablate", *names])
+    *lines, last_line = capsys.readouterr().out.splitlines()
+    summary = json.loads(last_line)
+    assert list(summary["variants"]) == ["base", "no-overlap", "no-prefix-caching"]
+    assert "needs a CUDA device" in summary["skipped"]["flash-attn"]
+    for rows in summary["variants"].values():
+        assert [row["name"] for row in rows] == ["1x512", "8x512"]
+    table = [line.split("|")[1:-1] for line in lines[-5:]]
+    assert [row[0].strip() for row in table] == ["variant", "---", *summary["variants"]]
+    base, no_overlap = (summary["variants"][name] for name in ("base", "no-overlap"))
+    speeds = [rows[1]["tokens_per_second"] for rows in (base, no_overlap)]
+    assert table[3][3].strip() == f"{speeds[1]:,.0f}"
+    assert float(table[3][4]) == pytest.approx(speeds[1] / speeds[0], abs=1e-3)
+
+
+# ---- two checkouts ------------------------------------------------------------------------------
+
+OLDER_PACKAGE = """
+import pathlib, time
+from types import SimpleNamespace
+
+
+class SamplingParams(SimpleNamespace):
+    pass
+
+
+class LLM:
+    config = SimpleNamespace(hf_config=SimpleNamespace(vocab_size=384))
+
+    def __init__(self, model, load_format, gpu_memory_utilization, device):
+        print("noise on stdout")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def generate(self, prompts, sampling_params, use_tqdm):
+        if isinstance(sampling_params, list):
+            with pathlib.Path("LOG").open("a") as log:
+                print([len(prompt) for prompt in prompts], file=log)
+            return [{"token_ids": [0] * params.max_tokens} for params in sampling_params]
+"""
+
+
+def test_comparison_with_a_checkout_that_knows_less(tiny_dir, tmp_path, capsys):
+    package = tmp_path / "old" / "nanovllm"
+    package.mkdir(parents=True)
+    log = tmp_path / "log"
+    (package / "__init__.py").write_text(OLDER_PACKAGE.replace("LOG", str(log)))
+    arguments = ["--model", str(tiny_dir), "--load-format", "dummy", "--device", "cpu"]
+    rows = ["--rows", "8x512", "prefill", "--scale", "0.02", "--repeat", "3"]
+    bench_suite.main([*arguments, *rows, "--compare", str(tmp_path / "old")])
+    _, *lines, last_line = capsys.readouterr().out.splitlines()
+    summary = json.loads(last_line)
+    assert (
+        [line.split()[0] for line in lines]
+        == ["8x512", "prefill"]
+        == [row["name"] for row in summary["rows"]]
+    )
+    for row, line in zip(summary["rows"], lines, strict=True):
+        assert len(row["old_seconds"]) == len(row["new_seconds"]) == 3
+        ratio = sorted(row["old_seconds"])[1] / sorted(row["new_seconds"])[1]
+        assert float(line.split()[3]) == pytest.approx(ratio, abs=1e-3)
+    drawn = next(workloads(ROWS[5].scaled(0.02), vocab_size=384))
+    lengths = [len(prompt) for prompt in drawn.prompts]
+    assert log.read_text().splitlines()[3:] == [str(lengths)] * 3
+    assert summary["rows"][1]["num_tokens"] == sum(lengths)
+    assert summary["rows"][0]["num_tokens"] == max(1, round(8 * 0.02)) * 10
+
+
+def test_a_folder_without_the_package_is_refused(tiny_dir, tmp_path):
+    with pytest.raises(RuntimeError, match="ended with exit status 1|holds no nanovllm"):
+        compare.Checkout(tmp_path, str(tiny_dir), {"device": "cpu", "num_kvcache_blocks": 4}, [])

@@ -2,28 +2,35 @@
 
 Qwen3-0.6B's shapes in bfloat16. Decode steps are timed inside a CUDA graph of 28 calls that cycle
 over caches larger than the L2 cache. The options sweep the tunables; `--only` picks sections and
-`--set triton_sampling.CHUNK=4096` overrides a module's constant.
+`--set triton_sampling.CHUNK=2048,4096` overrides modules' constants.
 """
 
 import argparse
-import importlib
+import importlib.util
 import itertools
+import re
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
 from nanovllm.kernels import row_state
 from nanovllm.kernels import triton_decode_attention as decode_kernel
 from nanovllm.kernels import triton_prefill_attention as prefill_kernel
-from nanovllm.kernels.ops import Ops, select_ops
+from nanovllm.kernels.ops import FP8_DTYPE, Ops, select_ops
 
 NUM_LAYERS = 28
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 16, 8, 128, 256
 HIDDEN, INTERMEDIATE, VOCAB = 1024, 3072, 151_936
 DTYPE = torch.bfloat16
 SCALE = HEAD_DIM**-0.5
-DECODE_SHAPES = ((256, 850), (128, 1100), (64, 1100), (16, 1100), (1, 1100), (8, 32768))
+PREFILL_LENGTHS = ((4096,) * 4, (2117, 3861, 2946, 3990, 3433), (512,) * 32)
+DECODE_SHAPES = (
+    *("1x128", "1x1100", "8x300", "8x1100", "16x1100", "32x128", "32x400", "64x1100", "128x1100"),
+    *("256x850", "64x2000r", "128x2000r", "256x1600r", "8x32768", "256x1048c3"),
+)
 
 
 def randn(*shape: int) -> torch.Tensor:
@@ -57,62 +64,145 @@ def seconds_per_call(calls: list[partial], use_graph: bool = True) -> float:
     return begin.elapsed_time(end) / 1e3 / repeats / len(calls)
 
 
+class DecodeShape(NamedTuple):
+    """A decode batch.
+
+    Ragged: contexts from 1 to `length`, the longest first, as in the engine. With common blocks all
+    tables begin with the same ones, and every context is `length`.
+    """
+
+    batch_size: int
+    length: int
+    is_ragged: bool
+    num_common_blocks: int
+
+    @classmethod
+    def parse(cls, text: str) -> "DecodeShape":
+        """64x1100; 64x2000r: ragged; 256x1048c3: with three common blocks."""
+        match = re.fullmatch(r"(\d+)x(\d+)(r?)(?:c(\d+))?", text)
+        if match is None:
+            raise argparse.ArgumentTypeError(f"{text!r} is no shape")
+        batch_size, length, ragged, num_common = match.groups()
+        return cls(int(batch_size), int(length), ragged == "r", int(num_common or 0))
+
+    def context_lens(self) -> torch.Tensor:
+        first = 1 if self.is_ragged else self.length
+        return torch.linspace(self.length, first, self.batch_size, device="cuda").int()
+
+    def __str__(self) -> str:
+        common = f" ({self.num_common_blocks} common blocks)" if self.num_common_blocks else ""
+        return f"{self.batch_size} x {'<=' if self.is_ragged else ''}{self.length}{common}"
+
+
+def load_version(path: str) -> ModuleType:
+    """Another version of a file of kernels/."""
+    spec = importlib.util.spec_from_file_location("version", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def bench_decode(
-    batch_size: int, length: int, backends: dict[str, Ops], options: argparse.Namespace
+    shape: DecodeShape, is_fp8: bool, backends: dict[str, Ops], options: argparse.Namespace
 ) -> None:
-    used = -(-length // BLOCK_SIZE)
+    """Time of a layer: a step of one plan and 28 layers, divided by 28."""
+    batch_size = shape.batch_size
+    used = -(-shape.length // BLOCK_SIZE)
     num_blocks = batch_size * used
-    layer_bytes = 2 * num_blocks * BLOCK_SIZE * NUM_KV_HEADS * HEAD_DIM * 2
-    num_caches = max(2, min(NUM_LAYERS, 2**31 // layer_bytes))
+    token_bytes = 2 * NUM_KV_HEADS * (HEAD_DIM + 4 if is_fp8 else 2 * HEAD_DIM)
+    num_caches = 2**31 // (num_blocks * BLOCK_SIZE * token_bytes)
+    num_caches = max(2, min(NUM_LAYERS, num_caches))
     caches = randn(num_caches, 2, num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
+    scales: list[torch.Tensor] = []
+    if is_fp8:
+        caches = caches.to(FP8_DTYPE)
+        scales = list(torch.ones(2, num_blocks, NUM_KV_HEADS, BLOCK_SIZE, device="cuda"))
     width = max(used, options.max_model_len // BLOCK_SIZE)
     tables = torch.zeros(batch_size, width, dtype=torch.int32, device="cuda")
     tables[:, :used] = torch.randperm(num_blocks, device="cuda").view(batch_size, used)
-    lens = torch.full((batch_size,), length, dtype=torch.int32, device="cuda")
-    if options.ragged:
-        lens = torch.linspace(1, used * BLOCK_SIZE, batch_size, device="cuda").int()
-        lens = lens[torch.randperm(batch_size, device="cuda")]
+    tables[:, : shape.num_common_blocks] = tables[:1, : shape.num_common_blocks].clone()
+    num_common_blocks = torch.tensor([shape.num_common_blocks], device="cuda", dtype=torch.int32)
+    lens = shape.context_lens()
     query = randn(batch_size, NUM_HEADS, HEAD_DIM)
-    bytes_read = 2 * int(lens.sum()) * NUM_KV_HEADS * HEAD_DIM * 2
+    num_spared = (batch_size - 1) * shape.num_common_blocks * BLOCK_SIZE
+    num_bytes = (int(lens.sum()) - num_spared) * token_bytes
 
-    def report(name: str, decode: Callable[..., torch.Tensor], **tunables: int) -> None:
-        calls = []
-        for layer in range(NUM_LAYERS):
-            key_cache, value_cache = caches[layer % num_caches]
-            args = query, key_cache, value_cache, tables, lens, SCALE
-            calls.append(partial(decode, *args, **tunables))
-        seconds = seconds_per_call(calls)
-        label = f"{batch_size} x {length} {name}"
-        print(f"{label:55} {seconds * 1e6:7.1f}  {bytes_read / seconds / 1e12:6.2f}", flush=True)
+    def report(
+        name: str,
+        decode: Callable[..., torch.Tensor],
+        make_plan: Callable[[], decode_kernel.DecodePlan] | None = None,
+        **tunables: object,
+    ) -> None:
+        def step() -> None:
+            plan = {"plan": make_plan()} if make_plan else {}
+            for layer in range(NUM_LAYERS):
+                args = query, *caches[layer % num_caches], tables, lens, SCALE, *scales
+                decode(*args, **tunables, **plan)
 
-    sweep = itertools.product(options.tile, options.warps, options.stages, options.splits)
-    for values in sweep:
-        names = ("tile", "num_warps", "num_stages", "num_splits")
-        tunables = {name: value for name, value in zip(names, values, strict=True) if value}
-        label = " ".join(f"{name.removeprefix('num_')}={v}" for name, v in tunables.items())
-        report(f"triton {label}", decode_kernel.decode_attention, **tunables)
-    if "flash-attn" in backends:
+        seconds = seconds_per_call([partial(step)]) / NUM_LAYERS
+        label = f"{shape} {'fp8 ' * is_fp8}{name}"
+        print(f"{label:62} {seconds * 1e6:7.1f}  {num_bytes / seconds / 1e12:6.2f}", flush=True)
+
+    if options.baseline and not is_fp8:
+        report("baseline", load_version(options.baseline).decode_attention)
+    plan_names = ("tile", "programs_per_sm", "min_split")
+    launch_names = ("num_warps", "num_stages")
+    sweep = itertools.product(
+        [None, num_common_blocks] if shape.num_common_blocks else [None],
+        options.tile,
+        options.programs_per_sm,
+        options.min_split,
+        options.warps,
+        options.stages,
+    )
+    for common, *values in sweep:
+        names = (*plan_names, *launch_names)
+        chosen = {name: value for name, value in zip(names, values, strict=True) if value}
+        plan_options = {name: value for name, value in chosen.items() if name in plan_names}
+        make_plan = partial(
+            decode_kernel.plan_decode, caches[0, 0], tables, lens, common, **plan_options
+        )
+        tunables = {name: value for name, value in chosen.items() if name in launch_names}
+        label = " ".join(f"{name.removeprefix('num_')}={v}" for name, v in chosen.items())
+        report(
+            f"{'each row' if common is None else 'cascade'} {label}",
+            decode_kernel.decode_attention,
+            make_plan,
+            **tunables,
+        )
+    if "flash-attn" in backends and not is_fp8:
         report("flash-attn", backends["flash-attn"].decode_attention)
 
 
-def bench_prefill(backends: dict[str, Ops], options: argparse.Namespace) -> None:
-    num_seqs, length = 4, 4096
-    print(f"\nprefill attention {num_seqs} x {length}{'':20} ms  TFLOP/s")
-    num_blocks = num_seqs * length // BLOCK_SIZE
-    key_cache, value_cache = randn(2, num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
-    tables = torch.randperm(num_blocks, device="cuda").int().view(num_seqs, -1)
-    cu_seqlens = torch.arange(num_seqs + 1, device="cuda", dtype=torch.int32) * length
-    query = randn(num_seqs * length, NUM_HEADS, HEAD_DIM)
-    args = query, key_cache, value_cache, tables, cu_seqlens, cu_seqlens, length, length, SCALE
-    flop = 4 * num_seqs * NUM_HEADS * HEAD_DIM * length * length / 2
+def bench_prefill(
+    lengths: tuple[int, ...], backends: dict[str, Ops], options: argparse.Namespace
+) -> None:
+    """Whole prompts; FLOP of the causal half only."""
+    label = f"{len(lengths)} prompts of {min(lengths)} to {max(lengths)}"
+    print(f"\nprefill attention, {label:40} ms  TFLOP/s")
+    num_pages = [-(-length // BLOCK_SIZE) for length in lengths]
+    key_cache, value_cache = randn(2, sum(num_pages), BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
+    tables = torch.zeros(len(lengths), max(num_pages), device="cuda").int()
+    pages = torch.randperm(sum(num_pages), device="cuda").int().split(num_pages)
+    for table, own in zip(tables, pages, strict=True):
+        table[: len(own)] = own
+    cu_seqlens = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    query = randn(sum(lengths), NUM_HEADS, HEAD_DIM)
+    longest = max(lengths)
+    args = query, key_cache, value_cache, tables, cu_seqlens, cu_seqlens, longest, longest, SCALE
+    flop = 2 * NUM_HEADS * HEAD_DIM * sum(length * length for length in lengths)
 
     def report(name: str, prefill: Callable[..., torch.Tensor], **tunables: object) -> None:
         calls = [partial(prefill, *args, **tunables)] * 4
-        seconds = seconds_per_call(calls, use_graph=False)
-        print(f"{name:38} {seconds * 1e3:6.3f}  {flop / seconds / 1e12:7.1f}", flush=True)
+        seconds = seconds_per_call(calls, use_graph=name != "flash-attn")
+        print(f"{name:58} {seconds * 1e3:6.3f}  {flop / seconds / 1e12:7.1f}", flush=True)
 
-    for config in options.prefill_config or [None]:
-        report(f"triton {config or ''}", prefill_kernel.prefill_attention, config=config)
+    versions = {"triton": prefill_kernel}
+    versions |= {path[-38:]: load_version(path) for path in options.prefill_versions}
+    for name, version in versions.items():
+        for config in options.prefill_config or [None]:
+            report(f"{name} {config or ''}", version.prefill_attention, config=config)
     if "flash-attn" in backends:
         report("flash-attn", backends["flash-attn"].prefill_attention)
 
@@ -131,12 +221,12 @@ def bench_sample(ops: Ops) -> None:
             print(f"{label:40} {seconds * 1e6:6.1f}", flush=True)
 
 
-def bench_elementwise(ops: Ops) -> None:
+def bench_elementwise(ops: Ops, tokens: list[int]) -> None:
     heads = NUM_HEADS + 2 * NUM_KV_HEADS
     print(f"\nelementwise{'':29}     us    TB/s")
     cos_sin = torch.rand(40960, HEAD_DIM, device="cuda")
     weight, head_weight = randn(HIDDEN), randn(HEAD_DIM)
-    for num_tokens in (1, 32, 256, 16384):
+    for num_tokens in tokens:
         x, residual = randn(2, num_tokens, HIDDEN)
         gate_up = randn(num_tokens, 2 * INTERMEDIATE)
         qkv = randn(num_tokens, heads * HEAD_DIM)
@@ -181,20 +271,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     sections = ("decode", "prefill", "sample", "elementwise")
     parser.add_argument("--only", nargs="+", choices=sections, default=sections)
-    parser.add_argument("--decode-shapes", nargs="+", type=int_tuple, default=DECODE_SHAPES)
-    parser.add_argument("--ragged", action="store_true", help="contexts from 1 to the length")
+    parser.add_argument(
+        "--decode-shapes",
+        nargs="+",
+        default=DECODE_SHAPES,
+        help="64x1100; ragged: 64x2000r; with 3 common blocks: 256x1048c3",
+    )
+    parser.add_argument("--fp8", action="store_true", help="decode from an fp8 cache too")
+    parser.add_argument("--baseline", help="another version's triton_decode_attention.py")
     parser.add_argument("--max-model-len", type=int, default=4096, help="width of block tables")
-    for name in ("tile", "warps", "stages", "splits"):
+    for name in ("tile", "warps", "stages", "programs-per-sm", "min-split"):
         parser.add_argument(f"--{name}", nargs="+", type=int, default=[0], help="0: the default")
+    parser.add_argument(
+        "--prefill-versions", nargs="+", default=[], help="other triton_prefill_attention.py"
+    )
     parser.add_argument(
         "--prefill-config", nargs="+", type=int_tuple, help="BLOCK_M,BLOCK_N,warps,stages"
     )
-    parser.add_argument("--set", nargs="+", default=[], metavar="MODULE.NAME=INT")
+    parser.add_argument(
+        "--tokens", nargs="+", type=int, default=(1, 32, 256, 16384), help="elementwise kernels'"
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="MODULE.NAME=INT[,INT...]",
+        help="modules' constants; the sections run once for every combination",
+    )
     options = parser.parse_args()
-    for assignment in options.set:
-        target, value = assignment.split("=")
-        module, name = target.split(".")
-        setattr(importlib.import_module(f"nanovllm.kernels.{module}"), name, int(value))
 
     device = torch.device("cuda", torch.cuda.current_device())
     backends: dict[str, Ops] = {}
@@ -204,16 +308,25 @@ def main() -> None:
         except ValueError as error:
             print(f"{backend} is left out: {error}")
     print(torch.cuda.get_device_name(device))
-    if "decode" in options.only:
-        print(f"\ndecode attention{'':40} us/layer    TB/s")
-        for batch_size, length in options.decode_shapes:
-            bench_decode(batch_size, length, backends, options)
-    if "prefill" in options.only:
-        bench_prefill(backends, options)
-    if "sample" in options.only:
-        bench_sample(backends["triton"])
-    if "elementwise" in options.only:
-        bench_elementwise(backends["triton"])
+    targets = [assignment.split("=")[0] for assignment in options.set]
+    values = [int_tuple(assignment.split("=")[1]) for assignment in options.set]
+    for combination in itertools.product(*values):
+        for target, value in zip(targets, combination, strict=True):
+            module, name = target.split(".")
+            setattr(importlib.import_module(f"nanovllm.kernels.{module}"), name, value)
+            print(f"\n{target}={value}", end="")
+        if "decode" in options.only:
+            print(f"\ndecode attention{'':46} us/layer    TB/s")
+            for shape in map(DecodeShape.parse, options.decode_shapes):
+                for is_fp8 in (False, True) if options.fp8 else (False,):
+                    bench_decode(shape, is_fp8, backends, options)
+        if "prefill" in options.only:
+            for lengths in PREFILL_LENGTHS:
+                bench_prefill(lengths, backends, options)
+        if "sample" in options.only:
+            bench_sample(backends["triton"])
+        if "elementwise" in options.only:
+            bench_elementwise(backends["triton"], options.tokens)
 
 
 if __name__ == "__main__":

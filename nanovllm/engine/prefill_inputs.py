@@ -1,0 +1,92 @@
+"""A prefill step's inputs: computed on the host, so that they reach the device in one copy."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from nanovllm.engine.step_plan import StepPlan
+from nanovllm.engine.transfers import ALIGNMENT
+from nanovllm.kernels import row_state
+
+
+class PrefillInputs(NamedTuple):
+    """T tokens of S sequences, one sequence after another; N of the sequences are sampled.
+
+    `row_updates` are (flat index, value) pairs for the row table, U of them.
+    """
+
+    row_updates: torch.Tensor  # [U, 2] int32
+    token_ids: torch.Tensor  # [T] int32
+    positions: torch.Tensor  # [T] int32, index of each token in its sequence
+    slot_mapping: torch.Tensor  # [T] int64, cache slot of each token's K/V; -1: not written
+    cu_seqlens_q: torch.Tensor  # [S + 1] int32, where the sequences begin among the tokens
+    cu_seqlens_k: torch.Tensor  # [S + 1] int32, the same among all that they attend to
+    block_tables: torch.Tensor  # [S, W] int32
+    last_tokens: torch.Tensor  # [N] int32, where the sampled sequences end among the tokens
+    last_positions: torch.Tensor  # [N] int32, index of these tokens in their sequences
+    last_block_tables: torch.Tensor  # [N, W] int32
+    rows: torch.Tensor  # [N] int32
+    temperatures: torch.Tensor  # [N] float32
+    seeds: torch.Tensor  # [N, 2] int32
+
+    @staticmethod
+    def max_bytes(max_num_seqs: int, max_num_batched_tokens: int, row_width: int) -> int:
+        """An upper bound of what one step uploads, padding between the tensors included."""
+        updates = 8 * max_num_seqs * row_width  # every row is new and its block table full
+        tokens = (4 + 4 + 8) * max_num_batched_tokens
+        lengths = 2 * 4 * (max_num_seqs + 1)
+        block_tables = 2 * 4 * max_num_seqs * row_width
+        samples = (4 + 4 + 4 + 4 + 8) * max_num_seqs
+        padding = ALIGNMENT * len(PrefillInputs._fields)
+        return updates + tokens + lengths + block_tables + samples + padding
+
+
+def prefill_inputs(
+    plan: StepPlan,
+    row_table: np.ndarray,
+    block_size: int,
+    upload: Callable[[list[np.ndarray]], list[torch.Tensor]],
+) -> PrefillInputs:
+    """The inputs of a prefill plan, on the device.
+
+    Args:
+        plan: the step.
+        row_table: int32, the host's copy of the row table, the plan's updates included.
+        block_size: tokens per KV block.
+        upload: copies host arrays to the device.
+    """
+    cu_seqlens_q = _cumulative(plan.lengths)
+    num_tokens = cu_seqlens_q[-1]
+    # Token t is number t - cu_seqlens_q[s] of the step's tokens of its sequence s.
+    first_positions = np.repeat(plan.starts - cu_seqlens_q[:-1], plan.lengths)
+    positions = first_positions + np.arange(num_tokens, dtype=np.int32)
+    block_tables = row_table[plan.rows, row_state.BLOCK_TABLE :]
+    seq_of_token = np.repeat(np.arange(len(plan.rows)), plan.lengths)
+    blocks = block_tables[seq_of_token, positions // block_size].astype(np.int64)
+    slots = blocks * block_size + positions % block_size
+    is_shared = positions < np.repeat(plan.shared, plan.lengths)
+    is_sampled = plan.samples == 1
+    states = row_table[plan.rows[is_sampled]]
+    arrays = {
+        "row_updates": plan.updates,
+        "token_ids": plan.token_ids,
+        "positions": positions,
+        "slot_mapping": np.where(is_shared, -1, slots),
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": _cumulative(plan.starts + plan.lengths),
+        "block_tables": block_tables,
+        "last_tokens": cu_seqlens_q[1:][is_sampled] - 1,
+        "last_positions": (plan.starts + plan.lengths)[is_sampled] - 1,
+        "last_block_tables": block_tables[is_sampled],
+        "rows": plan.rows[is_sampled],
+        "temperatures": states[:, row_state.TEMPERATURE].copy().view(np.float32),
+        "seeds": states[:, row_state.SEED : row_state.SEED + 2],
+    }
+    return PrefillInputs(**dict(zip(arrays, upload(list(arrays.values())), strict=True)))
+
+
+def _cumulative(lengths: np.ndarray) -> np.ndarray:
+    """[S] -> [S + 1] int32, 0 first."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)

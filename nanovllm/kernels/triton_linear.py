@@ -1,0 +1,127 @@
+"""Products of few tokens with a weight matrix, bound by the weights' bandwidth, as a Triton kernel.
+
+cuBLAS takes about 6 us for a product whose weights pass through memory in 1 to 3 us. Here every
+program multiplies one tile of weights, which it fetches while the kernel before still runs, and the
+parts of a split K are left unsummed: the next kernel adds them up as it reads (`load_summed`).
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from nanovllm.kernels.ops import PartialSums, Product
+from nanovllm.kernels.triton_launch import (
+    await_previous,
+    has_bulk_copies,
+    overlap_options,
+    release_next,
+)
+
+BLOCK_N = 64  # weight rows of a program: the rows of Hopper's smallest matrix instruction
+BLOCK_K = 512  # weight columns of a program: with BLOCK_N 64 KiB, so two programs share an SM
+NUM_WARPS = 4
+# Tokens -> the most programs with which this kernel wins over cuBLAS, measured on an H200 with
+# Qwen3-0.6B (96 programs: down, 128: QKV, 192: gate and up); see tests/gpu/bench_linear.py.
+MAX_PROGRAMS = {16: 4096, 32: 4096, 64: 132, 128: 96}
+SPLIT_LINEAR = True  # off for an ablation
+
+
+@triton.jit
+def load_summed(pointers, mask, part_stride, NUM_PARTS: tl.constexpr, dtype: tl.constexpr):
+    """What `pointers` show, summed over NUM_PARTS parts if there are several, in `dtype`."""
+    x = tl.load(pointers, mask=mask, other=0.0)
+    if NUM_PARTS > 1:
+        for part in tl.static_range(1, NUM_PARTS):
+            x += tl.load(pointers + part * part_stride, mask=mask, other=0.0)
+    return x.to(dtype)
+
+
+def parts_of(x: Product) -> tuple[torch.Tensor, int, int, torch.dtype]:
+    """x's first part [T, N], the number of parts, elements from one to the next, x's dtype."""
+    if isinstance(x, PartialSums):
+        return x.parts[0], x.parts.shape[0], x.parts.stride(0), x.dtype
+    return x, 1, 0, x.dtype
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _split_linear_kernel(
+    out,  # [T, N], or float32 [parts, T, N]
+    x_tiles,  # x [T, K] as tiles of [BLOCK_M, BLOCK_K]; rows past T read as zeros
+    weight_tiles,  # weight [N, K] as tiles of [BLOCK_N, BLOCK_K]; rows past N read as zeros
+    bias,  # [N] or None
+    num_tokens,
+    N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    release_next(OVERLAP)
+    first_row = tl.program_id(0) * BLOCK_N
+    part = tl.program_id(1)
+    # No kernel writes weights: they come before the wait.
+    weight = weight_tiles.load([first_row, part * BLOCK_K])
+    await_previous(OVERLAP)
+    x = x_tiles.load([0, part * BLOCK_K])
+    # The weights' rows are the rows of the matrix instruction, which has at least 64 of them.
+    product = tl.dot(weight, x.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+    row = first_row + tl.arange(0, BLOCK_N)
+    if bias is not None:
+        bias_values = tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)
+        product += tl.where(part == 0, bias_values, 0.0)[:, None]
+    token = tl.arange(0, BLOCK_M)
+    pointers = out + (part * num_tokens + token[None, :]).to(tl.int64) * N + row[:, None]
+    mask = (token < num_tokens)[None, :] & (row < N)[:, None]
+    tl.store(pointers, product.to(out.dtype.element_ty), mask=mask)
+
+
+def choose_block_m(num_tokens: int, n: int, k: int, dtype: torch.dtype) -> int | None:
+    """Padded number of tokens for x [num_tokens, k] and weight [n, k]; None: leave it to cuBLAS."""
+    if not SPLIT_LINEAR or dtype == torch.float32 or k % BLOCK_K:
+        return None
+    num_programs = triton.cdiv(n, BLOCK_N) * (k // BLOCK_K)
+    for block_m, most in MAX_PROGRAMS.items():
+        if num_tokens <= block_m:
+            return block_m if num_programs <= most else None
+    return None
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Product:
+    """x [T, K], weight [N, K], bias [N] -> [T, N]; see `Ops.linear`."""
+    num_tokens, k = x.shape
+    n = weight.shape[0]
+    block_m = choose_block_m(num_tokens, n, k, weight.dtype)
+    if num_tokens == 0 or block_m is None or not has_bulk_copies(x.device):
+        return F.linear(x, weight, bias)
+    return split_linear(x, weight, bias, block_m)
+
+
+def split_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, block_m: int
+) -> Product:
+    """`linear` by the kernel, whatever wins; T <= block_m, K a multiple of BLOCK_K."""
+    num_tokens, k = x.shape
+    n = weight.shape[0]
+    assert x.is_contiguous() and weight.is_contiguous() and num_tokens <= block_m
+    num_parts = k // BLOCK_K
+    assert num_parts * BLOCK_K == k
+    if num_parts == 1:
+        out = torch.empty(num_tokens, n, dtype=x.dtype, device=x.device)
+    else:
+        out = torch.empty(num_parts, num_tokens, n, dtype=torch.float32, device=x.device)
+    _split_linear_kernel[(triton.cdiv(n, BLOCK_N), num_parts)](
+        out,
+        TensorDescriptor.from_tensor(x, [block_m, BLOCK_K]),
+        TensorDescriptor.from_tensor(weight, [BLOCK_N, BLOCK_K]),
+        bias,
+        num_tokens,
+        N=n,
+        BLOCK_M=block_m,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+        num_warps=NUM_WARPS,
+        **overlap_options(x.device),
+    )
+    return out if num_parts == 1 else PartialSums(out, x.dtype)

@@ -1,0 +1,1 @@
+"""What the benchmark scripts in tests/ share."""

@@ -1,0 +1,75 @@
+"""Techniques that a benchmark can switch off, or for another: alone or combined."""
+
+import importlib
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Parameters of `LLM`, and constants ("module.NAME") of modules of nanovllm."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
+
+
+NEVER = 2**62  # of anything that is counted
+
+VARIANTS = {
+    "no-overlap": Variant({"async_scheduling": False}),
+    "no-graphs": Variant({"enforce_eager": True}),
+    "no-launch-overlap": Variant(constants={"kernels.triton_launch.OVERLAP_LAUNCHES": False}),
+    "no-split-linears": Variant(constants={"kernels.triton_linear.SPLIT_LINEAR": False}),
+    "no-common-prefix": Variant(constants={"engine.step_plan.MIN_SPARED_BLOCK_READS": NEVER}),
+    "no-joint-admission": Variant(constants={"engine.scheduler.ADMISSION_INTERVAL": 0}),
+    "no-prefix-caching": Variant({"enable_prefix_caching": False}),
+    "flash-attn": Variant({"attention_backend": "flash-attn"}),
+    "torch": Variant({"attention_backend": "torch"}),
+    "fp8-kv-cache": Variant({"kv_cache_dtype": "fp8"}),
+}
+
+
+def settings_of(names: Iterable[str]) -> dict[str, Any]:
+    """The parameters of `LLM` of all these variants together."""
+    return {key: value for name in names for key, value in VARIANTS[name].settings.items()}
+
+
+def constants_of(names: Iterable[str]) -> dict[str, Any]:
+    """The constants of all these variants together."""
+    return {key: value for name in names for key, value in VARIANTS[name].constants.items()}
+
+
+@contextmanager
+def constants_set(names: Iterable[str]) -> Iterator[None]:
+    """The variants' constants hold inside; engines must be built and ended there.
+
+    Raises:
+        LookupError: this version of nanovllm has no such constant.
+    """
+    saved: list[tuple[ModuleType, str, Any]] = []
+    try:
+        for path, value in constants_of(names).items():
+            module_name, _, constant = path.rpartition(".")
+            module = importlib.import_module(f"nanovllm.{module_name}")
+            if not hasattr(module, constant):
+                raise LookupError(f"nanovllm.{module_name} has no {constant}")
+            saved.append((module, constant, getattr(module, constant)))
+            _set_constant(module, constant, value)
+        yield
+    finally:
+        for module, constant, value in saved:
+            _set_constant(module, constant, value)
+
+
+def _set_constant(module: ModuleType, constant: str, value: Any) -> None:
+    setattr(module, constant, value)
+    # What any module has computed from the previous value and remembers.
+    for name, loaded in list(sys.modules.items()):
+        if name.startswith("nanovllm."):
+            for member in list(vars(loaded).values()):
+                if hasattr(member, "cache_clear"):
+                    member.cache_clear()

@@ -1,0 +1,130 @@
+"""A prefill's inputs against a loop over its tokens, and the bytes that they take."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanovllm.engine.prefill_inputs import PrefillInputs, prefill_inputs
+from nanovllm.engine.step_plan import StepPlan
+from nanovllm.engine.transfers import UploadRing, aligned
+from nanovllm.kernels import row_state
+
+NUM_ROWS = 8
+NUM_BLOCKS = 5  # of a block table
+ROW_WIDTH = row_state.BLOCK_TABLE + NUM_BLOCKS
+NO_UPDATES = np.empty((0, 2), dtype=np.int32)
+
+
+def int32(numbers) -> np.ndarray:
+    return np.array(numbers, dtype=np.int32)
+
+
+def upload(arrays: list[np.ndarray]) -> list[torch.Tensor]:
+    return UploadRing(0, torch.device("cpu")).upload(arrays)
+
+
+def make_plan(rows, starts, lengths, shared, samples, updates=NO_UPDATES) -> StepPlan:
+    token_ids = np.arange(100, 100 + sum(lengths), dtype=np.int32)
+    per_seq = (int32(numbers) for numbers in (starts, lengths, shared, samples))
+    return StepPlan(True, int32(rows), updates, token_ids, *per_seq)
+
+
+@st.composite
+def prefills(draw) -> tuple[StepPlan, np.ndarray, int]:
+    block_size = draw(st.integers(1, 7))
+    rows = draw(st.lists(st.integers(0, NUM_ROWS - 1), min_size=1, unique=True))
+    longest = block_size * NUM_BLOCKS
+    spans = [sorted(draw(st.tuples(*[st.integers(0, longest - 1)] * 2))) for _ in rows]
+    starts = [start for start, _ in spans]
+    lengths = [last + 1 - start for start, last in spans]
+    shared = [draw(st.integers(0, longest)) for _ in rows]
+    samples = [draw(st.integers(0, 1)) for _ in rows]
+    words = draw(st.integers(0, 2**32 - 1))
+    row_table = np.random.default_rng(words).integers(
+        0, 2**31, (NUM_ROWS + 1, ROW_WIDTH), dtype=np.int32
+    )
+    return make_plan(rows, starts, lengths, shared, samples), row_table, block_size
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(prefills())
+def test_inputs_are_those_of_a_loop_over_the_tokens(prefill):
+    plan, row_table, block_size = prefill
+    inputs = prefill_inputs(plan, row_table, block_size, upload)
+    positions, slots, ends_q, ends_k = [], [], [0], [0]
+    last_tokens, last_positions, rows, seeds, temperature_bits = [], [], [], [], []
+    numbers = zip(plan.rows, plan.starts, plan.lengths, plan.shared, plan.samples, strict=True)
+    for row, start, length, shared, samples in (map(int, line) for line in numbers):
+        state = row_table[row].tolist()
+        for position in range(start, start + length):
+            positions.append(position)
+            block_id = state[row_state.BLOCK_TABLE + position // block_size]
+            slot = block_id * block_size + position % block_size
+            slots.append(-1 if position < shared else slot)
+        ends_q.append(len(positions))
+        ends_k.append(ends_k[-1] + start + length)
+        if samples:
+            last_tokens.append(len(positions) - 1)
+            last_positions.append(start + length - 1)
+            rows.append(row)
+            seeds.append(state[row_state.SEED : row_state.SEED + 2])
+            temperature_bits.append(state[row_state.TEMPERATURE])
+    expected = PrefillInputs(
+        row_updates=torch.from_numpy(plan.updates),
+        token_ids=torch.from_numpy(plan.token_ids),
+        positions=torch.from_numpy(int32(positions)),
+        slot_mapping=torch.tensor(slots),
+        cu_seqlens_q=torch.from_numpy(int32(ends_q)),
+        cu_seqlens_k=torch.from_numpy(int32(ends_k)),
+        block_tables=torch.from_numpy(row_table[plan.rows, row_state.BLOCK_TABLE :]),
+        last_tokens=torch.from_numpy(int32(last_tokens)),
+        last_positions=torch.from_numpy(int32(last_positions)),
+        last_block_tables=torch.from_numpy(row_table[int32(rows), row_state.BLOCK_TABLE :]),
+        rows=torch.from_numpy(int32(rows)),
+        temperatures=torch.from_numpy(int32(temperature_bits).view(np.float32)),
+        seeds=torch.from_numpy(int32(seeds).reshape(-1, 2)),
+    )
+    for name, tensor, wanted in zip(PrefillInputs._fields, inputs, expected, strict=True):
+        assert tensor.is_contiguous(), name
+        # equal_nan: a temperature of random bits may be any float
+        torch.testing.assert_close(tensor, wanted, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def test_slots_beyond_32_bits_are_right():
+    row_table = np.zeros((1, ROW_WIDTH), dtype=np.int32)
+    row_table[0, row_state.BLOCK_TABLE] = 2**31 - 1
+    inputs = prefill_inputs(make_plan([0], [254], [2], [0], [1]), row_table, 256, upload)
+    assert inputs.slot_mapping.tolist() == [256 * (2**31 - 1) + 254, 256 * (2**31 - 1) + 255]
+
+
+def test_inputs_are_copies():
+    """A plan may lie in memory that another process writes to."""
+    plan = make_plan([0], [0], [3], [0], [1], updates=int32([[0, 1]]))
+    inputs = prefill_inputs(plan, np.zeros((1, ROW_WIDTH), dtype=np.int32), 4, upload)
+    plan.token_ids[:] = plan.rows[:] = plan.updates[:] = -5
+    assert inputs.token_ids.tolist() == [100, 101, 102]
+    assert inputs.rows.tolist() == [0]
+    assert inputs.row_updates.tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("num_seqs", [1, 2, NUM_ROWS])
+@pytest.mark.parametrize("num_tokens", [NUM_ROWS, 11, 40])
+def test_max_bytes_bounds_the_largest_upload(num_seqs, num_tokens):
+    num_updates = num_seqs * ROW_WIDTH  # more than any plan has: no update names token or length
+    updates = np.zeros((num_updates, 2), dtype=np.int32)
+    lengths = [1] * (num_seqs - 1) + [num_tokens - num_seqs + 1]
+    ones, zeros = [1] * num_seqs, [0] * num_seqs
+    plan = make_plan(range(num_seqs), zeros, lengths, zeros, ones, updates)
+    uploaded: list[np.ndarray] = []
+
+    def keep(arrays):
+        uploaded.extend(arrays)
+        return upload(arrays)
+
+    prefill_inputs(plan, np.zeros((num_seqs, ROW_WIDTH), dtype=np.int32), 8, keep)
+    bound = PrefillInputs.max_bytes(num_seqs, num_tokens, ROW_WIDTH)
+    assert sum(aligned(array.nbytes) for array in uploaded) <= bound
+    # A decode step: the number of common blocks and the rows, beside the updates.
+    assert aligned(updates.nbytes) + aligned(4 * (1 + num_seqs)) <= bound

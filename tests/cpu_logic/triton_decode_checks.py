@@ -1,0 +1,207 @@
+"""Decode attention in Triton against `torch_ops`, to be run by pytest with TRITON_INTERPRET=1.
+
+float32 and float16 only, see `triton_interpreter_checks.py`, which also explains how it is started.
+"""
+
+import pytest
+import torch
+from triton_interpreter_checks import DTYPES, HEADS, OPS, assert_close, paged_inputs
+
+from nanovllm.kernels import torch_ops, triton_common_prefix
+from nanovllm.kernels import triton_decode_attention as decode
+from nanovllm.kernels.ops import FP8_DTYPE
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def ints(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def columns_of(plan: decode.DecodePlan) -> list[list[int]]:
+    """[row, begin, end, first item, number of splits] of every item that has a split."""
+    is_used = plan.items[:, decode.NUM_SPLITS.value] > 0
+    num_used = int(is_used.sum())
+    assert is_used[:num_used].all(), "the programs without a split come last"
+    return plan.items[:num_used].tolist()
+
+
+# (context lengths, programs per multiprocessor, shortest split, common blocks of 16 tokens)
+PLANS = (
+    ([1], 1, 16, 0),
+    ([300], 1, 16, 0),
+    ([300], 100, 16, 0),
+    ([300], 100, 128, 0),
+    ([0, 0], 4, 16, 0),
+    ([1000, 3, 16, 17, 0, 255, 0], 8, 16, 0),
+    ([200] * 40, 8, 32, 0),
+    ([80, 33, 0, 49], 4, 16, 2),
+    (list(range(1, 600, 4)), 64, 64, 0),  # more rows than one chunk of the items
+)
+
+
+@pytest.mark.parametrize(("lens", "programs_per_sm", "min_split", "num_common"), PLANS)
+def test_a_plan_covers_every_token_once_in_splits_of_one_size(
+    lens, programs_per_sm, min_split, num_common
+):
+    tile = 16
+    tables = torch.zeros(len(lens), -(-max(16, *lens) // 16), dtype=torch.int32)
+    cache = torch.empty(1, 16, 2, 64)
+    common = ints([num_common]) if num_common else None
+    plan = decode.plan_decode(
+        cache,
+        tables,
+        ints(lens),
+        common,
+        tile=tile,
+        programs_per_sm=programs_per_sm,
+        min_split=min_split,
+    )
+    assert (plan.arrivals == 0).all() and plan.arrivals.shape == (len(lens), 2)
+    items = columns_of(plan)
+    assert [item[0] for item in items] == sorted(item[0] for item in items)
+    num_own_tiles = [-(-max(0, length - 16 * num_common) // tile) for length in lens]
+    target = max(1, programs_per_sm // 2)  # the interpreter has one multiprocessor
+    longest = max(-(-sum(num_own_tiles) // target), min_split // tile) * tile
+    for row, length in enumerate(lens):
+        splits = [item for item in items if item[0] == row]
+        first = items.index(splits[0])
+        assert all(item[3:] == [first, len(splits)] for item in splits)
+        assert [item[1] for item in splits[1:]] == [item[2] for item in splits[:-1]]
+        assert splits[0][1] == 16 * num_common
+        if num_own_tiles[row] == 0:
+            assert len(splits) == 1 and splits[0][2] <= splits[0][1]
+            continue
+        assert splits[-1][2] == length
+        sizes = [-(-(end - begin) // tile) for _, begin, end, _, _ in splits]
+        assert all(item[1] % tile == 0 for item in splits)
+        assert min(sizes) >= 1 and max(sizes) - min(sizes) <= 1
+        assert max(sizes) * tile <= longest and len(splits) == -(
+            -num_own_tiles[row] * tile // longest
+        )
+
+
+def decode_inputs(lens: list[int], num_common: int, block_size: int, heads, dtype: torch.dtype):
+    """Arguments of `decode_attention`, with the first rows' leading blocks in all tables."""
+    key_cache, value_cache, tables = paged_inputs(lens, block_size, heads, dtype)
+    tables[:, :num_common] = tables[:1, :num_common].clone()
+    query = torch.randn(len(lens), heads[0], heads[2]).to(dtype)
+    return query, key_cache, value_cache, tables, ints(lens), heads[2] ** -0.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(("block_size", "programs_per_sm"), ((16, 200), (64, 1), (64, 20)))
+def test_decode_attention(dtype, heads, block_size, programs_per_sm, monkeypatch):
+    """Whole rows, a few splits, and more splits than are merged at a time."""
+    args = decode_inputs([1, 15, 0, 16, 17, 300], 0, block_size, heads, dtype)
+    _, key_cache, _, tables, lens, _ = args
+    expected = torch_ops.decode_attention(*args)
+    plan = decode.plan_decode(
+        key_cache, tables, lens, tile=16, programs_per_sm=programs_per_sm, min_split=16
+    )
+    if programs_per_sm == 200:
+        monkeypatch.setattr(decode, "MERGE_ELEMENTS", 512)
+        merged_at_a_time = 512 // (heads[0] // heads[1] * heads[2])
+        assert plan.items[:, decode.NUM_SPLITS.value].max() > merged_at_a_time
+    for _ in range(2):  # a plan serves every layer
+        assert_close(decode.decode_attention(*args, plan=plan), expected)
+    if programs_per_sm == 1:
+        assert_close(decode.decode_attention(*args), expected)
+
+
+def test_decode_attention_of_no_rows():
+    args = decode_inputs([3], 0, 16, HEADS[0], torch.float32)
+    query, key_cache, value_cache, tables, lens, scale = args
+    empty = query[:0], key_cache, value_cache, tables[:0], lens[:0], scale
+    plan = OPS.plan_decode(key_cache, tables[:0], lens[:0], None)
+    assert OPS.decode_attention(*empty, plan=plan).shape == (0, 2, 64)
+    assert OPS.decode_attention(*empty).shape == (0, 2, 64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS[1:3])
+@pytest.mark.parametrize(
+    ("lens", "num_common", "num_prefix_splits"),
+    (
+        ([100, 65, 290, 129, 0, 0], 1, 8),  # splits without a token
+        ([129, 150, *22 * [140]], 2, 1),  # more queries than one program takes
+        ([70, 90], 0, 2),
+        ([321], 5, 4),
+    ),
+)
+def test_common_blocks_are_read_once_with_the_same_result(
+    dtype, heads, lens, num_common, num_prefix_splits, monkeypatch
+):
+    monkeypatch.setattr(decode, "choose_prefix_splits", lambda *args: num_prefix_splits)
+    args = decode_inputs(lens, num_common, 64, heads, dtype)
+    _, key_cache, _, tables, context_lens, _ = args
+    is_live = context_lens > 0
+    expected = torch_ops.decode_attention(*args)[is_live]
+    for programs_per_sm in (1, 50):
+        plan = decode.plan_decode(
+            key_cache,
+            tables,
+            context_lens,
+            ints([num_common]),
+            tile=16,
+            programs_per_sm=programs_per_sm,
+            min_split=16,
+        )
+        for _ in range(2):
+            got = decode.decode_attention(*args, plan=plan)
+            assert got.isfinite().all()
+            assert_close(got[is_live], expected)
+
+
+def test_the_common_prefix_reads_only_common_blocks():
+    """Every other block holds NaN; the table's later entries are out of range."""
+    cache = torch.full((2, 3, 16, 2, 32), torch.nan)
+    cache[:, 1:] = torch.randn(2, 2, 16, 2, 32)
+    query = torch.randn(5, 4, 32)
+    partial, partial_lse = torch.full((3, 5, 4, 32), torch.nan), torch.full((3, 5, 4), torch.nan)
+    table = ints([2, 1, 2**30])
+    triton_common_prefix.attend_to_common_prefix(
+        partial, partial_lse, query, *cache, table, ints([2]), 0.5
+    )
+    weights = torch.exp2(partial_lse - partial_lse.amax(0))
+    got = (partial * weights.unsqueeze(-1)).sum(0) / weights.sum(0).unsqueeze(-1)
+    lens = torch.full((5,), 32, dtype=torch.int32)
+    expected = torch_ops.decode_attention(query, *cache, table[:2].expand(5, 2), lens, 0.5)
+    assert_close(got, expected)
+    triton_common_prefix.attend_to_common_prefix(
+        partial, partial_lse, query, *cache, table, ints([0]), 0.5
+    )
+    assert (partial == 0).all() and (partial_lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS[1:3])
+def test_fp8_cache(dtype, heads):
+    _, num_kv_heads, head_dim = heads
+    lens, block_size, width = [100, 65, 0, 290, 129], 64, 6
+    num_blocks = width * len(lens)
+    caches = torch.randn(2, num_blocks, block_size, num_kv_heads, head_dim).to(FP8_DTYPE)
+    scales = torch.rand(2, num_blocks, num_kv_heads, block_size) * 10 ** torch.linspace(-6, 1, 64)
+    tables = torch.randperm(num_blocks).view(len(lens), width).int()
+    tables[:, 0] = tables[0, 0]
+    query = torch.randn(len(lens), heads[0], head_dim).to(dtype)
+    args = query, *caches, tables, ints(lens), head_dim**-0.5, *scales
+    in_float = query.float(), *args[1:]
+    expected = torch_ops.decode_attention(*in_float)
+    for common in (None, ints([1])):
+        plan = decode.plan_decode(
+            caches[0], tables, ints(lens), common, programs_per_sm=10, min_split=32
+        )
+        got = decode.decode_attention(*args, plan=plan)
+        eps = torch.finfo(dtype).eps
+        is_live = ints(lens) > 0
+        torch.testing.assert_close(
+            got[is_live].float(),
+            expected[is_live],
+            rtol=4 * eps,
+            atol=8 * eps * expected.abs().max(),
+        )

@@ -1,0 +1,39 @@
+"""Run by test_triton_interpreter.py in a process with TRITON_INTERPRET=1: products in parts."""
+
+import torch
+import torch.nn.functional as F
+
+from nanovllm.kernels import torch_ops
+from nanovllm.kernels.ops import PartialSums
+from nanovllm.kernels.triton_activation import silu_and_mul
+from nanovllm.kernels.triton_linear import split_linear
+from nanovllm.kernels.triton_norm import add_rms_norm
+
+
+def test_products() -> None:
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 4e-3)):
+        for num_tokens, n, k in ((3, 100, 1024), (16, 64, 512), (17, 130, 1536)):
+            x = (torch.randn(num_tokens, k) / k**0.5).to(dtype)
+            weight, bias = torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
+            product = split_linear(x, weight, bias, 16 if num_tokens <= 16 else 32)
+            assert isinstance(product, PartialSums) == (k > 512)
+            out = product.parts.sum(0) if isinstance(product, PartialSums) else product
+            exact = F.linear(x.double(), weight.double(), bias.double())
+            torch.testing.assert_close(out.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+def test_ops_add_up_parts() -> None:
+    for num_parts in (2, 5):
+        parts = PartialSums(torch.randn(num_parts, 4, 96), torch.float16)
+        whole = parts.parts[0].clone()
+        for part in parts.parts[1:]:
+            whole += part
+        whole = whole.half()
+        residual, weight = torch.randn(4, 96).half(), torch.randn(96).half()
+        normed, total = add_rms_norm(parts, residual.clone(), weight, 1e-6)
+        expected, expected_total = torch_ops.add_rms_norm(whole, residual, weight, 1e-6)
+        assert torch.equal(total, expected_total)
+        torch.testing.assert_close(normed, expected, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(
+            silu_and_mul(parts), torch_ops.silu_and_mul(whole), rtol=2e-3, atol=2e-3
+        )

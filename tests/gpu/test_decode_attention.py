@@ -1,0 +1,277 @@
+"""Decode attention on the GPU: plans, splits, common prefixes and fp8, against `torch_ops`.
+
+The reference is the torch op in float64 on the same inputs. A kernel's error may be at most 1.5
+times the error of the torch op in the inputs' own dtype, plus a rounding of the largest result.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from test_engine_gpu import greedy, random_prompts, small_engine, token_ids
+from tiny_models import reference_greedy, save_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nanovllm.engine import step_plan
+from nanovllm.kernels import torch_ops
+from nanovllm.kernels.ops import FP8_DTYPE, FP8_MIN_CAPABILITY
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+
+from nanovllm.kernels import triton_common_prefix
+from nanovllm.kernels.triton_decode_attention import decode_attention, plan_decode
+
+DEVICE = torch.device("cuda", torch.cuda.current_device())
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+BLOCK_SIZE = 256
+# (query heads, KV heads, head_dim)
+HEADS = ((16, 8, 128), (4, 4, 64), (6, 2, 80), (64, 8, 128))
+EDGE_LENS = (1, 15, 0, 16, 17, 255, 256, 257, 0, 1000, 4000)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN, so an element that is left out or read too early shows."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1000, device=DEVICE).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def ints(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def ragged_lens(batch_size: int, longest: int = 2000) -> list[int]:
+    return torch.randint(1, longest + 1, (batch_size,)).tolist()
+
+
+def decode_args(
+    lens: list[int],
+    heads: tuple[int, int, int],
+    dtype: torch.dtype,
+    num_common: int = 0,
+    block_size: int = BLOCK_SIZE,
+) -> tuple:
+    """Caches that hold NaN outside the sequences' own slots; shuffled tables."""
+    num_heads, num_kv_heads, head_dim = heads
+    width = -(-max(lens) // block_size) + 1
+    num_blocks = width * len(lens)
+    caches = torch.full(
+        (2, num_blocks, block_size, num_kv_heads, head_dim), torch.nan, device=DEVICE, dtype=dtype
+    )
+    tables = torch.randperm(num_blocks, device=DEVICE).view(len(lens), width).int()
+    tables[:, :num_common] = tables[:1, :num_common].clone()
+    position = torch.arange(width * block_size, device=DEVICE)
+    slots = tables[:, position // block_size].long() * block_size + position % block_size
+    slots = slots[position < ints(lens).unsqueeze(1)]
+    caches.flatten(1, 2)[:, slots] = randn(2, len(slots), num_kv_heads, head_dim, dtype=dtype)
+    query = randn(len(lens), num_heads, head_dim, dtype=dtype)
+    return query, *caches, tables, ints(lens), head_dim**-0.5
+
+
+def exact_result(args: tuple) -> torch.Tensor:
+    """In float64, some rows at a time."""
+    query, key_cache, value_cache, tables, lens, scale, *scales = args
+    used, indices = tables.unique(return_inverse=True)  # only the blocks in use are upcast
+    caches = [cache[used].double() for cache in (key_cache, value_cache)]
+    scales = [part[used].double() for part in scales]
+    if scales:
+        caches = [c * s.transpose(1, 2).unsqueeze(-1) for c, s in zip(caches, scales, strict=True)]
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch_ops.decode_attention(
+            query.double(), *caches, indices.int().view_as(tables), lens, scale
+        )
+
+
+def check(got: torch.Tensor, args: tuple) -> None:
+    exact, torch_result = exact_result(args), torch_ops.decode_attention(*args)
+    assert got.dtype == torch_result.dtype and got.shape == exact.shape
+    assert got.isfinite().all()
+    is_live = args[4] > 0
+    error = (got.double() - exact)[is_live].abs().max().item()
+    torch_error = (torch_result.double() - exact)[is_live].abs().max().item()
+    ulps = 8 if got.dtype == torch.float32 else 0.5
+    floor = ulps * torch.finfo(got.dtype).eps * exact.abs().max().item()
+    assert error <= 1.5 * torch_error + floor, f"{error=:.3g} {torch_error=:.3g} {floor=:.3g}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS)
+def test_edge_lengths(dtype, heads):
+    args = decode_args(list(EDGE_LENS), heads, dtype)
+    got = decode_attention(*args)
+    check(got, args)
+    assert (got[args[4] == 0] == 0).all()
+
+
+@pytest.mark.parametrize("batch_size", (1, 2, 7, 32, 33, 128, 512))
+def test_ragged_batches(batch_size):
+    for longest in (300, 4000 if batch_size <= 128 else 1000):
+        args = decode_args(ragged_lens(batch_size, longest), HEADS[0], torch.bfloat16)
+        check(decode_attention(*args), args)
+
+
+@pytest.mark.parametrize(
+    ("block_size", "heads", "lens"),
+    (
+        (16, (16, 8, 128), EDGE_LENS),
+        (256, (16, 1, 256), EDGE_LENS),
+        (256, (16, 8, 128), (32_768, 1, 20_000)),
+        (256, (2, 1, 64), tuple(range(1, 2400, 2))),
+    ),
+    ids=("small pages", "one KV head of 256", "long contexts", "1,200 rows"),
+)
+def test_other_shapes(block_size, heads, lens):
+    args = decode_args(list(lens), heads, torch.bfloat16, block_size=block_size)
+    check(decode_attention(*args), args)
+
+
+@pytest.mark.parametrize("programs_per_sm", (1, 4, 64))
+@pytest.mark.parametrize(("tile", "num_warps"), ((16, 2), (32, 2), (64, 4), (128, 4)))
+def test_every_division_of_the_work(programs_per_sm, tile, num_warps):
+    lens = [*EDGE_LENS, *ragged_lens(20)]
+    args = decode_args(lens, HEADS[0], torch.bfloat16)
+    plan = plan_decode(
+        args[1], args[3], args[4], tile=tile, programs_per_sm=programs_per_sm, min_split=64
+    )
+    results = [decode_attention(*args, plan=plan, num_warps=num_warps) for _ in range(20)]
+    check(results[0], args)
+    assert all(torch.equal(results[0], result) for result in results), "a race"
+
+
+COMMON = (
+    ([257, 300], 1),
+    ([700, 513, 2000, 514, 0, 0, 0], 2),
+    ([4000] * 33, 15),
+    ([1000 + row % 70 for row in range(256)], 3),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(("lens", "num_common"), COMMON)
+def test_common_blocks(dtype, heads, lens, num_common):
+    args = decode_args(lens, heads, dtype, num_common)
+    plan = plan_decode(args[1], args[3], args[4], ints([num_common]))
+    results = [decode_attention(*args, plan=plan) for _ in range(10)]
+    check(results[0], args)
+    assert all(torch.equal(results[0], result) for result in results), "a race"
+
+
+@pytest.mark.parametrize("block_m", (64, 128))
+@pytest.mark.parametrize("programs_per_sm", (1, 4))
+def test_common_prefix_in_other_tiles(block_m, programs_per_sm, monkeypatch):
+    monkeypatch.setattr(triton_common_prefix, "BLOCK_M", block_m)
+    monkeypatch.setattr(triton_common_prefix, "NUM_WARPS", block_m // 16)
+    monkeypatch.setattr(triton_common_prefix, "PROGRAMS_PER_SM", programs_per_sm)
+    lens, num_common = COMMON[-1]
+    args = decode_args(lens, HEADS[0], torch.bfloat16, num_common)
+    plan = plan_decode(args[1], args[3], args[4], ints([num_common]))
+    check(decode_attention(*args, plan=plan), args)
+
+
+@pytest.mark.skipif(
+    torch.cuda.get_device_capability(DEVICE) < FP8_MIN_CAPABILITY, reason="no fp8 conversions"
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("num_common", (0, 2))
+def test_fp8_cache(dtype, heads, num_common):
+    lens = [700, 513, 2000, 514, 0, 1025] if num_common else list(EDGE_LENS)
+    query, *caches, tables, context_lens, scale = decode_args(lens, heads, dtype, num_common)
+    shape = caches[0].shape[0], heads[1], BLOCK_SIZE
+    scales = torch.rand(2, *shape, device=DEVICE) * 10 ** torch.linspace(-5, 1, BLOCK_SIZE).cuda()
+    caches = [cache.to(FP8_DTYPE) for cache in caches]
+    args = query, *caches, tables, context_lens, scale, *scales
+    common = ints([num_common]) if num_common else None
+    plan = plan_decode(caches[0], tables, context_lens, common)
+    check(decode_attention(*args, plan=plan), args)
+
+
+@pytest.mark.parametrize("has_common_blocks", (False, True))
+def test_one_graph_serves_every_step(has_common_blocks):
+    """A plan and three layers, captured once; replayed with other lengths, tables and prefixes."""
+    torch.use_deterministic_algorithms(False)  # no fills between the kernels, as in the engine
+    batch_size, width, num_layers = 48, 8, 3
+    num_blocks = batch_size * width
+    caches = randn(num_layers, 2, num_blocks, BLOCK_SIZE, 8, 128)
+    query = randn(batch_size, 16, 128)
+    tables = torch.zeros(batch_size, width, dtype=torch.int32, device=DEVICE)
+    lens, num_common = torch.zeros_like(tables[:, 0]), ints([0])
+
+    def step() -> list[torch.Tensor]:
+        plan = plan_decode(caches[0, 0], tables, lens, num_common if has_common_blocks else None)
+        results, x = [], query
+        for key_cache, value_cache in caches:
+            # Each layer's queries depend on the layer before.
+            x = decode_attention(x, key_cache, value_cache, tables, lens, 0.1, plan=plan) + query
+            results.append(x)
+        return results
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(30):
+        num_shared = int(torch.randint(0, 5, ())) if has_common_blocks else 0
+        num_live = int(torch.randint(1, batch_size + 1, ()))
+        new_lens = torch.randint(num_shared * BLOCK_SIZE + 1, width * BLOCK_SIZE + 1, (batch_size,))
+        new_lens[num_live:] = 0
+        lens.copy_(new_lens)
+        tables.copy_(torch.randperm(num_blocks, device=DEVICE).view(batch_size, width))
+        tables[:, :num_shared] = tables[:1, :num_shared].clone()
+        num_common.fill_(num_shared)
+        graph.replay()
+        eager = step()
+        is_live = lens > 0
+        for a, b in zip(captured, eager, strict=True):
+            assert torch.equal(a[is_live], b[is_live])
+        args = captured[-2], *caches[-1], tables, lens, 0.1
+        expected = exact_result(args) + query
+        assert captured[-1].isfinite().all()
+        torch.testing.assert_close(
+            captured[-1][is_live].double(), expected[is_live], rtol=1.6e-2, atol=1.6e-2
+        )
+
+
+# The engine
+
+
+def test_engine_reads_a_common_prefix_once_with_the_same_tokens(tmp_path, monkeypatch):
+    model_dir = save_model(tmp_path / "tiny")
+    prefix = random_prompts([520], seed=4)[0]
+    own = random_prompts(range(1, 41), seed=5)
+    prompts = [[*prefix, *tail] for tail in own]
+    limits = [8 + i % 17 for i in range(len(prompts))]  # the batch shrinks, through several sizes
+    params = [greedy(limit) for limit in limits]
+    longest = reference_greedy(model_dir, prompts, max(limits))
+    reference = [tokens[:limit] for tokens, limit in zip(longest, limits, strict=True)]
+    plans = []
+    build = step_plan.PlanBuilder.build
+
+    def recording_build(self, seqs, is_prefill):
+        plans.append(build(self, seqs, is_prefill))
+        return plans[-1]
+
+    monkeypatch.setattr(step_plan.PlanBuilder, "build", recording_build)
+    for min_spared in (step_plan.MIN_SPARED_BLOCK_READS, 1, 10**9):
+        monkeypatch.setattr(step_plan, "MIN_SPARED_BLOCK_READS", min_spared)
+        for settings in ({}, {"async_scheduling": False}, {"enforce_eager": True}):
+            plans.clear()
+            with small_engine(model_dir, max_num_seqs=48, **settings) as llm:
+                for _ in range(2):  # first each graph's capture, then its replays
+                    outputs = llm.generate(prompts, params, use_tqdm=False)
+                    assert token_ids(outputs) == reference
+                graphs = llm.model_runner.graphs
+                sizes = {size for size, has_common in graphs.graphs if has_common} if graphs else ()
+            has_common = any(plan.num_common_blocks == 2 for plan in plans)
+            assert has_common == (min_spared < 10**9)
+            if "enforce_eager" not in settings:
+                assert (len(sizes) > 1) == has_common

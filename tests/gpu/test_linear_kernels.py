@@ -1,0 +1,123 @@
+"""Products of few tokens against float64, and the kernels that add up their parts."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanovllm.kernels import torch_ops
+from nanovllm.kernels.ops import PartialSums, Product
+from nanovllm.kernels.triton_activation import silu_and_mul
+from nanovllm.kernels.triton_linear import choose_block_m, linear, split_linear
+from nanovllm.kernels.triton_norm import add_rms_norm
+from nanovllm.kernels.triton_rope import qk_norm_rope_store
+
+SHAPES = ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (100, 512), (64, 12288))
+EPS = 1e-6
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape, device="cuda", dtype=torch.float32).to(dtype)
+
+
+def summed(product: Product) -> torch.Tensor:
+    """The product in its dtype, as the ops that read it round it."""
+    if isinstance(product, PartialSums):
+        return product.parts.sum(0).to(product.dtype)
+    return product
+
+
+def block_m(num_tokens: int) -> int:
+    return max(16, 1 << (num_tokens - 1).bit_length())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 8, 16, 17, 32, 64, 100, 128])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_product_equals_float64(n: int, k: int, num_tokens: int, dtype: torch.dtype) -> None:
+    x, weight = randn(num_tokens, k, dtype=dtype), randn(n, k, dtype=dtype) / k**0.5
+    for bias in (None, randn(n, dtype=dtype)):
+        exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        product = split_linear(x, weight, bias, block_m(num_tokens))
+        if isinstance(product, PartialSums):
+            # float32 sums: far closer than the dtype's rounding.
+            assert product.parts.shape == (k // 512, num_tokens, n)
+            torch.testing.assert_close(product.parts.double().sum(0), exact, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(summed(product), exact.to(dtype), rtol=1e-2, atol=1e-3)
+
+
+def test_every_element_is_written() -> None:
+    """Memory full of NaN before the product: what it leaves out would show."""
+    x, weight = randn(33, 1024), randn(1000, 1024)
+    poison = torch.full((2, 33, 1000), float("nan"), device="cuda")
+    del poison  # the allocator hands the same memory out again
+    assert summed(split_linear(x, weight, None, 64)).isfinite().all()
+
+
+@pytest.mark.parametrize("num_parts", [2, 3, 6])
+def test_ops_add_up_parts(num_parts: int) -> None:
+    """Reading parts equals reading their rounded sum."""
+    num_tokens, hidden = 5, 1024
+    parts = PartialSums(randn(num_parts, num_tokens, hidden, dtype=torch.float32), torch.bfloat16)
+    whole = parts.parts[0].clone()
+    for part in parts.parts[1:]:
+        whole += part
+    whole = whole.bfloat16()
+    residual, weight = randn(num_tokens, hidden), randn(hidden)
+    for got, expected in zip(
+        add_rms_norm(parts, residual.clone(), weight, EPS),
+        add_rms_norm(whole, residual.clone(), weight, EPS),
+        strict=True,
+    ):
+        assert torch.equal(got, expected)
+    assert torch.equal(silu_and_mul(parts), silu_and_mul(whole))
+
+    norm_weight, cos_sin = randn(128), torch.randn(16, 128, device="cuda")
+    positions = torch.arange(num_tokens, device="cuda", dtype=torch.int32)
+    slots = torch.arange(num_tokens, device="cuda")
+    caches = [torch.zeros(2, 1, 16, 2, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    queries = [
+        qk_norm_rope_store(qkv, norm_weight, norm_weight, EPS, cos_sin, positions, *cache, slots)
+        for qkv, cache in zip((parts, whole), caches, strict=True)
+    ]
+    assert torch.equal(*queries) and torch.equal(*caches)
+
+
+def test_chain_in_a_graph_equals_eager() -> None:
+    """Layers whose launches overlap, replayed with changing inputs."""
+    hidden, intermediate, num_tokens = 1024, 3072, 8
+    layers = [
+        (randn(2 * intermediate, hidden) / 32, randn(hidden, intermediate) / 55, randn(hidden))
+        for _ in range(4)
+    ]
+    x, residual = randn(num_tokens, hidden), randn(num_tokens, hidden)
+
+    def forward(linear) -> torch.Tensor:
+        y, total = x, residual.clone()
+        for gate_up, down, norm in layers:
+            y, total = add_rms_norm(
+                linear(silu_and_mul(linear(y, gate_up)), down), total, norm, EPS
+            )
+        return y
+
+    forward(linear)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = forward(linear)
+    for _ in range(50):
+        x.copy_(randn(num_tokens, hidden))
+        residual.copy_(randn(num_tokens, hidden))
+        graph.replay()
+        assert torch.equal(out, forward(linear))
+    error = (out.float() - forward(F.linear).float()).norm() / out.float().norm()
+    assert error < 2e-2
+
+
+def test_choice() -> None:
+    assert choose_block_m(1, 4096, 1024, torch.bfloat16) == 16
+    assert choose_block_m(17, 4096, 1024, torch.bfloat16) == 32
+    assert choose_block_m(16384, 4096, 1024, torch.bfloat16) is None
+    assert choose_block_m(1, 4096, 1024, torch.float32) is None
+    assert choose_block_m(1, 4096, 1000, torch.bfloat16) is None
+    x, weight = randn(300, 1024), randn(128, 1024)
+    assert torch.equal(linear(x, weight), F.linear(x, weight))
+    assert torch.equal(torch_ops.linear(x, weight), F.linear(x, weight))
