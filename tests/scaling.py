@@ -134,27 +134,38 @@ def draw(requests: Sequence[RowResult], contexts: Sequence[RowResult], path: Pat
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "nanovllm"})
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    counts = [first_number(result.name, "requests") for result in requests]
-    left.plot(counts, [result.tokens_per_second for result in requests], "o-")
-    left.set(xlabel="requests", ylabel="output tokens/s", title="bench.py's lengths")
-    lengths = [first_number(result.name, "context") for result in contexts]
-    speeds = [split_speeds(result) for result in contexts]
-    right.plot(lengths, [prefill for prefill, _ in speeds], "o-", label="prefill, prompt tokens/s")
-    right.plot(lengths, [decode for _, decode in speeds], "s-", label="decode, tokens/s")
-    batch_size = contexts[0].output_tokens // (contexts[0].decode_steps + 1) if contexts else 0
-    right.set(xlabel="prompt tokens of a request", title=f"{batch_size} requests")
-    right.set_yscale("log")
-    right.legend()
-    for axes, ticks in ((left, counts), (right, lengths)):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
-        axes.yaxis.set_major_formatter(lambda speed, _: f"{speed:,.0f}")
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    left.set_ylim(bottom=0)
+    num_panels = bool(requests) + bool(contexts)
+    figure, panels = pyplot.subplots(
+        1, num_panels, figsize=(4.5 * num_panels, 3.4), layout="constrained", squeeze=False
+    )
+    if requests:
+        counts = [first_number(result.name, "requests") for result in requests]
+        axes = panels[0, 0]
+        axes.plot(counts, [result.tokens_per_second for result in requests], "o-")
+        axes.set(xlabel="requests", ylabel="output tokens/s", title="bench.py's lengths")
+        _scale(axes, counts)
+        axes.set_ylim(bottom=0)
+    if contexts:
+        lengths = [first_number(result.name, "context") for result in contexts]
+        prefill, decode = zip(*(split_speeds(result) for result in contexts), strict=True)
+        axes = panels[0, -1]
+        axes.plot(lengths, prefill, "o-", label="prefill, prompt tokens/s")
+        axes.plot(lengths, decode, "s-", label="decode, tokens/s")
+        batch_size = contexts[0].output_tokens // (contexts[0].decode_steps + 1)
+        axes.set(xlabel="prompt tokens of a request", title=f"{batch_size} requests")
+        axes.set_yscale("log")
+        axes.legend()
+        _scale(axes, lengths)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
+
+
+def _scale(axes: Any, ticks: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
+    axes.yaxis.set_major_formatter(lambda speed, _: f"{speed:,.0f}")
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
 
 
 # ---- the command --------------------------------------------------------------------------------

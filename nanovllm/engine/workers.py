@@ -100,7 +100,7 @@ class WorkerGroup:
             self._monitor.start()
             for worker in self.workers:
                 self._receive(worker)  # "ready": imported and connected to the store
-            self.tp = TensorParallel.connect(0, size, self._store, torch.device(device_type))
+            self.tp = _connect(0, config, self._store, _device(0, device_type))
         except BaseException:
             self.close()
             raise
@@ -166,7 +166,7 @@ class WorkerGroup:
             worker.pipe.close()
         self.workers.clear()
         if self.tp is not None:
-            self.tp.abort()
+            self.tp.close()
 
     def _receive(self, worker: Worker) -> Any:
         try:
@@ -193,6 +193,16 @@ class WorkerGroup:
         # Rank 0 may be blocked in a collective that will never end.
         if self.tp is not None:
             self.tp.abort()
+
+
+def _device(rank: int, device_type: str) -> torch.device:
+    return torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
+
+
+def _connect(rank: int, config: Config, store: dist.Store, device: torch.device) -> TensorParallel:
+    size, hidden_size = config.tensor_parallel_size, config.hf_config.hidden_size
+    dtype = config.resolve_dtype()
+    return TensorParallel.connect(rank, size, store, device, hidden_size, dtype)
 
 
 def _cause_of_death(worker: Worker) -> str:
@@ -251,14 +261,14 @@ def _serve(
 ) -> None:
     from nanovllm.engine.model_runner import ModelRunner
 
-    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
+    device = _device(rank, device_type)
     if device_type == "cuda":
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.tensor_parallel_size))
     store = dist.TCPStore("127.0.0.1", port, config.tensor_parallel_size, is_master=False)
     pipe.send("ready")
-    tp = TensorParallel.connect(rank, config.tensor_parallel_size, store, device)
+    tp = _connect(rank, config, store, device)
 
     def agree(num_blocks: int) -> int:
         pipe.send(num_blocks)
@@ -266,6 +276,8 @@ def _serve(
 
     runner = ModelRunner(config, device, tp, agree)
     _run_plans(runner.execute, memory, pipe)
+    if device_type == "cuda":
+        torch.cuda.synchronize(device)  # other ranks may still wait for what this one sends
 
 
 def _run_plans(

@@ -56,7 +56,7 @@ class DecodePlan(NamedTuple):
 
 
 @triton.jit(
-    do_not_specialize=["batch_size", "num_items", "target", "num_kv_heads"],
+    do_not_specialize=["batch_size", "num_items", "target", "num_kv_heads", "min_tiles"],
     do_not_specialize_on_alignment=["context_lens"],
 )
 def _plan_kernel(
@@ -68,9 +68,9 @@ def _plan_kernel(
     num_items,
     target,  # splits that a long batch is cut into, apart from each row's rounding
     num_kv_heads,
+    min_tiles,  # of a split, in a row that has several
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
-    MIN_TILES: tl.constexpr,  # of a split, in a row that has several
     PADDED_BATCH: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -82,7 +82,7 @@ def _plan_kernel(
     if num_common_blocks is not None:
         first_token = tl.load(num_common_blocks) * BLOCK_SIZE
     num_tiles = tl.cdiv(tl.maximum(length - first_token, 0), TILE)
-    tiles_per_split = tl.maximum(tl.cdiv(tl.sum(num_tiles, axis=0), target), MIN_TILES)
+    tiles_per_split = tl.maximum(tl.cdiv(tl.sum(num_tiles, axis=0), target), min_tiles)
     # At least one, so that a row of length 0 gets its zeros; no split is without a tile else.
     num_splits = tl.where(in_batch, tl.maximum(tl.cdiv(num_tiles, tiles_per_split), 1), 0)
     first_item = tl.cumsum(num_splits, axis=0) - num_splits
@@ -360,9 +360,9 @@ def plan_decode(
             num_items,
             target,
             num_kv_heads,
+            min_tiles,
             BLOCK_SIZE=block_size,
             TILE=tile,
-            MIN_TILES=min_tiles,
             PADDED_BATCH=max(128, triton.next_power_of_2(batch_size)),
             num_warps=4,
             **overlap_options(device),

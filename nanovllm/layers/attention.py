@@ -38,7 +38,7 @@ class AttentionMetadata(Protocol):
 class PrefillMetadata:
     """Several new tokens of each of S sequences, one sequence after another.
 
-    After the last layer only the tokens to sample from matter (`last_layer`).
+    With `last_layer` only the tokens to sample from matter after the last layer.
     """
 
     slot_mapping: torch.Tensor
@@ -47,15 +47,15 @@ class PrefillMetadata:
     cu_seqlens_k: torch.Tensor  # [S + 1] int32
     max_seqlen_q: int
     max_seqlen_k: int
-    last_layer: "LastTokensMetadata"
+    last_layer: "LastTokensMetadata | None" = None  # None: all tokens matter
 
     def wanted(self, x: torch.Tensor) -> torch.Tensor:
         """All rows of x [T, ...]."""
         return x
 
-    def of_last_layer(self) -> "LastTokensMetadata":
+    def of_last_layer(self) -> "PrefillMetadata | LastTokensMetadata":
         """The tokens to sample from attend, all K/V are stored."""
-        return self.last_layer
+        return self.last_layer or self
 
     def attend(
         self,

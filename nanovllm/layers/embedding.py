@@ -37,6 +37,9 @@ class VocabParallelEmbedding(nn.Module):
         """input_ids [T] int32 -> [T, hidden_size]."""
         if self.tp.size == 1:
             return F.embedding(input_ids, self.weight)
+        peers = self.tp.peers
+        if peers is not None and peers.takes(len(input_ids)):
+            return peers.embedding(input_ids, self.weight, self.first_token_id)
         local_ids = input_ids - self.first_token_id
         held = (local_ids >= 0) & (local_ids < self.weight.shape[0])
         y = F.embedding(torch.where(held, local_ids, 0), self.weight)

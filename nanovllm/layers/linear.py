@@ -1,7 +1,6 @@
 """Linear layers, split over the tensor-parallel ranks by output (column) or by input (row)."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from nanovllm.kernels.ops import Product
@@ -50,16 +49,19 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """A projection whose input is split over the ranks; the partial outputs are summed."""
+    """A projection whose input is split over the ranks: each computes a term of the output.
+
+    `RMSNorm.add`, which comes next in every layer, sums them over the ranks.
+    """
 
     def __init__(
         self, input_size: int, output_size: int, bias: bool, context: ModelContext
     ) -> None:
         super().__init__()
         self.ops = context.ops
-        self.tp = context.tp
-        size = input_size // self.tp.size
-        rows, start = slice(0, output_size), self.tp.rank * size
+        self.rank = context.tp.rank
+        size = input_size // context.tp.size
+        rows, start = slice(0, output_size), self.rank * size
         shard = Shard(
             (output_size, input_size), (rows, slice(start, start + size)), (rows, slice(0, size))
         )
@@ -72,8 +74,5 @@ class RowParallelLinear(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> Product:
-        """x [T, input_size / ranks] -> [T, output_size]."""
-        if self.tp.size == 1:
-            return self.ops.linear(x, self.weight, self.bias)
-        y = self.tp.all_reduce(F.linear(x, self.weight))
-        return y if self.bias is None else y + self.bias
+        """x [T, input_size / ranks] -> this rank's term of [T, output_size]."""
+        return self.ops.linear(x, self.weight, self.bias if self.rank == 0 else None)

@@ -14,6 +14,7 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float, context: ModelContext) -> None:
         super().__init__()
         self.ops = context.ops
+        self.tp = context.tp
         self.eps = eps
         self.weight = new_parameter((size,), whole((size,)), context.dtype, context.device)
 
@@ -22,5 +23,5 @@ class RMSNorm(nn.Module):
         return self.ops.rms_norm(x, self.weight, self.eps)
 
     def add(self, x: Product, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(norm(x + residual), x + residual); the residual's memory may be reused."""
-        return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
+        """(norm(sum), sum), sum = residual + all ranks' x; the residual's memory may be reused."""
+        return self.tp.add_rms_norm(self.ops, x, residual, self.weight, self.eps)

@@ -1,14 +1,25 @@
-"""One rank's place among the tensor-parallel ranks, and the two reductions that the layers need."""
+"""One rank's place among the tensor-parallel ranks, and the reductions that the layers need.
+
+Few rows, those of a decode step, go through memory that the GPUs share (kernels/peer_memory.py), a
+few microseconds a sum; many rows through NCCL, which also serves where GPUs cannot share memory.
+"""
 
 import threading
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+from nanovllm.kernels.ops import Ops, PartialSums, Product
+from nanovllm.layers.ipc_memory import IpcMemory, share_memory
+
+if TYPE_CHECKING:
+    from nanovllm.kernels.peer_memory import PeerMemory
+
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 ABORT_SECONDS = 5.0
+PEER_MEMORY = True  # off for an ablation
 MAX_TOKEN_ID = 0x7FFFFFFF
 
 
@@ -22,34 +33,101 @@ class TensorParallel:
         rank: this process's number, 0 <= rank < size.
         size: number of ranks.
         group: an all-reduce backend of these ranks (`connect` makes one); None for one rank.
+        peers: memory that the ranks share, if they can.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        group: Any = None,
+        peers: "PeerMemory | None" = None,
+    ) -> None:
         self.rank = rank
         self.size = size
         self.group = group
+        self.peers = peers
+        self._ipc_memory: IpcMemory | None = None
 
     @classmethod
     def connect(
-        cls, rank: int, size: int, store: dist.Store, device: torch.device
+        cls,
+        rank: int,
+        size: int,
+        store: dist.Store,
+        device: torch.device,
+        hidden_size: int,
+        dtype: torch.dtype,
     ) -> "TensorParallel":
-        """Join the other ranks through `store`: NCCL on CUDA, gloo on CPU. Blocks until all do."""
+        """Join the other ranks through `store`: NCCL on CUDA, gloo on CPU. Blocks until all do.
+
+        Args:
+            device: this rank's, with its index; all ranks are on one host.
+            hidden_size: elements of the rows that are summed.
+            dtype: of these rows.
+        """
         if device.type == "cuda":
             nccl: Any = dist.ProcessGroupNCCL
             options = nccl.Options()
             options._timeout = COLLECTIVE_TIMEOUT
-            return cls(rank, size, nccl(dist.PrefixStore("nccl", store), rank, size, options))
+            group = nccl(dist.PrefixStore("nccl", store), rank, size, options)
+            tp = cls(rank, size, group)
+            if PEER_MEMORY:
+                tp._share_memory(dist.PrefixStore("peers", store), device, hidden_size, dtype)
+            return tp
         gloo: Any = dist.ProcessGroupGloo
         options = gloo._Options()
         options._devices = [gloo.create_device(hostname="127.0.0.1")]
         options._timeout = COLLECTIVE_TIMEOUT
         return cls(rank, size, gloo(dist.PrefixStore("gloo", store), rank, size, options))
 
-    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks, in place; returns `tensor`."""
+    def _share_memory(
+        self, store: dist.Store, device: torch.device, width: int, dtype: torch.dtype
+    ) -> None:
+        """Set `peers`, on all ranks or on none."""
+
+        def allocate() -> IpcMemory:
+            from nanovllm.kernels.peer_memory import clear_memory, num_memory_bytes
+
+            for peer in set(range(self.size)) - {self.rank}:
+                if not torch.cuda.can_device_access_peer(self.rank, peer):
+                    raise RuntimeError(f"GPU {self.rank} has no access to GPU {peer}")
+            memory = IpcMemory(num_memory_bytes(self.size, width, dtype), device)
+            clear_memory(memory.tensor(), self.size, width, dtype)
+            torch.cuda.synchronize(device)
+            return memory
+
+        memory = self._ipc_memory = share_memory(self.rank, self.size, store, allocate)
+        if memory is not None:
+            from nanovllm.kernels.peer_memory import PeerMemory
+
+            abort = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+            self.peers = PeerMemory(
+                self.rank, memory.addresses, memory.tensor(), width, dtype, abort
+            )
+
+    def all_reduce(self, x: Product) -> torch.Tensor:
+        """x [T, hidden_size] -> its sum over the ranks; x's memory may be reused."""
+        if self.peers is not None and self.peers.takes(_num_rows(x)):
+            return self.peers.all_reduce(x)
+        if isinstance(x, PartialSums):
+            x = x.parts.sum(0).to(x.dtype)
+        if self.size > 1 and x.numel():
+            self._reduce(x, dist.ReduceOp.SUM)
+        return x
+
+    def add_rms_norm(
+        self, ops: Ops, x: Product, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`Ops.add_rms_norm` of x's sum over the ranks: (norm(sum + residual), sum + residual).
+
+        One kernel, if the rows go through shared memory.
+        """
+        if self.peers is not None and self.peers.takes(_num_rows(x)):
+            return self.peers.add_rms_norm(x, residual, weight, eps)
         if self.size > 1:
-            self._reduce(tensor, dist.ReduceOp.SUM)
-        return tensor
+            x = self.all_reduce(x)
+        return ops.add_rms_norm(x, residual, weight, eps)
 
     def argmax(self, scores: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """Per row, the token id of the rank with the highest score; the lowest id wins a tie.
@@ -63,6 +141,8 @@ class TensorParallel:
         """
         if self.size == 1:
             return token_ids
+        if self.peers is not None and self.peers.takes(len(scores)):
+            return self.peers.argmax(scores, token_ids)
         # One int64 a row: the score's bits in an order-preserving form, then the id reversed.
         bits = scores.view(torch.int32)
         ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
@@ -76,13 +156,27 @@ class TensorParallel:
         self.group.allreduce([tensor], options).wait()
 
     def abort(self) -> None:
-        """Leave the group at once, breaking off what is in flight. May be called again.
+        """Leave the group at once, breaking off what is in flight. Any thread may call it, again.
 
         NCCL does not let go of a communicator while a CUDA graph that uses it exists: drop the
         graphs first. Should one be left, this gives up after some seconds instead of hanging.
         """
+        peers = self.peers
+        if peers is not None:
+            peers.abort.fill_(1)  # kernels that wait for a rank that is gone stop waiting
         group, self.group = self.group, None
         if group is not None:
             aborting = threading.Thread(target=group.abort, daemon=True)
             aborting.start()
             aborting.join(ABORT_SECONDS)
+
+    def close(self) -> None:
+        """`abort`, then let go of the shared memory; nothing may be launched any more."""
+        self.abort()
+        memory, self._ipc_memory, self.peers = self._ipc_memory, None, None
+        if memory is not None:
+            memory.close()
+
+
+def _num_rows(x: Product) -> int:
+    return x.parts.shape[1] if isinstance(x, PartialSums) else len(x)

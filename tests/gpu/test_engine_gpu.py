@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import worker_without_memory
 from tiny_models import VOCAB_SIZE, edit_config, reference_greedy, save_model
 
 from nanovllm import LLM, EngineDeadError, SamplingParams
@@ -244,6 +245,42 @@ def test_an_error_in_a_step_leaves_the_engine_usable(model_dir, prompts, referen
 def test_two_ranks_give_the_reference_tokens(model_dir, prompts, reference, enforce_eager):
     with small_engine(model_dir, tensor_parallel_size=2, enforce_eager=enforce_eager) as llm:
         assert token_ids(llm.generate(prompts, greedy(), use_tqdm=False)) == reference
+
+
+@pytest.mark.two_gpus
+def test_two_ranks_sum_through_nccl_if_one_cannot_share_memory(
+    model_dir, prompts, reference, monkeypatch
+):
+    monkeypatch.setattr("nanovllm.engine.workers._worker_main", worker_without_memory.main)
+    with small_engine(model_dir, tensor_parallel_size=2) as llm:
+        assert llm.model_runner.tp.peers is None
+        assert token_ids(llm.generate(prompts, greedy(), use_tqdm=False)) == reference
+
+
+@pytest.mark.two_gpus
+def test_two_ranks_draw_the_tokens_of_one(model_dir, prompts):
+    params = SamplingParams(temperature=0.8, max_tokens=MAX_TOKENS, ignore_eos=True)
+    outputs = []
+    for size in (1, 2):
+        with small_engine(model_dir, tensor_parallel_size=size) as llm:
+            assert (llm.model_runner.tp.peers is None) == (size == 1)
+            outputs.append(token_ids(llm.generate(prompts, params, use_tqdm=False)))
+    # Another order of summation may flip a near tie; most sequences must still agree.
+    agreeing = sum(a == b for a, b in zip(*outputs, strict=True))
+    assert agreeing >= 0.9 * len(prompts)
+
+
+@pytest.mark.two_gpus
+def test_two_ranks_end_with_a_step_in_flight(model_dir, prompts, reference):
+    llm = small_engine(model_dir, tensor_parallel_size=2)
+    llm.add_request(prompts[0], greedy(1000))
+    for _ in range(20):
+        llm.step()
+    start = time.monotonic()
+    llm.exit()
+    assert time.monotonic() - start < 10
+    with small_engine(model_dir, tensor_parallel_size=2) as fresh:
+        assert token_ids(fresh.generate(prompts, greedy(), use_tqdm=False)) == reference
 
 
 @pytest.mark.two_gpus
