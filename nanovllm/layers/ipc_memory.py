@@ -14,9 +14,8 @@ import torch.distributed as dist
 
 LAZY_ENABLE_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
 HANDLE_BYTES = 64
-BLOCK_BYTES = (
-    2 << 20
-)  # what is smaller shares a block with other allocations, and both are exported
+# What is smaller shares a block with other allocations, and both would be exported.
+BLOCK_BYTES = 2 << 20
 logger = logging.getLogger(__name__)
 
 
