@@ -41,7 +41,7 @@ LINEARS, SAMPLER, LM_HEAD, OTHER = "linears", "sampler", "LM head", "other"
 
 # The first pattern found in a kernel's name decides. "LM head" is told by its place: see `group`.
 GROUP_PATTERNS = (
-    ("all-reduce", r"nccl|all_?reduce|one_shot|two_shot"),
+    ("all-reduce", r"nccl|all_?reduce|^embedding_kernel|^argmax_kernel"),
     ("attention", r"attention|_(decode|prefill|combine|plan|common_prefix)_kernel|flash"),
     ("RoPE, KV write", r"rope"),
     ("norms", r"norm_kernel"),
