@@ -4,6 +4,7 @@ The last line of stdout is the result. Only completion tokens count.
 """
 
 import argparse
+import json
 import os
 import time
 from random import randint, seed
@@ -38,6 +39,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--attention-backend", default="auto")
     parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument(
+        "--sampling-params",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="further SamplingParams, as '{\"top_p\": 0.9}'",
+    )
     parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--no-async-scheduling", action="store_true", help="no overlap")
     parser.add_argument("--no-prefix-caching", action="store_true")
@@ -79,6 +87,7 @@ def main() -> None:
             temperature=args.temperature,
             ignore_eos=True,
             max_tokens=randint(args.min_output_len, args.max_output_len),
+            **args.sampling_params,
         )
         for _ in range(args.num_seqs)
     ]

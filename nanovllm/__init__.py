@@ -6,13 +6,24 @@
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.errors import ArgumentError, EngineDeadError
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 if TYPE_CHECKING:
     from nanovllm.llm import LLM
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "ArgumentError", "EngineDeadError", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "ArgumentError",
+    "CompletionOutput",
+    "EngineDeadError",
+    "Logprob",
+    "RequestMetrics",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputsParams",
+]
 
 
 def __getattr__(name: str) -> Any:

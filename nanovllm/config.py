@@ -1,13 +1,15 @@
 """The engine's configuration: the constructor parameters of `LLM`, checked before other work."""
 
 import difflib
-import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.errors import ArgumentError, check_bool, check_choice, check_integer, check_number
+from nanovllm.hf_config import read_hf_config
+from nanovllm.models.rope_config import max_positions
 
 if TYPE_CHECKING:
     import torch
@@ -20,17 +22,15 @@ ALIASES = {"block_size": "kvcache_block_size", "num_gpu_blocks_override": "num_k
 
 # vLLM's constructor parameters that this library does not have: named as such in the error.
 VLLM_ONLY = frozenset(
-    """tokenizer tokenizer_mode skip_tokenizer_init trust_remote_code allowed_local_media_path
-    allowed_media_domains data_parallel_size quantization quantization_config revision
-    tokenizer_revision chat_template swap_space cpu_offload_gb offload_group_size
-    offload_num_in_group offload_prefetch_step offload_params enable_return_routed_experts
-    disable_custom_all_reduce hf_token hf_overrides mm_processor_kwargs limit_mm_per_prompt
-    pooler_config runner convert structured_outputs_config profiler_config attention_config
-    compilation_config logits_processors kv_transfer_config speculative_config
-    spec_method spec_model spec_tokens enable_lora max_loras max_lora_rank enable_sleep_mode
-    pipeline_parallel_size distributed_executor_backend worker_cls enable_expert_parallel
-    expert_placement_strategy max_logprobs logprobs_mode scheduling_policy disable_log_stats
-    generation_config override_generation_config enable_prompt_embeds long_prefill_token_threshold
+    """allowed_local_media_path allowed_media_domains data_parallel_size
+    quantization quantization_config revision tokenizer_revision swap_space cpu_offload_gb
+    offload_group_size offload_num_in_group offload_prefetch_step offload_params
+    enable_return_routed_experts disable_custom_all_reduce hf_token mm_processor_kwargs
+    limit_mm_per_prompt pooler_config runner convert structured_outputs_config profiler_config
+    attention_config compilation_config logits_processors kv_transfer_config speculative_config
+    spec_method spec_model spec_tokens enable_lora max_loras max_lora_rank pipeline_parallel_size
+    distributed_executor_backend worker_cls enable_expert_parallel expert_placement_strategy
+    logprobs_mode enable_prompt_embeds long_prefill_token_threshold
     cudagraph_capture_sizes""".split()
 )
 
@@ -63,6 +63,18 @@ class Config:
     device: str = "auto"
     seed: int = 0
     load_format: str = "auto"
+    hf_overrides: "dict[str, Any] | Callable[[PretrainedConfig], PretrainedConfig] | None" = None
+    tokenizer: Any = None  # the path of its directory, or the object; None: the model's
+    tokenizer_mode: str = "auto"
+    skip_tokenizer_init: bool = False
+    trust_remote_code: bool = False
+    chat_template: str | None = None
+    generation_config: str = "auto"
+    override_generation_config: dict[str, Any] | None = None
+    max_logprobs: int = 20
+    scheduling_policy: str = "fcfs"
+    enable_sleep_mode: bool = False
+    disable_log_stats: bool = True
     hf_config: "PretrainedConfig" = field(init=False, repr=False)
     eos_token_ids: frozenset[int] = field(init=False, default=frozenset())
 
@@ -83,7 +95,7 @@ class Config:
 
     def __post_init__(self) -> None:
         self._check_ranges()
-        self.hf_config = _read_hf_config(self.model)
+        self.hf_config = read_hf_config(self.model, self.hf_overrides)
         self._check_lengths()
         self._check_tensor_parallel()
 
@@ -115,11 +127,16 @@ class Config:
                 "num_kvcache_blocks", self.num_kvcache_blocks, minimum=1
             )
         self.seed = check_integer("seed", self.seed, minimum=-(2**63), maximum=2**63 - 1)
+        self.max_logprobs = check_integer("max_logprobs", self.max_logprobs, minimum=-1)
         for name in (
             "enforce_eager",
             "enable_prefix_caching",
             "enable_chunked_prefill",
             "async_scheduling",
+            "skip_tokenizer_init",
+            "trust_remote_code",
+            "enable_sleep_mode",
+            "disable_log_stats",
         ):
             check_bool(name, getattr(self, name))
         self.gpu_memory_utilization = check_number(
@@ -135,16 +152,22 @@ class Config:
         check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         check_choice("device", self.device, ("auto", "cuda", "cpu"))
         check_choice("load_format", self.load_format, ("auto", "dummy"))
+        check_choice("tokenizer_mode", self.tokenizer_mode, ("auto",))
+        check_choice("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
         check_choice(
             "attention_backend", self.attention_backend, ("auto", "torch", "triton", "flash-attn")
         )
 
     def _check_lengths(self) -> None:
-        max_position_embeddings = self.hf_config.max_position_embeddings
+        longest = max_positions(self.hf_config)
         budget_follows = self.max_num_batched_tokens is None and self.max_model_len is None
-        self.max_model_len = min(
-            self.max_model_len or max_position_embeddings, max_position_embeddings
-        )
+        self.max_model_len = min(self.max_model_len or longest, longest)
+        window = getattr(self.hf_config, "sliding_window", None)
+        if window is not None and self.max_model_len > window:
+            raise ArgumentError(
+                f"max_model_len ({self.max_model_len}) must be <= the model's sliding_window "
+                f"({window}): a sliding window that cuts sequences is not supported"
+            )
         if self.max_num_batched_tokens is None:
             self.max_num_batched_tokens = DEFAULT_MAX_NUM_BATCHED_TOKENS
         if budget_follows and not self.enable_chunked_prefill:
@@ -160,6 +183,9 @@ class Config:
         size, hf_config = self.tensor_parallel_size, self.hf_config
         for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
             check_integer(f"the model's {name}", getattr(hf_config, name), minimum=1)
+        if getattr(hf_config, "head_dim", None) is None:
+            hf_config.head_dim = hf_config.hidden_size // hf_config.num_attention_heads
+        check_integer("the model's head_dim", hf_config.head_dim, minimum=1)
         num_kv_heads = hf_config.num_key_value_heads
         if hf_config.num_attention_heads % num_kv_heads != 0:
             raise ArgumentError(
@@ -224,30 +250,3 @@ def _unknown_keyword(name: str, known: set[str]) -> str:
         return f"LLM() got {name!r}, an option of vLLM that nanovllm does not have"
     nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]
     return f"LLM() got an unexpected keyword argument {name!r}; the nearest known is {nearest!r}"
-
-
-def _read_hf_config(model: str) -> "PretrainedConfig":
-    from nanovllm.models.registry import check_supported
-
-    if not os.path.isdir(model):
-        raise ArgumentError(
-            f"model must be an existing local directory, got {model!r} (nothing is downloaded, and "
-            "'~' is not expanded: use os.path.expanduser)"
-        )
-    path = os.path.join(model, "config.json")
-    if not os.path.isfile(path):
-        raise ArgumentError(f"model directory {model!r} holds no config.json")
-    try:
-        with open(path, encoding="utf-8") as file:
-            raw = json.load(file)
-    except ValueError as error:
-        raise ArgumentError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ArgumentError(f"{path} must hold a JSON object, got {raw!r}")
-    check_supported(raw, path)
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(model)
-    except Exception as error:  # its validators raise many types
-        raise ArgumentError(f"{path} is refused by transformers: {error}") from error

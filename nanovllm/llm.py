@@ -1,7 +1,324 @@
 """The public entry point."""
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.prompts import check_unsupported
+from nanovllm.entrypoints import (
+    metrics,
+    prefix_cache,
+    profiling,
+    rpc,
+    sleep,
+    streaming,
+    weight_update,
+)
+from nanovllm.entrypoints.chat import render_prompts
+from nanovllm.errors import ArgumentError
+from nanovllm.outputs import RequestOutput
+from nanovllm.sampling_params import SamplingParams
 
 
 class LLM(LLMEngine):
     """Offline inference on one model; see `LLMEngine` for the parameters and methods."""
+
+    def chat(
+        self,
+        messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: None = None,
+        chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        mm_processor_kwargs: None = None,
+    ) -> list[RequestOutput]:
+        """Answer conversations: `generate` on what the chat template makes of them.
+
+        Args:
+            messages: a conversation, or a list of them. It is a list of dicts with "role" and
+                "content": a string, or a list of {"type": "text", "text": ...}.
+            sampling_params, use_tqdm: as for `generate`.
+            chat_template: a Jinja template, or the path of a file with one; None: that of `LLM(...,
+                chat_template=...)`, else the tokenizer's.
+            chat_template_content_format: what the template is given as content: "string" ("auto"),
+                text parts joined by newlines; "openai", a list of text parts.
+            add_generation_prompt: end with the header of the model's answer.
+            continue_final_message: leave the final message open, for the model to continue; needs
+                `add_generation_prompt=False`.
+            tools: what the model may call: dicts with JSON schemas, or documented functions.
+            chat_template_kwargs: variables for the template, such as `enable_thinking` of Qwen3.
+            tokenization_kwargs: for the tokenizer's `encode` of the rendered text; by default it
+                adds no special tokens, as the template has written them.
+            lora_request, mm_processor_kwargs: only None.
+
+        Returns:
+            A `RequestOutput` for each conversation, whose `prompt` is the rendered text.
+
+        Raises:
+            ArgumentError: an argument is wrong, or the template refuses a conversation; nothing
+                was queued then.
+        """
+        check_unsupported(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        prompts = render_prompts(
+            self,
+            messages,
+            chat_template=chat_template,
+            chat_template_content_format=chat_template_content_format,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            tokenization_kwargs=tokenization_kwargs,
+        )
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def enqueue_chat(
+        self,
+        messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: None = None,
+        priority: list[int] | None = None,
+        chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        mm_processor_kwargs: None = None,
+    ) -> list[str]:
+        """Queue conversations without running them, for `wait_for_completion`; returns their ids.
+
+        Arguments and errors are those of `chat`, and the priorities of `generate`.
+        """
+        check_unsupported(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        prompts = render_prompts(
+            self,
+            messages,
+            chat_template=chat_template,
+            chat_template_content_format=chat_template_content_format,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            tokenization_kwargs=tokenization_kwargs,
+        )
+        return self.enqueue(prompts, sampling_params, priority=priority, use_tqdm=use_tqdm)
+
+    def generate_stream(
+        self,
+        prompts: str | list[str] | list[int] | list[list[int]] | list[Any],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | Callable[..., Any] = False,
+        priority: list[int] | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+    ) -> streaming.Stream:
+        """Complete prompts, and give out text and tokens as they come.
+
+        Arguments are those of `generate`. All prompts are queued at the call; iterating runs the
+        engine. Requests queued otherwise run along, and `step` returns those that finished.
+
+        Returns:
+            An iterator of `StreamOutput`: after each step one for each completion with new tokens.
+            Dropping it (`break`, an exception), its `close()` or the end of a `with` block over it
+            end the requests that are not finished. `abort_request` ends a single one: its last item
+            has the finish reason "abort".
+
+        Raises:
+            ArgumentError: at the call; a prompt or parameter is wrong, and nothing was queued.
+            EngineDeadError: a tensor-parallel worker died.
+        """
+        return streaming.generate_stream(
+            self,
+            prompts,
+            sampling_params,
+            use_tqdm=use_tqdm,
+            priority=priority,
+            tokenization_kwargs=tokenization_kwargs,
+        )
+
+    def get_tokenizer(self) -> Any:
+        """The engine's tokenizer; ArgumentError if `skip_tokenizer_init=True` left it out."""
+        if self.tokenizer is None:
+            raise ArgumentError("there is no tokenizer: skip_tokenizer_init=True left it out")
+        return self.tokenizer
+
+    # ---- inside knowledge ---------------------------------------------------------------------
+
+    @classmethod
+    def from_engine_args(cls, engine_args: Any) -> "LLM":
+        """An engine whose parameters are the attributes of an object, `model` among them."""
+        return cls(**vars(engine_args))
+
+    @property
+    def llm_engine(self) -> "LLM":
+        """The engine itself, for scripts that drive vLLM's `llm.llm_engine`."""
+        return self
+
+    def get_world_size(self, include_dp: bool = True) -> int:
+        """The number of ranks; there is no data parallelism to include."""
+        return self.config.tensor_parallel_size
+
+    def __repr__(self) -> str:
+        """The model's tree of modules, as on rank 0."""
+        if self._finalizer.alive:
+            return repr(self.model_runner.model)
+        return f"LLM(model={self.config.model!r})"
+
+    def collective_rpc(
+        self,
+        method: str | Callable[..., Any],
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> list[Any]:
+        """Call a method on every worker, one for each rank, between two steps.
+
+        Args:
+            method: the name of a method of `ModelRunner`, or a callable, which gets the worker as
+                its first argument: a `ModelRunner`, with `rank`, `model`, `device` and `config`.
+                With several ranks callable and arguments are pickled: the callable must be defined
+                at the top level of a module, and tensors travel by value.
+            timeout: seconds for the workers to answer; None: for ever. The call on rank 0 runs in
+                this process and is not broken off.
+            args: positional arguments.
+            kwargs: keyword arguments.
+
+        Returns:
+            The results in rank order. Tensors should be on the CPU.
+
+        Raises:
+            ArgumentError: there is no such method, or call or result cannot be pickled.
+            TimeoutError: a worker has not answered in time; the engine has ended then.
+            EngineDeadError: a worker died.
+            Exception: what the call raised on the lowest rank where it failed; its cause shows the
+                traceback on that rank. The engine stays usable, but a call that uses collectives
+                must not fail on some ranks only: the others would wait for it.
+
+        If the call changes the weights, call `reset_prefix_cache` after it.
+        """
+        return rpc.collective_rpc(self, method, timeout, args, kwargs)
+
+    def apply_model(self, func: Callable[[nn.Module], Any]) -> list[Any]:
+        """`func(model)` on every rank's model; results and errors are those of `collective_rpc`."""
+        return rpc.apply_model(self, func)
+
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Give memory back until `wake_up`. Requests can be queued meanwhile, but nothing runs.
+
+        Args:
+            level: 0 only stops the scheduling, all memory stays. 1 moves the weights to host
+                memory and drops the KV cache and the CUDA graphs. 2 drops the weights too.
+            mode: what becomes of unfinished requests: "abort" ends them, "wait" finishes them
+                first (`step` returns them), "keep" lets them go on after `wake_up`; from level 1
+                on their K/V is computed anew then.
+
+        Whatever runs a step, such as `generate`, raises a RuntimeError until `wake_up`.
+        """
+        sleep.sleep(self, level, mode)
+
+    def wake_up(self, tags: Iterable[str] | None = None) -> bool:
+        """Undo `sleep`.
+
+        Args:
+            tags: what to wake: "weights" and "kv_cache" (levels 1 and 2), "scheduling" (level 0);
+                None: everything. CUDA graphs are captured with the last of weights and cache.
+
+        Returns:
+            Whether everything is awake.
+
+        After level 2 all weights are zero: follow with `load_weights` or `reload_weights`, before
+        or after waking the cache.
+
+        Raises:
+            ArgumentError: there is no such tag.
+            RuntimeError: the memory is taken by now. The engine sleeps on; try again later.
+        """
+        return sleep.wake_up(self, tags)
+
+    @property
+    def is_sleeping(self) -> bool:
+        """Whether anything is off, so that steps are refused."""
+        return bool(self._asleep)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Replace weights in place, all or some, as after a step of training.
+
+        Args:
+            weights: (name, tensor) pairs or a state dict, under the names and in the shapes of the
+                model's checkpoint, whole tensors on any device; each is converted to its
+                parameter's dtype. `lm_head.weight` of a model with tied embeddings is left out.
+
+        Returns:
+            The names that were loaded.
+
+        The prefix cache is emptied. Running requests go on with the new weights: the tokens they
+        have stay, their K/V is computed anew.
+
+        Raises:
+            ArgumentError: a name is unknown, or a shape or type is wrong. Of a list or dict nothing
+                is loaded then; what an iterator gave before stays loaded.
+        """
+        return weight_update.load_weights(self, weights)
+
+    def reload_weights(self) -> None:
+        """Load all weights from the model's directory again; as for `load_weights` otherwise."""
+        weight_update.reload_weights(self)
+
+    def reset_prefix_cache(
+        self, reset_running_requests: bool = False, reset_connector: bool = False
+    ) -> bool:
+        """Forget all cached K/V.
+
+        Args:
+            reset_running_requests: put running requests back in the queue first; they go on, and
+                their K/V is computed anew.
+            reset_connector: changes nothing, there is no outside cache.
+
+        Returns:
+            True; or False if a request still holds blocks, and nothing has changed.
+        """
+        return prefix_cache.reset_prefix_cache(self, reset_running_requests)
+
+    def get_metrics(self) -> metrics.Metrics:
+        """A snapshot of the engine's counters under vLLM's names.
+
+        Returns:
+            A list of metrics, each with `name`, `labels` and `value`; `.get(name, default)` gives
+            a value by name.
+        """
+        return metrics.get_metrics(self)
+
+    def start_profile(self, profile_prefix: str | None = None) -> None:
+        """Start torch's profiler on every rank.
+
+        Args:
+            profile_prefix: the beginning of the traces' paths; None: "nanovllm-trace". A relative
+                one starts at the folder VLLM_TORCH_PROFILER_DIR, if that is set.
+
+        Raises:
+            ArgumentError: it runs already.
+        """
+        profiling.start_profile(self, profile_prefix)
+
+    def stop_profile(self) -> list[str]:
+        """Write the traces, for chrome://tracing or Perfetto, and stop.
+
+        Returns:
+            The paths, `<prefix>-rank<r>.json` for each rank r. Older files there are replaced.
+
+        Raises:
+            ArgumentError: the profiler does not run.
+        """
+        return profiling.stop_profile(self)

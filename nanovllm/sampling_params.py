@@ -1,22 +1,114 @@
-"""How one request is sampled and when it stops."""
+"""How one request is sampled and when it stops.
 
-from dataclasses import dataclass
+Every value is checked and made plain Python when a `SamplingParams` is made. They are made by the
+thousand, so a field that was left alone costs no check.
+"""
 
-from nanovllm.errors import check_bool, check_integer, check_number
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, fields, replace
+from typing import Any
+
+from nanovllm.errors import ArgumentError, check_bool, check_integer, check_number
 
 GREEDY_TEMPERATURE = 1e-5  # below this a request is greedy, as in vLLM
 MAX_FLOAT32 = 3.4028234663852886e38  # beyond it a float32, as the device keeps it, is infinite
+MIN_FLOAT32 = 1.1754943508222875e-38  # smallest normal one
+MAX_LOGIT_BIAS = 100.0
+MAX_COMPLETIONS = 16384
+
+
+@dataclass(frozen=True)
+class StructuredOutputsParams:
+    """What a completion must look like; exactly one of the first five. Immutable and hashable.
+
+    Args:
+        json: a JSON schema: a dict, its JSON text or a pydantic model class. Kept as JSON text.
+        regex: a regular expression that the whole completion matches.
+        choice: strings, one of which the completion is. Kept as a tuple.
+        grammar: a context-free grammar in EBNF (`root ::= ...`) or in Lark's form (`start: ...`).
+        json_object: True: any JSON object.
+        structural_tag: not offered: ArgumentError.
+
+    Raises:
+        ArgumentError: none or several are given, or a value is of the wrong type or malformed.
+    """
+
+    json: str | dict[str, Any] | type | None = None
+    regex: str | None = None
+    choice: list[str] | tuple[str, ...] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.structural_tag is not None:
+            raise ArgumentError(
+                "structural_tag is an option of vLLM that nanovllm does not have; use json, regex, "
+                "choice, grammar or json_object"
+            )
+        if self.json_object is not None:
+            check_bool("json_object", self.json_object)
+        names = ("json", "regex", "choice", "grammar")
+        given = [name for name in names if getattr(self, name) is not None]
+        given += ["json_object"] if self.json_object else []
+        if len(given) != 1:
+            raise ArgumentError(
+                "structured outputs need exactly one of json, regex, choice, grammar and "
+                f"json_object=True, got {' and '.join(given) or 'none'}"
+            )
+        if self.json is not None:
+            object.__setattr__(self, "json", _json_text(self.json))
+        if self.choice is not None:
+            object.__setattr__(self, "choice", tuple(_check_strings("choice", self.choice)))
+            if not self.choice:
+                raise ArgumentError("choice must hold at least one string, got none")
+        for name in ("regex", "grammar"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise ArgumentError(f"{name} must be a string that is not empty, got {value!r}")
 
 
 @dataclass
 class SamplingParams:
-    """Sampling parameters of a request.
+    """Sampling parameters of a request. All but the first three are given by name.
 
     Args:
-        temperature: divides the logits; finite and >= 0. Below 1e-5 (so also 0) is greedy decoding.
+        temperature: divides the logits; finite and >= 0. Below 1e-5 (so also 0) is greedy decoding,
+            which sets `top_p`, `top_k` and `min_p` to their defaults.
         max_tokens: completion tokens at most, an EOS token counted; >= 1, or None for as many as
             `max_model_len` allows.
         ignore_eos: go on past EOS tokens.
+        n: completions of the prompt, 1 to 16384; 1 if greedy.
+        top_p: sample among the most probable tokens whose probabilities first reach this sum, in
+            (0, 1]; 1 is off.
+        top_k: sample among this many of the most probable tokens; 0 and -1 are off.
+        min_p: sample among tokens of at least this share of the highest probability, in [0, 1].
+        seed: keys the draws of this request, whatever runs beside it; 64 bits, completion i of `n`
+            has seed + i. None and -1: derived from the engine's seed and the request's number.
+        stop: a string, or several, that end the completion; the text is cut before it, the token
+            ids are not. Needs `detokenize`.
+        stop_token_ids: further token ids that end the completion; kept in it as an EOS token is.
+        include_stop_str_in_output: cut the text after the stop string.
+        min_tokens: completion tokens before which neither EOS nor a stop id is sampled, nor a stop
+            string looked for; at most `max_tokens`.
+        presence_penalty: taken off the logit of each token generated before, in [-2, 2].
+        frequency_penalty: the same for each time that it was generated, in [-2, 2].
+        repetition_penalty: divides the positive and multiplies the negative logits of tokens of
+            prompt and completion; > 0, 1 is off.
+        logit_bias: added to the logits of these token ids (ints or strings of digits); clamped to
+            [-100, 100].
+        allowed_token_ids: sample among these only.
+        bad_words: strings whose last token is not sampled after their other ones.
+        logprobs: log probabilities, before all of the above, of the sampled token and of this many
+            of the most probable ones at each position; 0: of the sampled one; -1: of all.
+        prompt_logprobs: the same for the prompt's tokens.
+        detokenize: decode the completion; False leaves the text "".
+        skip_special_tokens: leave special tokens out of the text.
+        spaces_between_special_tokens: as of the tokenizer's `decode`.
+        structured_outputs: what the completion must look like.
+        skip_reading_prefix_cache: compute the whole prompt; None: only if `prompt_logprobs` ask.
 
     Raises:
         ArgumentError: a value is of the wrong type or outside its range.
@@ -25,13 +117,199 @@ class SamplingParams:
     temperature: float = 1.0
     max_tokens: int | None = 64
     ignore_eos: bool = False
+    _: KW_ONLY
+    n: int = 1
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] | dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = False
+    spaces_between_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
+    skip_reading_prefix_cache: bool | None = None
 
     def __post_init__(self) -> None:
-        self.temperature = check_number(
-            "temperature", self.temperature, "finite and >= 0", lambda t: 0 <= t <= MAX_FLOAT32
-        )
+        values = self.__dict__
+        for name, (default, check) in _CHECKS.items():
+            if values[name] is not default:
+                values[name] = check(name, values[name])
+        self.stop = self.stop or []
+        self.stop_token_ids = self.stop_token_ids or []
+        self.bad_words = self.bad_words or []
         if self.temperature < GREEDY_TEMPERATURE:
-            self.temperature = 0.0
-        if self.max_tokens is not None:
-            self.max_tokens = check_integer("max_tokens", self.max_tokens, minimum=1)
-        check_bool("ignore_eos", self.ignore_eos)
+            self.temperature, self.top_p, self.top_k, self.min_p = 0.0, 1.0, 0, 0.0
+            if self.n > 1:
+                raise ArgumentError(f"n must be 1 if greedy (temperature 0), got {self.n}")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ArgumentError(
+                f"min_tokens must be <= max_tokens ({self.max_tokens}), got {self.min_tokens}"
+            )
+        if self.stop and not self.detokenize:
+            raise ArgumentError(f"stop needs detokenize=True, got stop={self.stop!r} without")
+
+    @property
+    def is_sampled_apart(self) -> bool:
+        """Whether sampling needs more of the parameters on the device than the temperature.
+
+        Neither what ends a completion afterwards (`stop`, `stop_token_ids`, `max_tokens`) nor
+        `seed`, `n`, `prompt_logprobs` and the text's options count.
+        """
+        return bool(
+            self.top_p < 1.0
+            or self.top_k
+            or self.min_p
+            or self.min_tokens
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1.0
+            or self.logit_bias
+            or self.allowed_token_ids
+            or self.bad_words
+            or self.logprobs is not None
+            or self.structured_outputs
+        )
+
+    def clone(self) -> "SamplingParams":
+        """A copy that shares no list or dict with this one; checked anew."""
+        return replace(self)
+
+
+def _integer(minimum: int, maximum: int | None = None) -> Callable[[str, Any], int]:
+    return lambda name, value: check_integer(name, value, minimum, maximum)
+
+
+def _number(limit: str, is_allowed: Callable[[float], bool]) -> Callable[[str, Any], float]:
+    return lambda name, value: check_number(name, value, limit, is_allowed)
+
+
+def _check_max_tokens(name: str, value: Any) -> int | None:
+    return None if value is None else check_integer(name, value, minimum=1)
+
+
+def _check_top_k(name: str, value: Any) -> int:
+    return max(check_integer(name, value, minimum=-1), 0)
+
+
+def _check_seed(name: str, value: Any) -> int | None:
+    seed = check_integer(name, value, minimum=-(2**63), maximum=2**64 - 1)
+    return None if seed == -1 else seed
+
+
+def _check_strings(name: str, value: Any) -> list[str]:
+    """A string or strings, none of them empty, as a new list."""
+    strings = [value] if isinstance(value, str) else _as_list(name, value, "strings")
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise ArgumentError(f"{name} must hold strings that are not empty, got {string!r}")
+    return strings
+
+
+def _check_token_ids(name: str, value: Any) -> list[int]:
+    """Token ids >= 0 as a new list; the vocabulary's end is not known here."""
+    token_ids = _as_list(name, value, "token ids")
+    if set(map(type, token_ids)) <= {int} and min(token_ids, default=0) >= 0:  # a fast way for many
+        return token_ids
+    return [check_integer(f"{name}: a token id", token_id, minimum=0) for token_id in token_ids]
+
+
+def _check_allowed_token_ids(name: str, value: Any) -> list[int]:
+    token_ids = _check_token_ids(name, value)
+    if not token_ids:
+        raise ArgumentError(f"{name} must hold at least one token id, got none; None allows all")
+    return token_ids
+
+
+def _check_logit_bias(name: str, value: Any) -> dict[int, float] | None:
+    """`{token id: bias}` with biases clamped; None if it is empty."""
+    if not isinstance(value, Mapping):
+        raise ArgumentError(f"{name} must be a dict of token ids and biases, got {value!r}")
+    biases = {}
+    for key, bias in value.items():
+        # JSON has no other keys than strings.
+        is_digits = isinstance(key, str) and key.isascii() and key.isdigit()
+        token_id = check_integer(f"{name}: a token id", int(key) if is_digits else key, minimum=0)
+        bias = check_number(f"{name}[{token_id}]", bias, "finite", math.isfinite)
+        biases[token_id] = max(-MAX_LOGIT_BIAS, min(bias, MAX_LOGIT_BIAS))
+    return biases or None
+
+
+def _check_structured_outputs(name: str, value: Any) -> StructuredOutputsParams:
+    if not isinstance(value, StructuredOutputsParams):
+        raise ArgumentError(f"{name} must be a StructuredOutputsParams, got {value!r}")
+    return value
+
+
+def _as_list(name: str, value: Any, items: str) -> list[Any]:
+    if not isinstance(value, (str, bytes, Mapping)):
+        try:
+            return list(value.tolist() if hasattr(value, "tolist") else value)
+        except TypeError:
+            pass
+    raise ArgumentError(f"{name} must be a list of {items}, got {value!r}")
+
+
+def _json_text(schema: Any) -> str:
+    """A JSON schema (dict, text or pydantic model class) as JSON text."""
+    if isinstance(schema, type) and hasattr(schema, "model_json_schema"):
+        schema = schema.model_json_schema()
+    if not isinstance(schema, (str, Mapping)):
+        raise ArgumentError(
+            f"json must be a JSON schema: a dict, JSON text or a pydantic model, got {schema!r}"
+        )
+    try:
+        text = schema if isinstance(schema, str) else json.dumps(dict(schema), ensure_ascii=False)
+        parsed = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ArgumentError(f"json is not a valid JSON schema: {error}, got {schema!r}") from None
+    if not isinstance(parsed, (dict, bool)):
+        raise ArgumentError(f"json must hold a JSON object or a boolean, got {schema!r}")
+    return text
+
+
+_penalty = _number("in [-2, 2]", lambda penalty: -2 <= penalty <= 2)
+_num_logprobs = _integer(minimum=-1)
+
+_FIELD_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "temperature": _number("finite and >= 0", lambda t: 0 <= t <= MAX_FLOAT32),
+    "max_tokens": _check_max_tokens,
+    "ignore_eos": check_bool,
+    "n": _integer(1, MAX_COMPLETIONS),
+    "top_p": _number("in (0, 1]", lambda p: 0 < p <= 1),
+    "top_k": _check_top_k,
+    "min_p": _number("in [0, 1]", lambda p: 0 <= p <= 1),
+    "seed": _check_seed,
+    "stop": _check_strings,
+    "stop_token_ids": _check_token_ids,
+    "include_stop_str_in_output": check_bool,
+    "min_tokens": _integer(0),
+    "presence_penalty": _penalty,
+    "frequency_penalty": _penalty,
+    "repetition_penalty": _number("finite and > 0", lambda p: MIN_FLOAT32 <= p <= MAX_FLOAT32),
+    "logit_bias": _check_logit_bias,
+    "allowed_token_ids": _check_allowed_token_ids,
+    "bad_words": _check_strings,
+    "logprobs": _num_logprobs,
+    "prompt_logprobs": _num_logprobs,
+    "detokenize": check_bool,
+    "skip_special_tokens": check_bool,
+    "spaces_between_special_tokens": check_bool,
+    "structured_outputs": _check_structured_outputs,
+    "skip_reading_prefix_cache": check_bool,
+}
+# What a field is if it was left alone, and the check of what it is otherwise.
+_CHECKS = {
+    field.name: (field.default, _FIELD_CHECKS[field.name]) for field in fields(SamplingParams)
+}

@@ -1,12 +1,13 @@
-"""Random tiny Qwen3 models, with a tokenizer, saved as Hugging Face model directories."""
+"""Random tiny models, with a tokenizer, saved as Hugging Face model directories."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
@@ -17,6 +18,60 @@ CORPUS = [
     "a paged cache keeps the keys and values of every sequence in blocks of equal size",
 ]
 VOCAB_SIZE = 384  # of the models; the tokenizer has fewer, so some ids decode to nothing
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 64,
+}
+# Arguments of `save_model`: all that a family's config can switch on.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {"architecture": "Qwen2ForCausalLM", "head_dim": 8, "num_key_value_heads": 2},
+    "qwen2-yarn": {
+        "architecture": "Qwen2ForCausalLM",
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "rope_parameters": YARN | {"attention_factor": 1.3},
+        "tie_word_embeddings": False,
+    },
+    "llama2": {
+        "architecture": "LlamaForCausalLM",
+        "num_key_value_heads": 8,
+        "head_dim": 8,
+        "tie_word_embeddings": False,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "llama3": {"architecture": "LlamaForCausalLM", "rope_parameters": LLAMA3},
+    "llama-linear": {
+        "architecture": "LlamaForCausalLM",
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0},
+        "max_position_embeddings": 256,
+    },
+    "smollm2": {
+        "architecture": "LlamaForCausalLM",
+        "hidden_size": 72,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 8,
+        "rms_norm_eps": 1e-5,
+    },
+    "mistral": {
+        "architecture": "MistralForCausalLM",
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+    },
+    "mistral-window": {"architecture": "MistralForCausalLM", "sliding_window": 1024},
+    "qwen3-yarn": {"rope_parameters": YARN},
+}
 
 
 def save_tokenizer(directory: Path) -> None:
@@ -40,9 +95,13 @@ def save_tokenizer(directory: Path) -> None:
 
 
 def save_model(
-    directory: Path, seed: int = 0, max_shard_size: str = "1GB", **overrides: Any
+    directory: Path,
+    seed: int = 0,
+    max_shard_size: str = "1GB",
+    architecture: str = "Qwen3ForCausalLM",
+    **overrides: Any,
 ) -> Path:
-    """A random fp32 model whose greedy continuations vary; `overrides` go to Qwen3Config."""
+    """A random fp32 model whose greedy continuations vary; `overrides` go to its config."""
     settings: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 64,
@@ -57,9 +116,10 @@ def save_model(
         "eos_token_id": 2,
         "dtype": "float32",
     }
-    config = Qwen3Config(**(settings | overrides))
+    family = getattr(transformers, architecture)
+    config = family.config_class(**(settings | overrides))
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(config).to(torch.float32).eval()
+    model = family(config).to(torch.float32).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:  # ones would hide a norm weight that is not loaded
             parameter.data.uniform_(0.5, 1.5)
@@ -68,6 +128,17 @@ def save_model(
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     save_tokenizer(directory)
+    return directory
+
+
+def save_family(directory: Path, name: str) -> Path:
+    """The model FAMILIES[name], its config written as old checkpoints write it where they do."""
+    settings = FAMILIES[name]
+    save_model(directory, seed=len(name), **settings)
+    if settings.get("head_dim") == 8:  # what is derived if it is missing
+        edit_config(directory, head_dim=None)
+    if name == "smollm2":
+        edit_config(directory, rope_parameters=None, rope_theta=10000.0)
     return directory
 
 
@@ -81,7 +152,7 @@ def edit_config(directory: Path, **changes: Any) -> None:
 @torch.inference_mode()
 def reference_greedy(directory: Path, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
     """Greedy completions of exactly `max_tokens` tokens by transformers in fp32, one by one."""
-    model = Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     completions = []
     for prompt in prompts:
         out = model.generate(

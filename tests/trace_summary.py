@@ -46,7 +46,7 @@ GROUP_PATTERNS = (
     ("RoPE, KV write", r"rope"),
     ("norms", r"norm_kernel"),
     ("SiLU", r"silu"),
-    (SAMPLER, r"sampl|^_chunk_|^_row_"),
+    (SAMPLER, r"sampl|^_(chunk|row|start|pass|finish)_"),
     ("row table", r"^_gather_kernel|^_write_back_kernel"),
     (LINEARS, r"linear|gemm|gemv|nvjet|cutlass|xmma|splitk|cublas"),
     ("copies", r"^mem(cpy|set)|copy_kernel"),

@@ -124,6 +124,14 @@ class BlockManager:
         seq.block_table.clear()
         seq.num_hashed_blocks = 0
 
+    def reset_prefix_cache(self) -> bool:
+        """Forget what the blocks hold; False, and no change, if one of them is in use."""
+        if self.num_free_blocks < len(self.blocks):
+            return False
+        for block in self.blocks:
+            self._forget(block)
+        return True
+
     def cache_blocks(self, seq: Sequence, num_computed_tokens: int) -> None:
         """Enter the full blocks among the first `num_computed_tokens` tokens in the prefix cache.
 

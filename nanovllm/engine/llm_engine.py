@@ -1,26 +1,38 @@
 """The engine: takes requests, steps the scheduler and the model in turn, returns completions."""
 
-import hashlib
-import json
-import os
 import weakref
-from collections.abc import Callable
-from time import perf_counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from operator import attrgetter
+from time import perf_counter, time
 from typing import Any
 
 import torch
 
 from nanovllm.config import Config
 from nanovllm.engine import kv_cache
+from nanovllm.engine.generation_config import default_sampling_params, eos_token_ids
 from nanovllm.engine.interrupts import DeferredInterrupt
 from nanovllm.engine.model_runner import LaunchedStep, ModelRunner, choose_ops
 from nanovllm.engine.progress import ProgressBar
-from nanovllm.engine.prompts import as_params_list, as_prompt_list, check_params, encode_prompt
+from nanovllm.engine.prompts import (
+    as_params_list,
+    as_priority_list,
+    as_prompt_list,
+    check_params,
+    check_unsupported,
+    encode_prompts,
+)
+from nanovllm.engine.request import Request
+from nanovllm.engine.request_features import RequestFeatures
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.tokenizer import load_tokenizer
 from nanovllm.engine.workers import WorkerGroup
-from nanovllm.errors import ArgumentError, EngineDeadError
+from nanovllm.errors import ArgumentError, EngineDeadError, check_integer
 from nanovllm.layers.tensor_parallel import TensorParallel
+from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
 StepOutput = tuple[list[tuple[int, list[int]]], int]
@@ -57,6 +69,22 @@ class LLMEngine:
         device: "auto" (CUDA if there is one), "cuda", "cpu".
         seed: keys the sampling of every request, with the request's number. Default 0.
         load_format: "auto", or "dummy" for random weights (config and tokenizer are still read).
+        hf_overrides: a dict of fields that replace those of config.json, or a callable that gets
+            the `PretrainedConfig` and returns one.
+        tokenizer: path of another tokenizer's directory, or a tokenizer object; None: the model's.
+        tokenizer_mode: only "auto".
+        skip_tokenizer_init: no tokenizer: prompts are token ids, texts are empty. Default False.
+        trust_remote_code: let the tokenizer's directory bring Python code of its own. Default
+            False.
+        chat_template: Jinja template of `chat`, or the path of a file with one; None: the
+            tokenizer's.
+        generation_config: where `get_default_sampling_params` reads: "auto" (the model's
+            directory), "vllm" (nowhere), or the path of another directory.
+        override_generation_config: keys of a generation_config.json that win over the file's.
+        max_logprobs: the most `logprobs` and `prompt_logprobs` may ask for; -1: no limit. Default
+            20.
+        scheduling_policy: "fcfs", or "priority": by the requests' `priority`. Default "fcfs".
+        enable_sleep_mode, disable_log_stats: vLLM's; sleep and metrics are always there.
 
     An engine has no lock: use it from one thread at a time.
 
@@ -75,20 +103,29 @@ class LLMEngine:
         choose_ops(config, device)
         if config.kv_cache_memory_bytes is not None:
             kv_cache.decide_num_blocks(config, config.tensor_parallel_size, None)
-        self.tokenizer = _load_tokenizer(config.model)
-        config.eos_token_ids = _eos_token_ids(config, self.tokenizer)
+        self.tokenizer = load_tokenizer(config)
+        config.eos_token_ids = eos_token_ids(config.model, self.tokenizer, config.generation_config)
+        self._default_params = default_sampling_params(
+            config.model, config.generation_config, config.override_generation_config
+        )
+        self._request_features = RequestFeatures(config, self.tokenizer)
         self._workers = None
         if config.tensor_parallel_size > 1:
-            self._workers = WorkerGroup(config, device.type)
+            self._workers = WorkerGroup(_for_workers(config), device.type)
         self.model_runner = self._start_model_runner(device)
         config.num_kvcache_blocks = self.model_runner.num_kvcache_blocks
         self.scheduler = Scheduler(config)
         self._in_flight: LaunchedStep | None = None
-        self._sequences: dict[int, Sequence] = {}  # unfinished requests
-        self._undelivered: list[tuple[int, list[int]]] = []  # finished, for `step` to return
-        self._generating: set[int] = set()  # unfinished requests of the `generate` that runs
+        self._requests: dict[int, Request] = {}  # unfinished
+        self._undelivered: list[Request] = []  # finished, for `step` to return
+        self._returned: dict[int, Request] = {}  # what `step` returned last, for `get_output`
+        # Unfinished requests that are not for `step`: the ids that their owner waits for.
+        self._generating: dict[int, set[int]] = {}
+        self._is_stepping = False
+        self._abandoned: list[Request] = []  # to be aborted after the step
         self._step_seconds = 0.0  # spent on launching the last committed step and waiting for it
-        self._next_seq_id = 0
+        self._next_request_id = 0
+        self._asleep: frozenset[str] = frozenset()  # what `LLM.sleep` has switched off
         self._cause_of_death = "the engine was ended by exit()"
         # Not bound to self, so that dropping the engine releases everything.
         self._finalizer = weakref.finalize(self, _release, self.model_runner, self._workers)
@@ -116,18 +153,29 @@ class LLMEngine:
         prompts: str | list[str] | list[int] | list[list[int]] | list[Any],
         sampling_params: SamplingParams | list[SamplingParams] | None = None,
         use_tqdm: bool | Callable[..., Any] = True,
-    ) -> list[dict[str, Any]]:
+        *,
+        priority: list[int] | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        lora_request: None = None,
+        mm_processor_kwargs: None = None,
+    ) -> list[RequestOutput]:
         """Complete every prompt.
 
         Args:
             prompts: strings and lists of token ids, mixed at will, or dicts with "prompt" or
-                "prompt_token_ids". A bare string or list of ids is one prompt.
-            sampling_params: one for all prompts or one for each; None: `SamplingParams()`.
+                "prompt_token_ids". A bare string, dict or list of ids is one prompt.
+            sampling_params: one for all prompts or one for each; None: the model's own, see
+                `get_default_sampling_params`.
             use_tqdm: show a progress bar on stderr; a callable is used in place of tqdm.
+            priority: one for each prompt, the lower the earlier; needs
+                `scheduling_policy="priority"`, else it changes nothing.
+            tokenization_kwargs: for the tokenizer's `encode` of strings.
+            lora_request, mm_processor_kwargs: only None; there are no adapters and no images.
 
         Returns:
-            A dict for each prompt, in their order: "text" (the decoded completion, special tokens
-            kept) and "token_ids" (the completion, a list of ints).
+            A `RequestOutput` for each prompt, in their order: a dict of "text" (the decoded
+            completion, special tokens kept) and "token_ids" (the completion, a list of ints),
+            whose attributes tell the rest.
 
         Raises:
             ArgumentError: a prompt or parameter is wrong; nothing was queued then.
@@ -137,32 +185,26 @@ class LLMEngine:
         engine is ready for the next. Requests queued by `add_request` before go on meanwhile;
         `step` returns those that finished.
         """
-        prompt_list = as_prompt_list(prompts)
-        params_list = as_params_list(sampling_params, len(prompt_list))
-        self._check_alive()
-        # All are checked before any is queued.
-        sequences = [
-            self._new_sequence(prompt, params)
-            for prompt, params in zip(prompt_list, params_list, strict=True)
-        ]
+        check_unsupported(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        self._check_awake()
+        requests = self._new_requests(prompts, sampling_params, priority, tokenization_kwargs)
         try:
-            for seq in sequences:
-                self._queue(seq)
-            with ProgressBar(use_tqdm, len(sequences)) as bar:
-                self._drain({seq.seq_id for seq in sequences}, bar)
+            for request in requests:
+                self._queue(request)
+            with ProgressBar(use_tqdm, len(requests)) as bar:
+                self._drain({request.request_id for request in requests}, bar)
         except BaseException:
-            self._abort(sequences)
+            self._abort(requests)
             raise
-        return [
-            {
-                "text": self.tokenizer.decode(seq.completion_token_ids),
-                "token_ids": seq.completion_token_ids,
-            }
-            for seq in sequences
-        ]
+        return [request.output(self.tokenizer) for request in requests]
 
     def add_request(
-        self, prompt: str | list[int] | Any, sampling_params: SamplingParams | None = None
+        self,
+        prompt: str | list[int] | Any,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        tokenization_kwargs: dict[str, Any] | None = None,
     ) -> int:
         """Queue one request, to be driven by `step` until `is_finished`; returns its id.
 
@@ -172,15 +214,94 @@ class LLMEngine:
         Raises:
             ArgumentError: the prompt or a parameter is wrong, or the request can never fit.
         """
-        self._check_alive()
-        [params] = as_params_list(sampling_params, 1)
-        seq = self._new_sequence(prompt, params)
-        self._queue(seq)
-        return seq.seq_id
+        [request] = self._new_requests([prompt], sampling_params, [priority], tokenization_kwargs)
+        self._queue(request)
+        return request.request_id
+
+    def enqueue(
+        self,
+        prompts: str | list[str] | list[int] | list[list[int]] | list[Any],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        *,
+        priority: list[int] | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        lora_request: None = None,
+        mm_processor_kwargs: None = None,
+        use_tqdm: bool | Callable[..., Any] = False,
+    ) -> list[str]:
+        """Queue prompts without running them, for `wait_for_completion`; returns their ids.
+
+        Arguments and errors are those of `generate`; `use_tqdm` is accepted, nothing takes long.
+        """
+        check_unsupported(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        requests = self._new_requests(prompts, sampling_params, priority, tokenization_kwargs)
+        for request in requests:
+            self._queue(request)
+        return [str(request.request_id) for request in requests]
+
+    def wait_for_completion(
+        self, output_type: None = None, *, use_tqdm: bool | Callable[..., Any] = True
+    ) -> list[RequestOutput]:
+        """Run everything that is queued; the outputs that `step` has not returned, by id.
+
+        Args:
+            output_type: only None: there is one type.
+            use_tqdm: as for `generate`.
+
+        After an exception (Ctrl-C too) nothing is lost: call it again.
+        """
+        check_unsupported(output_type=output_type)
+        self._check_ready()
+        with ProgressBar(use_tqdm, len(self._requests)) as bar:
+            while self._requests:
+                num_left = len(self._requests)
+                num_tokens = self._advance()
+                bar.update(num_left - len(self._requests), num_tokens, self._step_seconds)
+        requests, self._undelivered = self._undelivered, []
+        requests.sort(key=attrgetter("request_id"))
+        return [request.output(self.tokenizer) for request in requests]
+
+    def abort_request(self, request_ids: int | str | Iterable[int | str]) -> None:
+        """End requests now, with finish reason "abort"; their blocks are free at once.
+
+        `step` does not return them; `get_output` gives what they have. Ids of requests that have
+        ended, or never were, are ignored.
+        """
+        ids = [request_ids] if isinstance(request_ids, (int, str)) else list(request_ids)
+        requests = [self._requests.get(_as_request_id(request_id)) for request_id in ids]
+        aborted = [request for request in requests if request is not None]
+        self._abort(aborted)
+        self._returned.update((request.request_id, request) for request in aborted)
+
+    def get_output(self, request_id: int | str) -> RequestOutput:
+        """The output of a request: the partial one while it runs, the whole one at its end.
+
+        An output is kept until `step` returns the next finished requests, so that a long night's
+        loop needs no more memory than a short one.
+
+        Raises:
+            ArgumentError: there is no such request, or its output is gone.
+        """
+        number = _as_request_id(request_id)
+        request = self._requests.get(number) or self._returned.get(number)
+        if request is None:
+            raise ArgumentError(
+                f"there is no request {request_id!r}: an output is kept until step() returns the "
+                "next finished requests"
+            )
+        return request.output(self.tokenizer)
 
     def is_finished(self) -> bool:
         """Whether every request has completed and `step` has nothing left to return."""
         return self.scheduler.is_finished() and not self._undelivered
+
+    def has_unfinished_requests(self) -> bool:
+        """vLLM's name for `not is_finished()`."""
+        return not self.is_finished()
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `generate` uses without parameters: those of the model's generation_config.json."""
+        return self._default_params.clone()
 
     # ---- steps --------------------------------------------------------------------------------
 
@@ -188,23 +309,27 @@ class LLMEngine:
         """Compute one step, a prefill or a decode pass.
 
         Returns:
-            `(seq_id, completion_token_ids)` of every sequence that finished in it, and the number
-            of tokens: > 0, the prompt tokens that a prefill computed; < 0, minus the sequences of a
-            decode pass; 0 if there was nothing to do. With `async_scheduling` the step is the
-            oldest one launched; the next one runs on the device already.
+            `(request_id, completion_token_ids)` of every request that finished in it (with `n` > 1
+            those of its first completion; `get_output` has all), and the number of tokens: > 0,
+            the prompt tokens that a prefill computed; < 0, minus the sequences of a decode pass; 0
+            if there was nothing to do. With `async_scheduling` the step is the oldest one
+            launched; the next one runs on the device already.
 
         Raises:
             EngineDeadError: a tensor-parallel worker died. After any other error the unfinished
                 requests are queued again, to be computed anew, and the engine is usable.
         """
         num_tokens = self._advance()
-        outputs, self._undelivered = self._undelivered, []
+        finished, self._undelivered = self._undelivered, []
+        if finished:
+            self._returned = {request.request_id: request for request in finished}
+        outputs = [(request.request_id, request.completion_token_ids) for request in finished]
         return outputs, num_tokens
 
     def _advance(self) -> int:
         """`step`, but what finishes is left in `_undelivered`, or counted off `_generating`."""
-        self._check_alive()
-        with DeferredInterrupt():
+        self._check_awake()
+        with DeferredInterrupt(), self._stepping():
             try:
                 if self.config.async_scheduling:
                     return self._step_overlapped()
@@ -212,6 +337,17 @@ class LLMEngine:
             except BaseException as error:
                 self._recover(error)
                 raise
+
+    @contextmanager
+    def _stepping(self) -> Iterator[None]:
+        """Within it, requests that are abandoned are kept; they are aborted at its end."""
+        self._is_stepping = True
+        try:
+            yield
+        finally:
+            self._is_stepping = False
+            abandoned, self._abandoned = self._abandoned, []
+            self._abort(abandoned)
 
     def _step_synchronous(self) -> int:
         launched = self._launch(in_flight=False)
@@ -226,6 +362,17 @@ class LLMEngine:
         self._drop_dead_step()
         return num_tokens
 
+    def _settle(self) -> None:
+        """Commit the step in flight, if any: the device is idle then, and nothing is pending."""
+        launched, self._in_flight = self._in_flight, None
+        if launched is not None:
+            with DeferredInterrupt(), self._stepping():
+                try:
+                    self._commit(launched)
+                except BaseException as error:
+                    self._recover(error)
+                    raise
+
     def _launch(self, in_flight: bool) -> LaunchedStep | None:
         seqs, is_prefill = self.scheduler.schedule(in_flight)
         return self.model_runner.call("launch", seqs, is_prefill) if seqs else None
@@ -237,20 +384,36 @@ class LLMEngine:
             while not launched.is_done():
                 self._workers.check()
         token_ids = launched.wait()
+        launched.logprobs.keep()
         self._step_seconds = launched.seconds + perf_counter() - start
         alive = self.scheduler.postprocess(launched.seqs, token_ids)
+        if launched.plan.is_prefill:
+            self._note_first_tokens(alive)
         self._deliver(alive)
         return len(launched.plan.token_ids) if launched.plan.is_prefill else -len(alive)
 
-    def _deliver(self, seqs: list[Sequence]) -> None:
-        """Keep the completions of those of `seqs` that have ended for `step`, or for `generate`."""
+    def _note_first_tokens(self, seqs: list[Sequence]) -> None:
+        now = time()
         for seq in seqs:
-            if seq.is_finished:
-                del self._sequences[seq.seq_id]
-                if seq.seq_id in self._generating:
-                    self._generating.remove(seq.seq_id)
-                else:
-                    self._undelivered.append((seq.seq_id, seq.completion_token_ids))
+            metrics = self._requests[seq.seq_id].metrics
+            if metrics.first_token_time is None and seq.num_completion_tokens > 0:
+                metrics.first_token_time = now
+
+    def _deliver(self, seqs: list[Sequence]) -> None:
+        """Keep requests that have ended, with one of `seqs`, for `step` or `generate`."""
+        for seq in seqs:
+            if not seq.is_finished:
+                continue
+            request = self._requests.get(seq.seq_id)  # None: delivered with a sequence before
+            if request is None or not request.is_finished:
+                continue
+            del self._requests[seq.seq_id]
+            request.metrics.finished_time = time()
+            owner = self._generating.pop(seq.seq_id, None)
+            if owner is None:
+                self._undelivered.append(request)
+            else:
+                owner.remove(seq.seq_id)
 
     def _drop_dead_step(self) -> None:
         """Forget the step in flight if all its sequences have ended: nobody wants its tokens."""
@@ -259,23 +422,21 @@ class LLMEngine:
 
     def _drain(self, own_ids: set[int], bar: ProgressBar) -> None:
         """Step until all of `own_ids` have finished; `step` will return what else finished."""
-        self._generating = own_ids
-        try:
-            while own_ids:
-                num_left = len(own_ids)
-                num_tokens = self._advance()
-                bar.update(num_left - len(own_ids), num_tokens, self._step_seconds)
-        finally:
-            self._generating = set()
+        self._generating.update(dict.fromkeys(own_ids, own_ids))
+        while own_ids:
+            num_left = len(own_ids)
+            num_tokens = self._advance()
+            bar.update(num_left - len(own_ids), num_tokens, self._step_seconds)
 
     # ---- errors and the end -------------------------------------------------------------------
 
     def exit(self) -> None:
         """End the workers and release all memory. May be called again."""
         self._finalizer()
-        self._abort(list(self._sequences.values()))
+        self._abort(list(self._requests.values()))
         self._in_flight = None
         self._undelivered.clear()
+        self._returned.clear()
 
     def __enter__(self) -> "LLMEngine":
         return self
@@ -283,11 +444,30 @@ class LLMEngine:
     def __exit__(self, *exception: object) -> None:
         self.exit()
 
-    def _new_sequence(self, prompt: Any, sampling_params: SamplingParams) -> Sequence:
-        """A checked sequence, not yet numbered or queued."""
-        params = check_params(sampling_params)
+    def _new_requests(
+        self, prompts: Any, sampling_params: Any, priority: Any, tokenization_kwargs: Any
+    ) -> list[Request]:
+        """Checked requests, not yet numbered or queued."""
+        self._check_ready()
+        prompt_list = as_prompt_list(prompts)
+        if sampling_params is None:
+            sampling_params = self._default_params
+        params_list = as_params_list(sampling_params, len(prompt_list))
+        priorities = as_priority_list(priority, len(prompt_list))
+        encoded = encode_prompts(
+            prompt_list, self.tokenizer, self.config.hf_config.vocab_size, tokenization_kwargs
+        )
+        # Usually one object serves all prompts: checked, and copied, once.
+        checked = {id(params): check_params(params) for params in params_list}
+        return [
+            self._new_request(*prompt, checked[id(params)], priority)
+            for prompt, params, priority in zip(encoded, params_list, priorities, strict=True)
+        ]
+
+    def _new_request(
+        self, text: str | None, token_ids: list[int], params: SamplingParams, priority: int
+    ) -> Request:
         config = self.config
-        token_ids = encode_prompt(prompt, self.tokenizer, config.hf_config.vocab_size)
         if len(token_ids) >= config.max_model_len:
             raise ArgumentError(
                 f"prompt length {len(token_ids)} plus at least 1 output token is longer than the "
@@ -305,27 +485,40 @@ class LLMEngine:
         max_length = min(config.max_model_len, pool_size + 1)
         if params.max_tokens is not None:
             max_length = min(max_length, len(token_ids) + params.max_tokens)
-        return Sequence(token_ids, params, max_length=max_length)
+        request = Request(text, token_ids, params, max_length, priority)
+        self._request_features.prepare(request)
+        return request
 
-    def _queue(self, seq: Sequence) -> None:
-        seq.seq_id = self._next_seq_id
-        self._next_seq_id += 1
-        seq.seed = _request_seed(self.config.seed, seq.seq_id)
-        self._sequences[seq.seq_id] = seq
-        self.scheduler.add(seq)
+    def _queue(self, request: Request) -> None:
+        request.number(self._next_request_id, self.config.seed)
+        self._next_request_id += 1
+        self._requests[request.request_id] = request
+        for seq in request.sequences:
+            self.scheduler.add(seq)
 
-    def _abort(self, seqs: list[Sequence]) -> None:
-        """End those of `seqs` that are queued and not finished."""
-        queued = [seq for seq in seqs if self._sequences.get(seq.seq_id) is seq]
-        for seq in queued:
-            del self._sequences[seq.seq_id]
-        self.scheduler.abort(queued)
+    def _abort(self, requests: list[Request]) -> None:
+        """End those of `requests` that are queued and not finished."""
+        queued = [r for r in requests if self._requests.get(r.request_id) is r]
+        for request in queued:
+            del self._requests[request.request_id]
+            self._generating.pop(request.request_id, set()).discard(request.request_id)
+            request.metrics.finished_time = time()
+        seqs = [seq for request in queued for seq in request.sequences if not seq.is_finished]
+        self.scheduler.abort(seqs)
         self._drop_dead_step()
+
+    def _abandon(self, requests: list[Request]) -> None:
+        """`_abort`, also from a finalizer that the garbage collector runs in mid-step."""
+        if self._is_stepping:
+            self._abandoned += requests
+        else:
+            self._abort(requests)
 
     def _recover(self, error: BaseException) -> None:
         """After a failed step: queue all requests anew, trust nothing in the cache."""
         self._in_flight = None
-        unfinished = list(self._sequences.values())
+        sequences = (seq for request in self._requests.values() for seq in request.sequences)
+        unfinished = [seq for seq in sequences if not seq.is_finished]
         self.scheduler.restart(unfinished)
         self._deliver(unfinished)
         if self._workers is not None:
@@ -337,43 +530,31 @@ class LLMEngine:
             if isinstance(error, Exception):
                 raise EngineDeadError(self._cause_of_death) from error
 
-    def _check_alive(self) -> None:
+    def _check_ready(self) -> None:
+        """EngineDeadError if the engine has ended."""
         if not self._finalizer.alive:
             raise EngineDeadError(self._cause_of_death)
 
-
-def _load_tokenizer(model: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # of many types
-        raise ArgumentError(f"cannot load the tokenizer of {model!r}: {error}") from error
-    if len(tokenizer) <= 1:  # transformers makes up an empty one where the files are missing
-        raise ArgumentError(f"model directory {model!r} holds no tokenizer")
-    return tokenizer
+    def _check_awake(self) -> None:
+        """RuntimeError while the engine sleeps, EngineDeadError if it has ended."""
+        self._check_ready()
+        if self._asleep:
+            off = ", ".join(sorted(self._asleep))
+            raise RuntimeError(f"the engine sleeps ({off}): call wake_up() first")
 
 
-def _eos_token_ids(config: Config, tokenizer: Any) -> frozenset[int]:
-    """Ids that end a completion: the tokenizer's, and all in generation_config.json."""
-    ids = [tokenizer.eos_token_id]
-    path = os.path.join(config.model, "generation_config.json")
-    if os.path.isfile(path):
-        try:
-            with open(path, encoding="utf-8") as file:
-                listed = json.load(file).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise ArgumentError(f"cannot read {path}: {error}") from error
-        ids += listed if isinstance(listed, list) else [listed]
-    if not all(token_id is None or type(token_id) is int for token_id in ids):
-        raise ArgumentError(f"{path}: eos_token_id must be integers, got {ids[1:]!r}")
-    return frozenset(token_id for token_id in ids if token_id is not None)
+def _as_request_id(request_id: Any) -> int:
+    """The number of a request, given as that or, as in outputs, as a string."""
+    if isinstance(request_id, str) and request_id.isascii() and request_id.isdigit():
+        return int(request_id)
+    return check_integer("request_id", request_id, minimum=0)
 
 
-def _request_seed(engine_seed: int, seq_id: int) -> int:
-    """64 bits that differ for every request of an engine, and between engine seeds."""
-    message = engine_seed.to_bytes(8, "little", signed=True) + seq_id.to_bytes(8, "little")
-    return int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little")
+def _for_workers(config: Config) -> Config:
+    """The configuration without what only rank 0 needs, and what may not be pickled."""
+    config = copy(config)
+    config.tokenizer = config.hf_overrides = None
+    return config
 
 
 def _release(model_runner: ModelRunner, workers: WorkerGroup | None) -> None:

@@ -7,6 +7,7 @@ import gc
 from collections.abc import Callable
 from contextlib import nullcontext
 from time import perf_counter
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from nanovllm.engine import kv_cache
 from nanovllm.engine.cuda_graphs import DecodeGraphs
 from nanovllm.engine.prefill_inputs import PrefillInputs, prefill_inputs
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.step_plan import PlanBuilder, StepPlan
+from nanovllm.engine.step_plan import NONE, PlanBuilder, StepPlan
 from nanovllm.engine.transfers import Download, DownloadRing, UploadRing
 from nanovllm.engine.workers import WorkerGroup
 from nanovllm.errors import ArgumentError
@@ -32,6 +33,12 @@ from nanovllm.layers.context import ModelContext
 from nanovllm.layers.tensor_parallel import TensorParallel
 from nanovllm.models.loader import load_model
 from nanovllm.models.registry import model_class
+
+if TYPE_CHECKING:
+    from nanovllm.sampling.logprobs import LogprobsDownload
+    from nanovllm.sampling.request_sampler import RequestSampler
+
+PROMPT_LOGITS_ROWS = 256  # prompt tokens whose logits are in memory at once
 
 
 def choose_ops(config: Config, device: torch.device) -> Ops:
@@ -49,15 +56,40 @@ def choose_ops(config: Config, device: torch.device) -> Ops:
         raise ArgumentError(str(error)) from error
 
 
+class StepLogprobs:
+    """The log probabilities that a step computes beside its tokens, on their way to the host."""
+
+    def __init__(self) -> None:
+        self.sampled: tuple[list[Sequence], LogprobsDownload] | None = None
+        self.prompts: list[tuple[Sequence, LogprobsDownload]] = []
+
+    def keep(self) -> None:
+        """Wait, and give each sequence that has not ended its rows."""
+        for seq, download in self.prompts:
+            if not seq.is_finished:
+                seq.prompt_logprob_rows += download.rows()
+        if self.sampled is not None:
+            seqs, download = self.sampled
+            for seq, row in zip(seqs, download.rows(), strict=True):
+                if row is not None and not seq.is_finished:
+                    seq.logprob_rows.append(row)
+
+
 class LaunchedStep:
     """A step on its way: its sequences and the tokens that it samples."""
 
     def __init__(
-        self, seqs: list[Sequence], plan: StepPlan, download: Download | None, seconds: float
+        self,
+        seqs: list[Sequence],
+        plan: StepPlan,
+        download: Download | None,
+        logprobs: StepLogprobs,
+        seconds: float,
     ) -> None:
         self.seqs = seqs
         self.plan = plan  # the sequences' own numbers move on with the next step
         self.download = download
+        self.logprobs = logprobs
         self.seconds = seconds  # spent on the launch; on the CPU that is the whole computation
 
     def is_done(self) -> bool:
@@ -100,7 +132,14 @@ class ModelRunner:
         self.workers = workers
         self.block_size = config.kvcache_block_size
         self.is_cuda = device.type == "cuda"
+        self.profiler: tuple[torch.profiler.profile, str] | None = None  # and where its trace goes
         self._uploaded_batch: np.ndarray = np.empty(0, dtype=np.int32)  # in decode_batch
+        # Of the sequences that are sampled apart: rows and indices, two uploads of one content.
+        self._apart_on_host: np.ndarray = np.empty(0, dtype=np.int32)
+        self._apart_on_device: tuple[torch.Tensor, torch.Tensor]  # int32, int64
+        self._request_sampler: RequestSampler | None = None
+        self._seqs: list[Sequence] = []  # of the step that is being launched; rank 0 only
+        self._logprobs = StepLogprobs()
         hf_config = config.hf_config
         self.ops = choose_ops(config, device)
         with self._on_device():
@@ -113,14 +152,27 @@ class ModelRunner:
             self.num_kvcache_blocks = agree(self._decide_num_blocks(free_at_start))
             self._allocate_kv_cache(self.num_kvcache_blocks)
             self.graphs: DecodeGraphs | None = None
-            if self.is_cuda and self.ops.supports_cuda_graphs and not config.enforce_eager:
-                self.graphs = DecodeGraphs(config.max_num_seqs, self.decode_rows, self._decode)
+            self.capture_graphs()
+
+    @property
+    def rank(self) -> int:
+        """This rank's number."""
+        return self.tp.rank
+
+    def reload_weights(self) -> None:
+        """Fill the parameters again from the model's directory, or with the same random numbers."""
+        config = self.config
+        std = config.hf_config.initializer_range
+        load_model(self.model, config.model, config.load_format, std)
 
     # ---- a step -------------------------------------------------------------------------------
 
-    def call(self, method: str, *args):
-        """Call a method by its name."""
-        return getattr(self, method)(*args)
+    def call(self, method: str | Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call a method by its name, or a callable with this runner as its first argument."""
+        if isinstance(method, str):
+            return getattr(self, method)(*args, **kwargs)
+        with self._on_device():
+            return method(self, *args, **kwargs)
 
     def run(self, seqs: list[Sequence], is_prefill: bool) -> list[int | None]:
         """Compute one step and wait for its tokens (None where a prompt is not complete yet)."""
@@ -132,21 +184,28 @@ class ModelRunner:
         plan = self.plan_builder.build(seqs, is_prefill)
         if self.workers is not None:
             self.workers.send(plan.pack())
+        self._seqs, self._logprobs = seqs, StepLogprobs()
         token_ids = self.execute(plan)
         with self._on_device():
             download = self.downloads.download(token_ids) if len(token_ids) else None
-        return LaunchedStep(seqs, plan, download, perf_counter() - start)
+        return LaunchedStep(seqs, plan, download, self._logprobs, perf_counter() - start)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> torch.Tensor:
         """Run a plan on this rank; [number of sampled sequences] int32 token ids on the device."""
         self.sent_rows.reshape(-1)[plan.updates[:, 0]] = plan.updates[:, 1]
         with self._on_device():
-            return self._execute_prefill(plan) if plan.is_prefill else self._execute_decode(plan)
+            run = self._execute_prefill if plan.is_prefill else self._execute_decode
+            token_ids, logits = run(plan)
+            if len(plan.apart):
+                self._sample_apart(plan, logits, token_ids)
+            return token_ids
 
-    def _execute_prefill(self, plan: StepPlan) -> torch.Tensor:
+    def _execute_prefill(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sampled token ids [N] and the logits [N, V] that they were sampled from."""
         inputs = prefill_inputs(plan, self.sent_rows, self.block_size, self.uploads.upload)
         self._update_row_table(inputs.row_updates)
+        wants_prompt_logits = bool(plan.prompt_logits.any())
         metadata = PrefillMetadata(
             slot_mapping=inputs.slot_mapping,
             block_tables=inputs.block_tables,
@@ -154,7 +213,9 @@ class ModelRunner:
             cu_seqlens_k=inputs.cu_seqlens_k,
             max_seqlen_q=int(plan.lengths.max()),
             max_seqlen_k=int((plan.starts + plan.lengths).max()),
-            last_layer=LastTokensMetadata(
+            last_layer=None
+            if wants_prompt_logits
+            else LastTokensMetadata(
                 slot_mapping=inputs.slot_mapping,
                 block_tables=inputs.last_block_tables,
                 context_lens=inputs.last_positions + 1,
@@ -162,17 +223,19 @@ class ModelRunner:
             ),
         )
         hidden_states = self.model.model(inputs.token_ids, inputs.positions, metadata)
+        if wants_prompt_logits:
+            self._compute_prompt_logprobs(plan, hidden_states)
+            hidden_states = hidden_states.index_select(0, inputs.last_tokens)
         if not len(inputs.rows):
-            return inputs.token_ids[:0]
-        return self._sample(
-            hidden_states,
-            inputs.rows,
-            inputs.temperatures,
-            inputs.seeds,
-            inputs.last_positions,
+            return inputs.token_ids[:0], hidden_states
+        logits = self.model.lm_head(hidden_states)
+        token_ids = self._sample(
+            logits, inputs.rows, inputs.temperatures, inputs.seeds, inputs.last_positions
         )
+        return token_ids, logits
 
-    def _execute_decode(self, plan: StepPlan) -> torch.Tensor:
+    def _execute_decode(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sampled token ids [B] and the logits [B, V] that they were sampled from."""
         num_seqs = len(plan.rows)
         batch_size = self.graphs.padded_size(num_seqs) if self.graphs else num_seqs
         num_common_blocks = plan.num_common_blocks if self.ops.reads_common_blocks_once else 0
@@ -186,11 +249,15 @@ class ModelRunner:
             self.decode_batch[: len(batch)].copy_(new_batch)
             self._uploaded_batch = batch
         if self.graphs:
-            return self.graphs.replay(batch_size, num_common_blocks > 0)[:num_seqs]
-        return self._decode(self.decode_rows[:batch_size], num_common_blocks > 0)
+            token_ids = self.graphs.replay(batch_size, num_common_blocks > 0)
+        else:
+            token_ids = self._decode(self.decode_rows[:batch_size], num_common_blocks > 0)
+        return token_ids[:num_seqs], self.decode_logits[:num_seqs]
 
     def _decode(self, rows: torch.Tensor, has_common_blocks: bool = False) -> torch.Tensor:
         """One decode step of `rows` [B], what a graph captures; returns token ids [B] int32.
+
+        The logits are left in `decode_logits`.
 
         has_common_blocks: read the rows' `num_common_blocks` leading blocks once for all.
         """
@@ -205,22 +272,24 @@ class ModelRunner:
             inputs.slot_mapping, inputs.block_tables, inputs.context_lens, plan
         )
         hidden_states = self.model.model(inputs.input_ids, inputs.positions, metadata)
-        return self._sample(
-            hidden_states, rows, inputs.temperatures, inputs.seeds, inputs.positions
-        )
+        logits = self.model.lm_head(hidden_states, out=self.decode_logits[: len(rows)])
+        return self._sample(logits, rows, inputs.temperatures, inputs.seeds, inputs.positions)
 
     def _sample(
         self,
-        hidden_states: torch.Tensor,
+        logits: torch.Tensor,
         rows: torch.Tensor,
         temperatures: torch.Tensor,
         seeds: torch.Tensor,
         positions: torch.Tensor,
     ) -> torch.Tensor:
-        """Sample a token for each row and enter it in the row table; all arguments are [B, ...]."""
+        """Sample a token for each row and enter it in the row table; all arguments are [B, ...].
+
+        Rows that are sampled apart, later in the same step, get any token here.
+        """
         lm_head = self.model.lm_head
         scores, token_ids = self.ops.sample(
-            lm_head(hidden_states),
+            logits,
             temperatures,
             seeds,
             positions,
@@ -230,6 +299,84 @@ class ModelRunner:
         token_ids = self.tp.argmax(scores, token_ids)
         self.ops.write_back(self.row_table, rows, token_ids, positions)
         return token_ids
+
+    def _sample_apart(self, plan: StepPlan, logits: torch.Tensor, token_ids: torch.Tensor) -> None:
+        """Sample the rows of `plan.apart` on rank 0, and enter their tokens on every rank.
+
+        Args:
+            plan: the step.
+            logits: [B, V] this rank's logits of all sampled rows.
+            token_ids: [B] int32 their tokens, where those of the A rows are replaced.
+        """
+        sampled_rows = plan.rows[plan.samples == 1] if plan.is_prefill else plan.rows
+        rows, indices = self._upload_apart(sampled_rows[plan.apart], plan.apart)
+        if len(plan.apart) < len(logits):
+            logits = logits.index_select(0, indices)
+        # The fast sampler has entered a token: the length is two past the input's position.
+        positions = self.row_table[:, row_state.LENGTH].index_select(0, rows) - 2
+        logits = self.tp.gather(logits)
+        if self.tp.rank == 0:
+            sampled_seqs = [seq for seq in self._seqs if seq.is_prefilled]
+            seqs = [sampled_seqs[i] for i in plan.apart]
+            sampler = self._get_request_sampler()
+            if plan.is_prefill:
+                sampler.begin(seqs)
+            sampled = sampler.sample(logits, seqs, positions)
+            tokens = sampled.token_ids
+            if sampled.logprobs is not None:
+                self._logprobs.sampled = seqs, sampled.logprobs.download()
+        else:
+            tokens = torch.empty_like(rows)
+        self.tp.broadcast(tokens)
+        token_ids.index_copy_(0, indices, tokens)
+        self.ops.write_back(self.row_table, rows, tokens, positions)
+
+    def _upload_apart(
+        self, rows: np.ndarray, indices: np.ndarray
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both [A] on the device; a decode batch that stays the same is uploaded once."""
+        packed = np.concatenate([rows, indices])
+        if not np.array_equal(packed, self._apart_on_host):
+            [uploaded] = self.uploads.upload([packed])
+            rows_on_device, indices_on_device = uploaded.clone().view(2, -1)
+            self._apart_on_host = packed
+            self._apart_on_device = rows_on_device, indices_on_device.long()
+        return self._apart_on_device
+
+    def _compute_prompt_logprobs(self, plan: StepPlan, hidden_states: torch.Tensor) -> None:
+        """The logprobs of the prompt tokens that follow the step's tokens, where they are wanted.
+
+        hidden_states: [T, hidden_size].
+        """
+        ends = np.cumsum(plan.lengths)
+        for number in np.flatnonzero(plan.prompt_logits):
+            first = int(ends[number] - plan.lengths[number])
+            start, count = int(plan.starts[number]), int(plan.prompt_logits[number])
+            for offset in range(0, count, PROMPT_LOGITS_ROWS):
+                size = min(PROMPT_LOGITS_ROWS, count - offset)
+                chunk = hidden_states[first + offset : first + offset + size]
+                logits = self.tp.gather(self.model.lm_head(chunk))
+                if self.tp.rank == 0:
+                    seq, next_position = self._seqs[number], start + offset + 1
+                    next_ids = seq.token_ids[next_position : next_position + size]
+                    logprobs = self._get_request_sampler().prompt_logprobs(
+                        logits, np.array(next_ids, dtype=np.int32), seq
+                    )
+                    self._logprobs.prompts.append((seq, logprobs.download()))
+
+    def _get_request_sampler(self) -> "RequestSampler":
+        """Made when the first request needs it: what it holds takes memory."""
+        if self._request_sampler is None:
+            from nanovllm.sampling.request_sampler import RequestSampler
+
+            self._request_sampler = RequestSampler(
+                self.ops,
+                self.device,
+                self.config.hf_config.vocab_size,
+                self.config.max_num_seqs,
+                self.config.max_model_len,
+            )
+        return self._request_sampler
 
     def _update_row_table(self, updates: torch.Tensor) -> None:
         if len(updates):
@@ -259,6 +406,11 @@ class ModelRunner:
         )
         self.decode_batch[0] = 0
         self.decode_rows = self.decode_batch[1:]
+        self.decode_logits = torch.empty(
+            (config.max_num_seqs, len(self.model.lm_head.weight)),
+            dtype=config.resolve_dtype(),
+            device=self.device,
+        )
 
     def _allocate_kv_cache(self, num_blocks: int) -> None:
         self.kv_cache, self.kv_scales = kv_cache.allocate(
@@ -301,8 +453,10 @@ class ModelRunner:
                 token_ids=np.zeros(num_seqs * length, dtype=np.int32),
                 starts=0 * ones,
                 lengths=length * ones,
+                apart=NONE,
                 shared=length * ones,
                 samples=ones,
+                prompt_logits=0 * ones,
             )
         )
         torch.cuda.synchronize(self.device)
@@ -320,6 +474,19 @@ class ModelRunner:
     def _on_device(self):
         return torch.cuda.device(self.device) if self.is_cuda else nullcontext()
 
+    def capture_graphs(self) -> None:
+        """Capture the decode steps, where CUDA graphs are used; on all ranks together.
+
+        Graphs hold the addresses of weights and cache. No sequence may have a row.
+        """
+        config = self.config
+        if self.is_cuda and self.ops.supports_cuda_graphs and not config.enforce_eager:
+            self._uploaded_batch = np.empty(0, dtype=np.int32)
+            with self._on_device():
+                self.decode_batch.fill_(config.max_num_seqs)  # every row is padding
+                self.decode_batch[0] = 0
+                self.graphs = DecodeGraphs(config.max_num_seqs, self.decode_rows, self._decode)
+
     def drop_graphs(self) -> None:
         """Run without CUDA graphs from now on."""
         self.graphs = None
@@ -332,7 +499,8 @@ class ModelRunner:
             attention.key_scales = attention.value_scales = None
         self._attentions = []
         del self.model, self.kv_cache, self.kv_scales, self.row_table, self.uploads
-        del self.decode_batch, self.decode_rows, self.downloads
+        del self.decode_batch, self.decode_rows, self.downloads, self.decode_logits
+        self._request_sampler = None
         gc.collect()
         if self.is_cuda:
             torch.cuda.empty_cache()

@@ -1,12 +1,32 @@
 """Turns what users pass as prompts and sampling parameters into checked ones."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-from nanovllm.errors import ArgumentError
+from nanovllm.errors import ArgumentError, check_bool, check_choice, check_integer
 from nanovllm.sampling_params import SamplingParams
+
+PROMPT_KEYS = ("prompt", "prompt_token_ids")
+TRUNCATIONS = ("longest_first", "only_first", "do_not_truncate")
+TOKENIZATION_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "add_special_tokens": check_bool,
+    "split_special_tokens": check_bool,
+    "truncation": lambda name, value: (
+        value if isinstance(value, bool) else check_choice(name, value, TRUNCATIONS)
+    ),
+    "max_length": lambda name, value: check_integer(name, value, minimum=1),
+}
+Item = TypeVar("Item")
+Checked = TypeVar("Checked")
+
+
+class EncodedPrompt(NamedTuple):
+    """A checked prompt."""
+
+    text: str | None  # None: it came as token ids alone
+    token_ids: list[int]
 
 
 def as_prompt_list(prompts: Any) -> list[Any]:
@@ -41,6 +61,21 @@ def as_params_list(sampling_params: Any, num_prompts: int) -> list[SamplingParam
     return list(sampling_params)
 
 
+def as_priority_list(priority: Any, num_prompts: int) -> list[int]:
+    """One priority for each prompt; None is 0 for all."""
+    if priority is None:
+        return [0] * num_prompts
+    if not isinstance(priority, (list, tuple)):
+        raise ArgumentError(f"priority must be a list of integers, got {priority!r}")
+    if len(priority) != num_prompts:
+        raise ArgumentError(
+            f"The lengths of prompts ({num_prompts}) and priority ({len(priority)}) must be the "
+            "same."
+        )
+    lowest, highest = -(2**63), 2**63 - 1
+    return [check_integer("priority", value, lowest, highest) for value in priority]
+
+
 def check_params(params: Any) -> SamplingParams:
     """A checked copy, which later changes by the caller do not reach."""
     if not isinstance(params, SamplingParams):
@@ -48,38 +83,141 @@ def check_params(params: Any) -> SamplingParams:
     return replace(params)
 
 
-def encode_prompt(prompt: Any, tokenizer: Any, vocab_size: int) -> list[int]:
-    """The token ids of one prompt: a string, a list of ids, or vLLM's dict with either.
+def check_unsupported(**arguments: Any) -> None:
+    """ArgumentError for the first of vLLM's arguments that is given: there is nothing behind it."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise ArgumentError(f"{name} is not supported, got {value!r}")
+
+
+def check_each(name: str, check: Callable[[Item], Checked], items: Sequence[Item]) -> list[Checked]:
+    """`check(item)` of each; if there are several, an ArgumentError says which: `name[index]`."""
+    results = []
+    for index, item in enumerate(items):
+        try:
+            results.append(check(item))
+        except ArgumentError as error:
+            if len(items) == 1:
+                raise
+            raise ArgumentError(f"{name}[{index}]: {error}") from error
+    return results
+
+
+def check_tokenization_kwargs(kwargs: Any) -> dict[str, Any]:
+    """A checked copy of the keywords for `tokenizer.encode`; those that are None are left out.
 
     Raises:
-        ArgumentError: it is of another type, empty, or has an id outside [0, vocab_size).
+        ArgumentError: it is no dict, a value is wrong, or a keyword is not one of
+            TOKENIZATION_CHECKS: the others would not give a list of ids, or be ignored silently.
     """
-    if isinstance(prompt, Mapping):
-        prompt = _from_dict(prompt)
+    if kwargs is None:
+        return {}
+    if not isinstance(kwargs, Mapping):
+        raise ArgumentError(f"tokenization_kwargs must be a dict, got {kwargs!r}")
+    checked = {}
+    for name, value in kwargs.items():
+        if name not in TOKENIZATION_CHECKS:
+            raise ArgumentError(
+                f"tokenization_kwargs: {name!r} is not supported; supported: "
+                f"{', '.join(TOKENIZATION_CHECKS)}"
+            )
+        if value is not None:
+            try:
+                checked[name] = TOKENIZATION_CHECKS[name](name, value)
+            except ArgumentError as error:
+                raise ArgumentError(f"tokenization_kwargs: {error}") from None
+    return checked
+
+
+def encode_prompts(
+    prompts: Sequence[Any],
+    tokenizer: Any,
+    vocab_size: int,
+    tokenization_kwargs: Mapping[str, Any] | None = None,
+) -> list[EncodedPrompt]:
+    """Text and token ids of each prompt: a string, a list of ids, or vLLM's dict with either.
+
+    A dict with both is taken by its ids; its text is only kept. Strings are tokenized together,
+    which gives what `tokenizer.encode(text, **tokenization_kwargs)` gives for each.
+
+    Args:
+        tokenizer: of transformers, or an object with its `encode`; None: strings are refused.
+
+    Raises:
+        ArgumentError: a prompt is of another type, empty, or has an id outside [0, vocab_size);
+            its index is named if there are several. A keyword is wrong.
+    """
+    kwargs = check_tokenization_kwargs(tokenization_kwargs)
+    parts = check_each("prompts", _split_prompt, prompts)
+    texts = [text for text, token_ids in parts if text is not None and token_ids is None]
+    encoded = iter(_tokenize(texts, tokenizer, kwargs))
+
+    def check(part: tuple[str | None, list[int] | None]) -> EncodedPrompt:
+        text, token_ids = part
+        return EncodedPrompt(
+            text, _check_ids(next(encoded) if token_ids is None else token_ids, vocab_size)
+        )
+
+    return check_each("prompts", check, parts)
+
+
+def _split_prompt(prompt: Any) -> tuple[str | None, list[int] | None]:
+    """A prompt's text and its ids, as far as they are given: either one, or both."""
     if isinstance(prompt, str):
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ArgumentError(f"prompt is not valid Unicode: {error}") from None
-        token_ids = tokenizer.encode(prompt)
-    else:
-        token_ids = _as_token_ids(prompt)
+        return _check_text(prompt), None
+    if not isinstance(prompt, Mapping):
+        return None, _as_token_ids(prompt)
+    given = {name: value for name, value in prompt.items() if value is not None}
+    if unknown := [str(name) for name in given if name not in PROMPT_KEYS]:
+        raise ArgumentError(
+            f"prompt has unsupported keys: {', '.join(unknown)}; a prompt dict needs 'prompt' or "
+            "'prompt_token_ids'"
+        )
+    text, token_ids = given.get("prompt"), given.get("prompt_token_ids")
+    if text is None and token_ids is None:
+        raise ArgumentError(
+            f"a prompt dict needs 'prompt' or 'prompt_token_ids', got {dict(prompt)!r}"
+        )
+    if text is not None and not isinstance(text, str):
+        raise ArgumentError(f"'prompt' of a prompt dict must be a string, got {text!r}")
+    return (
+        None if text is None else _check_text(text),
+        None if token_ids is None else _as_token_ids(token_ids),
+    )
+
+
+def _check_text(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ArgumentError(f"prompt is not valid Unicode: {error}") from None
+    return text
+
+
+def _tokenize(texts: list[str], tokenizer: Any, kwargs: dict[str, Any]) -> list[list[int]]:
+    """The ids of each text: all in one call of a fast tokenizer, which uses every core."""
+    if not texts:
+        return []
+    if tokenizer is None:
+        raise ArgumentError(
+            "a string prompt needs the tokenizer that skip_tokenizer_init=True left out; pass "
+            "'prompt_token_ids'"
+        )
+    try:
+        if len(texts) > 1 and getattr(tokenizer, "is_fast", False):
+            return tokenizer(texts, return_attention_mask=False, **kwargs)["input_ids"]
+        return [tokenizer.encode(text, **kwargs) for text in texts]
+    except Exception as error:  # of many types
+        raise ArgumentError(f"the tokenizer refuses the prompt: {error}") from error
+
+
+def _check_ids(token_ids: list[int], vocab_size: int) -> list[int]:
     if not token_ids:
         raise ArgumentError("Prompt cannot be empty")
     if min(token_ids) < 0 or max(token_ids) >= vocab_size:
         bad = next(token for token in token_ids if not 0 <= token < vocab_size)
         raise ArgumentError(f"token id {bad} is out of the vocabulary: 0 to {vocab_size - 1}")
     return token_ids
-
-
-def _from_dict(prompt: Mapping[str, Any]) -> Any:
-    for key in ("prompt_token_ids", "prompt"):
-        if prompt.get(key) is not None:
-            unknown = [name for name in prompt if name not in ("prompt_token_ids", "prompt")]
-            if unknown:
-                raise ArgumentError(f"prompt has unsupported keys: {', '.join(map(str, unknown))}")
-            return prompt[key]
-    raise ArgumentError(f"a prompt dict needs 'prompt' or 'prompt_token_ids', got {dict(prompt)!r}")
 
 
 def _without_arrays(prompt: Any) -> Any:

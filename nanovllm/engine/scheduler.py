@@ -4,12 +4,14 @@ A step is one of the two, never a mix. With a step in flight the scheduler plans
 what is already certain; what it cannot know yet is settled when the step in flight is committed.
 """
 
+from bisect import bisect_right
 from collections import deque
 from math import ceil
 from operator import attrgetter
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.scheduler_stats import SchedulerStats
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 
 # When sequences that decode are held up for those that wait; see Scheduler._is_prefill_due.
@@ -17,11 +19,17 @@ ADMISSION_SHARE = 1 / 8  # this much of the slots and of the blocks is free
 ADMISSION_INTERVAL = 24  # or so many decode steps have passed since the last prefill step
 
 
+def _rank(seq: Sequence) -> tuple[int, int, int]:
+    """Who comes first under the priority policy: the lower."""
+    return seq.priority, seq.seq_id, seq.index
+
+
 class Scheduler:
     """Waiting and running queues over a pool of KV blocks.
 
     `config` needs max_num_seqs, max_num_batched_tokens, enable_chunked_prefill, watermark,
-    eos_token_ids, num_kvcache_blocks, kvcache_block_size and enable_prefix_caching.
+    eos_token_ids, num_kvcache_blocks, kvcache_block_size, enable_prefix_caching and
+    scheduling_policy.
     """
 
     def __init__(self, config: Config) -> None:
@@ -32,7 +40,9 @@ class Scheduler:
         self.enable_chunked_prefill = config.enable_chunked_prefill
         self.watermark = config.watermark
         self.eos_token_ids = config.eos_token_ids
+        self.has_priorities = config.scheduling_policy == "priority"
         self.num_preemptions = 0
+        self.stats = SchedulerStats()
         self.restart([])
 
     def restart(self, seqs: list[Sequence]) -> None:
@@ -54,15 +64,24 @@ class Scheduler:
             if reason := self._reason_to_end(seq):
                 self.finish(seq, reason)
             else:
-                self.waiting.append(seq)
+                self.add(seq)
 
     def is_finished(self) -> bool:
         """Whether nothing waits and nothing runs."""
         return not self.waiting and not self.running
 
     def add(self, seq: Sequence) -> None:
-        """Queue `seq` behind all others."""
-        self.waiting.append(seq)
+        """Queue `seq` behind all others, or by its priority."""
+        params = seq.sampling_params
+        eos_token_ids = frozenset() if params.ignore_eos else self.eos_token_ids
+        seq.end_token_ids = eos_token_ids.union(params.stop_token_ids or ())
+        if self.has_priorities:
+            self._insert_by_priority(seq)
+        else:
+            self.waiting.append(seq)
+
+    def _insert_by_priority(self, seq: Sequence) -> None:
+        self.waiting.insert(bisect_right(self.waiting, _rank(seq), key=_rank), seq)
 
     def schedule(self, in_flight: bool = False) -> tuple[list[Sequence], bool]:
         """The next step's sequences and whether it is a prefill; an empty list: nothing to do yet.
@@ -112,7 +131,7 @@ class Scheduler:
             scheduled.append(seq)
         while self.waiting and len(self.running) < self.max_num_seqs and budget > 0:
             seq = self.waiting[0]
-            matched = self.block_manager.match_prefix(seq)
+            matched = self.block_manager.match_prefix(seq) if seq.may_read_prefix_cache else []
             num_shared_tokens = len(matched) * self.block_manager.block_size
             # A full hit still computes its last token, whose logits are needed.
             num_cached_tokens = min(num_shared_tokens, seq.num_tokens - 1)
@@ -123,6 +142,7 @@ class Scheduler:
                 break
             self.waiting.popleft()
             self.block_manager.allocate(seq, matched)
+            self._count_admission(seq, num_cached_tokens)
             seq.status = SequenceStatus.RUNNING
             seq.row = self.free_rows.popleft()
             seq.num_cached_tokens = seq.num_computed_tokens = num_cached_tokens
@@ -131,6 +151,13 @@ class Scheduler:
             self.running.append(seq)
             scheduled.append(seq)
         return scheduled
+
+    def _count_admission(self, seq: Sequence, num_cached_tokens: int) -> None:
+        is_again, seq.was_admitted = seq.was_admitted, True
+        if self.config.enable_prefix_caching and seq.may_read_prefix_cache:
+            self.stats.count_admission(seq.num_tokens, num_cached_tokens, is_again)
+        if not is_again:
+            self.stats.num_prompt_tokens += seq.num_prompt_tokens
 
     def _schedule_chunk(self, seq: Sequence, budget: int) -> int:
         num_tokens = min(seq.num_prefill_tokens - seq.num_computed_tokens, budget)
@@ -146,8 +173,14 @@ class Scheduler:
     def _schedule_decode(self, in_flight: bool) -> list[Sequence]:
         manager = self.block_manager
         while True:
-            # A sequence whose last token is pending already has nothing left to compute.
-            seqs = [seq for seq in self.running if seq.num_computed_tokens + 1 < seq.max_length]
+            # A sequence whose last token is pending already has nothing left to compute; a grammar
+            # cannot say what may follow a token that is pending.
+            seqs = [
+                seq
+                for seq in self.running
+                if seq.num_computed_tokens + 1 < seq.max_length
+                and (seq.grammar is None or not seq.num_pending_tokens)
+            ]
             # Those whose next token opens a block.
             full = [
                 seq
@@ -158,7 +191,8 @@ class Scheduler:
                 break
             if in_flight:
                 return []
-            self.preempt(self.running[-1])
+            has_priorities = self.has_priorities
+            self.preempt(max(self.running, key=_rank) if has_priorities else self.running[-1])
         for seq in full:
             manager.may_append(seq)
         for seq in seqs:
@@ -175,7 +209,10 @@ class Scheduler:
         self.running.remove(seq)
         self._release(seq)
         seq.reset()
-        self.waiting.appendleft(seq)
+        if self.has_priorities:
+            self._insert_by_priority(seq)
+        else:
+            self.waiting.appendleft(seq)
         self.num_preemptions += 1
 
     def postprocess(self, seqs: list[Sequence], token_ids: list[int | None]) -> list[Sequence]:
@@ -198,22 +235,38 @@ class Scheduler:
                 continue
             seq.token_ids.append(token_id)
             seq.num_pending_tokens -= 1
+            self.stats.num_generation_tokens += 1
             # All tokens but the newest are computed now; cached before a finish releases them.
             num_tokens = len(seq.token_ids)
             if (num_tokens - 1) % block_size == 0:
                 self.block_manager.cache_blocks(seq, num_tokens - 1)
-            may_end = num_tokens >= seq.max_length or token_id in self.eos_token_ids
+            may_end = num_tokens >= seq.max_length or token_id in seq.end_token_ids
+            if seq.grammar is not None:
+                seq.grammar.accept(token_id)
+                may_end = True
+            if seq.detokenizer is not None:
+                seq.detokenizer.append(token_id)
+                may_end = True
             if may_end and (reason := self._reason_to_end(seq)):
                 self.finish(seq, reason)
         return alive
 
     def _reason_to_end(self, seq: Sequence) -> str | None:
-        """Why `seq` ends with its newest token; None: it goes on."""
-        if (
-            seq.num_completion_tokens > 0
-            and not seq.sampling_params.ignore_eos
-            and seq.token_ids[-1] in self.eos_token_ids
-        ):
+        """Why `seq` ends with its newest token; None: it goes on. Sets its stop reason."""
+        params, num_completion_tokens = seq.sampling_params, seq.num_completion_tokens
+        if seq.grammar is not None and seq.grammar.error is not None:
+            seq.stop_reason = seq.grammar.error  # why no token can follow
+            return "abort"
+        if seq.detokenizer is not None and seq.detokenizer.stop_string is not None:
+            seq.stop_reason = seq.detokenizer.stop_string
+            return "stop"
+        if num_completion_tokens > 0 and num_completion_tokens >= params.min_tokens:
+            token_id = seq.token_ids[-1]
+            if token_id in seq.end_token_ids:
+                is_eos = token_id in self.eos_token_ids and not params.ignore_eos
+                seq.stop_reason = None if is_eos else token_id
+                return "stop"
+        if seq.grammar is not None and seq.grammar.is_terminated:
             return "stop"
         return "length" if seq.num_tokens >= seq.max_length else None
 
@@ -230,6 +283,7 @@ class Scheduler:
             self._release(seq)
         seq.status = SequenceStatus.FINISHED
         seq.finish_reason = reason
+        self.stats.num_finished[reason] += 1
 
     def _release(self, seq: Sequence) -> None:
         self.block_manager.deallocate(seq)

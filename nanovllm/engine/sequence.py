@@ -1,8 +1,13 @@
-"""One request's state on the host: its tokens, how far they are computed, the blocks it holds."""
+"""One completion's state on the host: its tokens, how far they are computed, its blocks."""
 
 from enum import Enum, auto
+from typing import TYPE_CHECKING, Any
 
 from nanovllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from nanovllm.engine.detokenizer import OutputText
+    from nanovllm.sampling.structured_outputs import Grammar
 
 
 class SequenceStatus(Enum):
@@ -26,7 +31,9 @@ class Sequence:
         seq_id: the request's number in its engine.
         max_length: tokens at which the sequence ends with reason "length", prompt included; None:
             the prompt plus `max_tokens`.
-        seed: 64 bits that key the sampling of this request.
+        seed: 64 bits that key the sampling of this sequence.
+        index: which of the request's `n` completions this is.
+        priority: the lower, the earlier under `scheduling_policy="priority"`.
     """
 
     def __init__(
@@ -36,11 +43,24 @@ class Sequence:
         seq_id: int = 0,
         max_length: int | None = None,
         seed: int = 0,
+        index: int = 0,
+        priority: int = 0,
     ) -> None:
         self.sampling_params = sampling_params or SamplingParams()
         self.seq_id = seq_id
         self.seed = seed
+        self.index = index
+        self.priority = priority
         self.finish_reason: str | None = None  # "stop", "length" or "abort"
+        self.stop_reason: int | str | None = None  # the stop string or id; None: EOS, or no stop
+        self.end_token_ids: frozenset[int] = frozenset()  # EOS and stop ids, set when queued
+        # Whether its logits go through `sampling.RequestSampler` instead of the fast sampler.
+        self.is_sampled_apart = self.sampling_params.is_sampled_apart
+        self.bad_word_ids: list[list[int]] = []
+        self.grammar: Grammar | None = None  # has accepted the confirmed tokens
+        self.detokenizer: OutputText | None = None  # only where text decides when it stops
+        self.logprob_rows: list[Any] = []  # of each completion token, if logprobs are wanted
+        self.prompt_logprob_rows: list[Any] = []  # of each prompt token but the first
         self.token_ids = list(token_ids)
         self.num_prompt_tokens = len(token_ids)
         if max_length is None:
@@ -50,6 +70,7 @@ class Sequence:
         self.max_length = max_length
         self.block_hashes: list[int] = []  # chain hashes of the leading full blocks, computed once
         self.num_cached_tokens = 0  # tokens that the prefix cache spared at the last admission
+        self.was_admitted = False  # once at least
         self.reset()
 
     def reset(self) -> None:
@@ -63,6 +84,8 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_scheduled_tokens = 0  # tokens that the newest scheduled step computes
         self.num_pending_tokens = 0
+        if self.wants_prompt_logprobs:
+            self.prompt_logprob_rows = []  # parts of a prompt are no use: all anew
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -91,6 +114,20 @@ class Sequence:
     def completion_token_ids(self) -> list[int]:
         """The ids generated so far, a new list."""
         return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether prompt logprobs are asked for and not complete yet."""
+        return (
+            self.sampling_params.prompt_logprobs is not None
+            and len(self.prompt_logprob_rows) < self.num_prompt_tokens - 1
+        )
+
+    @property
+    def may_read_prefix_cache(self) -> bool:
+        """Whether cached blocks may stand in for computing the prompt's tokens."""
+        params = self.sampling_params
+        return not (params.skip_reading_prefix_cache or self.wants_prompt_logprobs)
 
     @property
     def is_prefilled(self) -> bool:

@@ -4,7 +4,7 @@ The plan carries only what the device's row table does not know yet: in a steady
 nothing but the row numbers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
@@ -12,10 +12,13 @@ import numpy as np
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels import row_state
 
-HEADER_SIZE = 5  # is_prefill, the lengths of rows, updates and token_ids, num_common_blocks
-PREFILL_FIELDS = 4  # per-sequence numbers of a prefill
+# is_prefill, the lengths of rows, updates, token_ids and apart, num_common_blocks
+HEADER_SIZE = 6
+PREFILL_FIELDS = 5  # per-sequence numbers of a prefill
+SAMPLED_APART = -1.0  # the temperature of a row that the fast sampler leaves alone
 # Fewer cost more than they save: reading the common blocks apart takes a kernel in every layer.
 MIN_SPARED_BLOCK_READS = 32
+NONE = np.empty(0, dtype=np.int32)
 
 
 @dataclass(frozen=True)
@@ -23,53 +26,56 @@ class StepPlan:
     """One step's input. S sequences, T tokens, U updates of the row table.
 
     `updates` are (flat index, value) pairs written to the row table before anything else.
-    The per-sequence arrays below `rows` and the tokens are empty in a decode step.
+    The tokens and the per-sequence arrays from `starts` on are empty in a decode step. A of the
+    sequences that are sampled are sampled apart: by `sampling.RequestSampler`, on rank 0.
     """
 
     is_prefill: bool
     rows: np.ndarray  # [S] row of each sequence
     updates: np.ndarray  # [U, 2]
     token_ids: np.ndarray  # [T] tokens to compute, sequence after sequence
+    apart: np.ndarray  # [A] numbers among the sequences that are sampled
     starts: np.ndarray  # [S] position of the first token to compute
     lengths: np.ndarray  # [S] tokens to compute
     shared: np.ndarray  # [S] positions below this are in shared blocks: K/V not written
     samples: np.ndarray  # [S] 1: the last token's logits are sampled; 0: more chunks follow
-    num_common_blocks: int = 0  # leading blocks that a decode step reads once for all its rows
+    prompt_logits: np.ndarray  # [S] leading tokens whose logits are wanted for prompt logprobs
+    # Leading blocks that a decode step reads once for all its rows.
+    num_common_blocks: int = field(default=0, kw_only=True)
 
     def pack(self) -> np.ndarray:
         """The plan as one flat int32 array."""
-        lengths = [len(self.rows), len(self.updates), len(self.token_ids)]
+        lengths = map(len, (self.rows, self.updates, self.token_ids, self.apart))
         header = np.array([self.is_prefill, *lengths, self.num_common_blocks], dtype=np.int32)
-        parts = [header, self.rows, self.updates.ravel(), self.token_ids]
+        parts = [header, self.rows, self.updates.ravel(), self.token_ids, self.apart]
         if self.is_prefill:
-            parts += [self.starts, self.lengths, self.shared, self.samples]
+            parts += [self.starts, self.lengths, self.shared, self.samples, self.prompt_logits]
         return np.concatenate(parts)
 
     @classmethod
     def unpack(cls, packed: np.ndarray) -> "StepPlan":
         """The plan that `pack` flattened; its arrays are views of `packed`."""
         header = (int(n) for n in packed[:HEADER_SIZE])
-        is_prefill, num_seqs, num_updates, num_tokens, num_common_blocks = header
+        is_prefill, num_seqs, num_updates, num_tokens, num_apart, num_common_blocks = header
         num_fields = PREFILL_FIELDS * num_seqs if is_prefill else 0
-        sizes = [HEADER_SIZE, num_seqs, 2 * num_updates, num_tokens, num_fields]
-        _, rows, updates, token_ids, numbers = np.split(packed[: sum(sizes)], np.cumsum(sizes)[:-1])
-        starts, lengths, shared, samples = numbers.reshape(PREFILL_FIELDS, -1)
+        sizes = [HEADER_SIZE, num_seqs, 2 * num_updates, num_tokens, num_apart, num_fields]
+        parts = np.split(packed[: sum(sizes)], np.cumsum(sizes)[:-1])
+        _, rows, updates, token_ids, apart, numbers = parts
         return cls(
             bool(is_prefill),
             rows,
             updates.reshape(-1, 2),
             token_ids,
-            starts,
-            lengths,
-            shared,
-            samples,
-            num_common_blocks,
+            apart,
+            *numbers.reshape(PREFILL_FIELDS, -1),
+            num_common_blocks=num_common_blocks,
         )
 
     @staticmethod
     def max_packed_size(max_num_seqs: int, max_num_batched_tokens: int, row_width: int) -> int:
         """An upper bound of a packed plan's int32 words."""
-        per_seq = 1 + PREFILL_FIELDS + 2 * row_width  # the row is new and its block table full
+        # The row is new, its block table full, and it is sampled apart.
+        per_seq = 1 + PREFILL_FIELDS + 2 * row_width + 1
         return HEADER_SIZE + max_num_seqs * per_seq + max_num_batched_tokens
 
 
@@ -83,6 +89,18 @@ def count_common_blocks(block_tables: list[list[int]]) -> int:
             break
         num_common += 1
     return num_common
+
+
+def _apart(sampled: list[Sequence]) -> np.ndarray:
+    """Numbers of those of `sampled` that are sampled apart."""
+    return np.array([i for i, seq in enumerate(sampled) if seq.is_sampled_apart], dtype=np.int32)
+
+
+def _num_prompt_logits(seq: Sequence) -> int:
+    """How many of the step's tokens have a prompt token after them whose logprob is wanted."""
+    if not seq.wants_prompt_logprobs:
+        return 0
+    return min(seq.num_computed_tokens, seq.num_prompt_tokens - 1) - _start(seq)
 
 
 def _start(seq: Sequence) -> int:
@@ -101,9 +119,10 @@ class PlanBuilder:
     def __init__(self, num_rows: int, row_width: int) -> None:
         self.row_width = row_width
         self.num_sent_blocks = [0] * num_rows
-        # Of the newest decode batch; None: a prefill has given a row another table since.
+        # Of the newest decode batch; None: a prefill has given a row another sequence since.
         self._decode_rows: np.ndarray | None = None
         self._num_common_blocks = 0
+        self._apart = NONE
 
     def build(self, seqs: list[Sequence], is_prefill: bool) -> StepPlan:
         """The plan of a step that computes `seq.num_scheduled_tokens` tokens of each sequence."""
@@ -122,12 +141,18 @@ class PlanBuilder:
         rows = np.array([seq.row for seq in seqs], dtype=np.int32)
         update_array = np.array(updates, dtype=np.int32).reshape(-1, 2)
         if not is_prefill:
-            none = np.empty(0, dtype=np.int32)
-            num_common_blocks = self._common_blocks(seqs, rows)
+            self._update_decode_batch(seqs, rows)
             return StepPlan(
-                False, rows, update_array, none, none, none, none, none, num_common_blocks
+                False,
+                rows,
+                update_array,
+                NONE,
+                self._apart,
+                *[NONE] * PREFILL_FIELDS,
+                num_common_blocks=self._num_common_blocks,
             )
         self._decode_rows = None
+        apart = _apart([seq for seq in seqs if seq.is_prefilled])
         chunks = (seq.token_ids[_start(seq) : seq.num_computed_tokens] for seq in seqs)
         token_ids = np.fromiter(chain.from_iterable(chunks), dtype=np.int32)
         numbers = np.array(
@@ -136,26 +161,28 @@ class PlanBuilder:
                 [seq.num_scheduled_tokens for seq in seqs],
                 [seq.num_shared_tokens for seq in seqs],
                 [seq.is_prefilled for seq in seqs],
+                [_num_prompt_logits(seq) for seq in seqs],
             ],
             dtype=np.int32,
         )
-        return StepPlan(True, rows, update_array, token_ids, *numbers)
+        return StepPlan(True, rows, update_array, token_ids, apart, *numbers)
 
-    def _common_blocks(self, seqs: list[Sequence], rows: np.ndarray) -> int:
+    def _update_decode_batch(self, seqs: list[Sequence], rows: np.ndarray) -> None:
         # While the batch stays, decoding only appends blocks of each sequence's own.
         if self._decode_rows is None or not np.array_equal(rows, self._decode_rows):
             num_common = count_common_blocks([seq.block_table for seq in seqs])
             num_spared = (len(seqs) - 1) * num_common
             self._num_common_blocks = num_common if num_spared >= MIN_SPARED_BLOCK_READS else 0
+            self._apart = _apart(seqs)
             self._decode_rows = rows
-        return self._num_common_blocks
 
     def _row_head(self, seq: Sequence, row: int) -> list[tuple[int, int]]:
         first = row * self.row_width
-        temperature = np.float32(seq.sampling_params.temperature).view(np.int32)
+        temperature = SAMPLED_APART if seq.is_sampled_apart else seq.sampling_params.temperature
+        temperature_bits = int(np.float32(temperature).view(np.int32))
         seed_low, seed_high = np.array([seq.seed], dtype=np.uint64).view(np.int32)
         return [
-            (first + row_state.TEMPERATURE, int(temperature)),
+            (first + row_state.TEMPERATURE, temperature_bits),
             (first + row_state.SEED, int(seed_low)),
             (first + row_state.SEED + 1, int(seed_high)),
         ]

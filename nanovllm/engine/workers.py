@@ -1,10 +1,13 @@
 """Tensor-parallel worker processes: how rank 0 starts them, feeds them plans and learns of a death.
 
 Plans travel through an anonymous shared-memory ring (no name, so nothing can collide or stay
-behind); a pipe to each worker rings the bell and brings the acknowledgement back.
+behind); a pipe to each worker rings the bell and brings the acknowledgement back. Calls, which are
+rare and of any size, travel through the pipe, in order with the plans.
 """
 
+import math
 import os
+import pickle
 import signal
 import struct
 import threading
@@ -13,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import connection, get_context, parent_process
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -21,13 +24,18 @@ import torch.distributed as dist
 
 from nanovllm.config import Config
 from nanovllm.engine.step_plan import StepPlan
+from nanovllm.engine.worker_calls import Reply, pack_call, reply_to
 from nanovllm.errors import EngineDeadError
 from nanovllm.kernels import row_state
 from nanovllm.layers.tensor_parallel import TensorParallel
 
+if TYPE_CHECKING:
+    from nanovllm.engine.model_runner import ModelRunner
+
 NUM_SLOTS = 4  # plans that may wait unread
-BELL = struct.Struct("<qq")  # sequence number, int32 words; a negative size: exit
+BELL = struct.Struct("<qq")  # sequence number, int32 words; a negative size is one of the below
 EXIT = -1
+CALL = -2  # the next message is a packed call, which is answered by a packed reply
 JOIN_SECONDS = 5.0
 POLL_SECONDS = 0.2
 
@@ -126,11 +134,50 @@ class WorkerGroup:
         bell = BELL.pack(self.num_sent, len(packed))
         self.num_sent += 1
         for worker in self.workers:
-            try:
-                worker.pipe.send_bytes(bell)
-            except OSError:
-                self._raise_death(worker)
+            self._post(worker, bell)
             worker.num_unread += 1
+
+    def call(
+        self,
+        runner: "ModelRunner",
+        method: str | Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout: float | None = None,
+    ) -> list[Any]:
+        """Call a method on every rank, after all plans sent before; the results in rank order.
+
+        Args:
+            runner: rank 0's, in whose process its call is made.
+            method: see `ModelRunner.call`.
+            args: of the call; pickled for the workers.
+            kwargs: likewise.
+            timeout: seconds for the workers to answer; rank 0 itself is not broken off.
+
+        Raises:
+            ArgumentError: the call cannot be pickled, and was not made; or a result cannot be.
+            TimeoutError: the ranks are out of step then (`is_broken`).
+            EngineDeadError: a worker died.
+            Exception: what the lowest failing rank raised. All ranks have answered.
+        """
+        message = pack_call(method, args, kwargs)
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        try:
+            self.check()
+            for worker in self.workers:
+                while worker.num_unread:  # acknowledgements come before the reply
+                    self._receive(worker)
+                    worker.num_unread -= 1
+                self._post(worker, BELL.pack(self.num_sent, CALL))
+                self._post(worker, message)
+            replies = [Reply.of(lambda: runner.call(method, *args, **kwargs))]
+            for worker in self.workers:
+                packed = self._receive_bytes(worker, deadline)
+                replies.append(Reply.unpack(packed, worker.rank))
+        except BaseException:
+            self.is_broken = True
+            raise
+        return [reply.unwrap() for reply in replies]
 
     def check(self) -> None:
         """EngineDeadError if a worker has died."""
@@ -168,15 +215,29 @@ class WorkerGroup:
         if self.tp is not None:
             self.tp.close()
 
-    def _receive(self, worker: Worker) -> Any:
+    def _post(self, worker: Worker, message: bytes) -> None:
         try:
-            while not worker.pipe.poll(POLL_SECONDS):
-                self.check()
-            return worker.pipe.recv()
-        except (EOFError, OSError):
+            worker.pipe.send_bytes(message)
+        except OSError:
             self._raise_death(worker)
 
-    def _raise_death(self, worker: Worker) -> None:
+    def _receive(self, worker: Worker) -> Any:
+        return pickle.loads(self._receive_bytes(worker))
+
+    def _receive_bytes(self, worker: Worker, deadline: float = math.inf) -> bytes:
+        """The worker's next message; TimeoutError if there is none by `deadline`."""
+        while True:
+            seconds = min(POLL_SECONDS, max(0.0, deadline - time.monotonic()))
+            try:
+                if worker.pipe.poll(seconds):
+                    return worker.pipe.recv_bytes()
+            except (EOFError, OSError):
+                self._raise_death(worker)
+            self.check()
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"tensor-parallel rank {worker.rank} has not answered in time")
+
+    def _raise_death(self, worker: Worker) -> NoReturn:
         # The pipe closes a moment before the process is gone and the monitor knows why.
         cause = self.wait_for_death(JOIN_SECONDS)
         raise EngineDeadError(cause or f"tensor-parallel rank {worker.rank} closed its pipe")
@@ -275,22 +336,23 @@ def _serve(
         return pipe.recv()
 
     runner = ModelRunner(config, device, tp, agree)
-    _run_plans(runner.execute, memory, pipe)
+    _run_plans(runner, memory, pipe)
     if device_type == "cuda":
         torch.cuda.synchronize(device)  # other ranks may still wait for what this one sends
 
 
-def _run_plans(
-    execute: Callable[[StepPlan], Any], memory: Any, pipe: connection.Connection
-) -> None:
+def _run_plans(runner: "ModelRunner", memory: Any, pipe: connection.Connection) -> None:
     ring = np.frombuffer(memory, dtype=np.int32).reshape(NUM_SLOTS, -1)
     expected = 0
     while True:
         number, size = BELL.unpack(pipe.recv_bytes())
         if size == EXIT:
             return
+        if size == CALL:
+            pipe.send_bytes(reply_to(runner, pipe.recv_bytes()))
+            continue
         assert number == expected, f"plan {number} arrived, {expected} was next"
         expected += 1
         plan = StepPlan.unpack(ring[number % NUM_SLOTS, :size].copy())
         pipe.send(None)  # the slot is free
-        execute(plan)
+        runner.execute(plan)

@@ -96,10 +96,22 @@ class Ops:
     # one is made.
     decode_attention: Callable[..., torch.Tensor]
     # (logits [B, V], temperatures [B] float32, seeds [B, 2] int32, positions [B] int32,
-    #  first_token_id: int, vocab_size: int) -> (scores [B] float32, token_ids [B] int32):
+    #  first_token_id: int, vocab_size: int, thresholds [B] float32 | None)
+    #  -> (scores [B] float32, token_ids [B] int32):
     # the winner of the Gumbel race among token ids [first_token_id, first_token_id + V) below
-    # vocab_size; temperature 0 is the plain argmax (lowest id wins a tie).
+    # vocab_size; temperature 0 is the plain argmax (lowest id wins a tie). With thresholds (default
+    # None), tokens whose logit is less never win. A row with temperature < 0 is skipped: its logits
+    # are not read, it scores -inf and its token is any valid one.
     sample: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    # (logits [B, V], temperatures [B] float32, top_k [B] int32, top_p [B] float32,
+    #  min_p [B] float32, vocab_size: int) -> thresholds [B] float32:
+    # the tokens that survive min_p, top_k and then top_p are those whose logit is >= the row's
+    # threshold. Of p = softmax(logits / temperature), min_p keeps p >= min_p * max(p); top_k keeps
+    # the k largest, and whatever equals the last of them; top_p the largest p whose sum reaches
+    # top_p of what min_p and top_k left, and whatever equals the last of them. Off are min_p 0,
+    # top_k <= 0 or >= V, top_p 1, and all three at temperature <= 0; the threshold is then -inf.
+    # Columns from vocab_size on are padding; -inf logits have probability 0, a NaN never counts.
+    filter_thresholds: Callable[..., torch.Tensor]
     # (row_table, rows [B] int32, block_size: int) -> DecodeInputs
     gather_decode_inputs: Callable[..., DecodeInputs]
     # (row_table, rows [B] int32, token_ids [B] int32, positions [B] int32) -> None:
@@ -133,6 +145,7 @@ def _torch_ops(compile_elementwise: bool) -> Ops:
         plan_decode=_no_plan,
         decode_attention=torch_ops.decode_attention,
         sample=partial(torch_ops.sample, scores_part=compiled(torch_ops.race_scores)),
+        filter_thresholds=torch_ops.filter_thresholds,
         gather_decode_inputs=torch_ops.gather_decode_inputs,
         write_back=torch_ops.write_back,
         supports_cuda_graphs=False,
@@ -143,6 +156,7 @@ def _torch_ops(compile_elementwise: bool) -> Ops:
 def _triton_ops() -> Ops:
     from nanovllm.kernels.triton_activation import silu_and_mul
     from nanovllm.kernels.triton_decode_attention import decode_attention, plan_decode
+    from nanovllm.kernels.triton_filters import filter_thresholds
     from nanovllm.kernels.triton_linear import linear
     from nanovllm.kernels.triton_norm import add_rms_norm, rms_norm
     from nanovllm.kernels.triton_prefill_attention import prefill_attention
@@ -160,6 +174,7 @@ def _triton_ops() -> Ops:
         plan_decode=plan_decode,
         decode_attention=decode_attention,
         sample=sample,
+        filter_thresholds=filter_thresholds,
         gather_decode_inputs=gather_decode_inputs,
         write_back=write_back,
         supports_cuda_graphs=True,

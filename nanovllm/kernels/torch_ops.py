@@ -298,13 +298,14 @@ def sample(
     positions: torch.Tensor,
     first_token_id: int,
     vocab_size: int,
+    thresholds: torch.Tensor | None = None,
     *,
     scores_part=race_scores,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The winner of each row's race: (scores [B] float32, token_ids [B] int32); see `Ops.sample`.
 
-    A NaN never wins; a slice that is all padding scores -inf. `scores_part` is `race_scores` or its
-    compiled form.
+    A NaN never wins; a slice that is all padding and a row that is skipped score -inf.
+    `scores_part` is `race_scores` or its compiled form.
     """
     batch_size = logits.shape[0]
     scores = logits.new_full((batch_size,), -torch.inf, dtype=torch.float32)
@@ -321,10 +322,50 @@ def sample(
                 race = scores_part(
                     logits[part], temperatures[part], seeds[part], positions[part], first_token_id
                 )
-            race = race.masked_fill(race.isnan(), -torch.inf)
+            loses = race.isnan() | (temperatures[part] < 0).unsqueeze(1)
+            if thresholds is not None:
+                loses |= logits[part].float() < thresholds[part].unsqueeze(1)
+            race = race.masked_fill(loses, -torch.inf)
             columns[part] = race.argmax(dim=1)  # the first of equals
             scores[part] = race.gather(1, columns[part].unsqueeze(1)).squeeze(1)
     return scores, (columns + first_token_id).clamp(max=vocab_size - 1).int()
+
+
+def filter_thresholds(
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    vocab_size: int,
+) -> torch.Tensor:
+    """The smallest logit of each row that survives, by sorting; see `Ops.filter_thresholds`."""
+    logits = logits[:, :vocab_size]
+    batch_size, num_columns = logits.shape
+    thresholds = logits.new_full((batch_size,), -torch.inf, dtype=torch.float32)
+    rows = max(1, MAX_SAMPLE_ELEMENTS // max(1, num_columns))
+    for begin in range(0, batch_size if num_columns else 0, rows):
+        part = slice(begin, begin + rows)
+        values = logits[part].float()
+        values = values.masked_fill(values.isnan(), -torch.inf).sort(descending=True).values
+        largest = values[:, :1].clamp(min=torch.finfo(torch.float32).min)
+        k, p = top_k[part].long().unsqueeze(1), top_p[part].unsqueeze(1)
+        temperature = torch.where(temperatures[part] > 0, temperatures[part], 1).unsqueeze(1)
+        lowest = largest + temperature * min_p[part].unsqueeze(1).log()
+        # min_p and top_k keep a prefix, so top_k's rank is the same with or without min_p.
+        has_k = (k > 0) & (k < num_columns)
+        kth_largest = values.gather(1, torch.where(has_k, k - 1, 0))
+        lowest = torch.where(has_k, torch.maximum(lowest, kth_largest), lowest)
+        weights = ((values - largest) / temperature).double().exp()  # in proportion to p
+        weights = weights.masked_fill(values < lowest, 0)
+        sums = weights.cumsum(1)
+        # Those whose predecessors do not reach p; the last of them crosses it.
+        num_kept = (sums - weights < p * sums[:, -1:]).sum(1, keepdim=True)
+        crossing = values.gather(1, (num_kept - 1).clamp(min=0))
+        lowest = torch.where(p < 1, torch.maximum(lowest, crossing), lowest)
+        is_random = temperatures[part] > 0
+        thresholds[part] = torch.where(is_random, lowest.squeeze(1), -torch.inf)
+    return thresholds
 
 
 # Row table

@@ -45,17 +45,21 @@ def _arrivals(
     temperatures,
     seeds,
     positions,
+    thresholds,
     stride_logits,
     first_token_id,
     num_valid,
     CHUNK: tl.constexpr,
     APPROXIMATE: tl.constexpr,
 ):
-    """Minus `torch_ops.race_scores` of one chunk of a row, [CHUNK]; +inf from num_valid on."""
+    """Minus `torch_ops.race_scores` of one chunk of a row, [CHUNK]; +inf for what cannot win."""
+    temperature = tl.load(temperatures + row)
+    num_valid = tl.where(temperature < 0, 0, num_valid)
     column = chunk * CHUNK + tl.arange(0, CHUNK)
     pointers = logits + row * stride_logits + column
     logit = tl.load(pointers, mask=column < num_valid, other=float("-inf")).to(tl.float32)
-    temperature = tl.load(temperatures + row)
+    if thresholds is not None:
+        logit = tl.where(logit >= tl.load(thresholds + row), logit, float("-inf"))
     if temperature > 0:
         position = tl.load(positions + row).to(tl.uint32, bitcast=True)
         seed_lo = tl.load(seeds + 2 * row).to(tl.uint32, bitcast=True)
@@ -80,7 +84,7 @@ def _arrivals(
 # Per-row inputs may be slices of one packed buffer: no recompilation for their alignment.
 @triton.jit(
     do_not_specialize=["first_token_id"],
-    do_not_specialize_on_alignment=["temperatures", "seeds", "positions"],
+    do_not_specialize_on_alignment=["temperatures", "seeds", "positions", "thresholds"],
 )
 def _chunk_kernel(
     chunk_arrivals,  # [B, num_chunks] float32
@@ -88,6 +92,7 @@ def _chunk_kernel(
     temperatures,
     seeds,  # [B, 2] int32
     positions,
+    thresholds,  # [B] float32 or None
     stride_logits,
     first_token_id,
     num_valid,  # columns from here on are padding and never win
@@ -105,6 +110,7 @@ def _chunk_kernel(
         temperatures,
         seeds,
         positions,
+        thresholds,
         stride_logits,
         first_token_id,
         num_valid,
@@ -117,7 +123,7 @@ def _chunk_kernel(
 
 @triton.jit(
     do_not_specialize=["first_token_id", "vocab_size", "num_chunks"],
-    do_not_specialize_on_alignment=["temperatures", "seeds", "positions"],
+    do_not_specialize_on_alignment=["temperatures", "seeds", "positions", "thresholds"],
 )
 def _row_kernel(
     scores,  # [B] float32
@@ -129,6 +135,7 @@ def _row_kernel(
     temperatures,
     seeds,
     positions,
+    thresholds,
     stride_logits,
     first_token_id,
     num_valid,
@@ -151,6 +158,7 @@ def _row_kernel(
         temperatures,
         seeds,
         positions,
+        thresholds,
         stride_logits,
         first_token_id,
         num_valid,
@@ -171,6 +179,7 @@ def sample(
     positions: torch.Tensor,
     first_token_id: int,
     vocab_size: int,
+    thresholds: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """logits [B, V] -> (scores [B] float32, token_ids [B] int32); see `Ops.sample`."""
     batch_size, width = logits.shape
@@ -182,7 +191,16 @@ def sample(
     num_chunks = triton.cdiv(width, CHUNK)
     chunk_arrivals = torch.empty((batch_size, num_chunks), device=logits.device)
     num_valid = max(0, min(width, vocab_size - first_token_id))
-    race = logits, temperatures, seeds, positions, logits.stride(0), first_token_id, num_valid
+    race = (
+        logits,
+        temperatures,
+        seeds,
+        positions,
+        thresholds,
+        logits.stride(0),
+        first_token_id,
+        num_valid,
+    )
     options = {
         "CHUNK": CHUNK,
         "APPROXIMATE": logits.is_cuda,  # the interpreter runs no assembly

@@ -10,9 +10,13 @@ from nanovllm.layers.tensor_parallel import TensorParallel
 
 @dataclass(frozen=True)
 class ModelContext:
-    """The backend's operations, this rank's place, and where and how parameters are stored."""
+    """The backend's operations, this rank's place, and where and how parameters are stored.
+
+    Positions reach `max_model_len`, or where that is None, all that the model is meant for.
+    """
 
     ops: Ops
     tp: TensorParallel
     dtype: torch.dtype
     device: torch.device
+    max_model_len: int | None = None

@@ -61,6 +61,9 @@ class ParallelLMHead(nn.Module):
         self.weight = tied.weight if tied else _vocab_parameter(vocab_size, hidden_size, context)
         self.first_token_id = context.tp.rank * self.weight.shape[0]
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """hidden_states [B, hidden_size] -> logits [B, rows of this rank], padding included."""
-        return F.linear(hidden_states, self.weight)
+    def forward(self, hidden_states: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """hidden_states [B, hidden_size] -> logits [B, rows of this rank], padding included.
+
+        out: where to put the logits.
+        """
+        return torch.mm(hidden_states, self.weight.t(), out=out)

@@ -150,6 +150,19 @@ class TensorParallel:
         self._reduce(packed, dist.ReduceOp.MAX)
         return (MAX_TOKEN_ID - (packed & 0xFFFFFFFF)).to(torch.int32)
 
+    def gather(self, logits: torch.Tensor) -> torch.Tensor:
+        """Each rank's logits [B, V] -> those of all ranks side by side, [B, V * ranks]."""
+        if self.size == 1:
+            return logits
+        parts = [torch.empty_like(logits) for _ in range(self.size)]
+        self.group.allgather([parts], [logits.contiguous()]).wait()
+        return torch.cat(parts, dim=1)
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Make every rank's tensor, of one shape and dtype, that of rank 0."""
+        if self.size > 1:
+            self.group.broadcast([tensor], dist.BroadcastOptions()).wait()
+
     def _reduce(self, tensor: torch.Tensor, op: Any) -> None:
         options = dist.AllreduceOptions()
         options.reduceOp = op

@@ -3,7 +3,6 @@
 import json
 import os
 import zlib
-from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -152,20 +151,33 @@ def load_model(model: nn.Module, directory: str, load_format: str, std: float = 
                 f"{where}: tensor {name!r} has shape {list(checkpoint.shape(name))}, "
                 f"the config asks for {list(shard.full_shape)}"
             )
-    with torch.no_grad():
-        for name, (parameter, shard) in expected.items():
-            if all(part.start < part.stop for part in shard.source):  # else all padding
-                parameter[shard.target].copy_(checkpoint.read(name, shard.source))
+    for name, (parameter, shard) in expected.items():
+        if all(part.start < part.stop for part in shard.source):  # else all padding
+            _fill(parameter, shard, checkpoint.read(name, shard.source))
+
+
+def load_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Fill this rank's slice of the whole checkpoint tensor `name`, which `model` must expect."""
+    parameter, shard = expected_tensors(model)[name]
+    _fill(parameter, shard, tensor[shard.source])
+
+
+@torch.no_grad()
+def _fill(parameter: Parameter, shard: Shard, part: torch.Tensor) -> None:
+    parameter[shard.target].copy_(part)
+
+
+def is_ignored(name: str) -> bool:
+    """Whether checkpoints may hold a tensor `name` that the model does not expect."""
+    # A tied model may repeat the embedding as lm_head.weight; the embedding is what counts.
+    return name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
 
 
 def _check_names(expected, found: set[str], where: str) -> None:
-    # A tied model may repeat the embedding as lm_head.weight; the embedding is what counts.
-    ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}
-    ignored.add("lm_head.weight")
     missing = sorted(expected - found)
-    unexpected = sorted(found - expected - ignored)
+    unexpected = sorted(name for name in found - expected if not is_ignored(name))
     problems = [
-        f"{kind} tensors: {', '.join(_shortened(names))}"
+        f"{kind} tensors: {shortened(names)}"
         for kind, names in (("missing", missing), ("unexpected", unexpected))
         if names
     ]
@@ -173,7 +185,9 @@ def _check_names(expected, found: set[str], where: str) -> None:
         raise ArgumentError(f"{where} does not fit its config; {'; '.join(problems)}")
 
 
-def _shortened(names: list[str]) -> Iterator[str]:
-    yield from names[:MAX_NAMES_IN_ERROR]
+def shortened(names: list[str]) -> str:
+    """The names for an error message, the first few of them."""
+    shown = names[:MAX_NAMES_IN_ERROR]
     if len(names) > MAX_NAMES_IN_ERROR:
-        yield f"and {len(names) - MAX_NAMES_IN_ERROR} more"
+        shown.append(f"and {len(names) - MAX_NAMES_IN_ERROR} more")
+    return ", ".join(shown)

@@ -1,57 +1,31 @@
 """Qwen3 dense (Qwen team 2025, arXiv 2505.09388): q and k are normalised per head, then rotated."""
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig
 
 from nanovllm.kernels.ops import Product
-from nanovllm.layers.attention import Attention, AttentionMetadata
+from nanovllm.layers.attention import AttentionMetadata
 from nanovllm.layers.context import ModelContext
-from nanovllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
-from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
 from nanovllm.layers.norm import RMSNorm
-from nanovllm.layers.rotary import cos_sin_table
 from nanovllm.models.base import CausalLM
+from nanovllm.models.decoder import DecoderLayer, GatedMLP, SelfAttention
 
 
-class Qwen3Attention(nn.Module):
-    """Grouped-query self-attention of one layer.
-
-    Query heads are split over the ranks. So are KV heads; with more ranks than KV heads,
-    several ranks hold the same one.
-    """
+class Qwen3Attention(SelfAttention):
+    """Self-attention with an RMS norm for query heads and one for key heads."""
 
     def __init__(
         self, config: PretrainedConfig, cos_sin: torch.Tensor, context: ModelContext
     ) -> None:
-        super().__init__()
-        tp, head_dim = context.tp, config.head_dim
-        total_heads, total_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        q_size = total_heads // tp.size * head_dim
-        kv_size = max(total_kv_heads // tp.size, 1) * head_dim
-        first_kv = tp.rank * total_kv_heads // tp.size * head_dim
-        kv_slice = (total_kv_heads * head_dim, first_kv, kv_size)
-        self.qkv_proj = ColumnParallelLinear(
-            config.hidden_size,
-            {
-                "q_proj": (total_heads * head_dim, tp.rank * q_size, q_size),
-                "k_proj": kv_slice,
-                "v_proj": kv_slice,
-            },
-            config.attention_bias,
-            context,
-        )
-        self.o_proj = RowParallelLinear(
-            total_heads * head_dim, config.hidden_size, config.attention_bias, context
-        )
-        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, context)
-        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, context)
-        self.attn = Attention(head_dim, cos_sin, context)
+        bias = config.attention_bias
+        super().__init__(config, cos_sin, context, qkv_bias=bias, output_bias=bias)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, context)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, context)
 
     def forward(
         self, x: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
     ) -> Product:
-        """x [T, hidden_size] -> [T, hidden_size]."""
+        """x [T, hidden_size] -> [T, hidden_size], the wanted rows."""
         qkv = self.qkv_proj(x)
         out = self.attn(
             qkv, positions, metadata, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
@@ -59,91 +33,13 @@ class Qwen3Attention(nn.Module):
         return self.o_proj(out)
 
 
-class Qwen3MLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, config: PretrainedConfig, context: ModelContext) -> None:
-        super().__init__()
-        self.ops = context.ops
-        size = config.intermediate_size // context.tp.size
-        part = (config.intermediate_size, context.tp.rank * size, size)
-        self.gate_up_proj = ColumnParallelLinear(
-            config.hidden_size, {"gate_proj": part, "up_proj": part}, False, context
-        )
-        self.down_proj = RowParallelLinear(
-            config.intermediate_size, config.hidden_size, False, context
-        )
-
-    def forward(self, x: torch.Tensor) -> Product:
-        """x [T, hidden_size] -> [T, hidden_size]."""
-        return self.down_proj(self.ops.silu_and_mul(self.gate_up_proj(x)))
-
-
-class Qwen3DecoderLayer(nn.Module):
-    """Pre-norm attention and MLP; the residual sum travels beside the normalised activations."""
-
-    def __init__(
-        self, config: PretrainedConfig, cos_sin: torch.Tensor, context: ModelContext
-    ) -> None:
-        super().__init__()
-        self.self_attn = Qwen3Attention(config, cos_sin, context)
-        self.mlp = Qwen3MLP(config, context)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
-
-    def forward(
-        self,
-        x: Product,
-        residual: torch.Tensor | None,
-        positions: torch.Tensor,
-        metadata: AttentionMetadata,
-    ) -> tuple[Product, torch.Tensor]:
-        """(x, residual) [T, hidden_size] each -> the same for the next layer, the wanted rows."""
-        if residual is None:
-            assert isinstance(x, torch.Tensor)  # the embedding's
-            normed, residual = self.input_layernorm(x), x
-        else:
-            normed, residual = self.input_layernorm.add(x, residual)
-        x, residual = self.self_attn(normed, positions, metadata), metadata.wanted(residual)
-        normed, residual = self.post_attention_layernorm.add(x, residual)
-        return self.mlp(normed), residual
-
-
-class Qwen3Model(nn.Module):
-    """Embedding, decoder layers, final norm."""
-
-    def __init__(self, config: PretrainedConfig, context: ModelContext) -> None:
-        super().__init__()
-        cos_sin = cos_sin_table(
-            config.head_dim,
-            config.max_position_embeddings,
-            config.rope_parameters["rope_theta"],
-            context.device,
-        )
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, context)
-        self.layers = nn.ModuleList(
-            Qwen3DecoderLayer(config, cos_sin, context) for _ in range(config.num_hidden_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
-
-    def forward(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
-    ) -> torch.Tensor:
-        """input_ids and positions [T] int32 -> [T, hidden_size], the rows to sample from."""
-        x: Product = self.embed_tokens(input_ids)
-        residual: torch.Tensor | None = None
-        for layer in self.layers[:-1]:
-            x, residual = layer(x, residual, positions, metadata)
-        x, residual = self.layers[-1](x, residual, positions, metadata.of_last_layer())
-        assert residual is not None
-        return self.norm.add(x, residual)[0]
-
-
 class Qwen3ForCausalLM(CausalLM):
     """Qwen3 with its LM head."""
 
-    def __init__(self, config: PretrainedConfig, context: ModelContext) -> None:
-        super().__init__(config, context)
-        self.model = Qwen3Model(config, context)
-        tied = self.model.embed_tokens if config.tie_word_embeddings else None
-        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, context, tied)
+    @staticmethod
+    def new_layer(
+        config: PretrainedConfig, cos_sin: torch.Tensor, context: ModelContext
+    ) -> DecoderLayer:
+        """See `CausalLM.new_layer`."""
+        attention = Qwen3Attention(config, cos_sin, context)
+        return DecoderLayer(config, context, attention, GatedMLP(config, context))

@@ -34,6 +34,7 @@ def make_config(**overrides: Any) -> SimpleNamespace:
         "num_kvcache_blocks": 10,
         "kvcache_block_size": 16,
         "enable_prefix_caching": True,
+        "scheduling_policy": "fcfs",
     }
     assert not overrides.keys() - settings.keys()
     return SimpleNamespace(**(settings | overrides))

@@ -296,6 +296,22 @@ def test_block_cached_after_one_twin_is_found_after_the_other(manager):
     assert manager.match_prefix(make_seq([1] * 16 + [2] * 16)) == [0, 2]
 
 
+def test_prefix_cache_is_reset_when_no_block_is_in_use(manager):
+    seq, _ = admit(manager, PREFIX + [7] * 7)
+    entries = dict(manager.hash_to_block_ids)
+    assert manager.reset_prefix_cache() is False
+    assert manager.hash_to_block_ids == entries
+    assert len(entries) == 3
+    manager.deallocate(seq)
+    assert manager.reset_prefix_cache() is True
+    assert manager.hash_to_block_ids == {}
+    assert all(block.hash is None and not block.token_ids for block in manager.blocks)
+    again, num_matched = admit(manager, PREFIX + [7] * 7)
+    assert num_matched == 0
+    manager.deallocate(again)
+    assert len(manager.match_prefix(make_seq([*PREFIX, 9]))) == 3
+
+
 def test_caching_off_shares_nothing_and_refuses_when_full():
     scheduler = Scheduler(
         make_config(kvcache_block_size=4, num_kvcache_blocks=7, enable_prefix_caching=False)

@@ -166,7 +166,7 @@ def test_names_of_internals_and_nonsense_are_unknown_keywords(name, model):
         Config.from_kwargs(model, {name: 1})
 
 
-@pytest.mark.parametrize("name", ["swap_space", "quantization", "trust_remote_code"])
+@pytest.mark.parametrize("name", ["swap_space", "quantization", "enable_lora"])
 def test_option_of_vllm_is_named_as_such(name, model):
     with pytest.raises(TypeError, match=f"{name!r}, an option of vLLM that nanovllm does not have"):
         Config.from_kwargs(model, {name: 1})
@@ -366,23 +366,19 @@ def test_cuda_without_a_gpu_is_refused(model, monkeypatch):
     ("changes", "message"),
     [
         (
-            {"architectures": ["LlamaForCausalLM"]},
-            r"architectures \['LlamaForCausalLM'\] is not supported; supported: .*Qwen3ForCausalLM",
+            {"architectures": ["GemmaForCausalLM"]},
+            r"architectures \['GemmaForCausalLM'\] is not supported; supported: .*Qwen3ForCausalLM",
         ),
         ({"architectures": ["Qwen3MoeForCausalLM"]}, r"\['Qwen3MoeForCausalLM'\] is not supported"),
         ({"architectures": []}, r"architectures \[\] is not supported"),
         ({"architectures": None}, r"architectures \[\] is not supported"),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            "rope_scaling of type 'yarn' is not supported",
+            {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
+            "rope_scaling of type 'dynamic' is not supported",
         ),
         (
-            {"rope_scaling": {"type": "linear", "factor": 4.0}},
-            "rope_scaling of type 'linear' is not supported",
-        ),
-        (
-            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}},
-            "rope_parameters of type 'llama3' is not supported",
+            {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0}},
+            "rope_parameters of type 'longrope' is not supported",
         ),
         ({"use_sliding_window": True}, "use_sliding_window=true is not supported"),
         (
@@ -454,3 +450,98 @@ def test_a_parameter_given_under_both_names_is_refused(model, order):
     names = ["block_size", "kvcache_block_size"][::order]
     with pytest.raises(TypeError, match="'kvcache_block_size' twice: 'block_size' is another"):
         Config.from_kwargs(model, dict.fromkeys(names, 256))
+
+
+# hf_overrides
+
+
+def test_a_dict_replaces_fields_before_anything_is_derived_or_checked(tmp_path):
+    layer_types = ["full_attention"] * 2
+    path = write_model(tmp_path, layer_types=layer_types, use_sliding_window=True)
+    overrides = {
+        "num_hidden_layers": 5,
+        "use_sliding_window": False,
+        "max_position_embeddings": 512,
+        "torch_dtype": "float16",
+    }
+    config = Config(path, hf_overrides=overrides)
+    assert config.hf_config.num_hidden_layers == 5
+    assert config.hf_config.layer_types == ["full_attention"] * 5
+    assert config.max_model_len == 512
+    assert config.resolve_dtype() is torch.float16
+    with refused("use_sliding_window=true is not supported"):
+        Config(path)
+
+
+def test_no_change_gives_the_configuration_of_the_file(model):
+    plain = Config(model).hf_config.to_dict() | {"_name_or_path": ""}
+    for overrides in ({}, {"vocab_size": 384}, lambda hf_config: hf_config):
+        hf_config = Config(model, hf_overrides=overrides).hf_config
+        assert hf_config.to_dict() | {"_name_or_path": ""} == plain
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 1000000.0},
+        {"rope_theta": 1000000.0, "rope_scaling": None},
+        {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
+    ],
+    ids=["old", "old with scaling", "new"],
+)
+@pytest.mark.parametrize(
+    ("overrides", "theta"),
+    [
+        ({"rope_theta": 5000.0}, 5000.0),
+        ({"rope_parameters": {"rope_theta": 5000.0}}, 5000.0),
+        ({"rope_scaling": {"rope_type": "default"}}, 1000000.0),
+        ({"rope_parameters": {"rope_type": "default"}}, 1000000.0),
+    ],
+)
+def test_rope_is_overridden_however_either_is_written(rope, overrides, theta, tmp_path):
+    given = json.loads(json.dumps(overrides))
+    hf_config = Config(write_model(tmp_path, **rope), hf_overrides=overrides).hf_config
+    assert hf_config.rope_parameters == {"rope_type": "default", "rope_theta": theta}
+    assert overrides == given
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"hidden_act": "gelu"}, "with hf_overrides: hidden_act 'gelu' is not supported"),
+        ({"architectures": ["LlamaForCausalLM"]}, r"architectures \['LlamaForCausalLM'\]"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "of type 'dynamic' is not supported"),
+        (
+            {"num_hiden_layers": 2},
+            "no field 'num_hiden_layers'; the nearest is 'num_hidden_layers'",
+        ),
+        ({"vocab_size": "many"}, "with hf_overrides is refused by transformers"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be >= 1, got 0|refused by transf"),
+        ([("vocab_size", 1)], "hf_overrides must be a dict or a callable, got"),
+        (lambda hf_config: None, "hf_overrides must return a PretrainedConfig, got None"),
+    ],
+)
+def test_wrong_overrides_are_refused_by_name(overrides, message, model):
+    with refused(message):
+        Config(model, hf_overrides=overrides)
+
+
+def test_a_callable_changes_the_configuration(model):
+    def fewer_layers(hf_config):
+        hf_config.num_hidden_layers = 1
+        return hf_config
+
+    assert Config(model, hf_overrides=fewer_layers).hf_config.num_hidden_layers == 1
+
+    def gelu(hf_config):
+        hf_config.hidden_act = "gelu"
+        return hf_config
+
+    with refused("with hf_overrides: hidden_act 'gelu' is not supported"):
+        Config(model, hf_overrides=gelu)
+
+
+def test_tokenizer_mode_is_auto_alone(model):
+    assert Config(model, tokenizer_mode="auto").tokenizer_mode == "auto"
+    with refused("tokenizer_mode must be one of auto, got 'slow'"):
+        Config(model, tokenizer_mode="slow")

@@ -27,8 +27,10 @@ def upload(arrays: list[np.ndarray]) -> list[torch.Tensor]:
 
 def make_plan(rows, starts, lengths, shared, samples, updates=NO_UPDATES) -> StepPlan:
     token_ids = np.arange(100, 100 + sum(lengths), dtype=np.int32)
-    per_seq = (int32(numbers) for numbers in (starts, lengths, shared, samples))
-    return StepPlan(True, int32(rows), updates, token_ids, *per_seq)
+    nobody, per_seq = [], (starts, lengths, shared, samples, [0] * len(rows))
+    return StepPlan(
+        True, int32(rows), updates, token_ids, int32(nobody), *(int32(n) for n in per_seq)
+    )
 
 
 @st.composite

@@ -3,9 +3,20 @@
 import numpy as np
 import pytest
 import torch
+from tiny_models import VOCAB_SIZE as VOCAB_SIZE_OF_MODEL
+from tiny_models import save_tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from nanovllm import ArgumentError, SamplingParams
-from nanovllm.engine.prompts import as_params_list, as_prompt_list, check_params, encode_prompt
+from nanovllm.engine.prompts import (
+    EncodedPrompt,
+    as_params_list,
+    as_prompt_list,
+    check_params,
+    check_unsupported,
+    encode_prompts,
+)
 
 VOCAB_SIZE = 100
 
@@ -18,7 +29,8 @@ class ByteTokenizer:
 
 
 def encode(prompt):
-    return encode_prompt(prompt, ByteTokenizer(), VOCAB_SIZE)
+    [encoded] = encode_prompts([prompt], ByteTokenizer(), VOCAB_SIZE)
+    return encoded.token_ids
 
 
 @pytest.mark.parametrize(
@@ -106,7 +118,19 @@ def test_first_id_outside_the_vocabulary_is_named(prompt, bad):
         ({"prompt": None}, "needs 'prompt' or 'prompt_token_ids'"),
         ({"text": "a"}, "needs 'prompt' or 'prompt_token_ids'"),
         ({"prompt": "a", "multi_modal_data": {}}, "unsupported keys: multi_modal_data"),
+        ({"prompt": "a", "cache_salt": "s"}, "unsupported keys: cache_salt"),
+        (
+            {"prompt_embeds": torch.zeros(2, 3)},
+            "unsupported keys: prompt_embeds; .* needs 'prompt'",
+        ),
+        (
+            {"encoder_prompt": "a", "decoder_prompt": "b"},
+            "unsupported keys: encoder_prompt, decoder_prompt",
+        ),
         ({"prompt_token_ids": 5}, "a prompt must be a string or a list of token ids, got 5"),
+        ({"prompt_token_ids": "ab"}, "token ids must be integers, got 'a'"),
+        ({"prompt": [1, 2]}, r"'prompt' of a prompt dict must be a string, got \[1, 2\]"),
+        ({"prompt": "a \ud800", "prompt_token_ids": [1]}, "not valid Unicode"),
     ],
 )
 def test_prompt_of_another_form_is_refused(prompt, message):
@@ -169,3 +193,130 @@ def test_arrays_and_tensors_are_lists_of_ids():
     assert encode(torch.tensor([1, 2])) == encode(np.array([1, 2])) == [1, 2]
     with pytest.raises(ArgumentError, match="list of prompts"):
         as_prompt_list(torch.tensor(1))
+
+
+# Several prompts, text and ids
+
+
+def test_text_is_kept_where_there_is_one():
+    prompts = ["!", [5], {"prompt": "#"}, {"prompt_token_ids": [6]}]
+    both = {"prompt": "any text", "prompt_token_ids": [7, 8], "cache_salt": None}
+    assert encode_prompts([*prompts, both], ByteTokenizer(), VOCAB_SIZE) == [
+        EncodedPrompt("!", [33]),
+        EncodedPrompt(None, [5]),
+        EncodedPrompt("#", [35]),
+        EncodedPrompt(None, [6]),
+        EncodedPrompt("any text", [7, 8]),
+    ]
+    assert encode_prompts([], ByteTokenizer(), VOCAB_SIZE) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (["!", 5], r"^prompts\[1\]: a prompt must be a string"),
+        (["!", "", "#"], r"^prompts\[1\]: Prompt cannot be empty"),
+        ([[1], "!", [3, 100]], r"^prompts\[2\]: token id 100 is out"),
+        (
+            [{"prompt": "!"}, {"prompt": "#", "x": 1}],
+            r"^prompts\[1\]: prompt has unsupported keys: x",
+        ),
+        ([""], "^Prompt cannot be empty"),
+    ],
+)
+def test_the_wrong_one_of_several_prompts_is_named(prompts, message):
+    with pytest.raises(ArgumentError, match=message):
+        encode_prompts(prompts, ByteTokenizer(), VOCAB_SIZE)
+
+
+def test_strings_without_a_tokenizer_are_refused():
+    assert encode_prompts([[5]], None, VOCAB_SIZE) == [EncodedPrompt(None, [5])]
+    with pytest.raises(ArgumentError, match="skip_tokenizer_init=True"):
+        encode_prompts([[5], "!"], None, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("name", ["lora_request", "mm_processor_kwargs"])
+def test_arguments_without_anything_behind_them_take_only_none(name):
+    check_unsupported(**{name: None})
+    with pytest.raises(ArgumentError, match=f"{name} is not supported, got 5"):
+        check_unsupported(**{"output_type": None, name: 5})
+
+
+# tokenization_kwargs, on a tokenizer of transformers that adds a special token in front
+
+
+@pytest.fixture(scope="module")
+def bos_tokenizer(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    return tokenizer
+
+
+TEXTS = ["the quick fox", "", "<|im_end|> is special", "10年前 🌶️", "x" * 60, " the quick fox"]
+KWARGS = [
+    None,
+    {},
+    {"add_special_tokens": False},
+    {"add_special_tokens": True, "split_special_tokens": True},
+    {"max_length": 3},
+    {"truncation": True, "max_length": 2},
+    {"truncation": "only_first", "max_length": 4},
+    {"truncation": False, "max_length": 4},
+    {"truncation": None, "max_length": None},
+]
+
+
+@pytest.mark.parametrize("kwargs", KWARGS, ids=str)
+def test_batch_is_tokenized_as_each_string_alone(bos_tokenizer, kwargs):
+    texts = [
+        text for text in TEXTS if text or (kwargs or {}).get("add_special_tokens") is not False
+    ]
+    encoded = encode_prompts(texts, bos_tokenizer, VOCAB_SIZE_OF_MODEL, kwargs)
+    expected = [bos_tokenizer.encode(text, **(kwargs or {})) for text in texts]
+    assert [prompt.token_ids for prompt in encoded] == expected
+    assert [prompt.text for prompt in encoded] == texts
+    for text, token_ids in encoded:
+        [alone] = encode_prompts([text], bos_tokenizer, VOCAB_SIZE_OF_MODEL, kwargs)
+        assert alone == (text, token_ids)
+
+
+def test_tokenization_kwargs_of_one_call_are_gone_in_the_next(bos_tokenizer):
+    text = "the quick fox"
+    expected = bos_tokenizer.encode(text)
+    for kwargs in ({"max_length": 2}, {"split_special_tokens": True}):
+        encode_prompts([text] * 2, bos_tokenizer, VOCAB_SIZE_OF_MODEL, kwargs)
+        [encoded] = encode_prompts([text], bos_tokenizer, VOCAB_SIZE_OF_MODEL)
+        assert encoded.token_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (5, "tokenization_kwargs must be a dict, got 5"),
+        ({"max_len": 3}, "'max_len' is not supported; supported: add_special_tokens"),
+        ({"padding": True}, "'padding' is not supported"),
+        ({"return_tensors": "pt"}, "'return_tensors' is not supported"),
+        ({"max_length": 0}, "tokenization_kwargs: max_length must be >= 1, got 0"),
+        ({"max_length": "3"}, "max_length must be an integer >= 1, got '3'"),
+        ({"truncation": "only_second"}, "truncation must be one of longest_first"),
+        ({"add_special_tokens": 1}, "add_special_tokens must be True or False, got 1"),
+    ],
+)
+def test_wrong_tokenization_kwargs_are_refused_by_name(bos_tokenizer, kwargs, message):
+    with pytest.raises(ArgumentError, match=message):
+        encode_prompts(["a"], bos_tokenizer, VOCAB_SIZE_OF_MODEL, kwargs)
+    with pytest.raises(ArgumentError, match=message):  # though no string is there to tokenize
+        encode_prompts([[1]], bos_tokenizer, VOCAB_SIZE_OF_MODEL, kwargs)
+
+
+def test_what_the_tokenizer_itself_refuses_is_an_argument_error():
+    class Refusing(ByteTokenizer):
+        def encode(self, text):
+            raise RuntimeError("not mine")
+
+    with pytest.raises(ArgumentError, match="the tokenizer refuses the prompt: not mine"):
+        encode_prompts(["a"], Refusing(), VOCAB_SIZE)

@@ -1,13 +1,48 @@
 """Ranges and types of SamplingParams."""
 
+import copy
+import json
+import math
+import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
-from nanovllm import ArgumentError, SamplingParams
+from nanovllm import ArgumentError, SamplingParams, StructuredOutputsParams
+
+CHOICE = StructuredOutputsParams(choice=["yes", "no"])
+# Every parameter at once.
+FULL = {
+    "temperature": 0.7,
+    "max_tokens": 9,
+    "ignore_eos": True,
+    "n": 2,
+    "top_p": 0.9,
+    "top_k": 5,
+    "min_p": 0.1,
+    "seed": 3,
+    "stop": ["a", "b"],
+    "stop_token_ids": [4, 5],
+    "include_stop_str_in_output": True,
+    "min_tokens": 2,
+    "presence_penalty": 0.5,
+    "frequency_penalty": -0.5,
+    "repetition_penalty": 1.5,
+    "logit_bias": {3: 1.5},
+    "allowed_token_ids": [3, 4],
+    "bad_words": ["bad"],
+    "logprobs": 2,
+    "prompt_logprobs": 0,
+    "detokenize": True,
+    "skip_special_tokens": True,
+    "spaces_between_special_tokens": False,
+    "structured_outputs": CHOICE,
+    "skip_reading_prefix_cache": True,
+}
 
 
 def test_defaults():
@@ -110,3 +145,342 @@ def test_temperature_beyond_float32_is_refused():
     SamplingParams(temperature=3e38)
     with pytest.raises(ValueError, match="temperature must be finite and >= 0, got 1e"):
         SamplingParams(temperature=1e39)
+
+
+def test_defaults_are_those_of_vllm_but_for_max_tokens_and_special_tokens():
+    values = {
+        name: value for name, value in vars(SamplingParams()).items() if name not in ("n", "seed")
+    }
+    assert values == {
+        "temperature": 1.0,
+        "max_tokens": 64,
+        "ignore_eos": False,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "stop": [],
+        "stop_token_ids": [],
+        "include_stop_str_in_output": False,
+        "min_tokens": 0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "logit_bias": None,
+        "allowed_token_ids": None,
+        "bad_words": [],
+        "logprobs": None,
+        "prompt_logprobs": None,
+        "detokenize": True,
+        "skip_special_tokens": False,
+        "spaces_between_special_tokens": True,
+        "structured_outputs": None,
+        "skip_reading_prefix_cache": None,
+    }
+    assert (SamplingParams().n, SamplingParams().seed) == (1, None)
+    assert not SamplingParams().is_sampled_apart
+
+
+def test_all_parameters_are_kept_and_survive_copies():
+    params = SamplingParams(**FULL)
+    assert vars(params) == FULL
+    for twin in (
+        pickle.loads(pickle.dumps(params)),
+        copy.deepcopy(params),
+        params.clone(),
+        replace(params),
+    ):
+        assert twin == params and repr(twin) == repr(params)
+        assert twin != replace(params, top_k=6)
+    assert pickle.loads(pickle.dumps(SamplingParams())) == SamplingParams()
+    assert replace(SamplingParams()) == SamplingParams()
+
+
+@pytest.mark.parametrize("how", [SamplingParams.clone, replace, copy.deepcopy])
+def test_copies_share_nothing_that_can_change(how):
+    params = SamplingParams(**FULL)
+    twin = how(params)
+    for name in ("stop", "stop_token_ids", "allowed_token_ids", "bad_words"):
+        getattr(params, name).append(getattr(params, name)[0])
+    params.logit_bias[7] = 1.0
+    assert vars(twin) == FULL
+
+
+def test_what_the_caller_passed_is_copied():
+    stop, allowed, bias = ["x"], [1], {1: 2.0}
+    params = SamplingParams(stop=stop, allowed_token_ids=allowed, logit_bias=bias)
+    for given in (stop, allowed, bias):
+        given.clear()
+    assert (params.stop, params.allowed_token_ids, params.logit_bias) == (["x"], [1], {1: 2.0})
+
+
+def test_a_later_wrong_value_is_found_by_the_next_copy():
+    params = SamplingParams()
+    params.stop_token_ids.append(-3)
+    with pytest.raises(ArgumentError, match="stop_token_ids: a token id must be >= 0, got -3"):
+        replace(params)
+
+
+def test_only_the_first_three_are_positional():
+    with pytest.raises(TypeError):
+        SamplingParams(1.0, 64, False, 2)
+
+
+@pytest.mark.parametrize("name", ["best_of", "logits_processors", "output_kind", "use_beam_search"])
+def test_unknown_parameters_are_named(name):
+    with pytest.raises(TypeError, match=name):
+        SamplingParams(**{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "kept"),
+    [
+        ("n", np.int32(3), 3),
+        ("n", 16384, 16384),
+        ("top_p", 1, 1.0),
+        ("top_p", np.float32(0.5), 0.5),
+        ("top_p", 1e-3, 1e-3),
+        ("top_k", -1, 0),
+        ("top_k", 0, 0),
+        ("top_k", np.int64(40), 40),
+        ("min_p", 1, 1.0),
+        ("seed", -1, None),
+        ("seed", None, None),
+        ("seed", 0, 0),
+        ("seed", -(2**63), -(2**63)),
+        ("seed", 2**64 - 1, 2**64 - 1),
+        ("stop", "\n\n", ["\n\n"]),
+        ("stop", ("a", "b"), ["a", "b"]),
+        ("stop", [], []),
+        ("stop", None, []),
+        ("stop_token_ids", (7,), [7]),
+        ("stop_token_ids", {7}, [7]),
+        ("stop_token_ids", np.array([7, 8]), [7, 8]),
+        ("stop_token_ids", [np.int32(7), 8], [7, 8]),
+        ("stop_token_ids", None, []),
+        ("min_tokens", 64, 64),
+        ("presence_penalty", 2, 2.0),
+        ("presence_penalty", -2, -2.0),
+        ("frequency_penalty", np.float64(0.25), 0.25),
+        ("repetition_penalty", 0.01, 0.01),
+        ("repetition_penalty", 5, 5.0),
+        ("logit_bias", {"42": 1, 7: -1}, {42: 1.0, 7: -1.0}),
+        (
+            "logit_bias",
+            {1: 1000, 2: -1000.5, np.int64(3): np.float32(0.5)},
+            {1: 100, 2: -100, 3: 0.5},
+        ),
+        ("logit_bias", {}, None),
+        ("logit_bias", None, None),
+        ("allowed_token_ids", range(2), [0, 1]),
+        ("bad_words", ["x y"], ["x y"]),
+        ("bad_words", None, []),
+        ("logprobs", 0, 0),
+        ("logprobs", -1, -1),
+        ("logprobs", np.int64(20), 20),
+        ("prompt_logprobs", 5, 5),
+        ("prompt_logprobs", -1, -1),
+        ("skip_reading_prefix_cache", False, False),
+    ],
+)
+def test_values_are_kept_as_plain_python(name, given, kept):
+    value = getattr(SamplingParams(**{name: given}), name)
+    assert value == kept
+    json.dumps(value)  # refuses what is not plain, such as numpy's numbers
+
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "wrong"),
+    [
+        ("n", "between 1 and 16384", [0, -1, 16385, 1.0, "2", True, None]),
+        ("top_p", "in (0, 1]", [0, -0.1, 1.001, NAN, INF, "0.9", True, None]),
+        ("top_k", ">= -1", [-2, 1.5, 20.0, "5", True, None]),
+        ("min_p", "in [0, 1]", [-0.01, 1.01, NAN, -INF, "0", False, None]),
+        ("seed", f"between {-(2**63)} and {2**64 - 1}", [2**64, -(2**63) - 1, 1.0, "1", True]),
+        ("min_tokens", ">= 0", [-1, 1.0, "1", True, None]),
+        ("presence_penalty", "in [-2, 2]", [2.01, -2.01, NAN, INF, "1", True, None]),
+        ("frequency_penalty", "in [-2, 2]", [2.01, -2.01, NAN, INF, "1", True, None]),
+        ("repetition_penalty", "finite and > 0", [0, -1, 1e-50, NAN, INF, 1e39, "1", True, None]),
+        ("logprobs", ">= -1", [-2, 1.0, "5", True, False]),
+        ("prompt_logprobs", ">= -1", [-2, 1.0, "5", True, False]),
+        ("include_stop_str_in_output", "True or False", [0, None, "yes"]),
+        ("detokenize", "True or False", [1, None]),
+        ("skip_special_tokens", "True or False", [1, None]),
+        ("spaces_between_special_tokens", "True or False", [1, None]),
+        ("skip_reading_prefix_cache", "True or False", [1, "no"]),
+        ("structured_outputs", "a StructuredOutputsParams", [{"choice": ["a"]}, "json", False]),
+    ],
+)
+def test_wrong_scalars_are_refused_with_value_and_limit(name, limit, wrong):
+    for value in wrong:
+        with pytest.raises(ArgumentError) as raised:
+            SamplingParams(**{name: value})
+        message = str(raised.value)
+        assert message.startswith(f"{name} must be ") and f"{limit}, got " in message
+        assert message.endswith(repr(value))
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("stop", "", "stop must hold strings that are not empty, got ''"),
+        ("stop", ["a", ""], "stop must hold strings that are not empty, got ''"),
+        ("stop", [1], "stop must hold strings that are not empty, got 1"),
+        ("stop", b"a", "stop must be a list of strings, got b'a'"),
+        ("stop", 5, "stop must be a list of strings, got 5"),
+        ("bad_words", [""], "bad_words must hold strings that are not empty, got ''"),
+        ("bad_words", 1.5, "bad_words must be a list of strings, got 1.5"),
+        ("stop_token_ids", [3, -1], "stop_token_ids: a token id must be >= 0, got -1"),
+        ("stop_token_ids", [1.0], "stop_token_ids: a token id must be an integer >= 0, got 1.0"),
+        ("stop_token_ids", [True], "stop_token_ids: a token id must be an integer >= 0, got True"),
+        ("stop_token_ids", 5, "stop_token_ids must be a list of token ids, got 5"),
+        ("stop_token_ids", "57", "stop_token_ids must be a list of token ids, got '57'"),
+        ("stop_token_ids", np.array(5), "stop_token_ids must be a list of token ids, got array(5)"),
+        (
+            "allowed_token_ids",
+            [],
+            "allowed_token_ids must hold at least one token id, got none; None allows all",
+        ),
+        ("allowed_token_ids", [-1], "allowed_token_ids: a token id must be >= 0, got -1"),
+        ("logit_bias", [1], "logit_bias must be a dict of token ids and biases, got [1]"),
+        ("logit_bias", {-1: 0.5}, "logit_bias: a token id must be >= 0, got -1"),
+        ("logit_bias", {"x": 0.5}, "logit_bias: a token id must be an integer >= 0, got 'x'"),
+        ("logit_bias", {"²": 0.5}, "logit_bias: a token id must be an integer >= 0, got '²'"),
+        ("logit_bias", {3: NAN}, "logit_bias[3] must be finite, got nan"),
+        ("logit_bias", {3: -INF}, "logit_bias[3] must be finite, got -inf"),
+        ("logit_bias", {3: "1"}, "logit_bias[3] must be finite, got '1'"),
+    ],
+)
+def test_wrong_lists_are_refused_with_the_item(name, wrong, message):
+    with pytest.raises(ArgumentError) as raised:
+        SamplingParams(**{name: wrong})
+    assert str(raised.value) == message
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"temperature": 0, "n": 2}, "n must be 1 if greedy (temperature 0), got 2"),
+        ({"max_tokens": 4, "min_tokens": 5}, "min_tokens must be <= max_tokens (4), got 5"),
+        (
+            {"stop": "x", "detokenize": False},
+            "stop needs detokenize=True, got stop=['x'] without",
+        ),
+    ],
+)
+def test_values_that_contradict_each_other_are_refused(values, message):
+    with pytest.raises(ArgumentError) as raised:
+        SamplingParams(**values)
+    assert str(raised.value) == message
+
+
+def test_values_that_only_seem_to_contradict_each_other():
+    SamplingParams(max_tokens=5, min_tokens=5)
+    SamplingParams(max_tokens=None, min_tokens=10**6)
+    SamplingParams(stop=[], detokenize=False)
+
+
+@pytest.mark.parametrize("temperature", [0, 9e-6])
+def test_greedy_resets_the_filters(temperature):
+    params = SamplingParams(temperature, top_p=0.5, top_k=20, min_p=0.5)
+    assert params == SamplingParams(temperature=0)
+    assert not params.is_sampled_apart
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"top_p": 0.99},
+        {"top_k": 1},
+        {"min_p": 0.01},
+        {"min_tokens": 1},
+        {"presence_penalty": -0.5},
+        {"frequency_penalty": 0.5},
+        {"repetition_penalty": 0.9},
+        {"logit_bias": {0: 0.0}},
+        {"allowed_token_ids": [0]},
+        {"bad_words": ["x"]},
+        {"logprobs": 0},
+        {"structured_outputs": CHOICE},
+    ],
+)
+def test_what_is_sampled_apart(values):
+    assert SamplingParams(**values).is_sampled_apart is True
+    if not {"top_p", "top_k", "min_p"} & values.keys():
+        assert SamplingParams(temperature=0, **values).is_sampled_apart is True
+
+
+def test_what_is_not_sampled_apart():
+    params = SamplingParams(
+        0.6,
+        None,
+        True,
+        n=4,
+        top_p=1,
+        top_k=-1,
+        seed=5,
+        stop="x",
+        stop_token_ids=[5],
+        prompt_logprobs=3,
+        logit_bias={},
+        skip_special_tokens=True,
+        skip_reading_prefix_cache=True,
+    )
+    assert params.is_sampled_apart is False
+
+
+class Schema:
+    @classmethod
+    def model_json_schema(cls) -> dict:
+        return {"type": "object"}
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"json": {"type": "object", "title": "é"}}, '{"type": "object", "title": "é"}'),
+        ({"json": '{"type":"integer"}'}, '{"type":"integer"}'),
+        ({"json": Schema}, '{"type": "object"}'),
+        ({"regex": "[ab]+"}, "[ab]+"),
+        ({"choice": ["yes", "no"]}, ("yes", "no")),
+        ({"grammar": 'root ::= "a"'}, 'root ::= "a"'),
+        ({"json_object": True}, True),
+        ({"json_object": False, "regex": "a"}, "a"),
+    ],
+)
+def test_structured_outputs_are_kept_immutable(given, kept):
+    params = StructuredOutputsParams(**given)
+    assert kept in vars(params).values()
+    twin = pickle.loads(pickle.dumps(params))
+    assert twin == params and hash(twin) == hash(params)
+    assert copy.deepcopy(params) == replace(params) == params
+    with pytest.raises(AttributeError):
+        params.regex = "x"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "need exactly one of json, .*, got none"),
+        ({"json_object": False}, "got none"),
+        ({"regex": "a", "json_object": True}, "got regex and json_object"),
+        ({"json": {}, "choice": ["a"]}, "got json and choice"),
+        ({"structural_tag": "{}"}, "structural_tag is an option of vLLM that nanovllm does not"),
+        ({"json": "{"}, "json is not a valid JSON schema: .*, got '{'"),
+        ({"json": {"a": object}}, "json is not a valid JSON schema"),
+        ({"json": "[1]"}, r"json must hold a JSON object or a boolean, got '\[1\]'"),
+        ({"json": 5}, "json must be a JSON schema: .*, got 5"),
+        ({"json": int}, "json must be a JSON schema: .*, got <class 'int'>"),
+        ({"regex": ""}, "regex must be a string that is not empty, got ''"),
+        ({"grammar": 1}, "grammar must be a string that is not empty, got 1"),
+        ({"choice": []}, "choice must hold at least one string, got none"),
+        ({"choice": ["a", ""]}, "choice must hold strings that are not empty, got ''"),
+        ({"choice": [1]}, "choice must hold strings that are not empty, got 1"),
+        ({"json_object": 1}, "json_object must be True or False, got 1"),
+    ],
+)
+def test_wrong_structured_outputs_are_refused(given, message):
+    with pytest.raises(ArgumentError, match=message):
+        StructuredOutputsParams(**given)

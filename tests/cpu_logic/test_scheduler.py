@@ -729,3 +729,82 @@ def test_decode_steps_keep_the_token_budget_too():
     seqs = add_prompts(scheduler, [1] * 10, max_tokens=3)
     assert all(abs(num_tokens) <= 4 for num_tokens in drain(scheduler))
     assert all(seq.num_completion_tokens == 3 for seq in seqs)
+
+
+# ---- stops and priorities ------------------------------------------------------------------------
+
+
+def run(scheduler: Scheduler, seq: Sequence, tokens: list[int]) -> Sequence:
+    """Sample `tokens` for `seq`, one a step, until it ends."""
+    scheduler.add(seq)
+    for token in tokens:
+        if seq.is_finished:
+            break
+        step(scheduler, token)
+    return seq
+
+
+@pytest.mark.parametrize(
+    ("params", "tokens", "completion", "reasons"),
+    [
+        ({}, [10, EOS, 11], [10, EOS], ("stop", None)),
+        ({"ignore_eos": True}, [10, EOS, 11, 12], [10, EOS, 11, 12], ("length", None)),
+        ({"stop_token_ids": [42, 43]}, [10, 42, 11], [10, 42], ("stop", 42)),
+        ({"stop_token_ids": [43, 42]}, [42, 43], [42], ("stop", 42)),
+        ({"stop_token_ids": [EOS]}, [EOS], [EOS], ("stop", None)),
+        ({"stop_token_ids": [EOS], "ignore_eos": True}, [EOS], [EOS], ("stop", EOS)),
+        ({"max_tokens": 2}, [10, 11, 12], [10, 11], ("length", None)),
+        ({"min_tokens": 4}, [10, 11, EOS, 12], [10, 11, EOS, 12], ("length", None)),
+        ({"min_tokens": 3}, [10, 11, EOS, 12], [10, 11, EOS], ("stop", None)),
+        ({"min_tokens": 3, "stop_token_ids": [42]}, [42, 42, 42, 42], [42, 42, 42], ("stop", 42)),
+    ],
+)
+def test_stops(params, tokens, completion, reasons):
+    """Cases 28 and 29."""
+    scheduler = make_scheduler()
+    seq = Sequence([1, 2, 3], SamplingParams(**({"max_tokens": 4} | params)))
+    run(scheduler, seq, tokens)
+    assert seq.completion_token_ids == completion
+    assert (seq.finish_reason, seq.stop_reason) == reasons
+
+
+def make_priority_seqs(*priorities: int, length: int = 10) -> list[Sequence]:
+    params = SamplingParams(temperature=0.0, max_tokens=40)
+    return [
+        Sequence([i] * length, params, seq_id=i, priority=priority)
+        for i, priority in enumerate(priorities)
+    ]
+
+
+def test_the_lower_priority_number_is_admitted_first_then_the_older():
+    scheduler = make_scheduler(scheduling_policy="priority", max_num_seqs=2)
+    seqs = make_priority_seqs(5, 1, 5, 1, -3)
+    for seq in seqs:
+        scheduler.add(seq)
+    assert list(scheduler.waiting) == [seqs[i] for i in (4, 1, 3, 0, 2)]
+    assert scheduler.schedule() == ([seqs[4], seqs[1]], True)
+
+
+def test_priorities_change_nothing_under_fcfs():
+    scheduler = make_scheduler()
+    seqs = make_priority_seqs(5, 1, 3)
+    for seq in seqs:
+        scheduler.add(seq)
+    assert list(scheduler.waiting) == seqs
+
+
+def test_the_highest_priority_number_is_preempted_and_waits_behind_the_lower():
+    scheduler = make_scheduler(scheduling_policy="priority", num_kvcache_blocks=10)
+    seqs = make_priority_seqs(1, 9, 2, length=48)
+    for seq in seqs:
+        scheduler.add(seq)
+    step(scheduler)
+    late = make_priority_seqs(4)[0]
+    late.seq_id = 3
+    scheduler.add(late)
+    while scheduler.num_preemptions == 0:
+        step(scheduler)
+    assert seqs[1] not in scheduler.running
+    assert list(scheduler.waiting)[-1] is seqs[1]
+    drain(scheduler)
+    assert {seq.finish_reason for seq in (*seqs, late)} == {"length"}

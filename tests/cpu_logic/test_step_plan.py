@@ -18,7 +18,17 @@ from nanovllm.kernels import row_state
 from nanovllm.sampling_params import SamplingParams
 
 ROW_WIDTH = row_state.BLOCK_TABLE + 8
-FIELDS = ("rows", "updates", "token_ids", "starts", "lengths", "shared", "samples")
+FIELDS = (
+    "rows",
+    "updates",
+    "token_ids",
+    "apart",
+    "starts",
+    "lengths",
+    "shared",
+    "samples",
+    "prompt_logits",
+)
 
 int32s = st.integers(-(2**31), 2**31 - 1)
 
@@ -38,7 +48,8 @@ def plans(draw) -> StepPlan:
         array(num_seqs),
         array(num_updates, 2),
         array(num_tokens),
-        *(array(per_seq) for _ in range(4)),
+        array(draw(st.integers(0, num_seqs))),
+        *(array(per_seq) for _ in range(5)),
         num_common_blocks=0 if is_prefill else draw(st.integers(0, 9)),
     )
 

@@ -453,7 +453,7 @@ def test_a_tokenizer_that_fails_on_the_results(tiny_dir, reference, monkeypatch)
     with tiny_engine(tiny_dir) as llm:
         with monkeypatch.context() as patch:
 
-            def decode(ids):
+            def decode(ids, **options):
                 raise InjectedError
 
             patch.setattr(llm.tokenizer, "decode", decode)

@@ -117,7 +117,7 @@ def test_logits_are_as_close_to_the_truth_as_those_of_transformers(tiny_dir, dty
     with tiny_engine(tiny_dir, dtype=dtype) as llm:
         assert llm.model_runner.kv_cache.dtype is getattr(torch, dtype)
         llm.model_runner.model.lm_head.register_forward_hook(
-            lambda module, args, out: captured.append(out.float())
+            lambda module, args, out: captured.append(out.clone())  # the engine reuses it
         )
         tokens = [completion[0] for completion in generate(llm, prompts, greedy(1))]
     logits = torch.cat(captured)[:, :VOCAB_SIZE]
@@ -138,7 +138,7 @@ def test_logits_of_decode_steps_equal_those_of_one_long_prefill(tiny_dir):
     captured = []
     with tiny_engine(tiny_dir) as llm:
         llm.model_runner.model.lm_head.register_forward_hook(
-            lambda module, args, out: captured.append(out.float())
+            lambda module, args, out: captured.append(out.clone())  # the engine reuses it
         )
         completion = generate(llm, [prompt], greedy(MAX_TOKENS))[0]
     with torch.inference_mode():

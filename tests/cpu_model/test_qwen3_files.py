@@ -118,7 +118,7 @@ def test_configs_of_larger_models(tmp_path, name):
         assert len(generate(llm, ["Hello"], greedy(4))[0]) == 4
 
 
-@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen3-30b-a3b"])
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b"])
 def test_configs_of_other_families_are_refused_by_name(tmp_path, name):
     path = SHARED / "configs" / name / "config.json"
     if not path.is_file():

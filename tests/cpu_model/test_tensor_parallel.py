@@ -100,6 +100,43 @@ def test_preemption_and_chunks_on_two_ranks(two_ranks_short_of_blocks, prompts, 
     assert llm.scheduler.num_preemptions > 0
 
 
+def test_requests_sampled_apart_on_two_ranks(
+    model_dir, two_ranks, two_ranks_short_of_blocks, prompts
+):
+    """Sampling on rank 0 alone draws the tokens of one rank, with chunks and preemption too."""
+    settings = [
+        {"top_k": 20, "logprobs": 2},
+        {"top_p": 0.8, "prompt_logprobs": 1},
+        {"repetition_penalty": 1.3, "n": 2},
+        {"min_tokens": MAX_TOKENS, "ignore_eos": False},
+    ]
+    params = [
+        SamplingParams(
+            **({"temperature": 0.8, "max_tokens": MAX_TOKENS, "ignore_eos": True, "seed": i} | own)
+        )
+        for i, own in enumerate(settings)
+    ]
+    params = [params[i % len(params)] for i in range(len(prompts))]
+    with tiny_engine(model_dir) as llm:
+        expected = llm.generate(prompts, params, use_tqdm=False)
+    for engine in (two_ranks, two_ranks_short_of_blocks):
+        outputs = engine.generate(prompts, params, use_tqdm=False)
+        for output, truth in zip(outputs, expected, strict=True):
+            assert [c.token_ids for c in output.outputs] == [c.token_ids for c in truth.outputs]
+            if truth["logprobs"]:
+                assert output["cumulative_logprob"] == pytest.approx(
+                    truth["cumulative_logprob"], abs=1e-3
+                )
+            if truth.prompt_logprobs:
+                assert len(output.prompt_logprobs) == len(output.prompt_token_ids)
+                for ours, theirs in zip(
+                    output.prompt_logprobs[1:], truth.prompt_logprobs[1:], strict=True
+                ):
+                    own_id = next(iter(theirs))
+                    assert ours[own_id].logprob == pytest.approx(theirs[own_id].logprob, abs=1e-3)
+        check_nothing_is_held(engine)
+
+
 def test_two_engines_step_in_turn(two_ranks, two_ranks_short_of_blocks, prompts, reference):
     engines = two_ranks, two_ranks_short_of_blocks
     ids = [[llm.add_request(prompt, greedy(MAX_TOKENS)) for prompt in prompts] for llm in engines]

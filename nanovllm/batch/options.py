@@ -1,0 +1,179 @@
+"""The command line: the two files, and every parameter of `LLM` and of `SamplingParams` by name."""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from nanovllm.config import ALIASES, Config
+from nanovllm.errors import ArgumentError
+from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
+
+DESCRIPTION = """\
+Completes every line of INPUT, a JSON Lines file of requests, and appends a line of results to
+OUTPUT as each finishes. Run the same command again to resume."""
+EPILOG = """\
+exit status: 0 every line has a result; 1 some lines have an error record; 2 a wrong argument, and
+nothing was run; 3 the engine or a write failed; 130, 143 ended by SIGINT, SIGTERM. After 3, 130 and
+143 the results so far are kept, and the same command goes on."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says.
+
+    Attributes:
+        input_path, output_path: checked; the output need not exist.
+        engine: keywords of `LLM`, "model" among them.
+        defaults: sampling parameters of lines that do not set them.
+        return_token_ids: default of a line's "return_token_ids".
+        seed: with the line's number it keys the draws of a line without a seed.
+        shows_progress: draw a bar on stderr.
+    """
+
+    input_path: str
+    output_path: str
+    engine: dict[str, Any]
+    defaults: dict[str, Any]
+    return_token_ids: bool
+    seed: int
+    shows_progress: bool
+
+    @property
+    def model_name(self) -> str:
+        """The name of the model's directory."""
+        return os.path.basename(os.path.realpath(self.engine["model"]))
+
+    @property
+    def digest(self) -> str:
+        """8 hex digits that differ when the model's name, a default parameter or the seed does."""
+        values = [self.model_name, self.defaults, self.return_token_ids, self.seed]
+        text = json.dumps(values, sort_keys=True, default=repr)
+        return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> Options:
+    """The checked command line; `arguments` default to `sys.argv[1:]`.
+
+    Raises:
+        ArgumentError: a file or a default sampling parameter is wrong.
+        SystemExit: 2 for anything else, after a message on stderr.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m nanovllm.batch",
+        usage="%(prog)s INPUT OUTPUT --model DIR [options]",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        allow_abbrev=False,
+    )
+    parser.add_argument("input", metavar="INPUT", help="JSON Lines file of requests")
+    parser.add_argument("output", metavar="OUTPUT", help="JSON Lines file to append results to")
+    parser.add_argument("--model", required=True, metavar="DIR", help="model directory")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="a line without a seed gets one from this and its number",
+    )
+    parser.add_argument("--no-progress", action="store_true", help="draw no bar on stderr")
+    engine = parser.add_argument_group("parameters of LLM")
+    engine_fields = {f.name: f.type for f in fields(Config) if f.init and f.name != "model"}
+    engine_names = _add_options(engine, engine_fields)
+    sampling = parser.add_argument_group("sampling parameters of lines that do not set them")
+    sampling.add_argument("--return-token-ids", action="store_true", help="add them to the choices")
+    sampling_names = _add_options(sampling, {f.name: f.type for f in fields(SamplingParams)})
+
+    given = vars(parser.parse_args(arguments))
+    defaults = {name: given[name] for name in sampling_names if name in given}
+    if isinstance(defaults.get("structured_outputs"), dict):
+        defaults["structured_outputs"] = structured_outputs(defaults["structured_outputs"])
+    SamplingParams(**defaults)
+    _check_paths(given["input"], given["output"])
+    engine_given = {name: given[name] for name in engine_names if name in given}
+    return Options(
+        input_path=given["input"],
+        output_path=given["output"],
+        engine={"model": given["model"], "seed": given["seed"]} | engine_given,
+        defaults=defaults,
+        return_token_ids=given["return_token_ids"],
+        seed=given["seed"],
+        shows_progress=not given["no_progress"],
+    )
+
+
+def structured_outputs(values: dict[str, Any]) -> StructuredOutputsParams:
+    """A JSON object's `StructuredOutputsParams`; ArgumentError for an unknown key."""
+    known = [f.name for f in fields(StructuredOutputsParams)]
+    for name in values:
+        if name not in known:
+            raise ArgumentError(f"structured_outputs has no {name!r}; it has {', '.join(known)}")
+    return StructuredOutputsParams(**values)
+
+
+def _add_options(group: Any, types: dict[str, Any]) -> list[str]:
+    """An option for each parameter but "seed", of its type; only what is given is in the result."""
+    names = [name for name in types if name != "seed"]
+    for name in names:
+        annotation = types[name]
+        text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+        settings: dict[str, Any] = {"default": argparse.SUPPRESS}
+        words = re.findall(r"\w+", text)
+        if text.startswith("bool"):
+            settings["action"] = argparse.BooleanOptionalAction
+        elif "dict" in words or "StructuredOutputsParams" in words:
+            settings |= {"type": _json_object, "metavar": "JSON"}
+        else:
+            kind = next((kind for kind in (float, int) if kind.__name__ in words), str)
+            settings |= {
+                "type": _or_none(kind),
+                "metavar": {float: "X", int: "N", str: "TEXT"}[kind],
+            }
+            if "list" in words:
+                settings |= {"type": kind, "action": "append", "help": "may be given several times"}
+        flags = [name, *(alias for alias, target in ALIASES.items() if target == name)]
+        group.add_argument(
+            *(f"--{flag.replace('_', '-')}" for flag in flags), dest=name, **settings
+        )
+    return names
+
+
+def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The type of an option; a number may be "none", which a parameter takes if it can."""
+    if kind is str:
+        return str
+
+    def number(text: str) -> Any:  # argparse names the function in its message
+        return None if text.lower() == "none" else kind(text)
+
+    return number
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
+def _check_paths(source: str, target: str) -> None:
+    if "-" in (source, target):
+        raise ArgumentError("input and output must be files, not '-': a pipe cannot be resumed")
+    if not os.path.isfile(source):
+        raise ArgumentError(f"input {source!r} is not an existing file")
+    if not os.access(source, os.R_OK):
+        raise ArgumentError(f"input {source!r} cannot be read")
+    folder = os.path.dirname(os.path.abspath(target))
+    if not os.path.isdir(folder):
+        raise ArgumentError(f"the folder of the output does not exist: {folder!r}")
+    if os.path.exists(target):
+        if os.path.samefile(source, target):
+            raise ArgumentError(f"input and output are the same file: {source!r}")
+        if not os.path.isfile(target):
+            raise ArgumentError(f"output {target!r} is not a regular file")

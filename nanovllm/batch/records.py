@@ -1,0 +1,153 @@
+"""The lines of the output: a result in the shape of OpenAI's batch results, or an error."""
+
+import itertools
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
+from nanovllm.sampling_params import SamplingParams
+
+Rows = list[tuple[int, dict[int, Logprob]]]  # each sampled token with the entries of its position
+MIN_LOGPROB = -9999.0  # in place of -inf, which JSON does not have
+
+
+@dataclass
+class LineInfo:
+    """What the record of a line has of the line itself.
+
+    Attributes:
+        record_id: the record's id; those of completions are made of its last part.
+        line: number of the input line, from 1.
+        custom_id: None if the line has no usable one.
+        params: the request's.
+        is_chat: choices have a message instead of a text.
+        return_token_ids: choices have token_ids, and the body prompt_token_ids.
+    """
+
+    record_id: str
+    line: int
+    custom_id: str | None = None
+    params: SamplingParams = field(default_factory=SamplingParams)
+    is_chat: bool = False
+    return_token_ids: bool = False
+
+
+def result_record(info: LineInfo, output: RequestOutput, model: str) -> dict[str, Any]:
+    """The record of a completed line; `model` is the name in its body."""
+    suffix = info.record_id.rpartition("_")[2]
+    num_prompt = len(output.prompt_token_ids)
+    num_completion = sum(len(completion.token_ids) for completion in output.outputs)
+    body: dict[str, Any] = {
+        "id": f"{'chatcmpl' if info.is_chat else 'cmpl'}-{suffix}",
+        "object": "chat.completion" if info.is_chat else "text_completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": [_choice(info, completion) for completion in output.outputs],
+        "usage": {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_completion,
+            "total_tokens": num_prompt + num_completion,
+        },
+    }
+    if info.return_token_ids:
+        body["prompt_token_ids"] = output.prompt_token_ids
+    if output.prompt_logprobs is not None:
+        body["prompt_logprobs"] = [_candidates(items) for items in output.prompt_logprobs]
+    response = {"status_code": 200, "request_id": suffix, "body": body}
+    return _record(info, response=response, error=None)
+
+
+def error_record(info: LineInfo, code: str, message: str) -> dict[str, Any]:
+    """The record of a line that cannot be run."""
+    return _record(info, response=None, error={"code": code, "message": message})
+
+
+def _record(info: LineInfo, **rest: Any) -> dict[str, Any]:
+    return {"id": info.record_id, "line": info.line, "custom_id": info.custom_id, **rest}
+
+
+def encode(record: dict[str, Any]) -> bytes:
+    """The record as one line of UTF-8; what UTF-8 cannot hold, lone surrogates, is escaped."""
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _choice(info: LineInfo, completion: CompletionOutput) -> dict[str, Any]:
+    choice: dict[str, Any] = {"index": completion.index}
+    if info.is_chat:
+        choice["message"] = {"role": "assistant", "content": completion.text}
+    else:
+        choice["text"] = completion.text
+    choice["logprobs"] = None
+    if completion.logprobs is not None:
+        rows = list(zip(completion.token_ids, completion.logprobs, strict=True))
+        in_shape = _chat_logprobs if info.is_chat else _text_logprobs
+        choice["logprobs"] = in_shape(rows, info.params.logprobs)
+    choice["finish_reason"] = completion.finish_reason
+    choice["stop_reason"] = completion.stop_reason
+    if info.return_token_ids:
+        choice["token_ids"] = completion.token_ids
+    return choice
+
+
+def _chat_logprobs(rows: Rows, num_top: int | None) -> dict[str, Any]:
+    content = []
+    for token_id, items in rows:
+        ranked = sorted(items.items(), key=lambda item: -item[1].logprob)
+        entry = _chat_token(token_id, items[token_id])
+        top = ranked if num_top == -1 else ranked[:num_top]
+        entry["top_logprobs"] = [_chat_token(key, value) for key, value in top]
+        content.append(entry)
+    return {"content": content}
+
+
+def _chat_token(token_id: int, logprob: Logprob) -> dict[str, Any]:
+    token = _token_text(token_id, logprob)
+    # A token may hold part of a character: its bytes are not those of the decoded text then.
+    whole = "\ufffd" not in token
+    return {
+        "token": token,
+        "logprob": _finite(logprob.logprob),
+        "bytes": list(token.encode("utf-8", "surrogatepass")) if whole else None,
+    }
+
+
+def _text_logprobs(rows: Rows, num_top: int | None) -> dict[str, Any]:
+    tokens = [_token_text(token_id, items[token_id]) for token_id, items in rows]
+    offsets = [0, *itertools.accumulate(map(len, tokens))][: len(tokens)]
+    return {
+        "tokens": tokens,
+        "token_logprobs": [_finite(items[token_id].logprob) for token_id, items in rows],
+        "top_logprobs": None
+        if num_top == 0
+        else [
+            {_token_text(key, value): _finite(value.logprob) for key, value in items.items()}
+            for _, items in rows
+        ],
+        "text_offset": offsets,
+    }
+
+
+def _candidates(items: dict[int, Logprob] | None) -> dict[str, Any] | None:
+    """One prompt position, as in `prompt_logprobs`; None for the first."""
+    if items is None:
+        return None
+    return {
+        str(token_id): {
+            "logprob": _finite(value.logprob),
+            "rank": value.rank,
+            "decoded_token": value.decoded_token,
+        }
+        for token_id, value in items.items()
+    }
+
+
+def _token_text(token_id: int, logprob: Logprob) -> str:
+    text = logprob.decoded_token
+    return f"token_id:{token_id}" if text is None else text
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, MIN_LOGPROB)

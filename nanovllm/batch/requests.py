@@ -1,0 +1,200 @@
+"""One line of the input: what it asks for, in OpenAI's form or the short one.
+
+{"custom_id": ..., "method": "POST", "url": "/v1/chat/completions", "body": {"messages": ...}}
+{"custom_id": ..., "prompt": ..., "temperature": 0.5} or with "sampling_params": {...}
+"""
+
+import difflib
+import hashlib
+import json
+from dataclasses import dataclass, fields
+from typing import Any
+
+from nanovllm.batch.options import structured_outputs
+from nanovllm.errors import ArgumentError, check_bool, check_integer
+from nanovllm.sampling_params import SamplingParams
+
+KIND_OF_URL = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}
+CHAT_OPTIONS = (
+    *("tools", "chat_template_kwargs", "chat_template_content_format"),
+    *("add_generation_prompt", "continue_final_message"),
+)
+SAMPLING_NAMES = tuple(f.name for f in fields(SamplingParams))
+OPENAI_NAMES = ("max_completion_tokens", "response_format", "top_logprobs")
+WITHOUT_EFFECT = ("model", "user", "metadata")  # in every OpenAI request, and no concern of ours
+ONLY_FALSE = ("stream", "echo")
+
+
+class LineError(ArgumentError):
+    """A line that cannot be run; `code` goes to the error record."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass
+class LineRequest:
+    """What a line asks for; one of `prompt` and `messages` is None."""
+
+    prompt: Any
+    messages: Any
+    chat_options: dict[str, Any]
+    params: SamplingParams
+    return_token_ids: bool
+
+
+def parse_line(line: bytes) -> dict[str, Any]:
+    """The JSON object that the line holds."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise LineError("invalid_json", f"the line is not valid JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise LineError("invalid_json", f"the line must be a JSON object, got {_short(record)}")
+    return record
+
+
+def custom_id_of(record: dict[str, Any]) -> str:
+    """The line's custom_id."""
+    custom_id = record.get("custom_id")
+    if not isinstance(custom_id, str) or not custom_id:
+        raise ArgumentError(f"custom_id must be a string, not empty, got {_short(custom_id)}")
+    return custom_id
+
+
+def as_request(
+    record: dict[str, Any], defaults: dict[str, Any], return_token_ids: bool, seed: int
+) -> LineRequest:
+    """The request of a parsed line.
+
+    A parameter that is null is as if it were not given, but for `max_tokens`.
+
+    Args:
+        defaults: sampling parameters that the line does not set.
+        return_token_ids: default of the line's own.
+        seed: of a request without one.
+
+    Raises:
+        ArgumentError: an unknown key, or a wrong value, by name.
+    """
+    body = _body_of(record)
+    sampling = _sampling_values(body)
+    if sampling.get("seed", -1) == -1:  # None and -1 are vLLM's "no seed"
+        sampling["seed"] = seed
+    own_return = body.get("return_token_ids")
+    return LineRequest(
+        prompt=body.get("prompt"),
+        messages=body.get("messages"),
+        chat_options={name: body[name] for name in CHAT_OPTIONS if body.get(name) is not None},
+        params=SamplingParams(**(defaults | sampling)),
+        return_token_ids=return_token_ids
+        if own_return is None
+        else check_bool("return_token_ids", own_return),
+    )
+
+
+def seed_of_line(seed: int, number: int) -> int:
+    """62 bits for line `number` of a run with `seed`, whatever order the lines run in."""
+    digest = hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2
+
+
+def _body_of(record: dict[str, Any]) -> dict[str, Any]:
+    """Prompt or messages, and the parameters, in one dict whose keys are all known."""
+    url = record.get("url")
+    if "body" in record:
+        _check_names(record, ("custom_id", "method", "url", "body"))
+        body = record["body"]
+        if not isinstance(body, dict):
+            raise ArgumentError(f"body must be an object, got {_short(body)}")
+        if record.get("method", "POST") != "POST":
+            raise ArgumentError(f"method must be 'POST', got {_short(record['method'])}")
+        if url is not None and url not in tuple(KIND_OF_URL):
+            raise ArgumentError(f"url must be one of {', '.join(KIND_OF_URL)}, got {_short(url)}")
+    else:
+        body = {name: value for name, value in record.items() if name != "custom_id"}
+        nested = body.pop("sampling_params", None)
+        nested = {} if nested is None else nested
+        if not isinstance(nested, dict):
+            raise ArgumentError(f"sampling_params must be an object, got {_short(nested)}")
+        _check_names(nested, SAMPLING_NAMES)
+        twice = sorted(nested.keys() & body.keys())
+        if twice:
+            raise ArgumentError(f"{twice[0]} is given twice, beside and in sampling_params")
+        body |= nested
+    kinds = [name for name in ("prompt", "messages") if body.get(name) is not None]
+    if len(kinds) != 1:
+        raise ArgumentError(
+            f"a line needs one of 'prompt' and 'messages', got {' and '.join(kinds) or 'neither'}"
+        )
+    [kind] = kinds
+    if url is not None and kind != KIND_OF_URL[url]:
+        raise ArgumentError(f"{url} needs {KIND_OF_URL[url]!r}, got {kind!r}")
+    named = ("prompt", "return_token_ids", *SAMPLING_NAMES, *OPENAI_NAMES, *WITHOUT_EFFECT)
+    chat_names = ("messages", *CHAT_OPTIONS) if kind == "messages" else ()
+    _check_names(body, (*named, *ONLY_FALSE, *chat_names))
+    for name in ONLY_FALSE:
+        if body.get(name):
+            raise ArgumentError(f"{name} is not available, got {_short(body[name])}")
+    return body
+
+
+def _sampling_values(body: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of SamplingParams that a body sets, OpenAI's own names translated."""
+    values = {
+        name: body[name]
+        for name in SAMPLING_NAMES
+        if name in body and (body[name] is not None or name == "max_tokens")
+    }
+    limit = body.get("max_completion_tokens")
+    if limit is not None:
+        if values.get("max_tokens", limit) not in (limit, None):
+            raise ArgumentError("max_tokens and max_completion_tokens are both given and differ")
+        values["max_tokens"] = limit
+    num_top = body.get("top_logprobs")
+    if isinstance(values.get("logprobs"), bool):
+        if values["logprobs"]:
+            values["logprobs"] = 0 if num_top is None else check_integer("top_logprobs", num_top, 0)
+            num_top = None
+        else:
+            values["logprobs"] = None
+    if num_top is not None:
+        raise ArgumentError(f"top_logprobs needs logprobs=true, got {_short(num_top)} without")
+    if isinstance(values.get("structured_outputs"), dict):
+        values["structured_outputs"] = structured_outputs(values["structured_outputs"])
+    constraint = _constraint_of(body.get("response_format"))
+    if constraint:
+        if "structured_outputs" in values:
+            raise ArgumentError("response_format and structured_outputs are both given")
+        values["structured_outputs"] = structured_outputs(constraint)
+    return values
+
+
+def _constraint_of(response_format: Any) -> dict[str, Any] | None:
+    """OpenAI's response_format as arguments of StructuredOutputsParams; None: any text."""
+    kind = response_format.get("type") if isinstance(response_format, dict) else response_format
+    if kind is None or kind == "text":
+        return None
+    if kind == "json_object" and isinstance(response_format, dict):
+        return {"json_object": True}
+    if kind == "json_schema" and isinstance(response_format, dict):
+        wrapper = response_format.get("json_schema")
+        if isinstance(wrapper, dict) and isinstance(wrapper.get("schema"), dict):
+            return {"json": wrapper["schema"]}
+    raise ArgumentError(
+        "response_format must be an object of type text, json_object or json_schema (with "
+        f"json_schema.schema), got {_short(response_format)}"
+    )
+
+
+def _check_names(values: dict[str, Any], known: tuple[str, ...]) -> None:
+    for name, value in values.items():
+        if name not in known and value is not None:
+            [nearest] = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.0)
+            raise ArgumentError(f"unknown parameter {_short(name)}; the nearest known: {nearest}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."

@@ -1,0 +1,238 @@
+"""The run: lines are read as the engine finishes others, results written as they come.
+
+At most 2 * max_num_seqs sequences are queued at a time. SIGINT and SIGTERM end the run after the
+step in which they arrive; a second one ends it at once.
+"""
+
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from nanovllm.batch.options import Options, parse_options
+from nanovllm.batch.records import LineInfo, error_record, result_record
+from nanovllm.batch.requests import (
+    SAMPLING_NAMES,
+    LineError,
+    LineRequest,
+    as_request,
+    custom_id_of,
+    parse_line,
+    seed_of_line,
+)
+from nanovllm.batch.result_file import DUPLICATE_CODE, ResultFile, read_lines
+from nanovllm.errors import ArgumentError, EngineDeadError
+
+ALL_COMPLETED, SOME_ERRORS, USAGE_ERROR, BROKEN_OFF = 0, 1, 2, 3
+RATE_SECONDS = 2.0  # over which the bar's rates are taken
+RESUME = "The results so far are kept: the same command goes on where this ended."
+
+
+def main(
+    arguments: Sequence[str] | None = None, make_engine: Callable[..., Any] | None = None
+) -> int:
+    """Run the command line; the exit status, as `options.EPILOG` lists them.
+
+    Args:
+        arguments: of the command line; default `sys.argv[1:]`.
+        make_engine: called in place of `LLM`, with its keywords.
+    """
+    try:
+        options = parse_options(arguments)
+        with ResultFile(options.output_path, options.digest) as results:
+            return _run(options, results, make_engine or _load)
+    except ArgumentError as error:
+        return _end(f"error: {error}", USAGE_ERROR)
+    except (EngineDeadError, OSError) as error:
+        return _end(f"broken off: {error}\n{RESUME}", BROKEN_OFF)
+    except KeyboardInterrupt:
+        return _end(f"ended at once. {RESUME}", 128 + signal.SIGINT)
+    except Exception:  # a night's results are kept, whatever happened
+        traceback.print_exc()
+        return _end(f"broken off. {RESUME}", BROKEN_OFF)
+
+
+def _run(options: Options, results: ResultFile, make_engine: Callable[..., Any]) -> int:
+    num_lines, last_line = results.count_lines(options.input_path)
+    if results.num_finished < num_lines:
+        with (
+            make_engine(**options.engine) as llm,
+            _StopSignals() as signals,
+            _Bar(options.shows_progress, num_lines, results.num_finished) as bar,
+        ):
+            _Run(llm, options, results, last_line, bar).work(signals)
+        num_left = num_lines - results.num_finished
+        if signals.received is not None and num_left:
+            text = f"ended by {signals.received.name}, {num_left} lines left. {RESUME}"
+            return _end(text, 128 + signals.received)
+        if num_left:
+            raise OSError(f"{options.input_path!r} has lost lines while it was read")
+    num_errors = results.num_errors
+    text = (
+        f"{num_lines} lines: {num_lines - num_errors} completed, {num_errors} with an error record"
+    )
+    return _end(text, SOME_ERRORS if num_errors else ALL_COMPLETED)
+
+
+def _load(**keywords: Any) -> Any:
+    from nanovllm import LLM  # after every other check: it loads torch
+
+    return LLM(**keywords)
+
+
+def _end(message: str, status: int) -> int:
+    print(f"nanovllm.batch: {message}", file=sys.stderr)
+    return status
+
+
+class _Run:
+    """The loop between the input, the engine and the output."""
+
+    def __init__(
+        self, llm: Any, options: Options, results: ResultFile, last_line: int, bar: "_Bar"
+    ) -> None:
+        self.llm = llm
+        self.options = options
+        self.results = results
+        self.last_line = last_line
+        self.bar = bar
+        # OpenAI's texts hold no special tokens; the library keeps them unless told otherwise.
+        model_defaults = llm.get_default_sampling_params()
+        values = {name: getattr(model_defaults, name) for name in SAMPLING_NAMES}
+        self.defaults = values | {"skip_special_tokens": True} | options.defaults
+        self.lines = read_lines(options.input_path)
+        self.pending: dict[int, LineInfo] = {}  # by the engine's id
+        self.num_queued = 0  # sequences
+
+    def work(self, signals: "_StopSignals") -> None:
+        """Until every line has a record, or a signal came."""
+        self._feed(signals)
+        while self.pending and signals.received is None:
+            self._step()
+            self.results.flush()
+            self._feed(signals)
+        self.results.flush()
+
+    def _feed(self, signals: "_StopSignals") -> None:
+        while self.num_queued < 2 * self.llm.config.max_num_seqs and signals.received is None:
+            number, line = next(self.lines, (self.last_line + 1, b""))
+            if number > self.last_line:
+                return
+            if number not in self.results.finished:
+                self._take(number, line)
+
+    def _take(self, number: int, line: bytes) -> None:
+        """Queue a line, or write its error record."""
+        info = LineInfo(self.results.record_id(number, line), number)
+        try:
+            record = parse_line(line)
+            custom_id = info.custom_id = custom_id_of(record)
+            if not self.results.custom_ids.add(custom_id):
+                raise LineError(DUPLICATE_CODE, f"an earlier line has custom_id {custom_id!r} too")
+            seed = seed_of_line(self.options.seed, number)
+            request = as_request(record, self.defaults, self.options.return_token_ids, seed)
+            request_id = self._queue(request)
+        except EngineDeadError:
+            raise
+        except LineError as error:
+            self._refuse(info, error.code, str(error))
+        except ArgumentError as error:
+            self._refuse(info, "invalid_request", str(error))
+        except Exception as error:  # one odd line must not end the run
+            self._refuse(info, "internal_error", repr(error))
+        else:
+            info.params = request.params
+            info.is_chat = request.messages is not None
+            info.return_token_ids = request.return_token_ids
+            self.pending[request_id] = info
+            self.num_queued += request.params.n
+
+    def _refuse(self, info: LineInfo, code: str, message: str) -> None:
+        self.results.append(error_record(info, code, message))
+        self.bar.count_line()
+
+    def _queue(self, request: LineRequest) -> int:
+        prompt = request.prompt
+        if request.messages is not None:
+            from nanovllm.entrypoints.chat import render_prompts  # after the engine: loads torch
+
+            prompts = render_prompts(self.llm, request.messages, **request.chat_options)
+            if len(prompts) != 1:
+                raise ArgumentError(f"messages must be one conversation, got {len(prompts)}")
+            [prompt] = prompts
+        return self.llm.add_request(prompt, request.params)
+
+    def _step(self) -> None:
+        finished, num_tokens = self.llm.step()
+        for request_id, _ in finished:
+            info = self.pending.pop(request_id)
+            self.num_queued -= info.params.n
+            output = self.llm.get_output(request_id)
+            self.results.append(result_record(info, output, self.options.model_name))
+            self.bar.count_line()
+        self.bar.count_tokens(num_tokens)
+
+
+class _StopSignals:
+    """Context in which the first SIGINT or SIGTERM is only noted, in `received`.
+
+    The second is a KeyboardInterrupt.
+    """
+
+    def __enter__(self) -> "_StopSignals":
+        self.received: signal.Signals | None = None
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self._previous = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+
+class _Bar:
+    """A tqdm bar on stderr of the lines that have a record, with the rates of the last seconds."""
+
+    def __init__(self, is_shown: bool, total: int, num_finished: int) -> None:
+        self.bar = tqdm(
+            total=total,
+            initial=num_finished,
+            desc="Batch",
+            unit="line",
+            dynamic_ncols=True,
+            smoothing=0,  # the time left by the mean of the whole run
+            mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file gets a line at a time
+            disable=not is_shown,
+        )
+        self.rates = {"Prefill": 0, "Decode": 0}  # tokens since `start`
+        self.start = time.monotonic()
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+    def count_line(self) -> None:
+        """One more line has a record."""
+        self.bar.update(1)
+
+    def count_tokens(self, num_tokens: int) -> None:
+        """Count a step by its number of tokens, as `LLM.step` returns it."""
+        self.rates["Prefill" if num_tokens > 0 else "Decode"] += abs(num_tokens)
+        seconds = time.monotonic() - self.start
+        if seconds > RATE_SECONDS:
+            postfix = {name: f"{int(n / seconds)}tok/s" for name, n in self.rates.items()}
+            self.bar.set_postfix(postfix, refresh=False)
+            self.rates = dict.fromkeys(self.rates, 0)
+            self.start = time.monotonic()

@@ -1,0 +1,163 @@
+"""Completions as they grow: one item for each completion that a step gave new tokens.
+
+What a stream has queued is driven by its iteration, by `step` and by other calls alike; its items
+are what is new since the last look.
+"""
+
+import weakref
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nanovllm.engine.detokenizer import OutputText
+from nanovllm.engine.progress import ProgressBar
+from nanovllm.engine.request import Request
+from nanovllm.engine.sequence import Sequence
+from nanovllm.outputs import RequestOutput
+from nanovllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from nanovllm.engine.llm_engine import LLMEngine
+
+
+@dataclass
+class StreamOutput:
+    """What one completion has got since its last item.
+
+    Args:
+        request_id: the request's number in its engine, as a string.
+        prompt_index: which of the call's prompts, from 0.
+        index: which of the request's `n` completions, from 0.
+        text: the new text. It may be empty although there are tokens: what is no whole character
+            yet, or may become a stop string, comes later. All pieces together are the final text.
+        token_ids: the new ids. All together are the final ones.
+        finish_reason: "stop", "length" or "abort" in the completion's last item, else None.
+        stop_reason: the stop string or stop token id that ended it.
+        finished: whether this is the request's last item.
+        output: the whole result, in the request's last item; else None.
+    """
+
+    request_id: str
+    prompt_index: int
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+    stop_reason: int | str | None
+    finished: bool
+    output: RequestOutput | None
+
+
+class Stream(Iterator[StreamOutput]):
+    """An iterator over the items of some requests, queued from the beginning.
+
+    Whatever ends it (its last item, an exception, `close`, the end of a `with` block, or that
+    nobody refers to it any more) ends those of its requests that are not finished.
+    """
+
+    def __init__(
+        self, llm: "LLMEngine", requests: list[Request], use_tqdm: bool | Callable[..., Any]
+    ) -> None:
+        # Neither of these refers to the stream: it is freed as soon as it is dropped.
+        own_ids: set[int] = set()
+        self._items = _items(llm, requests, own_ids, use_tqdm)
+        self._finalizer = weakref.finalize(self, llm._abandon, requests)
+        self._finalizer.atexit = False
+        try:
+            for request in requests:
+                llm._queue(request)
+                own_ids.add(request.request_id)
+            llm._generating.update(dict.fromkeys(own_ids, own_ids))
+        except BaseException:
+            self.close()
+            raise
+
+    def __next__(self) -> StreamOutput:
+        try:
+            return next(self._items)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the unfinished requests; there are no more items. May be called again."""
+        self._finalizer()
+        self._items.close()
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class _StreamedRequest:
+    """What of a request's completions has been given out."""
+
+    def __init__(self, request: Request, prompt_index: int) -> None:
+        self.request = request
+        self.prompt_index = prompt_index
+        self.open = list(request.sequences)  # those whose last item is still to come
+        self.num_taken = [0] * len(self.open)  # completion tokens given out
+
+    def items(self, tokenizer: Any) -> Iterator[StreamOutput]:
+        for seq in list(self.open):
+            start = seq.num_prompt_tokens + self.num_taken[seq.index]
+            token_ids = seq.token_ids[start:]
+            if token_ids or seq.is_finished:
+                self.num_taken[seq.index] += len(token_ids)
+                yield self._item(seq, token_ids, tokenizer)
+
+    def _item(self, seq: Sequence, token_ids: list[int], tokenizer: Any) -> StreamOutput:
+        if seq.is_finished:
+            self.open.remove(seq)
+            if seq.detokenizer is not None:
+                seq.detokenizer.final_text()
+        return StreamOutput(
+            str(self.request.request_id),
+            self.prompt_index,
+            seq.index,
+            "" if seq.detokenizer is None else seq.detokenizer.take_text(),
+            token_ids,
+            seq.finish_reason,
+            seq.stop_reason,
+            finished=not self.open,
+            output=None if self.open else self.request.output(tokenizer),
+        )
+
+
+def _items(
+    llm: "LLMEngine",
+    requests: list[Request],
+    own_ids: set[int],
+    use_tqdm: bool | Callable[..., Any],
+) -> Generator[StreamOutput, None, None]:
+    streamed = [_StreamedRequest(request, index) for index, request in enumerate(requests)]
+    with ProgressBar(use_tqdm, len(requests)) as bar:
+        while True:
+            for request in streamed:
+                yield from request.items(llm.tokenizer)
+            streamed = [request for request in streamed if request.open]
+            if not streamed:
+                return
+            num_left = len(own_ids)
+            num_tokens = llm._advance()
+            bar.update(num_left - len(own_ids), num_tokens, llm._step_seconds)
+
+
+def generate_stream(
+    llm: "LLMEngine",
+    prompts: Any,
+    sampling_params: SamplingParams | list[SamplingParams] | None = None,
+    *,
+    use_tqdm: bool | Callable[..., Any] = False,
+    priority: list[int] | None = None,
+    tokenization_kwargs: dict[str, Any] | None = None,
+) -> Stream:
+    """See `LLM.generate_stream`."""
+    requests = llm._new_requests(prompts, sampling_params, priority, tokenization_kwargs)
+    for request in requests:
+        if llm.tokenizer is not None and request.params.detokenize:
+            for seq in request.sequences:
+                seq.detokenizer = OutputText(llm.tokenizer, request.params)
+    return Stream(llm, requests, use_tqdm)

@@ -1,0 +1,76 @@
+"""New weights for a running engine, in place, as reinforcement learning wants them."""
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nanovllm.entrypoints.prefix_cache import reset_prefix_cache
+from nanovllm.entrypoints.rpc import collective_rpc
+from nanovllm.errors import ArgumentError
+from nanovllm.models.loader import expected_tensors, is_ignored, load_tensor, shortened
+
+if TYPE_CHECKING:
+    from nanovllm.engine.model_runner import ModelRunner
+    from nanovllm.llm import LLM
+
+
+def load_weights(llm: "LLM", weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+    """See `LLM.load_weights`."""
+    _check_weights_are_there(llm)
+    if isinstance(weights, Mapping):
+        weights = weights.items()
+    expected = expected_tensors(llm.model_runner.model)
+    shapes = {name: shard.full_shape for name, (_, shard) in expected.items()}
+    if isinstance(weights, Collection):  # else each is checked when its turn comes
+        for item in weights:
+            _check_item(item, shapes)
+    reset_prefix_cache(llm, reset_running_requests=True)
+    loaded = set()
+    for item in weights:
+        name, tensor = _check_item(item, shapes)
+        if name not in shapes:
+            continue
+        if llm.config.tensor_parallel_size > 1:
+            # A compact copy: the other ranks get the tensor's bytes, and not the storage's.
+            dtype = expected[name][0].dtype
+            tensor = tensor.detach().to("cpu", dtype, copy=True)
+        collective_rpc(llm, _load_on_rank, args=(name, tensor))
+        loaded.add(name)
+    return loaded
+
+
+def reload_weights(llm: "LLM") -> None:
+    """See `LLM.reload_weights`."""
+    _check_weights_are_there(llm)
+    reset_prefix_cache(llm, reset_running_requests=True)
+    collective_rpc(llm, "reload_weights")
+
+
+def _check_weights_are_there(llm: "LLM") -> None:
+    llm._check_ready()
+    if "weights" in llm._asleep:
+        raise RuntimeError("the weights sleep: call wake_up() or wake_up(['weights']) first")
+
+
+def _load_on_rank(runner: "ModelRunner", name: str, tensor: torch.Tensor) -> None:
+    load_tensor(runner.model, name, tensor)
+
+
+def _check_item(item: Any, shapes: dict[str, tuple[int, ...]]) -> tuple[str, torch.Tensor]:
+    if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[0], str):
+        raise ArgumentError(f"weights must be (name, tensor) pairs, got {type(item).__name__}")
+    name, tensor = item
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+        kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise ArgumentError(f"weight {name!r} must be a floating-point tensor, got {kind}")
+    if name not in shapes:
+        if is_ignored(name):
+            return name, tensor
+        raise ArgumentError(f"the model has no weight {name!r}; it has {shortened(sorted(shapes))}")
+    if tuple(tensor.shape) != shapes[name]:
+        raise ArgumentError(
+            f"weight {name!r} has shape {list(tensor.shape)}, the model asks for "
+            f"{list(shapes[name])}"
+        )
+    return name, tensor

@@ -1,0 +1,113 @@
+"""Reads a model's config.json, with the user's changes to it, and refuses what cannot run."""
+
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from nanovllm.errors import ArgumentError
+from nanovllm.models.registry import check_supported
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# Older and newer names of the same, of which transformers reads one and ignores the rest.
+ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
+
+
+def read_hf_config(model: str, overrides: Any = None) -> "PretrainedConfig":
+    """The configuration of a model directory.
+
+    Args:
+        model: path of the directory.
+        overrides: a dict, whose fields replace those of config.json before anything is checked or
+            derived (a dict in it changes only the entries that it has); or a callable that gets
+            the `PretrainedConfig` and returns it, or another.
+
+    Raises:
+        ArgumentError: no directory, no valid config.json, a model that is not supported, or
+            overrides of another type or with a field that the model's configuration does not have.
+    """
+    if not (overrides is None or callable(overrides) or isinstance(overrides, Mapping)):
+        raise ArgumentError(f"hf_overrides must be a dict or a callable, got {overrides!r}")
+    where, raw = _read_config_json(model)
+    fields = overrides if isinstance(overrides, Mapping) else {}
+    if fields:
+        where += " with hf_overrides"
+        _check_fields(fields, raw)
+        raw = _override(raw, fields)
+    check_supported(raw, where)
+    from transformers import AutoConfig, PretrainedConfig
+
+    try:
+        hf_config = AutoConfig.for_model(**raw) if fields else AutoConfig.from_pretrained(model)
+    except Exception as error:  # its validators raise many types
+        raise ArgumentError(f"{where} is refused by transformers: {error}") from error
+    if callable(overrides):
+        hf_config = overrides(hf_config)
+        if not isinstance(hf_config, PretrainedConfig):
+            raise ArgumentError(f"hf_overrides must return a PretrainedConfig, got {hf_config!r}")
+        hf_config.standardize_rope_params()  # it may have replaced them
+        check_supported(hf_config.to_dict(), f"{where} with hf_overrides")
+    return hf_config
+
+
+def _read_config_json(model: str) -> tuple[str, dict[str, Any]]:
+    """The path of the file and what it holds."""
+    if not os.path.isdir(model):
+        raise ArgumentError(
+            f"model must be an existing local directory, got {model!r} (nothing is downloaded, and "
+            "'~' is not expanded: use os.path.expanduser)"
+        )
+    path = os.path.join(model, "config.json")
+    if not os.path.isfile(path):
+        raise ArgumentError(f"model directory {model!r} holds no config.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            raw = json.load(file)
+    except ValueError as error:
+        raise ArgumentError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ArgumentError(f"{path} must hold a JSON object, got {raw!r}")
+    return path, raw
+
+
+def _check_fields(fields: Mapping[str, Any], raw: dict[str, Any]) -> None:
+    """ArgumentError for a field that is in neither config.json nor the family's configuration."""
+    from transformers import CONFIG_MAPPING
+
+    model_type = fields.get("model_type", raw.get("model_type"))
+    default = CONFIG_MAPPING[model_type]() if model_type in CONFIG_MAPPING else None
+    for name in fields:
+        if name in raw or name in (*ROPE_FIELDS, "torch_dtype") or hasattr(default, name):
+            continue
+        known = sorted({*raw, *(default.to_dict() if default else {})})
+        [nearest] = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
+        raise ArgumentError(
+            f"hf_overrides: the model's configuration has no field {name!r}; the nearest is "
+            f"{nearest!r}"
+        )
+
+
+def _override(raw: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with `fields` in it, as if they were written there."""
+    merged = dict(raw)
+    for name, value in fields.items():
+        old = raw.get(name)
+        if isinstance(old, dict) and isinstance(value, Mapping):
+            value = {**old, **value}
+        merged[name] = value
+    if not set(ROPE_FIELDS).isdisjoint(fields):
+        rope = {**_rope_parameters(raw), **_rope_parameters(fields)}
+        merged = {name: merged[name] for name in merged if name not in ROPE_FIELDS}
+        merged["rope_parameters"] = rope
+    if "num_hidden_layers" in fields and "layer_types" not in fields:
+        merged.pop("layer_types", None)  # one entry for each layer: derived anew
+    return merged
+
+
+def _rope_parameters(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What `fields` says of rotary embeddings, as the newest of ROPE_FIELDS holds it."""
+    rope = {name: fields[name] for name in ("rope_theta",) if name in fields}
+    return {**rope, **(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}

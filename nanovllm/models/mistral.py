@@ -1,0 +1,22 @@
+"""Mistral (Jiang et al. 2023, arXiv 2310.06825), within its sliding window: no biases.
+
+A sequence that is no longer than the window sees all of itself; `Config` refuses longer ones."""
+
+import torch
+from transformers import PretrainedConfig
+
+from nanovllm.layers.context import ModelContext
+from nanovllm.models.base import CausalLM
+from nanovllm.models.decoder import DecoderLayer, GatedMLP, SelfAttention
+
+
+class MistralForCausalLM(CausalLM):
+    """Mistral with its LM head."""
+
+    @staticmethod
+    def new_layer(
+        config: PretrainedConfig, cos_sin: torch.Tensor, context: ModelContext
+    ) -> DecoderLayer:
+        """See `CausalLM.new_layer`."""
+        attention = SelfAttention(config, cos_sin, context, qkv_bias=False, output_bias=False)
+        return DecoderLayer(config, context, attention, GatedMLP(config, context))

@@ -1,0 +1,147 @@
+"""What a request gives back.
+
+A `RequestOutput` is nano-vLLM's dict of "text" and "token_ids" and carries vLLM's attributes, so
+that scripts written for either read it.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(slots=True)
+class Logprob:
+    """The log probability of one token at one position.
+
+    Args:
+        logprob: natural logarithm of the probability under the model alone: before temperature,
+            penalties, masks and filters.
+        rank: 1 for the most probable token.
+        decoded_token: the token's own text; None without detokenization.
+    """
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+@dataclass
+class CompletionOutput:
+    """One completion of a request.
+
+    Args:
+        index: which of the request's `n` completions, from 0.
+        text: the decoded completion, cut at a stop string.
+        token_ids: all ids of the completion, never cut.
+        cumulative_logprob: sum of the sampled tokens' log probabilities; None unless `logprobs`.
+        logprobs: for each token a dict of token ids: the sampled one first, then the most probable.
+        finish_reason: "stop", "length" or "abort"; None while it runs.
+        stop_reason: the stop string or stop token id that ended it; None for EOS and all else.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def finished(self) -> bool:
+        """Whether it has ended, for whatever reason."""
+        return self.finish_reason is not None
+
+
+@dataclass
+class RequestMetrics:
+    """When things happened to a request: seconds since the epoch, None until they do.
+
+    Args:
+        arrival_time: it was queued.
+        first_token_time: the first token of a completion was on the host.
+        finished_time: the last completion ended.
+    """
+
+    arrival_time: float
+    first_token_time: float | None = None
+    finished_time: float | None = None
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds from arrival to the first token."""
+        return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+
+    @property
+    def latency(self) -> float | None:
+        """Seconds from arrival to the end."""
+        return None if self.finished_time is None else self.finished_time - self.arrival_time
+
+
+class RequestOutput(dict[str, Any]):
+    """The result of a request: a dict of exactly "text" and "token_ids", those of `outputs[0]`.
+
+    `output["finish_reason"]`, or any other attribute's name of this class or of `outputs[0]`, reads
+    as well (by `get` too), but is no item: `==`, `set`, `json.dumps` and `{**output}` see the two.
+
+    Args:
+        request_id: the request's number in its engine, as a string.
+        prompt: its text; None if token ids were given.
+        prompt_token_ids: its token ids.
+        prompt_logprobs: for each prompt token a dict as in `CompletionOutput.logprobs`, for the
+            first None; None unless asked for.
+        outputs: its completions by index, one at least.
+        finished: whether all of them have ended.
+        metrics: its times.
+        num_cached_tokens: prompt tokens that the prefix cache spared.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt: str | None,
+        prompt_token_ids: list[int],
+        prompt_logprobs: list[dict[int, Logprob] | None] | None,
+        outputs: list[CompletionOutput],
+        finished: bool,
+        metrics: RequestMetrics | None = None,
+        *,
+        num_cached_tokens: int | None = None,
+    ) -> None:
+        super().__init__(text=outputs[0].text, token_ids=outputs[0].token_ids)
+        self.request_id = request_id
+        self.prompt = prompt
+        self.prompt_token_ids = prompt_token_ids
+        self.prompt_logprobs = prompt_logprobs
+        self.outputs = outputs
+        self.finished = finished
+        self.metrics = metrics
+        self.num_cached_tokens = num_cached_tokens
+
+    def __missing__(self, key: str) -> Any:
+        for attributes in (vars(self), vars(self.outputs[0])):
+            if key in attributes:
+                return attributes[key]
+        raise KeyError(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """`self[key]`, attributes included; `default` if there is neither."""
+        try:
+            return self[key]
+        except KeyError:
+            return default
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as new plain dicts, lists, strings and numbers, which JSON can hold."""
+        return _as_plain({**self, **vars(self)})
+
+    def __repr__(self) -> str:
+        attributes = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"RequestOutput({attributes})"
+
+
+def _as_plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _as_plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_as_plain(item) for item in value]
+    is_record = isinstance(value, (CompletionOutput, Logprob, RequestMetrics))
+    return asdict(value) if is_record else value

@@ -1,0 +1,1 @@
+"""Sampling of requests that go beyond a temperature."""

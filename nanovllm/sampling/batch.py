@@ -1,0 +1,164 @@
+"""What the device needs to know of the sequences that are sampled together.
+
+Built on the host and uploaded when the batch changes, then used step after step.
+"""
+
+from collections.abc import Sequence as Items
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from nanovllm.sampling.history import TokenHistory
+from nanovllm.sampling.penalties import Penalties, has_penalties
+from nanovllm.sampling.token_masks import AllowedTokens, ForbiddenTokens, LogitBias
+from nanovllm.sampling.token_rules import TokenRules
+from nanovllm.sampling.uploads import upload
+
+if TYPE_CHECKING:
+    from nanovllm.engine.sequence import Sequence
+
+ALIGNMENT = 64  # of the width of logits that are edited
+SAMPLED_ELSEWHERE = -1.0  # the temperature of a row that `Ops.sample` skips
+
+
+def needs_history(seq: "Sequence", rules: TokenRules | None) -> bool:
+    """Whether sampling `seq` depends on the tokens before."""
+    return has_penalties(seq.sampling_params) or (rules is not None and rules.needs_history)
+
+
+class RaceInputs:
+    """What the filters and the race read of E sequences.
+
+    is_elsewhere: which of them are to be skipped.
+    """
+
+    def __init__(
+        self, seqs: "list[Sequence]", is_elsewhere: Items[bool], device: torch.device
+    ) -> None:
+        params = [seq.sampling_params for seq in seqs]
+        temperatures = [p.temperature for p in params]
+        self.has_filters = False
+        for i, p in enumerate(params):
+            if is_elsewhere[i]:
+                temperatures[i] = SAMPLED_ELSEWHERE
+            elif p.top_k or p.top_p < 1 or p.min_p:
+                self.has_filters = True
+        floats = [temperatures, [p.top_p for p in params], [p.min_p for p in params]]
+        uploaded = upload(np.array(floats, dtype=np.float32), device)
+        self.temperatures, self.top_p, self.min_p = uploaded  # [E] each
+        self.top_k = upload(np.array([p.top_k for p in params], dtype=np.int32), device)
+        seeds = np.array([seq.seed for seq in seqs], dtype=np.uint64)
+        self.seeds = upload(seeds.view(np.int32).reshape(-1, 2), device)  # low and high words
+
+
+class EditedRows:
+    """P of the E sequences: those whose logits change before the race, in a float32 copy.
+
+    Args:
+        seqs: all E.
+        indices: which of them; those with a grammar first, then those with allowed ids.
+        rules: of these P.
+        history: the tokens of all running sequences.
+        vocab_size: number of token ids.
+        device: the logits'.
+    """
+
+    def __init__(
+        self,
+        seqs: "list[Sequence]",
+        indices: list[int],
+        rules: Items[TokenRules | None],
+        history: TokenHistory,
+        vocab_size: int,
+        device: torch.device,
+    ) -> None:
+        self.history = history
+        self.vocab_size = vocab_size
+        self.indices: torch.Tensor | None = None  # [P] int64; None: all of them, in order
+        if indices != list(range(len(seqs))):
+            self.indices = upload(np.array(indices, dtype=np.int64), device)
+        # At least the last column is no token's: what must not be written goes there.
+        self.width = (vocab_size // ALIGNMENT + 1) * ALIGNMENT
+        own = [seqs[i] for i in indices]
+        self.race = RaceInputs(own, [False] * len(own), device)
+        self.forbidden = ForbiddenTokens(own, rules, device)
+        self.allowed = AllowedTokens(own, rules, vocab_size, device)
+        self.bias = LogitBias(rules, self.width, device)
+        self.penalties: Penalties | None = None
+        if any(has_penalties(seq.sampling_params) for seq in own):
+            self.penalties = Penalties(own, device)
+
+    def edit(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The edited copy, float32 [P, width], of logits [P, >= vocab_size] at positions [P]."""
+        edited = torch.empty((len(logits), self.width), dtype=torch.float32, device=logits.device)
+        edited[:, : self.vocab_size].copy_(logits[:, : self.vocab_size])
+        # The forbidden first, as FORBIDDEN must not replace the -inf of what is not allowed.
+        self.forbidden.apply(edited, positions, self.history)
+        self.allowed.apply(edited)
+        self.bias.apply(edited)
+        if self.penalties is not None:
+            self.penalties.apply(edited, positions, self.history)
+        return edited
+
+
+class Batch:
+    """E sequences that are sampled together, as long as they keep their rows.
+
+    Args:
+        seqs: the sequences.
+        rules_of_row: the rules of the sequence in each row.
+        history: the tokens of all running sequences.
+        vocab_size: number of token ids.
+        max_edited_rows: rows of logits that are edited at once.
+        device: the logits'.
+    """
+
+    def __init__(
+        self,
+        seqs: "list[Sequence]",
+        rules_of_row: Items[TokenRules | None],
+        history: TokenHistory,
+        vocab_size: int,
+        max_edited_rows: int,
+        device: torch.device,
+    ) -> None:
+        self.seqs = list(seqs)
+        self.rows = [seq.row for seq in seqs]
+        rules = [_rules_in_effect(seq, rules_of_row) for seq in seqs]
+        is_edited = [
+            rule is not None or seq.grammar is not None or has_penalties(seq.sampling_params)
+            for seq, rule in zip(seqs, rules, strict=True)
+        ]
+        self.race: RaceInputs | None = None  # of those that are not edited; None: all are
+        if not all(is_edited):
+            self.race = RaceInputs(seqs, is_edited, device)
+        edited = sorted(
+            np.flatnonzero(is_edited).tolist(),
+            key=lambda i: (seqs[i].grammar is None, not seqs[i].sampling_params.allowed_token_ids),
+        )
+        parts = [edited[i : i + max_edited_rows] for i in range(0, len(edited), max_edited_rows)]
+        self.edited = [
+            EditedRows(seqs, part, [rules[i] for i in part], history, vocab_size, device)
+            for part in parts
+        ]
+        self.next_places: torch.Tensor | None = None  # where the history goes on, if it is needed
+        if any(needs_history(seq, rule) for seq, rule in zip(seqs, rules, strict=True)):
+            self.next_places = history.next_places(seqs)
+        self.logprob_counts = [seq.sampling_params.logprobs for seq in seqs]
+        wanting = [i for i, count in enumerate(self.logprob_counts) if count is not None]
+        self.has_logprobs = len(wanting) > 0
+        self.logprob_indices: torch.Tensor | None = None  # [R] int64; None: all
+        if 0 < len(wanting) < len(seqs):
+            self.logprob_indices = upload(np.array(wanting, dtype=np.int64), device)
+
+    def is_of(self, seqs: "list[Sequence]") -> bool:
+        """Whether these are the same sequences, in the same order and the same rows."""
+        return self.seqs == seqs and self.rows == [seq.row for seq in seqs]
+
+
+def _rules_in_effect(seq: "Sequence", rules_of_row: Items[TokenRules | None]) -> TokenRules | None:
+    """The rules of `seq`, None once they change nothing any more."""
+    assert seq.row is not None
+    rules = rules_of_row[seq.row]
+    return rules if rules and rules.end >= seq.num_computed_tokens else None

@@ -1,0 +1,133 @@
+"""Log probabilities of the sampled and the most probable tokens: device, host, and user's form.
+
+They are those of the model alone, from its raw logits in float32, whatever sampling does to these.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from nanovllm.outputs import Logprob
+
+MAX_FLOAT32_LOGITS = 2**24  # in float32 at a time
+ALL_TOKENS = -1  # as a number of logprobs: the whole vocabulary
+
+
+class LogprobRow(NamedTuple):
+    """The log probabilities at one position, on the host."""
+
+    token_ids: np.ndarray  # [1 + k] int32: the sampled (or the prompt's) token, then the k best
+    logprobs: np.ndarray  # [1 + k] float32
+    rank: int  # of the first: 1 + the number of tokens that are strictly more probable
+
+
+class LogprobTensors(NamedTuple):
+    """The log probabilities at R positions, on the device; K is the largest number asked for."""
+
+    token_ids: torch.Tensor  # [R, 1 + K] int32: the sampled (or the prompt's) token first
+    logprobs: torch.Tensor  # [R, 1 + K] float32
+    ranks: torch.Tensor  # [R] int32, of the first
+    counts: list[int | None]  # asked for by each sequence; None: it has no row. -1: all
+
+    def download(self) -> "LogprobsDownload":
+        """Start copying them to the host."""
+        return LogprobsDownload(self)
+
+
+class LogprobsDownload:
+    """Log probabilities on their way to the host; `rows` gives them."""
+
+    def __init__(self, tensors: LogprobTensors) -> None:
+        self._counts = tensors.counts
+        self._arrays = [tensors.token_ids, tensors.logprobs, tensors.ranks]
+        self._event: torch.cuda.Event | None = None
+        if tensors.ranks.is_cuda:
+            # Each download has memory of its own, given back to torch's allocator of pinned memory.
+            pinned = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in self._arrays]
+            for host, array in zip(pinned, self._arrays, strict=True):
+                host.copy_(array, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+            self._arrays = pinned
+
+    def rows(self) -> list[LogprobRow | None]:
+        """What each sequence asked for, None if nothing; blocks until it has arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+        # Copies: what a request keeps must not hold pinned memory.
+        token_ids, logprobs, ranks = (array.numpy().copy() for array in self._arrays)
+        arrived = zip(token_ids, logprobs, ranks.tolist(), strict=True)
+        rows: list[LogprobRow | None] = []
+        for count in self._counts:
+            if count is None:
+                rows.append(None)
+                continue
+            ids, values, rank = next(arrived)
+            end = len(ids) if count == ALL_TOKENS else 1 + count
+            rows.append(LogprobRow(ids[:end], values[:end], rank))
+        return rows
+
+
+def logprob_tensors(
+    logits: torch.Tensor, token_ids: torch.Tensor, counts: list[int | None]
+) -> LogprobTensors:
+    """Log probabilities of given tokens and of the most probable ones.
+
+    Args:
+        logits: [R, V] of any float dtype.
+        token_ids: [R] int32 or int64, each row's own token.
+        counts: what each sequence asks for; R of them are not None, in the order of the rows.
+    """
+    num_rows, vocab_size = logits.shape
+    asked = [vocab_size if count == ALL_TOKENS else count for count in counts if count is not None]
+    num_best = min(max(asked), vocab_size)
+    rows_at_once = max(1, MAX_FLOAT32_LOGITS // vocab_size)
+    parts = [
+        _logprobs_of(logits[i : i + rows_at_once], token_ids[i : i + rows_at_once], num_best)
+        for i in range(0, num_rows, rows_at_once)
+    ]
+    ids, values, ranks = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+    return LogprobTensors(ids, values, ranks, counts)
+
+
+def _logprobs_of(
+    logits: torch.Tensor, token_ids: torch.Tensor, num_best: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    own_ids = token_ids.long().unsqueeze(1)
+    best_ids = logits.topk(num_best, dim=1).indices
+    all_ids = torch.cat((own_ids, best_ids), dim=1)  # [R, 1 + K]
+    everything = torch.log_softmax(logits, dim=1, dtype=torch.float32)
+    logprobs = everything.gather(1, all_ids)
+    ranks = 1 + (everything > logprobs[:, :1]).sum(1, dtype=torch.int32)
+    return all_ids.int(), logprobs, ranks
+
+
+def to_logprobs(rows: list[LogprobRow], tokenizer: Any = None) -> list[dict[int, Logprob]]:
+    """What a user gets for each position: `{token id: Logprob}`, the position's own token first.
+
+    Then the k best that differ from it, so k or k + 1 entries. Without a tokenizer `decoded_token`
+    is None.
+    """
+    texts: dict[int, str | None] = {}
+
+    def entry(token_id: int, logprob: float, rank: int) -> Logprob:
+        if token_id not in texts:
+            texts[token_id] = None if tokenizer is None else tokenizer.decode([token_id])
+        return Logprob(logprob, rank, texts[token_id])
+
+    positions = []
+    for row in rows:
+        own_id, *best_ids = row.token_ids.tolist()
+        own_logprob, *best_logprobs = row.logprobs.tolist()
+        position = {own_id: entry(own_id, own_logprob, row.rank)}
+        for rank, (token_id, logprob) in enumerate(zip(best_ids, best_logprobs, strict=True), 1):
+            if token_id != own_id:
+                position[token_id] = entry(token_id, logprob, rank)
+        positions.append(position)
+    return positions
+
+
+def cumulative_logprob(rows: list[LogprobRow]) -> float:
+    """The sum of the sampled tokens' log probabilities."""
+    return sum(float(row.logprobs[0]) for row in rows)

@@ -1,0 +1,146 @@
+"""Samples the sequences whose parameters go beyond the temperature.
+
+vLLM's order: raw logprobs, masks and biases, penalties, then argmax or temperature, min_p, top_k,
+top_p, race. Nothing waits for the device. Sequences that have filters only are sampled from the
+model's own logits, without a copy. A draw depends on its own sequence alone.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from nanovllm.kernels.ops import Ops
+from nanovllm.sampling.batch import Batch, RaceInputs, needs_history
+from nanovllm.sampling.history import TokenHistory
+from nanovllm.sampling.logprobs import LogprobTensors, logprob_tensors
+from nanovllm.sampling.token_rules import TokenRules, compile_rules
+from nanovllm.sampling.uploads import upload
+
+if TYPE_CHECKING:
+    from nanovllm.engine.sequence import Sequence
+
+MAX_EDITED_LOGITS = 2**24  # float32 copies of logits in memory at a time: 64 MiB
+
+
+class Sampled(NamedTuple):
+    """What a step gave E sequences."""
+
+    token_ids: torch.Tensor  # [E] int32
+    logprobs: LogprobTensors | None  # None: nobody asks for any
+
+
+class RequestSampler:
+    """The sampler of rank 0; all its work goes to the current stream.
+
+    Beside its results it takes some hundred MB at most while it runs (with penalties), and keeps
+    [max_num_seqs, max_model_len] int32 once a sequence has penalties or bad words.
+
+    Args:
+        ops: `sample` and `filter_thresholds` are used.
+        device: the logits'.
+        vocab_size: number of token ids.
+        max_num_seqs: rows that sequences may have.
+        max_model_len: tokens of a sequence at most.
+    """
+
+    def __init__(
+        self,
+        ops: Ops,
+        device: torch.device,
+        vocab_size: int,
+        max_num_seqs: int,
+        max_model_len: int,
+    ) -> None:
+        self.ops = ops
+        self.device = device
+        self.vocab_size = vocab_size
+        self.history = TokenHistory(max_num_seqs, max_model_len, device)
+        self.max_edited_rows = max(1, MAX_EDITED_LOGITS // max(vocab_size, max_model_len))
+        self._rules: list[TokenRules | None] = [None] * max_num_seqs  # of the sequence in each row
+        self._batch: Batch | None = None
+
+    @torch.inference_mode()
+    def begin(self, seqs: "list[Sequence]") -> None:
+        """Take note of `seqs`, which have just got their rows and have no pending tokens.
+
+        To be called before they are sampled for the first time, and again after a preemption.
+        """
+        with_history = []
+        for seq in seqs:
+            assert seq.row is not None
+            rules = self._rules[seq.row] = compile_rules(seq, self.vocab_size)
+            if needs_history(seq, rules):
+                with_history.append(seq)
+        self.history.write(with_history)
+        self._batch = None
+
+    @torch.inference_mode()
+    def sample(
+        self, logits: torch.Tensor, seqs: "list[Sequence]", positions: torch.Tensor
+    ) -> Sampled:
+        """Sample a token for each of `seqs`.
+
+        Args:
+            logits: [E, >= vocab_size], as the model gave them; not changed.
+            seqs: E sequences; each one's `num_computed_tokens` is its position + 1.
+            positions: [E] int32 on the device, index of the input token in its sequence.
+        """
+        if self._batch is None or not self._batch.is_of(seqs):
+            self._batch = Batch(
+                seqs, self._rules, self.history, self.vocab_size, self.max_edited_rows, self.device
+            )
+        batch = self._batch
+        if batch.race is not None:
+            token_ids = self._race(logits, batch.race, positions)
+        else:
+            token_ids = torch.empty(len(seqs), dtype=torch.int32, device=self.device)
+        for edited in batch.edited:
+            if edited.indices is None:
+                token_ids = self._race(edited.edit(logits, positions), edited.race, positions)
+                continue
+            own_positions = positions.index_select(0, edited.indices)
+            own_logits = edited.edit(logits.index_select(0, edited.indices), own_positions)
+            own_ids = self._race(own_logits, edited.race, own_positions)
+            token_ids.index_copy_(0, edited.indices, own_ids)
+        if batch.next_places is not None:
+            self.history.append(batch.next_places, positions, token_ids)
+        return Sampled(token_ids, self._logprobs(logits, token_ids, batch))
+
+    @torch.inference_mode()
+    def prompt_logprobs(
+        self, logits: torch.Tensor, next_ids: np.ndarray, seq: "Sequence"
+    ) -> LogprobTensors:
+        """The log probabilities of prompt tokens.
+
+        Args:
+            logits: [T, >= vocab_size] after tokens of the prompt.
+            next_ids: [T] the tokens that follow them in it.
+            seq: whose prompt; its `prompt_logprobs` says how many are wanted.
+        """
+        own_ids = upload(next_ids, self.device)
+        counts = [seq.sampling_params.prompt_logprobs] * len(next_ids)
+        return logprob_tensors(logits[:, : self.vocab_size], own_ids, counts)
+
+    def _race(
+        self, logits: torch.Tensor, race: RaceInputs, positions: torch.Tensor
+    ) -> torch.Tensor:
+        thresholds = None
+        if race.has_filters:
+            thresholds = self.ops.filter_thresholds(
+                logits, race.temperatures, race.top_k, race.top_p, race.min_p, self.vocab_size
+            )
+        _, token_ids = self.ops.sample(
+            logits, race.temperatures, race.seeds, positions, 0, self.vocab_size, thresholds
+        )
+        return token_ids
+
+    def _logprobs(
+        self, logits: torch.Tensor, token_ids: torch.Tensor, batch: Batch
+    ) -> LogprobTensors | None:
+        if not batch.has_logprobs:
+            return None
+        if batch.logprob_indices is not None:
+            logits = logits.index_select(0, batch.logprob_indices)
+            token_ids = token_ids.index_select(0, batch.logprob_indices)
+        return logprob_tensors(logits[:, : self.vocab_size], token_ids, batch.logprob_counts)

@@ -1,0 +1,154 @@
+"""RequestOutput as nano-vLLM's dict of two keys and as vLLM's object."""
+
+import copy
+import json
+import pickle
+
+import pytest
+
+from nanovllm import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+
+TWO_KEYS = {"text": " b", "token_ids": [5, 6]}
+
+
+@pytest.fixture
+def output() -> RequestOutput:
+    entry = {5: Logprob(-0.5, 1, " b"), 7: Logprob(-1.5, 2, "c")}
+    completions = [
+        CompletionOutput(0, " b", [5, 6], -0.75, [entry, {6: Logprob(-0.25)}], "stop", 6),
+        CompletionOutput(1, " c", [7], finish_reason="length"),
+    ]
+    return RequestOutput(
+        "3",
+        "a",
+        [1, 2],
+        [None, {2: Logprob(-0.125, 4, "a")}],
+        completions,
+        True,
+        RequestMetrics(10.0, 10.5, 12.0),
+        num_cached_tokens=1,
+    )
+
+
+def test_it_is_a_dict_of_text_and_token_ids(output):
+    assert isinstance(output, dict)
+    assert output == TWO_KEYS and TWO_KEYS.__eq__(output)
+    assert output != TWO_KEYS | {"text": "x"}
+    assert set(output) == {"text", "token_ids"} and len(output) == 2
+    assert {**output} == dict(output) == TWO_KEYS
+    assert type({**output}) is dict
+    assert json.loads(json.dumps(output)) == TWO_KEYS
+    assert json.loads(json.dumps(output, indent=1)) == TWO_KEYS
+    text, token_ids = output.values()
+    assert (text, token_ids) == (" b", [5, 6])
+
+
+def test_it_has_the_attributes_of_vllm(output):
+    assert (output.request_id, output.prompt, output.prompt_token_ids) == ("3", "a", [1, 2])
+    assert output.finished is True and output.num_cached_tokens == 1
+    assert output.prompt_logprobs[1][2].logprob == -0.125
+    assert output.metrics.time_to_first_token == 0.5 and output.metrics.latency == 2.0
+    first, second = output.outputs
+    assert (first.index, first.text, first.token_ids) == (0, " b", [5, 6])
+    assert (first.finish_reason, first.stop_reason, first.cumulative_logprob) == ("stop", 6, -0.75)
+    assert first.logprobs[0][7].rank == 2 and first.logprobs[0][7].decoded_token == "c"
+    assert (second.logprobs, second.cumulative_logprob, second.stop_reason) == (None, None, None)
+    assert second.finished()
+
+
+def test_attributes_read_as_keys_but_are_no_items(output):
+    assert output["finish_reason"] == "stop" and output["stop_reason"] == 6
+    assert output["cumulative_logprob"] == -0.75
+    assert output["logprobs"] is output.outputs[0].logprobs
+    assert output["prompt_token_ids"] == [1, 2] and output["num_cached_tokens"] == 1
+    assert output["outputs"] is output.outputs and output["finished"] is True
+    assert output.get("finish_reason") == "stop" and output.get("text") == " b"
+    assert output.get("nothing") is None and output.get("nothing", 5) == 5
+    assert "finish_reason" not in output
+    for unknown in ("nothing", "__class__", "to_dict", 0):
+        with pytest.raises(KeyError, match=str(unknown)):
+            output[unknown]
+
+
+@pytest.mark.parametrize(
+    "make_copy",
+    [copy.copy, copy.deepcopy]
+    + [lambda output, p=p: pickle.loads(pickle.dumps(output, p)) for p in range(2, 6)],
+)
+def test_copies_keep_items_and_attributes(output, make_copy):
+    twin = make_copy(output)
+    assert type(twin) is RequestOutput and twin is not output
+    assert twin == TWO_KEYS
+    assert vars(twin) == vars(output) and repr(twin) == repr(output)
+    assert twin["finish_reason"] == "stop"
+
+
+def test_a_deep_copy_is_independent(output):
+    twin = copy.deepcopy(output)
+    twin["token_ids"].append(9)
+    twin.outputs[0].logprobs[0].clear()
+    assert output == TWO_KEYS and len(output.outputs[0].logprobs[0]) == 2
+    assert twin.outputs[0].token_ids == [5, 6, 9]  # one list, as in the original
+
+
+def test_to_dict_is_everything_as_json(output):
+    everything = output.to_dict()
+    read = json.loads(json.dumps(everything))
+    assert read == {
+        "text": " b",
+        "token_ids": [5, 6],
+        "request_id": "3",
+        "prompt": "a",
+        "prompt_token_ids": [1, 2],
+        "prompt_logprobs": [None, {"2": {"logprob": -0.125, "rank": 4, "decoded_token": "a"}}],
+        "outputs": [
+            {
+                "index": 0,
+                "text": " b",
+                "token_ids": [5, 6],
+                "cumulative_logprob": -0.75,
+                "logprobs": [
+                    {
+                        "5": {"logprob": -0.5, "rank": 1, "decoded_token": " b"},
+                        "7": {"logprob": -1.5, "rank": 2, "decoded_token": "c"},
+                    },
+                    {"6": {"logprob": -0.25, "rank": None, "decoded_token": None}},
+                ],
+                "finish_reason": "stop",
+                "stop_reason": 6,
+            },
+            {
+                "index": 1,
+                "text": " c",
+                "token_ids": [7],
+                "cumulative_logprob": None,
+                "logprobs": None,
+                "finish_reason": "length",
+                "stop_reason": None,
+            },
+        ],
+        "finished": True,
+        "metrics": {"arrival_time": 10.0, "first_token_time": 10.5, "finished_time": 12.0},
+        "num_cached_tokens": 1,
+    }
+    assert type(everything) is dict
+    for items in (everything["token_ids"], everything["prompt_token_ids"]):
+        items.clear()
+    assert output == TWO_KEYS and output.prompt_token_ids == [1, 2]
+
+
+def test_an_unfinished_request_has_no_reason_and_no_times():
+    output = RequestOutput("0", None, [1], None, [CompletionOutput(0, "", [])], False)
+    assert output == {"text": "", "token_ids": []}
+    assert output["finish_reason"] is None and not output.outputs[0].finished()
+    assert output.metrics is None and output.num_cached_tokens is None
+    assert output.to_dict()["metrics"] is None
+    metrics = RequestMetrics(arrival_time=1.0)
+    assert metrics.time_to_first_token is None and metrics.latency is None
+
+
+def test_repr_shows_the_attributes(output):
+    shown = repr(output)
+    assert shown.startswith("RequestOutput(request_id='3', prompt='a', prompt_token_ids=[1, 2], ")
+    assert "CompletionOutput(index=1, text=' c', token_ids=[7]" in shown
+    assert "Logprob(logprob=-0.5, rank=1, decoded_token=' b')" in shown

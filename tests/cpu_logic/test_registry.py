@@ -1,0 +1,154 @@
+"""Which config.json files are taken, and that everything else is refused by name and value."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nanovllm import ArgumentError
+from nanovllm.config import Config
+from nanovllm.models.registry import ARCHITECTURES, check_supported, model_class
+
+SIZES = {
+    "vocab_size": 384,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 8192,
+}
+
+
+def raw_config(architecture: str, **changes) -> dict:
+    """The fields of a config.json; None removes one."""
+    raw = {
+        "architectures": [architecture],
+        "model_type": ARCHITECTURES[architecture][0],
+        "torch_dtype": "bfloat16",
+        **SIZES,
+        **changes,
+    }
+    return {name: value for name, value in raw.items() if value is not None}
+
+
+def config_of(directory: Path, raw: dict, **kwargs) -> Config:
+    (directory / "config.json").write_text(json.dumps(raw))
+    return Config(str(directory), **kwargs)
+
+
+def refused(message: str):
+    return pytest.raises(ArgumentError, match=message)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_family_has_its_class_and_a_short_file(architecture):
+    family = model_class(["SomethingElse", architecture])
+    assert family.__name__ == architecture
+    path = Path(__import__(family.__module__, fromlist=["x"]).__file__)
+    assert len(path.read_text().splitlines()) < 100
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_head_dim_is_derived_where_the_file_lacks_it(architecture, tmp_path):
+    has_default = architecture == "Qwen3ForCausalLM"  # 128, as in transformers
+    assert config_of(tmp_path, raw_config(architecture)).hf_config.head_dim == (
+        128 if has_default else 16
+    )
+    given = config_of(tmp_path, raw_config(architecture, head_dim=24))
+    assert given.hf_config.head_dim == 24
+
+
+@pytest.mark.parametrize("head_dim", [0, "x", 1.5, [16]])
+def test_a_head_dim_that_is_no_size_is_refused(head_dim, tmp_path):
+    with refused("head_dim must be|refused by transformers"):
+        config_of(tmp_path, raw_config("Qwen2ForCausalLM", head_dim=head_dim))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": "LlamaForCausalLM"}, "architectures LlamaForCausalLM is not supported"),
+        ({"architectures": {"a": 1}}, "architectures {'a': 1} is not supported"),
+        ({"architectures": [["LlamaForCausalLM"]]}, "is not supported"),
+        ({"architectures": ["Gemma2ForCausalLM"]}, r"\['Gemma2ForCausalLM'\] is not supported"),
+        ({"model_type": "gemma"}, "with model_type 'gemma' is not supported; the model_type of"),
+        ({"model_type": None}, "with model_type None is not supported"),
+        ({"model_type": ["llama"]}, r"with model_type \['llama'\] is not supported"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "type 'dynamic' is not supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported"),
+        ({"use_sliding_window": True}, "use_sliding_window=true is not supported"),
+        ({"sliding_window": "4096"}, "sliding_window must be an integer >= 1, got '4096'"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention'.* is not"),
+        ({"layer_types": "sliding_attention"}, "layer_types 'sliding_attention' is not supported"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config 'fp8' is not"),
+        ({"quantization_config": ["fp8"]}, "quantization_config 'unnamed' is not"),
+        ({"compression_config": {"format": "int8"}}, "compression_config 'unnamed' is not"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: silu"),
+        ({"hidden_act": ["silu"]}, r"hidden_act \['silu'\] is not supported"),
+    ],
+)
+def test_what_no_family_computes_is_refused_by_name(architecture, changes, message):
+    with refused(message) as raised:
+        check_supported(raw_config(architecture, **changes), "the/config.json")
+    assert str(raised.value).startswith("the/config.json: ")
+
+
+def test_a_family_cannot_be_run_as_another():
+    with refused("model_type of LlamaForCausalLM is 'llama'"):
+        check_supported(raw_config("LlamaForCausalLM", model_type="qwen3"), "here")
+
+
+@pytest.mark.parametrize("architecture", ["MistralForCausalLM", "LlamaForCausalLM"])
+def test_a_sliding_window_matters_to_longer_sequences_only(architecture, tmp_path):
+    raw = raw_config(architecture, sliding_window=4096)
+    assert config_of(tmp_path, raw).max_model_len == 4096
+    for length in (4097, None):
+        with refused(rf"max_model_len \({length or 8192}\) must be <= .*sliding_window \(4096\)"):
+            config_of(tmp_path, raw, max_model_len=length)
+    without = raw_config(architecture)
+    without["sliding_window"] = None
+    assert config_of(tmp_path, without, max_model_len=None).max_model_len == 8192
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+def test_a_sliding_window_that_is_off_does_not_matter(architecture, tmp_path):
+    raw = raw_config(
+        architecture,
+        use_sliding_window=False,
+        sliding_window=128,
+        max_window_layers=1,
+        layer_types=["full_attention"] * 2,
+    )
+    assert config_of(tmp_path, raw, max_model_len=8192).max_model_len == 8192
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_max_model_len_reaches_what_yarn_reaches(key, tmp_path):
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+    changes = {"rope_theta": 1e6, key: rope}
+    if key == "rope_parameters":
+        changes = {key: {"rope_theta": 1e6, **rope}}
+    raw = raw_config("Qwen3ForCausalLM", max_position_embeddings=5120, **changes)
+    config = config_of(tmp_path, raw, max_model_len=None)
+    assert config.max_model_len == 16384
+    assert config.hf_config.rope_parameters == {"rope_theta": 1e6, **rope}
+    assert config_of(tmp_path, raw, max_model_len=10**6, max_num_batched_tokens=10**6)
+    plain = raw_config("Qwen3ForCausalLM", max_position_embeddings=5120)
+    overridden = config_of(
+        tmp_path, plain, max_model_len=None, hf_overrides={key: {"rope_theta": 1e6, **rope}}
+    )
+    assert overridden.max_model_len == 16384
+
+
+def test_a_callable_may_replace_the_rope_parameters(tmp_path):
+    def with_linear_scaling(hf_config):
+        hf_config.rope_parameters = {"type": "linear", "factor": 2.0, "rope_theta": 1e4}
+        return hf_config
+
+    raw = raw_config("LlamaForCausalLM")
+    config = config_of(tmp_path, raw, max_model_len=None, hf_overrides=with_linear_scaling)
+    assert config.max_model_len == 16384

@@ -1,0 +1,126 @@
+"""Every model family, with all that its config can switch on, against transformers in float32."""
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from engine_checks import (
+    check_nothing_is_held,
+    check_varied,
+    generate,
+    greedy,
+    random_prompts,
+    tiny_engine,
+)
+from test_fp8_engine import attention_over_fp8
+from tiny_models import FAMILIES, VOCAB_SIZE, reference_greedy, save_family
+from transformers import AttentionInterface, AutoModelForCausalLM
+
+from nanovllm.models.registry import ARCHITECTURES
+
+MAX_TOKENS = 10
+SWITCHES = list(itertools.product([True, False], repeat=4))
+
+
+@dataclass
+class Model:
+    path: Path
+    prompts: list[list[int]]
+    reference: list[list[int]]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Makes a family's model once, with prompts that reach far into the scaled positions."""
+    made = {}
+    folder = tmp_path_factory.mktemp("families")
+
+    def make(name: str) -> Model:
+        if name not in made:
+            path = save_family(folder / name, name)
+            [shared] = random_prompts([520], seed=1)
+            prompts = [*random_prompts((1, 3, 60, 200, 257), seed=2), shared[:300], shared, shared]
+            reference = reference_greedy(path, prompts, MAX_TOKENS)
+            check_varied(reference)
+            made[name] = Model(path, prompts, reference)
+        return made[name]
+
+    return make
+
+
+def logits_of_transformers(model: Model, attention: str = "sdpa") -> torch.Tensor:
+    """After each prompt: [prompts, VOCAB_SIZE]."""
+    reference = AutoModelForCausalLM.from_pretrained(
+        model.path, dtype=torch.float32, attn_implementation=attention
+    )
+    with torch.inference_mode():
+        return torch.stack(
+            [reference(torch.tensor([p]), use_cache=False).logits[0, -1] for p in model.prompts]
+        )
+
+
+def captured_logits(llm, model: Model) -> torch.Tensor:
+    """What the engine samples the first tokens from: [prompts, VOCAB_SIZE]."""
+    captured = []
+    hook = llm.model_runner.model.lm_head.register_forward_hook(
+        lambda module, args, out: captured.append(out.clone())  # the engine reuses it
+    )
+    generate(llm, model.prompts, greedy(1))
+    hook.remove()
+    return torch.cat(captured)[:, :VOCAB_SIZE]
+
+
+def test_every_family_is_here():
+    architectures = {settings.get("architecture") for settings in FAMILIES.values()}
+    assert {*architectures, "Qwen3ForCausalLM"} - {None} == ARCHITECTURES.keys()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_and_greedy_tokens_are_those_of_transformers(models, name):
+    model = models(name)
+    with tiny_engine(model.path) as llm:
+        logits = captured_logits(llm, model)
+        torch.testing.assert_close(logits, logits_of_transformers(model), atol=2e-4, rtol=2e-4)
+        for _ in range(2):  # the second time with a warm prefix cache
+            assert generate(llm, model.prompts, greedy(MAX_TOKENS)) == model.reference
+            check_nothing_is_held(llm)
+
+
+@pytest.mark.parametrize("name", ["qwen2-yarn", "llama2"])
+@pytest.mark.parametrize(("caching", "chunked", "overlap", "eager"), SWITCHES)
+def test_no_switch_changes_a_token(models, name, caching, chunked, overlap, eager):
+    model = models(name)
+    chunks = {"enable_chunked_prefill": True, "max_num_batched_tokens": 90} if chunked else {}
+    with tiny_engine(
+        model.path,
+        enable_prefix_caching=caching,
+        async_scheduling=overlap,
+        enforce_eager=eager,
+        num_kvcache_blocks=8,  # too few for all at once
+        **chunks,
+    ) as llm:
+        assert generate(llm, model.prompts, greedy(MAX_TOKENS)) == model.reference
+        check_nothing_is_held(llm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2-yarn", "llama2"])
+def test_two_ranks_split_biases_too(models, name):
+    model = models(name)
+    with tiny_engine(model.path, tensor_parallel_size=2) as llm:
+        assert generate(llm, model.prompts, greedy(MAX_TOKENS)) == model.reference
+        check_nothing_is_held(llm)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama3", "mistral"])
+def test_an_fp8_cache_gives_the_logits_of_transformers_over_quantised_keys_and_values(models, name):
+    """Rounding may tip an element to the next fp8 number, hence the tolerance."""
+    model = models(name)
+    AttentionInterface.register("over_fp8", attention_over_fp8)
+    with tiny_engine(model.path, kv_cache_dtype="fp8") as llm:
+        logits = captured_logits(llm, model)
+    error = (logits - logits_of_transformers(model, "over_fp8")).square().mean().sqrt()
+    of_quantisation = (logits - logits_of_transformers(model)).square().mean().sqrt()
+    assert error < 0.1 * of_quantisation

@@ -1,0 +1,188 @@
+"""Sampling parameters in the engine: logprobs against transformers, all kinds in one batch."""
+
+import pytest
+import torch
+from engine_checks import check_nothing_is_held, generate, greedy, random_prompts, tiny_engine
+from tiny_models import VOCAB_SIZE
+from transformers import Qwen3ForCausalLM
+
+from nanovllm import SamplingParams, StructuredOutputsParams
+
+MAX_TOKENS = 12
+PROMPTS = random_prompts([3, 40, 300, 513, 1, 600], seed=11)
+EOS = 2
+HOT = {"temperature": 1.0, "max_tokens": MAX_TOKENS, "ignore_eos": True}
+MIXED = [
+    {"seed": 1},
+    {"seed": 2, "top_k": 5},
+    {"seed": 3, "top_p": 0.7, "min_p": 0.01, "logprobs": 2},
+    {"seed": 4, "repetition_penalty": 1.5, "presence_penalty": -0.5, "logprobs": 0},
+    {"temperature": 0.0, "frequency_penalty": 2.0, "bad_words": ["the"]},
+    {"seed": 6, "allowed_token_ids": list(range(100, 140)), "logit_bias": {101: 5.0}},
+]
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_dir):
+    with tiny_engine(tiny_dir, max_logprobs=VOCAB_SIZE) as engine:
+        yield engine
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(llm):
+    yield
+    check_nothing_is_held(llm)
+
+
+@pytest.fixture(scope="module")
+def hf_model(tiny_dir):
+    return Qwen3ForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32)
+
+
+@torch.inference_mode()
+def log_softmax(hf_model, token_ids: list[int]) -> torch.Tensor:
+    """[T, V]: row i is the distribution of token i + 1."""
+    return hf_model(torch.tensor([token_ids])).logits[0].log_softmax(-1)
+
+
+def check_position(position, token_id: int, k: int, truth: torch.Tensor) -> None:
+    """One position's dict against the log probabilities `truth` [V]."""
+    assert next(iter(position)) == token_id
+    assert len(position) in (k, k + 1)
+    for entry_id, entry in position.items():
+        assert entry.logprob == pytest.approx(float(truth[entry_id]), abs=1e-4)
+        assert entry.rank == 1 + int((truth > truth[entry_id] + 1e-5).sum())
+    assert {entry.rank for entry in position.values()} >= set(range(1, k + 1))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+@pytest.mark.parametrize("k", [0, 3])
+def test_logprobs_are_those_of_transformers(llm, hf_model, temperature, k):
+    """Case 49; raw: the temperature does not show in them."""
+    params = SamplingParams(
+        temperature=temperature, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=k
+    )
+    for output in llm.generate(PROMPTS[:3], params, use_tqdm=False):
+        prompt, completion = output.prompt_token_ids, output["token_ids"]
+        truth = log_softmax(hf_model, prompt + completion)[len(prompt) - 1 :]
+        assert len(output["logprobs"]) == len(completion)
+        for token_id, position, row in zip(completion, output["logprobs"], truth, strict=False):
+            check_position(position, token_id, k, row)
+        own = [p[t].logprob for p, t in zip(output["logprobs"], completion, strict=True)]
+        assert output["cumulative_logprob"] == pytest.approx(sum(own), abs=1e-6)
+        assert output.prompt_logprobs is None
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_prompt_logprobs_are_those_of_transformers(tiny_dir, llm, hf_model, chunked):
+    """Case 49, and 27: also in chunks, and when the prefix cache is warm."""
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, prompt_logprobs=2)
+    settings = {"enable_chunked_prefill": True, "max_num_batched_tokens": 200}
+    with tiny_engine(tiny_dir, **(settings if chunked else {})) as engine:
+        engine.generate(PROMPTS, greedy(2), use_tqdm=False)
+        outputs = engine.generate(PROMPTS, params, use_tqdm=False)
+        check_nothing_is_held(engine)
+    assert [out["token_ids"] for out in outputs] == generate(llm, PROMPTS, greedy(2))
+    for output, prompt in zip(outputs, PROMPTS, strict=True):
+        assert output.num_cached_tokens == 0
+        assert len(output.prompt_logprobs) == len(prompt)
+        assert output.prompt_logprobs[0] is None
+        truth = log_softmax(hf_model, prompt)
+        for i, position in enumerate(output.prompt_logprobs[1:]):
+            check_position(position, prompt[i + 1], 2, truth[i])
+
+
+def test_logprobs_of_the_whole_vocabulary(llm, hf_model):
+    params = SamplingParams(temperature=0, max_tokens=1, logprobs=-1, prompt_logprobs=-1)
+    [output] = llm.generate([PROMPTS[0]], params, use_tqdm=False)
+    for position in (*output["logprobs"], *output.prompt_logprobs[1:]):
+        assert len(position) == VOCAB_SIZE
+        assert sum(torch.tensor([e.logprob for e in position.values()]).exp()) == pytest.approx(1)
+
+
+def test_parameters_do_not_reach_the_neighbours(llm):
+    """Each request of a mixed batch gives what it gives alone."""
+    params = [SamplingParams(**(HOT | own)) for own in MIXED]
+    together = llm.generate(PROMPTS, params, use_tqdm=False)
+    for prompt, own, expected in zip(PROMPTS, params, together, strict=True):
+        [alone] = llm.generate([prompt], own, use_tqdm=False)
+        assert alone == expected
+        if own.logprobs is not None:
+            a, b = alone["logprobs"], expected["logprobs"]
+            assert [list(position) for position in a] == [list(position) for position in b]
+    assert len({tuple(output["token_ids"]) for output in together}) == len(PROMPTS)
+    assert set(together[5]["token_ids"]) <= set(range(100, 140))
+
+
+@pytest.mark.parametrize("async_scheduling", [True, False])
+def test_preemption_changes_no_token(tiny_dir, llm, async_scheduling):
+    """Case 25: with penalties and bad words too, and the parameter sets differ."""
+    prompts = random_prompts([200 + 3 * i for i in range(10)], seed=12)
+    sets = [{}, {"presence_penalty": -1.0}, {"bad_words": ["e", "he", " t"]}, {"seed": 5}]
+    sets = [
+        ({"temperature": 0.0} if "seed" not in s else {}) | s | {"max_tokens": 70} for s in sets
+    ]
+    results = []
+    settings = {"num_kvcache_blocks": 6, "watermark": 0, "async_scheduling": async_scheduling}
+    with tiny_engine(tiny_dir, **settings) as small:
+        for own in sets:
+            params = SamplingParams(**(HOT | own))
+            expected = generate(llm, prompts, params)
+            before = small.scheduler.num_preemptions
+            assert generate(small, prompts, params) == expected
+            assert small.scheduler.num_preemptions > before
+            results.append(expected)
+        check_nothing_is_held(small)
+    assert len({str(result) for result in results}) == len(sets)
+
+
+def test_min_tokens(llm):
+    """Case 47."""
+    bias = {EOS: 100.0}  # ends at once, if it may
+    early = SamplingParams(max_tokens=8, logit_bias=bias)
+    exact = SamplingParams(max_tokens=8, min_tokens=8, logit_bias=bias)
+    [short, long] = llm.generate([PROMPTS[0]] * 2, [early, exact], use_tqdm=False)
+    assert short["token_ids"] == [EOS]
+    assert (short["finish_reason"], short["stop_reason"]) == ("stop", None)
+    assert len(long["token_ids"]) == 8
+    assert EOS not in long["token_ids"]
+    assert long["finish_reason"] == "length"
+
+
+def test_stop_strings_wait_for_min_tokens(llm):
+    vowels = list("aeiou")
+    params = SamplingParams(
+        temperature=1.0, seed=0, max_tokens=60, min_tokens=50, ignore_eos=True, stop=vowels
+    )
+    for output in llm.generate(PROMPTS[:3], params, use_tqdm=False):
+        assert len(output["token_ids"]) > 50
+        assert output["finish_reason"] in ("stop", "length")
+
+
+def test_one_allowed_token(llm):
+    """Case 50."""
+    [output] = llm.generate(
+        [PROMPTS[0]], SamplingParams(**(HOT | {"allowed_token_ids": [10]})), use_tqdm=False
+    )
+    assert output["token_ids"] == [10] * MAX_TOKENS
+
+
+def test_structured_output_among_others(llm):
+    pytest.importorskip("llguidance", reason="the extra structured-outputs is not installed")
+    choices = ["the quick brown fox", "lazy dog", "a paged cache"]
+    choice = SamplingParams(
+        temperature=1.0,
+        seed=1,
+        max_tokens=40,
+        structured_outputs=StructuredOutputsParams(choice=choices),
+    )
+    plain = SamplingParams(**HOT, seed=9)
+    expected = generate(llm, PROMPTS[:3], plain)
+    outputs = llm.generate(PROMPTS, [plain] * 3 + [choice] * 3, use_tqdm=False)
+    assert [output["token_ids"] for output in outputs[:3]] == expected
+    for output in outputs[3:]:
+        text = llm.tokenizer.decode(output["token_ids"], skip_special_tokens=True)
+        assert text in choices
+        assert output["finish_reason"] == "stop"
+        [alone] = llm.generate([output.prompt_token_ids], choice, use_tqdm=False)
+        assert alone == output

@@ -1,0 +1,35 @@
+"""What the tests call on every rank: pickled by name, so it lives in a module of its own."""
+
+import os
+
+import torch
+
+
+def echo_rank(worker, *args, **kwargs):
+    return worker.rank, os.getpid(), args, kwargs
+
+
+def sum_of_ranks(worker):
+    """A collective in a call: the ranks run it together."""
+    total = torch.tensor([float(worker.rank + 1)])
+    return worker.tp.all_reduce(total).item()
+
+
+def fail_on_rank(worker, rank):
+    if worker.rank == rank:
+        raise KeyError(f"injected on rank {rank}")
+
+
+def end_on_rank(worker, rank):
+    if worker.rank == rank:
+        os._exit(7)
+
+
+def num_parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def memory_bytes(worker):
+    """Of the KV cache and of the weights."""
+    storages = [parameter.untyped_storage() for parameter in worker.model.parameters()]
+    return worker.kv_cache.untyped_storage().nbytes(), sum(map(len, storages))
