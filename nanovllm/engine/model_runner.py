@@ -144,7 +144,9 @@ class ModelRunner:
         self.ops = choose_ops(config, device)
         with self._on_device():
             free_at_start = torch.cuda.mem_get_info(device)[0] if self.is_cuda else 0
-            context = ModelContext(self.ops, tp, config.resolve_dtype(), device)
+            context = ModelContext(
+                self.ops, tp, config.resolve_dtype(), device, config.max_model_len
+            )
             self.model = model_class(hf_config.architectures or [])(hf_config, context)
             load_model(self.model, config.model, config.load_format, hf_config.initializer_range)
             self._attentions = [m for m in self.model.modules() if isinstance(m, Attention)]

@@ -17,7 +17,6 @@ NUM_WARPS = 4
 TILE = 512  # logits that a program compares at a time,
 UNROLL = 4  # and how many such loads are in flight
 CAPACITY = 2048  # values that are collected at most
-COLLECT_TILE = 2048
 SAMPLE = 4096
 SAMPLE_BLOCK = 32  # neighbours in the sample
 SAMPLE_STEPS = 10  # bisections; the sample's quantiles need not be exact
@@ -113,6 +112,28 @@ def _measure(logits, begin, end, pivots, reference, rate, TILE: tl.constexpr, UN
             masses += more_masses
             column += TILE
     return tl.sum(counts, 0), tl.sum(masses, 0)
+
+
+@triton.jit
+def _collect(slots, logits, begin, end, lo, hi, TILE: tl.constexpr, UNROLL: tl.constexpr):
+    """Copy those of logits[begin:end] in [lo, hi) to slots, in a fixed order; their number."""
+    num_inside = tl.zeros([TILE], tl.int32)
+    column = begin + tl.arange(0, TILE)
+    for _ in range(begin, end, TILE * UNROLL):
+        for _ in tl.static_range(UNROLL):
+            values = tl.load(logits + column, mask=column < end, other=-INF).to(tl.float32)
+            num_inside += ((values >= lo) & (values < hi)).to(tl.int32)
+            column += TILE
+    slot = tl.cumsum(num_inside, 0) - num_inside
+    column = begin + tl.arange(0, TILE)
+    for _ in range(begin, end, TILE * UNROLL):
+        for _ in tl.static_range(UNROLL):
+            values = tl.load(logits + column, mask=column < end, other=-INF)
+            is_inside = (values.to(tl.float32) >= lo) & (values.to(tl.float32) < hi)
+            tl.store(slots + slot, values, mask=is_inside)
+            slot += is_inside.to(tl.int32)
+            column += TILE
+    return tl.sum(num_inside, 0)
 
 
 @triton.jit
@@ -307,7 +328,8 @@ def _take_in(
     if IS_FIRST:  # the first pivot has all below it that counts
         by_count, target, lo, hi, count_lo, count_hi, mass_lo, mass_hi = bracket
         by_count = tl.where(_at(counts, 0) > target, by_count, 0.0)
-        target = tl.where(by_count > 0, target, tl.minimum(top_p, 1.0) * _at(masses, 0))
+        mass = tl.where(top_p < 1, top_p * _at(masses, 0), INF)  # inf: lo is the threshold
+        target = tl.where(by_count > 0, target, mass)
         bracket = by_count, target, lo, hi, count_lo, count_hi, mass_lo, mass_hi
     bracket = _narrow(bracket, pivots, counts, masses)
     is_open, bracket = _advance(bracket, top_p, GRAIN)
@@ -332,7 +354,6 @@ def _pass_kernel(
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
     UNROLL: tl.constexpr,
-    COLLECT_TILE: tl.constexpr,
     CAPACITY: tl.constexpr,
     PADDED_CHUNKS: tl.constexpr,
     GRAIN: tl.constexpr,
@@ -346,6 +367,8 @@ def _pass_kernel(
     chunk = tl.program_id(0)
     num_chunks = tl.num_programs(0)
     row = tl.program_id(1).to(tl.int64)
+    begin = chunk * CHUNK
+    end = tl.minimum(begin + CHUNK, num_valid)
     logits += row * stride_logits
     rate = LOG2_E / tl.load(temperatures + row)
     record = records + row * RECORD_SIZE
@@ -373,15 +396,8 @@ def _pass_kernel(
             bracket = by_count, target, lo, hi, count_lo, count_hi, mass_lo, mass_hi
             pivots = _choose_pivots(bracket, guess, maximum, False, GRAIN)
             if status == COLLECTED:
-                size = 0
                 slots = collected + (row * num_chunks + chunk) * CAPACITY
-                for begin in range(chunk * CHUNK, (chunk + 1) * CHUNK, COLLECT_TILE):
-                    column = begin + tl.arange(0, COLLECT_TILE)
-                    values = tl.load(logits + column, mask=column < num_valid, other=-INF)
-                    is_inside = (values.to(tl.float32) >= lo) & (values.to(tl.float32) < hi)
-                    rank = tl.cumsum(is_inside.to(tl.int32), 0)
-                    tl.store(slots + size + rank - 1, values, mask=is_inside)
-                    size += tl.max(rank, 0)
+                size = _collect(slots, logits, begin, end, lo, hi, TILE, UNROLL)
                 tl.store(num_collected + row * num_chunks + chunk, size)
             if chunk == 0:
                 _store_bracket(new_record, bracket)
@@ -395,12 +411,10 @@ def _pass_kernel(
             field = tl.arange(0, RECORD_SIZE)
             tl.store(new_record + field, tl.load(record + field))
     if status == MEASURED:
-        begin = chunk * CHUNK
         if PASS == 0:
             column = begin + tl.arange(0, CHUNK)
             whole = tl.load(logits + column, mask=column < num_valid, other=-INF)
             maximum = tl.maximum(tl.max(whole, 0).to(tl.float32), LOWEST)
-        end = tl.minimum(begin + CHUNK, num_valid)
         counts, masses = _measure(logits, begin, end, pivots, maximum, rate, TILE, UNROLL)
         partial = new_partials + (row * num_chunks + chunk) * PARTIAL_SIZE
         tl.store(partial + COUNTS + tl.arange(0, NUM_PIVOTS), counts)
@@ -418,15 +432,15 @@ def _load_collected(
 ):
     """The values of all chunks one after another, [CAPACITY] float32, then -inf."""
     index = tl.arange(0, CAPACITY)
-    chunk = tl.arange(0, PADDED_CHUNKS)
-    size = tl.load(num_collected + chunk, mask=chunk < num_chunks, other=0)
-    is_past = index[:, None] >= tl.cumsum(size, 0)[None, :]  # the index lies after the chunk
-    own_chunk = tl.sum(is_past.to(tl.int32), 1)
-    slot = index - tl.sum(tl.where(is_past, size[None, :], 0), 1)
-    in_bracket = index < tl.sum(size, 0)
-    return tl.load(collected + own_chunk * CAPACITY + slot, mask=in_bracket, other=-INF).to(
-        tl.float32
-    )
+    own_chunk = tl.zeros([CAPACITY], tl.int32)
+    own_begin = tl.zeros([CAPACITY], tl.int32)
+    end = 0
+    for chunk in tl.static_range(PADDED_CHUNKS):
+        end += tl.load(num_collected + chunk, mask=chunk < num_chunks, other=0)
+        own_chunk += (index >= end).to(tl.int32)
+        own_begin = tl.where(index >= end, end, own_begin)
+    pointers = collected + own_chunk * CAPACITY + (index - own_begin)
+    return tl.load(pointers, mask=index < end, other=-INF).to(tl.float32)
 
 
 @triton.jit(do_not_specialize_on_alignment=["temperatures", "top_p"])
@@ -491,9 +505,7 @@ def _finish_kernel(
                 counts = count_above + tl.sum(above, 0)
                 masses = mass_above + tl.sum(mass, 0)
             else:
-                counts, masses = _measure(
-                    logits, 0, num_valid, pivots, maximum, rate, TILE, UNROLL
-                )
+                counts, masses = _measure(logits, 0, num_valid, pivots, maximum, rate, TILE, UNROLL)
             bracket = _narrow(bracket, pivots, counts, masses)
             is_open, bracket = _advance(bracket, p, GRAIN)
             by_count, target, lo, hi, count_lo, count_hi, mass_lo, mass_hi = bracket
@@ -561,7 +573,6 @@ def filter_thresholds(
             CHUNK=CHUNK,
             TILE=TILE,
             UNROLL=UNROLL,
-            COLLECT_TILE=COLLECT_TILE,
             num_warps=NUM_WARPS,
             **chunk_options,
         )

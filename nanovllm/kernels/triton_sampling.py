@@ -58,9 +58,11 @@ def _arrivals(
     column = chunk * CHUNK + tl.arange(0, CHUNK)
     pointers = logits + row * stride_logits + column
     logit = tl.load(pointers, mask=column < num_valid, other=float("-inf")).to(tl.float32)
+    races = temperature > 0
     if thresholds is not None:
         logit = tl.where(logit >= tl.load(thresholds + row), logit, float("-inf"))
-    if temperature > 0:
+        races = races & (tl.max(logit, 0) > float("-inf"))  # nearly all chunks are spared
+    if races:
         position = tl.load(positions + row).to(tl.uint32, bitcast=True)
         seed_lo = tl.load(seeds + 2 * row).to(tl.uint32, bitcast=True)
         seed_hi = tl.load(seeds + 2 * row + 1).to(tl.uint32, bitcast=True)

@@ -11,7 +11,12 @@ from pathlib import Path
 
 import pytest
 
-FILES = ("triton_interpreter_checks.py", "triton_decode_checks.py", "triton_linear_checks.py")
+FILES = (
+    "triton_interpreter_checks.py",
+    "triton_decode_checks.py",
+    "triton_filter_checks.py",
+    "triton_linear_checks.py",
+)
 
 
 @pytest.fixture(scope="module")
