@@ -1,15 +1,26 @@
 """nanovllm: a small, fast offline inference library for large language models.
 
-`LLM` is imported on first use, so that `from nanovllm import SamplingParams` loads no torch.
+What needs torch is imported on first use: `from nanovllm import SamplingParams` loads none.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.errors import ArgumentError, EngineDeadError
-from nanovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from nanovllm.outputs import (
+    CompletionOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+    ScoringOutput,
+    ScoringRequestOutput,
+)
+from nanovllm.pooling_params import PoolingParams
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 if TYPE_CHECKING:
+    from nanovllm.entrypoints.streaming import StreamOutput
     from nanovllm.llm import LLM
 
 __version__ = "0.1.0"
@@ -17,11 +28,17 @@ __all__ = [
     "LLM",
     "ArgumentError",
     "CompletionOutput",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
     "EngineDeadError",
     "Logprob",
+    "PoolingParams",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "ScoringOutput",
+    "ScoringRequestOutput",
+    "StreamOutput",
     "StructuredOutputsParams",
 ]
 
@@ -31,4 +48,8 @@ def __getattr__(name: str) -> Any:
         from nanovllm.llm import LLM
 
         return LLM
+    if name == "StreamOutput":
+        from nanovllm.entrypoints.streaming import StreamOutput
+
+        return StreamOutput
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,10 +5,12 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from nanovllm.errors import ArgumentError, check_bool, check_choice, check_integer, check_number
 from nanovllm.hf_config import read_hf_config
+from nanovllm.models.moe_config import check_experts
+from nanovllm.models.quantization_config import has_block_scales
 from nanovllm.models.rope_config import max_positions
 
 if TYPE_CHECKING:
@@ -17,22 +19,35 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")
+QUANTIZATIONS = ("fp8",)
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 16384
 ALIASES = {"block_size": "kvcache_block_size", "num_gpu_blocks_override": "num_kvcache_blocks"}
 
 # vLLM's constructor parameters that this library does not have: named as such in the error.
 VLLM_ONLY = frozenset(
-    """allowed_local_media_path allowed_media_domains data_parallel_size
-    quantization quantization_config revision tokenizer_revision swap_space cpu_offload_gb
-    offload_group_size offload_num_in_group offload_prefetch_step offload_params
-    enable_return_routed_experts disable_custom_all_reduce hf_token mm_processor_kwargs
-    limit_mm_per_prompt pooler_config runner convert structured_outputs_config profiler_config
-    attention_config compilation_config logits_processors kv_transfer_config speculative_config
-    spec_method spec_model spec_tokens enable_lora max_loras max_lora_rank pipeline_parallel_size
-    distributed_executor_backend worker_cls enable_expert_parallel expert_placement_strategy
-    logprobs_mode enable_prompt_embeds long_prefill_token_threshold
+    """allowed_local_media_path allowed_media_domains quantization_config offload_group_size
+    offload_num_in_group offload_prefetch_step offload_params enable_return_routed_experts
+    mm_processor_kwargs limit_mm_per_prompt pooler_config convert structured_outputs_config
+    profiler_config attention_config compilation_config logits_processors kv_transfer_config
+    speculative_config spec_method spec_model spec_tokens max_loras max_lora_rank
+    expert_placement_strategy logprobs_mode enable_prompt_embeds long_prefill_token_threshold
     cudagraph_capture_sizes""".split()
 )
+# Those that scripts pass all the same, with the values that change nothing here; None: all do.
+VLLM_IGNORED: dict[str, tuple[Any, ...] | None] = {
+    "revision": None,
+    "tokenizer_revision": None,
+    "hf_token": None,
+    "swap_space": None,
+    "disable_custom_all_reduce": None,
+    "cpu_offload_gb": (0,),
+    "pipeline_parallel_size": (1,),
+    "data_parallel_size": (1,),
+    "distributed_executor_backend": (None, "mp"),
+    "worker_cls": (None, "auto"),
+    "enable_expert_parallel": (False,),
+    "enable_lora": (False,),
+}
 
 
 @dataclass
@@ -60,6 +75,7 @@ class Config:
     async_scheduling: bool = True
     attention_backend: str = "auto"
     dtype: str = "auto"
+    quantization: str | None = None
     device: str = "auto"
     seed: int = 0
     load_format: str = "auto"
@@ -73,6 +89,7 @@ class Config:
     override_generation_config: dict[str, Any] | None = None
     max_logprobs: int = 20
     scheduling_policy: str = "fcfs"
+    runner: str = "auto"
     enable_sleep_mode: bool = False
     disable_log_stats: bool = True
     hf_config: "PretrainedConfig" = field(init=False, repr=False)
@@ -84,6 +101,9 @@ class Config:
         known = {f.name for f in fields(cls) if f.init} | ALIASES.keys()
         arguments: dict[str, Any] = {}
         for name, value in kwargs.items():
+            if name in VLLM_IGNORED:
+                _check_ignored(name, value)
+                continue
             if name not in known:
                 raise TypeError(_unknown_keyword(name, known))
             target = ALIASES.get(name, name)
@@ -150,9 +170,12 @@ class Config:
         )
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
+        if self.quantization is not None:
+            check_choice("quantization", self.quantization, QUANTIZATIONS)
         check_choice("device", self.device, ("auto", "cuda", "cpu"))
         check_choice("load_format", self.load_format, ("auto", "dummy"))
         check_choice("tokenizer_mode", self.tokenizer_mode, ("auto",))
+        check_choice("runner", self.runner, ("auto", "generate", "pooling"))
         check_choice("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
         check_choice(
             "attention_backend", self.attention_backend, ("auto", "torch", "triton", "flash-attn")
@@ -203,6 +226,7 @@ class Config:
                 f"tensor_parallel_size ({size}) must divide, or be a multiple of, the model's "
                 f"num_key_value_heads ({num_kv_heads})"
             )
+        check_experts(hf_config, size)
 
     @property
     def max_blocks_per_seq(self) -> int:
@@ -238,11 +262,27 @@ class Config:
             dtype = getattr(torch, dtype)
         return dtype or torch.bfloat16
 
+    @property
+    def fp8_scales(self) -> 'Literal["rows", "blocks"] | None':
+        """What has a scale of its own in the linear layers' fp8 weights; None: they are not fp8."""
+        if has_block_scales(self.hf_config):
+            return "blocks"
+        return "rows" if self.quantization == "fp8" else None
+
     def resolve_kv_cache_dtype(self) -> "torch.dtype":
         """The dtype of the KV cache: that of the activations, or fp8."""
         from nanovllm.kernels.ops import FP8_DTYPE
 
         return self.resolve_dtype() if self.kv_cache_dtype == "auto" else FP8_DTYPE
+
+
+def _check_ignored(name: str, value: Any) -> None:
+    allowed = VLLM_IGNORED[name]
+    if allowed is not None and value not in allowed:
+        raise TypeError(
+            f"LLM() got {name}={value!r}, an option of vLLM that nanovllm does not have; it takes "
+            f"{' or '.join(map(repr, allowed))} alone"
+        )
 
 
 def _unknown_keyword(name: str, known: set[str]) -> str:

@@ -23,6 +23,8 @@ class EngineDeadError(RuntimeError):
 
 def check_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
     """`value` as an int; ArgumentError if it is not an integer in [minimum, maximum]."""
+    if type(value) is int and minimum <= value and (maximum is None or value <= maximum):
+        return value  # spares the slow look at abstract types
     limit = f">= {minimum}" if maximum is None else f"between {minimum} and {maximum}"
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ArgumentError(f"{name} must be an integer {limit}, got {value!r}")
@@ -34,7 +36,7 @@ def check_integer(name: str, value: Any, minimum: int, maximum: int | None = Non
 
 def check_number(name: str, value: Any, limit: str, is_allowed: Callable[[float], bool]) -> float:
     """`value` as a float; ArgumentError, naming `limit`, if it is no number or not allowed."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
         raise ArgumentError(f"{name} must be {limit}, got {value!r}")
     try:
         number = float(value)

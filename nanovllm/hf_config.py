@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # Older and newer names of the same, of which transformers reads one and ignores the rest.
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
+# What config.json may hold beside the fields of the family's configuration.
+OTHER_FIELDS = ("torch_dtype", "quantization_config")
 
 
 def read_hf_config(model: str, overrides: Any = None) -> "PretrainedConfig":
@@ -80,7 +82,7 @@ def _check_fields(fields: Mapping[str, Any], raw: dict[str, Any]) -> None:
     model_type = fields.get("model_type", raw.get("model_type"))
     default = CONFIG_MAPPING[model_type]() if model_type in CONFIG_MAPPING else None
     for name in fields:
-        if name in raw or name in (*ROPE_FIELDS, "torch_dtype") or hasattr(default, name):
+        if name in raw or name in (*ROPE_FIELDS, *OTHER_FIELDS) or hasattr(default, name):
             continue
         known = sorted({*raw, *(default.to_dict() if default else {})})
         [nearest] = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)

@@ -10,6 +10,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.prompts import check_unsupported
 from nanovllm.entrypoints import (
     metrics,
+    pooling,
     prefix_cache,
     profiling,
     rpc,
@@ -19,7 +20,8 @@ from nanovllm.entrypoints import (
 )
 from nanovllm.entrypoints.chat import render_prompts
 from nanovllm.errors import ArgumentError
-from nanovllm.outputs import RequestOutput
+from nanovllm.outputs import EmbeddingRequestOutput, RequestOutput, ScoringRequestOutput
+from nanovllm.pooling_params import PoolingParams
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -148,6 +150,93 @@ class LLM(LLMEngine):
             tokenization_kwargs=tokenization_kwargs,
         )
 
+    def embed(
+        self,
+        prompts: str | list[str] | list[int] | list[list[int]] | list[Any],
+        *,
+        use_tqdm: bool | Callable[..., Any] = True,
+        pooling_params: PoolingParams | None = None,
+        truncate_prompt_tokens: int | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        priority: list[int] | None = None,
+        lora_request: None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """Embed prompts: the final hidden state of each one's last token, scaled to length 1.
+
+        That is how Qwen3-Embedding works; the token that its prompts end with is added by the
+        tokenizer that it comes with. Nothing is generated. Requests queued otherwise run along.
+
+        Args:
+            prompts, priority, use_tqdm, tokenization_kwargs: as for `generate`; a prompt may have
+                `max_model_len` tokens.
+            pooling_params: fewer dimensions, or embeddings as they come.
+            truncate_prompt_tokens: cut texts to so many tokens, as the tokenizer does it (the
+                tokens that it adds stay); -1: to `max_model_len`.
+            lora_request: only None.
+
+        Returns:
+            For each prompt an output whose `outputs.embedding` is a list of floats.
+
+        Raises:
+            ArgumentError: a prompt or parameter is wrong; nothing was queued then.
+            EngineDeadError: a tensor-parallel worker died.
+        """
+        check_unsupported(lora_request=lora_request)
+        return pooling.embed(
+            self,
+            prompts,
+            use_tqdm=use_tqdm,
+            pooling_params=pooling_params,
+            truncate_prompt_tokens=truncate_prompt_tokens,
+            tokenization_kwargs=tokenization_kwargs,
+            priority=priority,
+        )
+
+    def score(
+        self,
+        data_1: str | list[str],
+        data_2: str | list[str],
+        /,
+        *,
+        method: str = "reranker",
+        instruction: str | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        truncate_prompt_tokens: int | None = None,
+        lora_request: None = None,
+    ) -> list[ScoringRequestOutput]:
+        """Score pairs of texts: one with one, one with each of several, or each with its own.
+
+        Args:
+            data_1: queries.
+            data_2: documents, as many; any number for a single query.
+            method: "reranker" asks the model as Qwen3-Reranker was trained to be asked, whether the
+                document meets the query; the score is the probability of "yes" against "no".
+                "embedding": the cosine of the two texts' embeddings, as of Qwen3-Embedding.
+            instruction: what the reranker looks for; None: passages that answer a web search.
+            use_tqdm: as for `generate`.
+            truncate_prompt_tokens: cut texts so that a prompt has so many tokens at most; the
+                reranker loses the end of the document. -1: `max_model_len`.
+            lora_request: only None.
+
+        Returns:
+            For each pair an output whose `outputs.score` is a float.
+
+        Raises:
+            ArgumentError: an argument is wrong, the model has no LM head, or its tokenizer lacks
+                one of the tokens that the reranker's question or answer is made of.
+            EngineDeadError: a tensor-parallel worker died.
+        """
+        check_unsupported(lora_request=lora_request)
+        return pooling.score(
+            self,
+            data_1,
+            data_2,
+            method=method,
+            instruction=instruction,
+            use_tqdm=use_tqdm,
+            truncate_prompt_tokens=truncate_prompt_tokens,
+        )
+
     def get_tokenizer(self) -> Any:
         """The engine's tokenizer; ArgumentError if `skip_tokenizer_init=True` left it out."""
         if self.tokenizer is None:
@@ -258,7 +347,8 @@ class LLM(LLMEngine):
         Args:
             weights: (name, tensor) pairs or a state dict, under the names and in the shapes of the
                 model's checkpoint, whole tensors on any device; each is converted to its
-                parameter's dtype. `lm_head.weight` of a model with tied embeddings is left out.
+                parameter's dtype, and quantised where quantization="fp8" quantises weights.
+                `lm_head.weight` of a model with tied embeddings is left out.
 
         Returns:
             The names that were loaded.
@@ -268,7 +358,8 @@ class LLM(LLMEngine):
 
         Raises:
             ArgumentError: a name is unknown, or a shape or type is wrong. Of a list or dict nothing
-                is loaded then; what an iterator gave before stays loaded.
+                is loaded then; what an iterator gave before stays loaded. Or the engine's own
+                checkpoint is fp8: it takes no new weights.
         """
         return weight_update.load_weights(self, weights)
 

@@ -76,6 +76,59 @@ class RequestMetrics:
         return None if self.finished_time is None else self.finished_time - self.arrival_time
 
 
+@dataclass
+class EmbeddingOutput:
+    """An embedding: `dimensions` numbers, or as many as the model's hidden size."""
+
+    embedding: list[float]
+
+
+@dataclass
+class ScoringOutput:
+    """A score: a probability, or the cosine of two embeddings."""
+
+    score: float
+
+
+@dataclass
+class EmbeddingRequestOutput:
+    """What `LLM.embed` gives for a prompt.
+
+    Args:
+        request_id: the request's number in its engine, as a string.
+        outputs: its embedding.
+        prompt_token_ids: its token ids.
+        finished: whether it has ended; True.
+        num_cached_tokens: prompt tokens that the prefix cache spared.
+    """
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    finished: bool = True
+    num_cached_tokens: int | None = None
+
+
+@dataclass
+class ScoringRequestOutput:
+    """What `LLM.score` gives for a pair.
+
+    Args:
+        request_id: the request's number in its engine, as a string; "a_b" if the two texts were
+            requests of their own.
+        outputs: its score.
+        prompt_token_ids: the token ids; of two requests one after the other.
+        finished: whether it has ended; True.
+        num_cached_tokens: prompt tokens that the prefix cache spared.
+    """
+
+    request_id: str
+    outputs: ScoringOutput
+    prompt_token_ids: list[int]
+    finished: bool = True
+    num_cached_tokens: int | None = None
+
+
 class RequestOutput(dict[str, Any]):
     """The result of a request: a dict of exactly "text" and "token_ids", those of `outputs[0]`.
 

@@ -253,6 +253,8 @@ def _check_structured_outputs(name: str, value: Any) -> StructuredOutputsParams:
 
 
 def _as_list(name: str, value: Any, items: str) -> list[Any]:
+    if type(value) is list:  # spares the slow look at abstract types
+        return value.copy()
     if not isinstance(value, (str, bytes, Mapping)):
         try:
             return list(value.tolist() if hasattr(value, "tolist") else value)

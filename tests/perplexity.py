@@ -27,12 +27,13 @@ CHUNK = 128  # tokens of a window that a prefill step computes
 GROUP = 8  # windows computed side by side
 BLOCK_SIZE = 256
 BLOCKS_PER_WINDOW = WINDOW // BLOCK_SIZE
-# (dtype, kv_cache_dtype)
+# (dtype, kv_cache_dtype, quantization)
 CONFIGURATIONS = (
-    ("float32", "auto"),
-    ("float32", "fp8"),
-    ("bfloat16", "auto"),
-    ("bfloat16", "fp8"),
+    ("float32", "auto", None),
+    ("float32", "fp8", None),
+    ("bfloat16", "auto", None),
+    ("bfloat16", "fp8", None),
+    ("bfloat16", "auto", "fp8"),
 )
 
 
@@ -42,6 +43,7 @@ class Score:
 
     dtype: str
     kv_cache_dtype: str
+    quantization: str | None
     kv_bytes_per_token: int
     prefill_bits_per_byte: float
     prefill_perplexity: float  # a token
@@ -136,12 +138,15 @@ def nats(llm: LLM, windows: torch.Tensor) -> tuple[float, float]:
     return by_prefill, by_decode
 
 
-def score(args: argparse.Namespace, text: str, dtype: str, kv_cache_dtype: str) -> Score:
+def score(
+    args: argparse.Namespace, text: str, dtype: str, kv_cache_dtype: str, quantization: str | None
+) -> Score:
     """Score the text with one configuration."""
     with LLM(
         args.model,
         dtype=dtype,
         kv_cache_dtype=kv_cache_dtype,
+        quantization=quantization,
         device=args.device,
         enforce_eager=True,
         max_model_len=WINDOW,
@@ -161,6 +166,7 @@ def score(args: argparse.Namespace, text: str, dtype: str, kv_cache_dtype: str) 
         return Score(
             dtype,
             kv_cache_dtype,
+            quantization,
             kv_bytes // (GROUP * BLOCKS_PER_WINDOW * BLOCK_SIZE),
             by_prefill / math.log(2) / num_bytes,
             math.exp(by_prefill / len(scored)),
@@ -171,8 +177,8 @@ def score(args: argparse.Namespace, text: str, dtype: str, kv_cache_dtype: str) 
 
 def print_table(scores: list[Score]) -> None:
     """One line each; changes are those of the bits per byte against the first."""
-    columns = ("dtype", "KV cache", "KV B/token", "bits/byte", "perplexity", "change")
-    template = "{:<9} {:<8} {:<8} {:>10} {:>10} {:>10} {:>10}"
+    columns = ("dtype", "weights", "KV cache", "KV B/token", "bits/byte", "perplexity", "change")
+    template = "{:<9} {:<8} {:<9} {:<8} {:>10} {:>10} {:>10} {:>10}"
     print(template.format("steps", *columns))
     for steps in ("prefill", "decode"):
         for entry in scores:
@@ -185,7 +191,12 @@ def print_table(scores: list[Score]) -> None:
             ]
             print(
                 template.format(
-                    steps, entry.dtype, entry.kv_cache_dtype, entry.kv_bytes_per_token, *values
+                    steps,
+                    entry.dtype,
+                    entry.quantization or entry.dtype,
+                    entry.kv_cache_dtype,
+                    entry.kv_bytes_per_token,
+                    *values,
                 )
             )
 

@@ -71,6 +71,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "mistral-window": {"architecture": "MistralForCausalLM", "sliding_window": 1024},
     "qwen3-yarn": {"rope_parameters": YARN},
+    "qwen3-moe": {
+        "architecture": "Qwen3MoeForCausalLM",
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+    },
+    "qwen3-moe-steps": {
+        "architecture": "Qwen3MoeForCausalLM",
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "decoder_sparse_step": 2,
+        "num_hidden_layers": 4,
+        "norm_topk_prob": False,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+    },
 }
 
 

@@ -70,8 +70,16 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         epilog=EPILOG,
         allow_abbrev=False,
     )
-    parser.add_argument("input", metavar="INPUT", help="JSON Lines file of requests")
+    add_parameters(parser)
     parser.add_argument("output", metavar="OUTPUT", help="JSON Lines file to append results to")
+    options = options_of(vars(parser.parse_args(arguments)))
+    _check_output(options.input_path, options.output_path)
+    return options
+
+
+def add_parameters(parser: argparse.ArgumentParser) -> None:
+    """Add what `options_of` reads, but for "output"."""
+    parser.add_argument("input", metavar="INPUT", help="JSON Lines file of requests")
     parser.add_argument("--model", required=True, metavar="DIR", help="model directory")
     parser.add_argument(
         "--seed",
@@ -81,19 +89,24 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     )
     parser.add_argument("--no-progress", action="store_true", help="draw no bar on stderr")
     engine = parser.add_argument_group("parameters of LLM")
-    engine_fields = {f.name: f.type for f in fields(Config) if f.init and f.name != "model"}
-    engine_names = _add_options(engine, engine_fields)
+    _add_options(engine, _engine_types())
     sampling = parser.add_argument_group("sampling parameters of lines that do not set them")
     sampling.add_argument("--return-token-ids", action="store_true", help="add them to the choices")
-    sampling_names = _add_options(sampling, {f.name: f.type for f in fields(SamplingParams)})
+    _add_options(sampling, _sampling_types())
 
-    given = vars(parser.parse_args(arguments))
-    defaults = {name: given[name] for name in sampling_names if name in given}
+
+def options_of(given: dict[str, Any]) -> Options:
+    """The options of a parsed command line.
+
+    Raises:
+        ArgumentError: the input or a default sampling parameter is wrong.
+    """
+    defaults = {name: given[name] for name in _sampling_types() if name in given}
     if isinstance(defaults.get("structured_outputs"), dict):
         defaults["structured_outputs"] = structured_outputs(defaults["structured_outputs"])
     SamplingParams(**defaults)
-    _check_paths(given["input"], given["output"])
-    engine_given = {name: given[name] for name in engine_names if name in given}
+    _check_input(given["input"])
+    engine_given = {name: given[name] for name in _engine_types() if name in given}
     return Options(
         input_path=given["input"],
         output_path=given["output"],
@@ -114,11 +127,18 @@ def structured_outputs(values: dict[str, Any]) -> StructuredOutputsParams:
     return StructuredOutputsParams(**values)
 
 
-def _add_options(group: Any, types: dict[str, Any]) -> list[str]:
-    """An option for each parameter but "seed", of its type; only what is given is in the result."""
-    names = [name for name in types if name != "seed"]
-    for name in names:
-        annotation = types[name]
+def _engine_types() -> dict[str, Any]:
+    names = ("model", "seed")  # options of their own
+    return {f.name: f.type for f in fields(Config) if f.init and f.name not in names}
+
+
+def _sampling_types() -> dict[str, Any]:
+    return {f.name: f.type for f in fields(SamplingParams) if f.name != "seed"}
+
+
+def _add_options(group: Any, types: dict[str, Any]) -> None:
+    """An option for each parameter, of its type; only what is given is in the result."""
+    for name, annotation in types.items():
         text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
         settings: dict[str, Any] = {"default": argparse.SUPPRESS}
         words = re.findall(r"\w+", text)
@@ -138,7 +158,6 @@ def _add_options(group: Any, types: dict[str, Any]) -> list[str]:
         group.add_argument(
             *(f"--{flag.replace('_', '-')}" for flag in flags), dest=name, **settings
         )
-    return names
 
 
 def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -162,13 +181,18 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def _check_paths(source: str, target: str) -> None:
-    if "-" in (source, target):
-        raise ArgumentError("input and output must be files, not '-': a pipe cannot be resumed")
+def _check_input(source: str) -> None:
+    if source == "-":
+        raise ArgumentError("the input must be a file, not '-': a pipe cannot be resumed")
     if not os.path.isfile(source):
         raise ArgumentError(f"input {source!r} is not an existing file")
     if not os.access(source, os.R_OK):
         raise ArgumentError(f"input {source!r} cannot be read")
+
+
+def _check_output(source: str, target: str) -> None:
+    if target == "-":
+        raise ArgumentError("the output must be a file, not '-': a pipe cannot be resumed")
     folder = os.path.dirname(os.path.abspath(target))
     if not os.path.isdir(folder):
         raise ArgumentError(f"the folder of the output does not exist: {folder!r}")

@@ -10,7 +10,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,17 @@ RECORD_ID = re.compile(r"batch_req_([0-9a-f]{8})_([0-9a-f]{16})")
 DUPLICATE_CODE = "duplicate_custom_id"
 SYNC_SECONDS = 5.0  # results that a power failure may lose; a killed process loses none
 MERGE_SIZE = 1 << 16
+
+
+class Part(NamedTuple):
+    """Lines `first` to `last` of an input, `offset` bytes after its begin; else all of it."""
+
+    first: int = 1
+    last: int | None = None
+    offset: int = 0
+
+
+WHOLE = Part()
 
 
 class LineSet:
@@ -108,14 +119,14 @@ class ResultFile:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def count_lines(self, source: str) -> tuple[int, int]:
-        """How many lines of the input are not blank, and the number of the last one.
+    def count_lines(self, source: str, part: Part = WHOLE) -> tuple[int, int]:
+        """How many lines of the input's part are not blank, and the number of the last one.
 
         Raises:
             ArgumentError: a line that has a record is not what it was.
         """
         num_lines = checksum = number = 0
-        for number, line in read_lines(source):
+        for number, line in read_lines(source, part):
             num_lines += 1
             if number in self.finished:
                 checksum ^= _line_digest(number, line)
@@ -206,10 +217,13 @@ class ResultFile:
         self.num_errors += record["error"] is not None
 
 
-def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
+def read_lines(path: str, part: Part = WHOLE) -> Iterator[tuple[int, bytes]]:
     """Number, from 1, and content of every line that is not blank, read as they are asked for."""
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        file.seek(part.offset)
+        for number, line in enumerate(file, part.first):
+            if part.last is not None and number > part.last:
+                return
             content = line.strip()
             if content:
                 yield number, content

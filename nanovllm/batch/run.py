@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -42,10 +42,19 @@ def main(
         arguments: of the command line; default `sys.argv[1:]`.
         make_engine: called in place of `LLM`, with its keywords.
     """
-    try:
+
+    def work() -> int:
         options = parse_options(arguments)
         with ResultFile(options.output_path, options.digest) as results:
-            return _run(options, results, make_engine or _load)
+            return _run(options, results, make_engine or load_engine)
+
+    return status_of(work)
+
+
+def status_of(work: Callable[[], int]) -> int:
+    """The exit status that `work` returns, or that of its exception, which is told on stderr."""
+    try:
+        return work()
     except ArgumentError as error:
         return _end(f"error: {error}", USAGE_ERROR)
     except (EngineDeadError, OSError) as error:
@@ -62,24 +71,30 @@ def _run(options: Options, results: ResultFile, make_engine: Callable[..., Any])
     if results.num_finished < num_lines:
         with (
             make_engine(**options.engine) as llm,
-            _StopSignals() as signals,
-            _Bar(options.shows_progress, num_lines, results.num_finished) as bar,
+            StopSignals() as signals,
+            Bar(options.shows_progress, num_lines, results.num_finished) as bar,
         ):
-            _Run(llm, options, results, last_line, bar).work(signals)
+            lines = read_lines(options.input_path)
+            Run(llm, options, results, lines, last_line, bar).work(signals)
         num_left = num_lines - results.num_finished
         if signals.received is not None and num_left:
             text = f"ended by {signals.received.name}, {num_left} lines left. {RESUME}"
             return _end(text, 128 + signals.received)
         if num_left:
             raise OSError(f"{options.input_path!r} has lost lines while it was read")
-    num_errors = results.num_errors
+    return all_done(num_lines, results.num_errors)
+
+
+def all_done(num_lines: int, num_errors: int) -> int:
+    """The exit status of a finished run, after a line on stderr."""
     text = (
         f"{num_lines} lines: {num_lines - num_errors} completed, {num_errors} with an error record"
     )
     return _end(text, SOME_ERRORS if num_errors else ALL_COMPLETED)
 
 
-def _load(**keywords: Any) -> Any:
+def load_engine(**keywords: Any) -> Any:
+    """An `LLM`."""
     from nanovllm import LLM  # after every other check: it loads torch
 
     return LLM(**keywords)
@@ -90,11 +105,17 @@ def _end(message: str, status: int) -> int:
     return status
 
 
-class _Run:
+class Run:
     """The loop between the input, the engine and the output."""
 
     def __init__(
-        self, llm: Any, options: Options, results: ResultFile, last_line: int, bar: "_Bar"
+        self,
+        llm: Any,
+        options: Options,
+        results: ResultFile,
+        lines: Iterator[tuple[int, bytes]],
+        last_line: int,
+        bar: "Bar",
     ) -> None:
         self.llm = llm
         self.options = options
@@ -105,11 +126,11 @@ class _Run:
         model_defaults = llm.get_default_sampling_params()
         values = {name: getattr(model_defaults, name) for name in SAMPLING_NAMES}
         self.defaults = values | {"skip_special_tokens": True} | options.defaults
-        self.lines = read_lines(options.input_path)
+        self.lines = lines
         self.pending: dict[int, LineInfo] = {}  # by the engine's id
         self.num_queued = 0  # sequences
 
-    def work(self, signals: "_StopSignals") -> None:
+    def work(self, signals: "StopSignals") -> None:
         """Until every line has a record, or a signal came."""
         self._feed(signals)
         while self.pending and signals.received is None:
@@ -118,7 +139,7 @@ class _Run:
             self._feed(signals)
         self.results.flush()
 
-    def _feed(self, signals: "_StopSignals") -> None:
+    def _feed(self, signals: "StopSignals") -> None:
         while self.num_queued < 2 * self.llm.config.max_num_seqs and signals.received is None:
             number, line = next(self.lines, (self.last_line + 1, b""))
             if number > self.last_line:
@@ -178,14 +199,15 @@ class _Run:
         self.bar.count_tokens(num_tokens)
 
 
-class _StopSignals:
+class StopSignals:
     """Context in which the first SIGINT or SIGTERM is only noted, in `received`.
 
     The second is a KeyboardInterrupt.
     """
 
-    def __enter__(self) -> "_StopSignals":
-        self.received: signal.Signals | None = None
+    received: signal.Signals | None = None
+
+    def __enter__(self) -> "StopSignals":
         numbers = (signal.SIGINT, signal.SIGTERM)
         self._previous = {number: signal.signal(number, self._note) for number in numbers}
         return self
@@ -200,7 +222,7 @@ class _StopSignals:
         self.received = signal.Signals(number)
 
 
-class _Bar:
+class Bar:
     """A tqdm bar on stderr of the lines that have a record, with the rates of the last seconds."""
 
     def __init__(self, is_shown: bool, total: int, num_finished: int) -> None:
@@ -217,7 +239,7 @@ class _Bar:
         self.rates = {"Prefill": 0, "Decode": 0}  # tokens since `start`
         self.start = time.monotonic()
 
-    def __enter__(self) -> "_Bar":
+    def __enter__(self) -> "Bar":
         return self
 
     def __exit__(self, *exception: object) -> None:

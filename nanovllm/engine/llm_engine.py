@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
+from numbers import Integral
 from operator import attrgetter
 from time import perf_counter, time
 from typing import Any
@@ -66,6 +67,9 @@ class LLMEngine:
         attention_backend: "auto" (triton on CUDA, torch elsewhere), "torch", "triton" or
             "flash-attn".
         dtype: "auto" (the model's), "bfloat16", "float16", "float32".
+        quantization: "fp8": weights of linear layers in fp8 (e4m3), quantised on load with a scale
+            for each row; embedding, LM head and norms stay as they are. Default None: as in the
+            checkpoint, which may be fp8 itself.
         device: "auto" (CUDA if there is one), "cuda", "cpu".
         seed: keys the sampling of every request, with the request's number. Default 0.
         load_format: "auto", or "dummy" for random weights (config and tokenizer are still read).
@@ -84,7 +88,9 @@ class LLMEngine:
         max_logprobs: the most `logprobs` and `prompt_logprobs` may ask for; -1: no limit. Default
             20.
         scheduling_policy: "fcfs", or "priority": by the requests' `priority`. Default "fcfs".
-        enable_sleep_mode, disable_log_stats: vLLM's; sleep and metrics are always there.
+        runner, enable_sleep_mode, disable_log_stats: vLLM's; they change nothing: pooling, sleep
+            and metrics are always there.
+        runner: vLLM's "auto", "generate" or "pooling", which change nothing: a model can do both.
 
     An engine has no lock: use it from one thread at a time.
 
@@ -188,14 +194,7 @@ class LLMEngine:
         check_unsupported(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
         self._check_awake()
         requests = self._new_requests(prompts, sampling_params, priority, tokenization_kwargs)
-        try:
-            for request in requests:
-                self._queue(request)
-            with ProgressBar(use_tqdm, len(requests)) as bar:
-                self._drain({request.request_id for request in requests}, bar)
-        except BaseException:
-            self._abort(requests)
-            raise
+        self._run(requests, use_tqdm)
         return [request.output(self.tokenizer) for request in requests]
 
     def add_request(
@@ -267,7 +266,7 @@ class LLMEngine:
         `step` does not return them; `get_output` gives what they have. Ids of requests that have
         ended, or never were, are ignored.
         """
-        ids = [request_ids] if isinstance(request_ids, (int, str)) else list(request_ids)
+        ids = [request_ids] if isinstance(request_ids, (str, int, Integral)) else list(request_ids)
         requests = [self._requests.get(_as_request_id(request_id)) for request_id in ids]
         aborted = [request for request in requests if request is not None]
         self._abort(aborted)
@@ -282,6 +281,7 @@ class LLMEngine:
         Raises:
             ArgumentError: there is no such request, or its output is gone.
         """
+        self._check_ready()
         number = _as_request_id(request_id)
         request = self._requests.get(number) or self._returned.get(number)
         if request is None:
@@ -384,7 +384,7 @@ class LLMEngine:
             while not launched.is_done():
                 self._workers.check()
         token_ids = launched.wait()
-        launched.logprobs.keep()
+        launched.extras.keep()
         self._step_seconds = launched.seconds + perf_counter() - start
         alive = self.scheduler.postprocess(launched.seqs, token_ids)
         if launched.plan.is_prefill:
@@ -420,6 +420,17 @@ class LLMEngine:
         if self._in_flight and all(seq.is_finished for seq in self._in_flight.seqs):
             self._in_flight = None
 
+    def _run(self, requests: list[Request], use_tqdm: bool | Callable[..., Any]) -> None:
+        """Queue requests and step until they have finished; they are dropped if that fails."""
+        try:
+            for request in requests:
+                self._queue(request)
+            with ProgressBar(use_tqdm, len(requests)) as bar:
+                self._drain({request.request_id for request in requests}, bar)
+        except BaseException:
+            self._abort(requests)
+            raise
+
     def _drain(self, own_ids: set[int], bar: ProgressBar) -> None:
         """Step until all of `own_ids` have finished; `step` will return what else finished."""
         self._generating.update(dict.fromkeys(own_ids, own_ids))
@@ -445,10 +456,19 @@ class LLMEngine:
         self.exit()
 
     def _new_requests(
-        self, prompts: Any, sampling_params: Any, priority: Any, tokenization_kwargs: Any
+        self,
+        prompts: Any,
+        sampling_params: Any,
+        priority: Any,
+        tokenization_kwargs: Any,
+        pooler: Callable[[Any], Any] | None = None,
     ) -> list[Request]:
-        """Checked requests, not yet numbered or queued."""
+        """Checked requests, not yet numbered or queued; `pooler` as of `Sequence`."""
         self._check_ready()
+        if pooler is None and not self.model_runner.has_lm_head:
+            raise ArgumentError(
+                f"{self.config.model!r} was saved without an LM head: it can embed, not generate"
+            )
         prompt_list = as_prompt_list(prompts)
         if sampling_params is None:
             sampling_params = self._default_params
@@ -460,17 +480,23 @@ class LLMEngine:
         # Usually one object serves all prompts: checked, and copied, once.
         checked = {id(params): check_params(params) for params in params_list}
         return [
-            self._new_request(*prompt, checked[id(params)], priority)
+            self._new_request(*prompt, checked[id(params)], priority, pooler)
             for prompt, params, priority in zip(encoded, params_list, priorities, strict=True)
         ]
 
     def _new_request(
-        self, text: str | None, token_ids: list[int], params: SamplingParams, priority: int
+        self,
+        text: str | None,
+        token_ids: list[int],
+        params: SamplingParams,
+        priority: int,
+        pooler: Callable[[Any], Any] | None,
     ) -> Request:
         config = self.config
-        if len(token_ids) >= config.max_model_len:
+        num_new_tokens, new_tokens = (0, "") if pooler else (1, " plus at least 1 output token")
+        if len(token_ids) + num_new_tokens > config.max_model_len:
             raise ArgumentError(
-                f"prompt length {len(token_ids)} plus at least 1 output token is longer than the "
+                f"prompt length {len(token_ids)}{new_tokens} is longer than the "
                 f"maximum model length of {config.max_model_len}"
             )
         assert config.num_kvcache_blocks is not None
@@ -485,7 +511,11 @@ class LLMEngine:
         max_length = min(config.max_model_len, pool_size + 1)
         if params.max_tokens is not None:
             max_length = min(max_length, len(token_ids) + params.max_tokens)
+        if pooler is not None:
+            max_length = len(token_ids) + 1  # it is pooled before it has so many
         request = Request(text, token_ids, params, max_length, priority)
+        for seq in request.sequences:
+            seq.pooler = pooler
         self._request_features.prepare(request)
         return request
 
@@ -508,7 +538,12 @@ class LLMEngine:
         self._drop_dead_step()
 
     def _abandon(self, requests: list[Request]) -> None:
-        """`_abort`, also from a finalizer that the garbage collector runs in mid-step."""
+        """`_abort`, also from a finalizer that the garbage collector runs in mid-step.
+
+        Nor are outputs kept: many streams whose requests are aborted take no more memory than one.
+        """
+        for request in requests:
+            self._returned.pop(request.request_id, None)
         if self._is_stepping:
             self._abandoned += requests
         else:

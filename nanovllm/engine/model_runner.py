@@ -7,18 +7,21 @@ import gc
 from collections.abc import Callable
 from contextlib import nullcontext
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from nanovllm.config import Config
 from nanovllm.engine import kv_cache
+from nanovllm.engine.apart_sampler import ApartSampler
 from nanovllm.engine.cuda_graphs import DecodeGraphs
+from nanovllm.engine.launched_step import LaunchedStep, StepExtras
+from nanovllm.engine.pooling import HiddenStatesDownload
 from nanovllm.engine.prefill_inputs import PrefillInputs, prefill_inputs
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.step_plan import NONE, PlanBuilder, StepPlan
-from nanovllm.engine.transfers import Download, DownloadRing, UploadRing
+from nanovllm.engine.step_plan import NONE, POOLED, PlanBuilder, StepPlan
+from nanovllm.engine.transfers import DownloadRing, UploadRing
 from nanovllm.engine.workers import WorkerGroup
 from nanovllm.errors import ArgumentError
 from nanovllm.kernels import row_state
@@ -34,12 +37,6 @@ from nanovllm.layers.tensor_parallel import TensorParallel
 from nanovllm.models.loader import load_model
 from nanovllm.models.registry import model_class
 
-if TYPE_CHECKING:
-    from nanovllm.sampling.logprobs import LogprobsDownload
-    from nanovllm.sampling.request_sampler import RequestSampler
-
-PROMPT_LOGITS_ROWS = 256  # prompt tokens whose logits are in memory at once
-
 
 def choose_ops(config: Config, device: torch.device) -> Ops:
     """The operations of the configured backend; ArgumentError if it cannot run here."""
@@ -54,55 +51,6 @@ def choose_ops(config: Config, device: torch.device) -> Ops:
         )
     except ValueError as error:
         raise ArgumentError(str(error)) from error
-
-
-class StepLogprobs:
-    """The log probabilities that a step computes beside its tokens, on their way to the host."""
-
-    def __init__(self) -> None:
-        self.sampled: tuple[list[Sequence], LogprobsDownload] | None = None
-        self.prompts: list[tuple[Sequence, LogprobsDownload]] = []
-
-    def keep(self) -> None:
-        """Wait, and give each sequence that has not ended its rows."""
-        for seq, download in self.prompts:
-            if not seq.is_finished:
-                seq.prompt_logprob_rows += download.rows()
-        if self.sampled is not None:
-            seqs, download = self.sampled
-            for seq, row in zip(seqs, download.rows(), strict=True):
-                if row is not None and not seq.is_finished:
-                    seq.logprob_rows.append(row)
-
-
-class LaunchedStep:
-    """A step on its way: its sequences and the tokens that it samples."""
-
-    def __init__(
-        self,
-        seqs: list[Sequence],
-        plan: StepPlan,
-        download: Download | None,
-        logprobs: StepLogprobs,
-        seconds: float,
-    ) -> None:
-        self.seqs = seqs
-        self.plan = plan  # the sequences' own numbers move on with the next step
-        self.download = download
-        self.logprobs = logprobs
-        self.seconds = seconds  # spent on the launch; on the CPU that is the whole computation
-
-    def is_done(self) -> bool:
-        """Whether `wait` would return at once."""
-        return self.download is None or self.download.is_done()
-
-    def wait(self) -> list[int | None]:
-        """The token sampled for each sequence, None where a prompt is not complete yet."""
-        token_ids = self.download.wait() if self.download else []
-        if not self.plan.is_prefill:
-            return list(token_ids)
-        sampled = iter(token_ids)
-        return [next(sampled) if samples else None for samples in self.plan.samples]
 
 
 class ModelRunner:
@@ -134,21 +82,23 @@ class ModelRunner:
         self.is_cuda = device.type == "cuda"
         self.profiler: tuple[torch.profiler.profile, str] | None = None  # and where its trace goes
         self._uploaded_batch: np.ndarray = np.empty(0, dtype=np.int32)  # in decode_batch
-        # Of the sequences that are sampled apart: rows and indices, two uploads of one content.
-        self._apart_on_host: np.ndarray = np.empty(0, dtype=np.int32)
-        self._apart_on_device: tuple[torch.Tensor, torch.Tensor]  # int32, int64
-        self._request_sampler: RequestSampler | None = None
         self._seqs: list[Sequence] = []  # of the step that is being launched; rank 0 only
-        self._logprobs = StepLogprobs()
+        self._extras = StepExtras()
         hf_config = config.hf_config
         self.ops = choose_ops(config, device)
+        self.apart_sampler = ApartSampler(config, device, tp, self.ops)
         with self._on_device():
             free_at_start = torch.cuda.mem_get_info(device)[0] if self.is_cuda else 0
             context = ModelContext(
-                self.ops, tp, config.resolve_dtype(), device, config.max_model_len
+                self.ops,
+                tp,
+                config.resolve_dtype(),
+                device,
+                config.max_model_len,
+                config.fp8_scales,
             )
             self.model = model_class(hf_config.architectures or [])(hf_config, context)
-            load_model(self.model, config.model, config.load_format, hf_config.initializer_range)
+            self.reload_weights()
             self._attentions = [m for m in self.model.modules() if isinstance(m, Attention)]
             self._allocate_row_table()
             self.num_kvcache_blocks = agree(self._decide_num_blocks(free_at_start))
@@ -165,7 +115,7 @@ class ModelRunner:
         """Fill the parameters again from the model's directory, or with the same random numbers."""
         config = self.config
         std = config.hf_config.initializer_range
-        load_model(self.model, config.model, config.load_format, std)
+        self.has_lm_head = load_model(self.model, config.model, config.load_format, std)
 
     # ---- a step -------------------------------------------------------------------------------
 
@@ -186,11 +136,11 @@ class ModelRunner:
         plan = self.plan_builder.build(seqs, is_prefill)
         if self.workers is not None:
             self.workers.send(plan.pack())
-        self._seqs, self._logprobs = seqs, StepLogprobs()
+        self._seqs, self._extras = seqs, StepExtras()
         token_ids = self.execute(plan)
         with self._on_device():
             download = self.downloads.download(token_ids) if len(token_ids) else None
-        return LaunchedStep(seqs, plan, download, self._logprobs, perf_counter() - start)
+        return LaunchedStep(seqs, plan, download, self._extras, perf_counter() - start)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> torch.Tensor:
@@ -200,7 +150,9 @@ class ModelRunner:
             run = self._execute_prefill if plan.is_prefill else self._execute_decode
             token_ids, logits = run(plan)
             if len(plan.apart):
-                self._sample_apart(plan, logits, token_ids)
+                self.apart_sampler.sample(
+                    plan, self._seqs, logits, token_ids, self.row_table, self._extras
+                )
             return token_ids
 
     def _execute_prefill(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor]:
@@ -226,10 +178,18 @@ class ModelRunner:
         )
         hidden_states = self.model.model(inputs.token_ids, inputs.positions, metadata)
         if wants_prompt_logits:
-            self._compute_prompt_logprobs(plan, hidden_states)
+            self.apart_sampler.compute_prompt_logprobs(
+                plan, self._seqs, hidden_states, self.model.lm_head, self._extras
+            )
             hidden_states = hidden_states.index_select(0, inputs.last_tokens)
         if not len(inputs.rows):
             return inputs.token_ids[:0], hidden_states
+        if (plan.samples == POOLED).any():
+            if self.tp.rank == 0:
+                seqs = [seq for seq in self._seqs if seq.is_prefilled]
+                self._extras.hidden_states = HiddenStatesDownload(seqs, hidden_states)
+            if not (plan.samples == 1).any():
+                return inputs.rows, hidden_states  # any numbers do for tokens: nobody reads them
         logits = self.model.lm_head(hidden_states)
         token_ids = self._sample(
             logits, inputs.rows, inputs.temperatures, inputs.seeds, inputs.last_positions
@@ -301,84 +261,6 @@ class ModelRunner:
         token_ids = self.tp.argmax(scores, token_ids)
         self.ops.write_back(self.row_table, rows, token_ids, positions)
         return token_ids
-
-    def _sample_apart(self, plan: StepPlan, logits: torch.Tensor, token_ids: torch.Tensor) -> None:
-        """Sample the rows of `plan.apart` on rank 0, and enter their tokens on every rank.
-
-        Args:
-            plan: the step.
-            logits: [B, V] this rank's logits of all sampled rows.
-            token_ids: [B] int32 their tokens, where those of the A rows are replaced.
-        """
-        sampled_rows = plan.rows[plan.samples == 1] if plan.is_prefill else plan.rows
-        rows, indices = self._upload_apart(sampled_rows[plan.apart], plan.apart)
-        if len(plan.apart) < len(logits):
-            logits = logits.index_select(0, indices)
-        # The fast sampler has entered a token: the length is two past the input's position.
-        positions = self.row_table[:, row_state.LENGTH].index_select(0, rows) - 2
-        logits = self.tp.gather(logits)
-        if self.tp.rank == 0:
-            sampled_seqs = [seq for seq in self._seqs if seq.is_prefilled]
-            seqs = [sampled_seqs[i] for i in plan.apart]
-            sampler = self._get_request_sampler()
-            if plan.is_prefill:
-                sampler.begin(seqs)
-            sampled = sampler.sample(logits, seqs, positions)
-            tokens = sampled.token_ids
-            if sampled.logprobs is not None:
-                self._logprobs.sampled = seqs, sampled.logprobs.download()
-        else:
-            tokens = torch.empty_like(rows)
-        self.tp.broadcast(tokens)
-        token_ids.index_copy_(0, indices, tokens)
-        self.ops.write_back(self.row_table, rows, tokens, positions)
-
-    def _upload_apart(
-        self, rows: np.ndarray, indices: np.ndarray
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both [A] on the device; a decode batch that stays the same is uploaded once."""
-        packed = np.concatenate([rows, indices])
-        if not np.array_equal(packed, self._apart_on_host):
-            [uploaded] = self.uploads.upload([packed])
-            rows_on_device, indices_on_device = uploaded.clone().view(2, -1)
-            self._apart_on_host = packed
-            self._apart_on_device = rows_on_device, indices_on_device.long()
-        return self._apart_on_device
-
-    def _compute_prompt_logprobs(self, plan: StepPlan, hidden_states: torch.Tensor) -> None:
-        """The logprobs of the prompt tokens that follow the step's tokens, where they are wanted.
-
-        hidden_states: [T, hidden_size].
-        """
-        ends = np.cumsum(plan.lengths)
-        for number in np.flatnonzero(plan.prompt_logits):
-            first = int(ends[number] - plan.lengths[number])
-            start, count = int(plan.starts[number]), int(plan.prompt_logits[number])
-            for offset in range(0, count, PROMPT_LOGITS_ROWS):
-                size = min(PROMPT_LOGITS_ROWS, count - offset)
-                chunk = hidden_states[first + offset : first + offset + size]
-                logits = self.tp.gather(self.model.lm_head(chunk))
-                if self.tp.rank == 0:
-                    seq, next_position = self._seqs[number], start + offset + 1
-                    next_ids = seq.token_ids[next_position : next_position + size]
-                    logprobs = self._get_request_sampler().prompt_logprobs(
-                        logits, np.array(next_ids, dtype=np.int32), seq
-                    )
-                    self._logprobs.prompts.append((seq, logprobs.download()))
-
-    def _get_request_sampler(self) -> "RequestSampler":
-        """Made when the first request needs it: what it holds takes memory."""
-        if self._request_sampler is None:
-            from nanovllm.sampling.request_sampler import RequestSampler
-
-            self._request_sampler = RequestSampler(
-                self.ops,
-                self.device,
-                self.config.hf_config.vocab_size,
-                self.config.max_num_seqs,
-                self.config.max_model_len,
-            )
-        return self._request_sampler
 
     def _update_row_table(self, updates: torch.Tensor) -> None:
         if len(updates):
@@ -502,7 +384,7 @@ class ModelRunner:
         self._attentions = []
         del self.model, self.kv_cache, self.kv_scales, self.row_table, self.uploads
         del self.decode_batch, self.decode_rows, self.downloads, self.decode_logits
-        self._request_sampler = None
+        self.apart_sampler.release()
         gc.collect()
         if self.is_cuda:
             torch.cuda.empty_cache()

@@ -12,7 +12,7 @@ from nanovllm.kernels import row_state
 
 
 class PrefillInputs(NamedTuple):
-    """T tokens of S sequences, one sequence after another; N of the sequences are sampled.
+    """T tokens of S sequences, one sequence after another; N of them are sampled or pooled.
 
     `row_updates` are (flat index, value) pairs for the row table, U of them.
     """
@@ -67,7 +67,7 @@ def prefill_inputs(
     blocks = block_tables[seq_of_token, positions // block_size].astype(np.int64)
     slots = blocks * block_size + positions % block_size
     is_shared = positions < np.repeat(plan.shared, plan.lengths)
-    is_sampled = plan.samples == 1
+    is_sampled = plan.samples != 0
     states = row_table[plan.rows[is_sampled]]
     arrays = {
         "row_updates": plan.updates,

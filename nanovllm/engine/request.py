@@ -77,7 +77,7 @@ class Request:
             [_completion(seq, tokenizer) for seq in self.sequences],
             self.is_finished,
             replace(self.metrics),
-            num_cached_tokens=first.num_cached_tokens,
+            num_cached_tokens=first.num_cached_prompt_tokens,
         )
 
 

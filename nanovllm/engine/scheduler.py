@@ -157,6 +157,7 @@ class Scheduler:
         if self.config.enable_prefix_caching and seq.may_read_prefix_cache:
             self.stats.count_admission(seq.num_tokens, num_cached_tokens, is_again)
         if not is_again:
+            seq.num_cached_prompt_tokens = num_cached_tokens
             self.stats.num_prompt_tokens += seq.num_prompt_tokens
 
     def _schedule_chunk(self, seq: Sequence, budget: int) -> int:
@@ -233,8 +234,11 @@ class Scheduler:
             alive.append(seq)
             if token_id is None:
                 continue
-            seq.token_ids.append(token_id)
             seq.num_pending_tokens -= 1
+            if seq.pooler is not None:  # pooled by now, and the token means nothing
+                self.finish(seq, "stop")
+                continue
+            seq.token_ids.append(token_id)
             self.stats.num_generation_tokens += 1
             # All tokens but the newest are computed now; cached before a finish releases them.
             num_tokens = len(seq.token_ids)
@@ -272,6 +276,8 @@ class Scheduler:
 
     def abort(self, seqs: list[Sequence]) -> None:
         """End sequences that run or wait, in one pass over the queue however many they are."""
+        if not seqs:  # as after almost every step: no pass over a long queue
+            return
         for seq in seqs:
             self.finish(seq, "abort")
         self.waiting = deque(seq for seq in self.waiting if not seq.is_finished)

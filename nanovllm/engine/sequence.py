@@ -1,5 +1,6 @@
 """One completion's state on the host: its tokens, how far they are computed, its blocks."""
 
+from collections.abc import Callable
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,10 @@ class Sequence:
         self.detokenizer: OutputText | None = None  # only where text decides when it stops
         self.logprob_rows: list[Any] = []  # of each completion token, if logprobs are wanted
         self.prompt_logprob_rows: list[Any] = []  # of each prompt token but the first
+        # With it the sequence ends when it is prefilled, without a token. It makes `pooled` of the
+        # last token's final hidden state: [hidden_size] float32, in memory that is reused.
+        self.pooler: Callable[[Any], Any] | None = None
+        self.pooled: Any = None
         self.token_ids = list(token_ids)
         self.num_prompt_tokens = len(token_ids)
         if max_length is None:
@@ -70,6 +75,7 @@ class Sequence:
         self.max_length = max_length
         self.block_hashes: list[int] = []  # chain hashes of the leading full blocks, computed once
         self.num_cached_tokens = 0  # tokens that the prefix cache spared at the last admission
+        self.num_cached_prompt_tokens = 0  # the same at the first one, when there is only a prompt
         self.was_admitted = False  # once at least
         self.reset()
 
@@ -84,6 +90,8 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_scheduled_tokens = 0  # tokens that the newest scheduled step computes
         self.num_pending_tokens = 0
+        # A commit that failed half-way may have kept the row of a token that was not.
+        del self.logprob_rows[self.num_completion_tokens :]
         if self.wants_prompt_logprobs:
             self.prompt_logprob_rows = []  # parts of a prompt are no use: all anew
 
@@ -117,9 +125,10 @@ class Sequence:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether prompt logprobs are asked for and not complete yet."""
+        """Whether prompt logprobs are asked for, of the first completion, and not complete yet."""
         return (
             self.sampling_params.prompt_logprobs is not None
+            and self.index == 0
             and len(self.prompt_logprob_rows) < self.num_prompt_tokens - 1
         )
 

@@ -18,6 +18,7 @@ PREFILL_FIELDS = 5  # per-sequence numbers of a prefill
 SAMPLED_APART = -1.0  # the temperature of a row that the fast sampler leaves alone
 # Fewer cost more than they save: reading the common blocks apart takes a kernel in every layer.
 MIN_SPARED_BLOCK_READS = 32
+POOLED = 2  # in StepPlan.samples
 NONE = np.empty(0, dtype=np.int32)
 
 
@@ -38,7 +39,9 @@ class StepPlan:
     starts: np.ndarray  # [S] position of the first token to compute
     lengths: np.ndarray  # [S] tokens to compute
     shared: np.ndarray  # [S] positions below this are in shared blocks: K/V not written
-    samples: np.ndarray  # [S] 1: the last token's logits are sampled; 0: more chunks follow
+    # [S] of the last token: 1: its logits are sampled; 0: more chunks follow; POOLED: neither, its
+    # hidden state is wanted. The N that are not 0 count as sampled wherever numbers are given.
+    samples: np.ndarray
     prompt_logits: np.ndarray  # [S] leading tokens whose logits are wanted for prompt logprobs
     # Leading blocks that a decode step reads once for all its rows.
     num_common_blocks: int = field(default=0, kw_only=True)
@@ -94,6 +97,13 @@ def count_common_blocks(block_tables: list[list[int]]) -> int:
 def _apart(sampled: list[Sequence]) -> np.ndarray:
     """Numbers of those of `sampled` that are sampled apart."""
     return np.array([i for i, seq in enumerate(sampled) if seq.is_sampled_apart], dtype=np.int32)
+
+
+def _samples(seq: Sequence) -> int:
+    """See `StepPlan.samples`."""
+    if not seq.is_prefilled:
+        return 0
+    return 1 if seq.pooler is None else POOLED
 
 
 def _num_prompt_logits(seq: Sequence) -> int:
@@ -160,7 +170,7 @@ class PlanBuilder:
                 [_start(seq) for seq in seqs],
                 [seq.num_scheduled_tokens for seq in seqs],
                 [seq.num_shared_tokens for seq in seqs],
-                [seq.is_prefilled for seq in seqs],
+                [_samples(seq) for seq in seqs],
                 [_num_prompt_logits(seq) for seq in seqs],
             ],
             dtype=np.int32,

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 def load_weights(llm: "LLM", weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
     """See `LLM.load_weights`."""
     _check_weights_are_there(llm)
+    if llm.config.fp8_scales == "blocks":
+        raise ArgumentError(
+            "load_weights does not take new weights for an fp8 checkpoint (weight_block_size "
+            "[128, 128]); quantization='fp8' with another checkpoint quantises what it is given"
+        )
     if isinstance(weights, Mapping):
         weights = weights.items()
     expected = expected_tensors(llm.model_runner.model)
@@ -33,7 +38,7 @@ def load_weights(llm: "LLM", weights: Iterable[tuple[str, torch.Tensor]]) -> set
             continue
         if llm.config.tensor_parallel_size > 1:
             # A compact copy: the other ranks get the tensor's bytes, and not the storage's.
-            dtype = expected[name][0].dtype
+            dtype = llm.config.resolve_dtype()
             tensor = tensor.detach().to("cpu", dtype, copy=True)
         collective_rpc(llm, _load_on_rank, args=(name, tensor))
         loaded.add(name)

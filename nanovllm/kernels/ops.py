@@ -22,6 +22,7 @@ FP8_DTYPE = torch.float8_e4m3fn
 FP8_MAX = 448.0  # the largest number of FP8_DTYPE
 FP8_MIN_AMAX = 2.0**-100  # a head whose elements are all below is stored as zeros
 FP8_MIN_CAPABILITY = (8, 9)  # of a GPU that converts FP8_DTYPE
+FP8_BLOCK = 128  # rows and columns of a weight's block that has a scale of its own
 
 
 class DecodeInputs(NamedTuple):
@@ -72,6 +73,18 @@ class Ops:
     # (x [T, K], weight [N, K], bias [N] | None) -> x weight^T + bias [T, N]: a tensor, or partial
     # sums, which the ops that take a Product add up.
     linear: Callable[..., Product]
+    # (x [T, K], weight [N, K] FP8_DTYPE, scales float32, bias [N] | None) -> Product [T, N], as
+    # `linear`. A weight is its number times its scale: that of its row, scales [N], or that of its
+    # FP8_BLOCK x FP8_BLOCK block, scales [ceil(N / FP8_BLOCK), ceil(K / FP8_BLOCK)]. x may be
+    # quantised: each row with scales for rows, each FP8_BLOCK elements of a row with blocks.
+    fp8_linear: Callable[..., Product]
+    # (x [T, H], router_logits: Product [T, E], gate_up_weight [E * 2I, H], down_weight [E * H, I],
+    #  num_experts_per_tok: int, norm_topk_prob: bool, gate_up_scales, down_scales)
+    #  -> Product [T, H]:
+    # each token's most probable experts, down(silu(gate(x)) * up(x)) each (gate's rows come first),
+    # times their probabilities, summed; with norm_topk_prob these add up to 1. The weights are the
+    # model's dtype, or FP8_DTYPE with float32 scales of their rows (None, the default: no scales).
+    experts: Callable[..., Product]
     # (qkv: Product [T, (Hq + 2 Hkv) * D], q_norm_weight [D] | None, k_norm_weight [D] | None, eps,
     #  cos_sin [max_position, D] float32 (cos half, sin half), positions [T] int32,
     #  key_cache, value_cache, slot_mapping [T] int64, key_scales, value_scales)
@@ -117,6 +130,9 @@ class Ops:
     # (row_table, rows [B] int32, token_ids [B] int32, positions [B] int32) -> None:
     # LAST_TOKEN = token, LENGTH = position + 2; the padding row (the last) is left as it is.
     write_back: Callable[..., None]
+    # Whether products with fp8 weights have kernels of their own, for K and N that are multiples of
+    # 16; else weights are better kept in the model's dtype.
+    has_fp8_products: bool
     # Whether decode steps can be captured in a CUDA graph: no shape depends on device values.
     supports_cuda_graphs: bool
     # Whether `plan_decode` makes use of num_common_blocks.
@@ -138,6 +154,9 @@ def _torch_ops(compile_elementwise: bool) -> Ops:
         add_rms_norm=compiled(torch_ops.add_rms_norm),
         silu_and_mul=compiled(torch_ops.silu_and_mul),
         linear=torch_ops.linear,
+        fp8_linear=torch_ops.fp8_linear,
+        experts=torch_ops.experts,
+        has_fp8_products=False,
         qk_norm_rope_store=partial(
             torch_ops.qk_norm_rope_store, pure_part=compiled(torch_ops.qk_norm_rope)
         ),
@@ -153,11 +172,13 @@ def _torch_ops(compile_elementwise: bool) -> Ops:
     )
 
 
-def _triton_ops() -> Ops:
+def _triton_ops(has_fp8_products: bool) -> Ops:
     from nanovllm.kernels.triton_activation import silu_and_mul
     from nanovllm.kernels.triton_decode_attention import decode_attention, plan_decode
     from nanovllm.kernels.triton_filters import filter_thresholds
+    from nanovllm.kernels.triton_fp8_linear import fp8_linear
     from nanovllm.kernels.triton_linear import linear
+    from nanovllm.kernels.triton_moe import experts
     from nanovllm.kernels.triton_norm import add_rms_norm, rms_norm
     from nanovllm.kernels.triton_prefill_attention import prefill_attention
     from nanovllm.kernels.triton_rope import qk_norm_rope_store
@@ -169,6 +190,9 @@ def _triton_ops() -> Ops:
         add_rms_norm=add_rms_norm,
         silu_and_mul=silu_and_mul,
         linear=linear,
+        fp8_linear=fp8_linear,
+        experts=experts,
+        has_fp8_products=has_fp8_products,
         qk_norm_rope_store=qk_norm_rope_store,
         prefill_attention=prefill_attention,
         plan_decode=plan_decode,
@@ -230,7 +254,7 @@ def select_ops(
                 f"{_version(capability)}; choose kv_cache_dtype 'auto' or attention_backend 'torch'"
             )
     try:
-        ops = _triton_ops()
+        ops = _triton_ops(_has_fp8_products(device, dtype))
     except (ImportError, OSError) as error:
         if backend == "auto":
             return _torch_ops(compile_torch_ops)
@@ -272,6 +296,12 @@ def select_ops(
         decode_attention=flash_attention.decode_attention,
         reads_common_blocks_once=False,
     )
+
+
+def _has_fp8_products(device: torch.device, dtype: torch.dtype) -> bool:
+    if device.type != "cuda" or dtype == torch.float32 or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _version(capability: tuple[int, int]) -> str:

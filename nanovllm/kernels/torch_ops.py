@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels import row_state
-from nanovllm.kernels.ops import FP8_DTYPE, FP8_MAX, FP8_MIN_AMAX, DecodeInputs
+from nanovllm.kernels.ops import FP8_BLOCK, FP8_DTYPE, FP8_MAX, FP8_MIN_AMAX, DecodeInputs
 
 MAX_SCORE_ELEMENTS = 2**26  # attention scores alive at a time in prefill
 MAX_GATHER_ELEMENTS = 2**24  # keys (and as many values) copied out of the cache at a time in decode
@@ -45,6 +45,75 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [T, K], weight [N, K], bias [N] -> [T, N]."""
     return F.linear(x, weight, bias)
+
+
+def fp8_linear(
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [T, K], fp8 weight [N, K] -> [T, N], with x as it is; see `Ops.fp8_linear`."""
+    return F.linear(x, dequantize_weight(weight, scales).to(x.dtype), bias)
+
+
+def dequantize_weight(
+    weight: torch.Tensor, scales: torch.Tensor, first: tuple[int, int] = (0, 0)
+) -> torch.Tensor:
+    """fp8 [N, K] with scales as in `Ops.fp8_linear` -> float32 [N, K].
+
+    first: the first row and column of `weight` in what the scales of blocks begin with.
+    """
+    if scales.dim() == 1:
+        return weight.float() * scales.unsqueeze(1)
+    rows, columns = (
+        (torch.arange(size, device=weight.device) + start) // FP8_BLOCK
+        for size, start in zip(weight.shape, first, strict=True)
+    )
+    return weight.float() * scales.float()[rows][:, columns]
+
+
+# Mixture of experts
+
+
+def experts(
+    x: torch.Tensor,
+    router_logits: torch.Tensor,
+    gate_up_weight: torch.Tensor,
+    down_weight: torch.Tensor,
+    num_experts_per_tok: int,
+    norm_topk_prob: bool,
+    gate_up_scales: torch.Tensor | None = None,
+    down_scales: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x [T, H], router_logits [T, E] -> [T, H], an expert at a time; see `Ops.experts`."""
+    num_experts = router_logits.shape[1]
+    probabilities = router_logits.softmax(-1, dtype=torch.float32)
+    weights, ids = probabilities.topk(num_experts_per_tok)
+    if norm_topk_prob:
+        weights = weights / weights.sum(-1, keepdim=True)
+    weights = weights.to(x.dtype)
+    out = torch.zeros_like(x)
+    for expert in ids.unique().tolist():
+        gate_up, down = (
+            _weight_of_expert(weight, scales, expert, num_experts, x.dtype)
+            for weight, scales in ((gate_up_weight, gate_up_scales), (down_weight, down_scales))
+        )
+        tokens, slots = torch.where(ids == expert)
+        y = F.linear(silu_and_mul(F.linear(x[tokens], gate_up)), down)
+        out.index_add_(0, tokens, y * weights[tokens, slots].unsqueeze(1))
+    return out
+
+
+def _weight_of_expert(
+    weight: torch.Tensor,
+    scales: torch.Tensor | None,
+    expert: int,
+    num_experts: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """[N, K] in `dtype` of weight [num_experts * N, K]."""
+    part = weight.view(num_experts, -1, weight.shape[1])[expert]
+    if scales is None:
+        return part
+    return dequantize_weight(part, scales.view(num_experts, -1)[expert]).to(dtype)
 
 
 # Rotary embedding and the cache

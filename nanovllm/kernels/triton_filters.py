@@ -29,6 +29,8 @@ GRAIN_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 NUM_PIVOTS = tl.constexpr(4)  # `_compare` is written out for four
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 INF = tl.constexpr(float("inf"))
+# Every other step leaves a fifth of the keys between lo and hi, 2^32 at first, in two searches.
+MAX_STEPS = tl.constexpr(64)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 # A row's record: float32 [RECORD_SIZE]. Its threshold is in [lo, hi): of the values >= lo there are
@@ -63,13 +65,14 @@ PARTIAL_SIZE = tl.constexpr(2 * NUM_PIVOTS.value + 1)
 def _to_key(value, GRAIN: tl.constexpr):
     """Integers in the order of the floats, neighbours for neighbours of the logits' dtype."""
     bits = value.to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> GRAIN
+    magnitude = (bits & 0x7FFFFFFF) >> GRAIN
+    return tl.where(bits < 0, -magnitude, magnitude)
 
 
 @triton.jit
 def _from_key(key, GRAIN: tl.constexpr):
-    bits = (key << GRAIN) | ((key >> 31) & ((1 << GRAIN) - 1))
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    magnitude = (tl.abs(key) << GRAIN).to(tl.float32, bitcast=True)
+    return tl.where(key < 0, -magnitude, magnitude)
 
 
 @triton.jit
@@ -496,10 +499,10 @@ def _finish_kernel(
         end = tl.where(status == COLLECTED, hi, -INF)  # values are all those in [lo, end)
         count_above = count_hi
         mass_above = mass_hi
-        by_key = False
-        while is_open:
+        step = 0
+        while is_open & (step < MAX_STEPS):
             bracket = by_count, target, lo, hi, count_lo, count_hi, mass_lo, mass_hi
-            pivots = _choose_pivots(bracket, guess, maximum, by_key, GRAIN)
+            pivots = _choose_pivots(bracket, guess, maximum, step % 2 == 1, GRAIN)
             if hi <= end:
                 above, mass = _compare(values, pivots, maximum, rate)
                 counts = count_above + tl.sum(above, 0)
@@ -509,7 +512,7 @@ def _finish_kernel(
             bracket = _narrow(bracket, pivots, counts, masses)
             is_open, bracket = _advance(bracket, p, GRAIN)
             by_count, target, lo, hi, count_lo, count_hi, mass_lo, mass_hi = bracket
-            by_key = by_key == 0
+            step += 1
         tl.store(thresholds + row, lo)
 
 

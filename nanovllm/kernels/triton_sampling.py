@@ -54,10 +54,11 @@ def _arrivals(
 ):
     """Minus `torch_ops.race_scores` of one chunk of a row, [CHUNK]; +inf for what cannot win."""
     temperature = tl.load(temperatures + row)
-    num_valid = tl.where(temperature < 0, 0, num_valid)
     column = chunk * CHUNK + tl.arange(0, CHUNK)
     pointers = logits + row * stride_logits + column
-    logit = tl.load(pointers, mask=column < num_valid, other=float("-inf")).to(tl.float32)
+    # A block, as the interpreter cannot combine a scalar condition with one.
+    is_read = (column < num_valid) & (tl.full([CHUNK], temperature, tl.float32) >= 0)
+    logit = tl.load(pointers, mask=is_read, other=float("-inf")).to(tl.float32)
     races = temperature > 0
     if thresholds is not None:
         logit = tl.where(logit >= tl.load(thresholds + row), logit, float("-inf"))

@@ -1,6 +1,7 @@
 """What every layer is built with, passed down explicitly instead of kept in globals."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -12,7 +13,8 @@ from nanovllm.layers.tensor_parallel import TensorParallel
 class ModelContext:
     """The backend's operations, this rank's place, and where and how parameters are stored.
 
-    Positions reach `max_model_len`, or where that is None, all that the model is meant for.
+    Positions reach `max_model_len`, or where that is None, all that the model is meant for. With
+    `fp8_scales` the weights of linear layers are fp8: see layers/fp8_weights.py.
     """
 
     ops: Ops
@@ -20,3 +22,4 @@ class ModelContext:
     dtype: torch.dtype
     device: torch.device
     max_model_len: int | None = None
+    fp8_scales: Literal["rows", "blocks"] | None = None

@@ -5,10 +5,36 @@ from torch import nn
 
 from nanovllm.kernels.ops import Product
 from nanovllm.layers.context import ModelContext
+from nanovllm.layers.fp8_weights import new_linear_weight
 from nanovllm.layers.weights import Shard, new_parameter
 
 
-class ColumnParallelLinear(nn.Module):
+class _Linear(nn.Module):
+    """A weight [rows, columns], with its scales if it is fp8, and a bias, all of this rank."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        weight_shards: dict[str, Shard],
+        bias_shards: dict[str, Shard] | None,
+        context: ModelContext,
+    ) -> None:
+        super().__init__()
+        self.ops = context.ops
+        self.weight, self.weight_scale_inv = new_linear_weight(shape, weight_shards, context)
+        self.bias = (
+            new_parameter(shape[:1], bias_shards, context.dtype, context.device)
+            if bias_shards
+            else None
+        )
+
+    def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        if self.weight_scale_inv is None:
+            return self.ops.linear(x, self.weight, bias)
+        return self.ops.fp8_linear(x, self.weight, self.weight_scale_inv, bias)
+
+
+class ColumnParallelLinear(_Linear):
     """Several projections of one input, merged; each rank computes a slice of each output.
 
     Args:
@@ -24,8 +50,6 @@ class ColumnParallelLinear(nn.Module):
         bias: bool,
         context: ModelContext,
     ) -> None:
-        super().__init__()
-        self.ops = context.ops
         columns = slice(0, input_size)
         weight_shards, bias_shards = {}, {}
         offset = 0
@@ -36,19 +60,15 @@ class ColumnParallelLinear(nn.Module):
             )
             bias_shards[name] = Shard((full_size,), (source,), (target,))
             offset += size
-        self.weight = new_parameter(
-            (offset, input_size), weight_shards, context.dtype, context.device
-        )
-        self.bias = (
-            new_parameter((offset,), bias_shards, context.dtype, context.device) if bias else None
-        )
+        shape = offset, input_size
+        super().__init__(shape, weight_shards, bias_shards if bias else None, context)
 
     def forward(self, x: torch.Tensor) -> Product:
         """x [T, input_size] -> [T, sum of this rank's row counts]."""
-        return self.ops.linear(x, self.weight, self.bias)
+        return self._product(x, self.bias)
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(_Linear):
     """A projection whose input is split over the ranks: each computes a term of the output.
 
     `RMSNorm.add`, which comes next in every layer, sums them over the ranks.
@@ -57,22 +77,16 @@ class RowParallelLinear(nn.Module):
     def __init__(
         self, input_size: int, output_size: int, bias: bool, context: ModelContext
     ) -> None:
-        super().__init__()
-        self.ops = context.ops
-        self.rank = context.tp.rank
-        size = input_size // context.tp.size
-        rows, start = slice(0, output_size), self.rank * size
+        rank, size = context.tp.rank, input_size // context.tp.size
+        rows, start = slice(0, output_size), rank * size
         shard = Shard(
             (output_size, input_size), (rows, slice(start, start + size)), (rows, slice(0, size))
         )
-        self.weight = new_parameter((output_size, size), {"": shard}, context.dtype, context.device)
         bias_shard = Shard((output_size,), (rows,), (rows,))
-        self.bias = (
-            new_parameter((output_size,), {"": bias_shard}, context.dtype, context.device)
-            if bias
-            else None
-        )
+        bias_shards = {"": bias_shard} if bias else None
+        super().__init__((output_size, size), {"": shard}, bias_shards, context)
+        self.rank = rank
 
     def forward(self, x: torch.Tensor) -> Product:
         """x [T, input_size / ranks] -> this rank's term of [T, output_size]."""
-        return self.ops.linear(x, self.weight, self.bias if self.rank == 0 else None)
+        return self._product(x, self.bias if self.rank == 0 else None)

@@ -27,12 +27,21 @@ class Parameter(nn.Parameter):
 
     shards: dict[str, Shard]
 
+    @torch.no_grad()
+    def fill(self, shard: Shard, part: torch.Tensor) -> None:
+        """Take over `part`, what `shard.source` selects of a checkpoint tensor, of any dtype."""
+        self[shard.target].copy_(part)
+
 
 def new_parameter(
-    shape: tuple[int, ...], shards: dict[str, Shard], dtype: torch.dtype, device: torch.device
+    shape: tuple[int, ...],
+    shards: dict[str, Shard],
+    dtype: torch.dtype,
+    device: torch.device,
+    cls: type[Parameter] = Parameter,
 ) -> Parameter:
-    """An uninitialised parameter of `shape` with its `shards`."""
-    parameter = Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+    """An uninitialised parameter of `shape` and class `cls` with its `shards`."""
+    parameter = cls(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
     parameter.shards = shards
     return parameter
 

@@ -28,6 +28,6 @@ class CausalLM(nn.Module, ABC):
     @staticmethod
     @abstractmethod
     def new_layer(
-        config: PretrainedConfig, cos_sin: torch.Tensor, context: ModelContext
+        config: PretrainedConfig, cos_sin: torch.Tensor, context: ModelContext, index: int
     ) -> DecoderLayer:
-        """One layer of the family; cos_sin as of `layers.rotary.cos_sin_table`."""
+        """Layer `index` of the family; cos_sin as of `layers.rotary.cos_sin_table`."""

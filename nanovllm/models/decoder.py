@@ -26,14 +26,15 @@ class Decoder(nn.Module):
     Args:
         config: the model's configuration.
         context: what the rank's layers are built with.
-        new_layer: makes a layer from `config`, the table of `cos_sin_table` and `context`.
+        new_layer: makes a layer from `config`, the table of `cos_sin_table`, `context` and the
+            layer's index.
     """
 
     def __init__(
         self,
         config: PretrainedConfig,
         context: ModelContext,
-        new_layer: "Callable[[PretrainedConfig, torch.Tensor, ModelContext], DecoderLayer]",
+        new_layer: "Callable[[PretrainedConfig, torch.Tensor, ModelContext, int], DecoderLayer]",
     ) -> None:
         super().__init__()
         cos_sin = cos_sin_table(
@@ -44,7 +45,7 @@ class Decoder(nn.Module):
         )
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, context)
         self.layers = nn.ModuleList(
-            new_layer(config, cos_sin, context) for _ in range(config.num_hidden_layers)
+            new_layer(config, cos_sin, context, index) for index in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
 

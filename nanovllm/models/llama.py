@@ -15,7 +15,7 @@ class LlamaForCausalLM(CausalLM):
 
     @staticmethod
     def new_layer(
-        config: PretrainedConfig, cos_sin: torch.Tensor, context: ModelContext
+        config: PretrainedConfig, cos_sin: torch.Tensor, context: ModelContext, index: int
     ) -> DecoderLayer:
         """See `CausalLM.new_layer`."""
         bias = config.attention_bias

@@ -4,6 +4,7 @@ import json
 import os
 import zlib
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,8 +12,12 @@ from torch import nn
 
 from nanovllm.errors import ArgumentError
 from nanovllm.layers.weights import Parameter, Shard
+from nanovllm.models.fp8_checkpoint import SCALES_SUFFIX, DequantizedCheckpoint
 
 MAX_NAMES_IN_ERROR = 8
+LM_HEAD = "lm_head.weight"
+# What `load_tensor` has been asked for: mixtures of experts have tens of thousands of tensors.
+_EXPECTED: "WeakKeyDictionary[nn.Module, dict[str, tuple[Parameter, Shard]]]" = WeakKeyDictionary()
 
 
 class Checkpoint(Protocol):
@@ -31,6 +36,9 @@ class Checkpoint(Protocol):
 class SafetensorsCheckpoint:
     """The *.safetensors files of a directory: those that its index names, else all.
 
+    `is_bare`: they hold a decoder alone, as embedding models are saved: no LM head, and names
+    without the "model." that `names` gives them.
+
     Raises:
         ArgumentError: there is none, the index names a missing one, or one is damaged.
     """
@@ -47,6 +55,7 @@ class SafetensorsCheckpoint:
                 raise ArgumentError(f"cannot read {path}: {error}") from error
             for name in self._handles[file_name].keys():  # noqa: SIM118 (not a dict)
                 self._files[name] = file_name
+        self.is_bare = "embed_tokens.weight" in self._files
 
     def _file_names(self) -> list[str]:
         index_path = os.path.join(self.directory, "model.safetensors.index.json")
@@ -66,7 +75,7 @@ class SafetensorsCheckpoint:
 
     def names(self) -> set[str]:
         """See `Checkpoint`."""
-        return set(self._files)
+        return {f"model.{name}" if self.is_bare else name for name in self._files}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See `Checkpoint`."""
@@ -77,13 +86,16 @@ class SafetensorsCheckpoint:
         return self._slice(name)[index]
 
     def _slice(self, name: str):
+        if self.is_bare:
+            name = name.removeprefix("model.")
         return self._handles[self._files[name]].get_slice(name)
 
 
 class DummyCheckpoint:
     """Random weights of the shapes that a model expects: the same for any number of ranks.
 
-    Vectors are norm weights (1) or biases (0); matrices are normal with deviation `std`.
+    Vectors are norm weights (1) or biases (0); matrices are normal with deviation `std`, but for
+    the scales of fp8 weights (1).
     """
 
     def __init__(
@@ -104,7 +116,7 @@ class DummyCheckpoint:
     def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
         """See `Checkpoint`."""
         shape = self._shapes[name]
-        if len(shape) == 1:
+        if len(shape) == 1 or name.endswith(SCALES_SUFFIX):
             value = 0.0 if name.endswith("bias") else 1.0
             return torch.full(shape, value, device=self.device)[index]
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
@@ -125,13 +137,17 @@ def expected_tensors(model: nn.Module) -> dict[str, tuple[Parameter, Shard]]:
     return expected
 
 
-def load_model(model: nn.Module, directory: str, load_format: str, std: float = 0.02) -> None:
+def load_model(model: nn.Module, directory: str, load_format: str, std: float = 0.02) -> bool:
     """Fill every parameter of `model`, this rank's slices only.
 
     Args:
         model: built for this rank; its parameters are `layers.weights.Parameter`.
         directory: the model's directory, with one *.safetensors file or several.
         load_format: "auto" reads the files, "dummy" draws random weights of deviation `std`.
+
+    Returns:
+        Whether the model has an LM head: False if a decoder was saved without one that it needs;
+        the head is zero then.
 
     Raises:
         ArgumentError: names the tensors that are missing, unexpected or of the wrong shape.
@@ -143,6 +159,10 @@ def load_model(model: nn.Module, directory: str, load_format: str, std: float = 
         checkpoint = DummyCheckpoint(expected, std, device)
     else:
         checkpoint = SafetensorsCheckpoint(directory)
+    lacks_lm_head = getattr(checkpoint, "is_bare", False) and LM_HEAD in expected
+    if lacks_lm_head:
+        expected.pop(LM_HEAD)[0].data.zero_()
+    checkpoint = DequantizedCheckpoint(checkpoint, expected.keys())
     where = f"model directory {directory!r}"
     _check_names(expected.keys(), checkpoint.names(), where)
     for name, (_, shard) in expected.items():
@@ -153,24 +173,23 @@ def load_model(model: nn.Module, directory: str, load_format: str, std: float = 
             )
     for name, (parameter, shard) in expected.items():
         if all(part.start < part.stop for part in shard.source):  # else all padding
-            _fill(parameter, shard, checkpoint.read(name, shard.source))
+            parameter.fill(shard, checkpoint.read(name, shard.source))
+    return not lacks_lm_head
 
 
 def load_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     """Fill this rank's slice of the whole checkpoint tensor `name`, which `model` must expect."""
-    parameter, shard = expected_tensors(model)[name]
-    _fill(parameter, shard, tensor[shard.source])
-
-
-@torch.no_grad()
-def _fill(parameter: Parameter, shard: Shard, part: torch.Tensor) -> None:
-    parameter[shard.target].copy_(part)
+    expected = _EXPECTED.get(model)
+    if expected is None:
+        expected = _EXPECTED[model] = expected_tensors(model)
+    parameter, shard = expected[name]
+    parameter.fill(shard, tensor[shard.source])
 
 
 def is_ignored(name: str) -> bool:
     """Whether checkpoints may hold a tensor `name` that the model does not expect."""
     # A tied model may repeat the embedding as lm_head.weight; the embedding is what counts.
-    return name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
+    return name == LM_HEAD or name.endswith("rotary_emb.inv_freq")
 
 
 def _check_names(expected, found: set[str], where: str) -> None:

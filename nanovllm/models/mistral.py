@@ -15,7 +15,7 @@ class MistralForCausalLM(CausalLM):
 
     @staticmethod
     def new_layer(
-        config: PretrainedConfig, cos_sin: torch.Tensor, context: ModelContext
+        config: PretrainedConfig, cos_sin: torch.Tensor, context: ModelContext, index: int
     ) -> DecoderLayer:
         """See `CausalLM.new_layer`."""
         attention = SelfAttention(config, cos_sin, context, qkv_bias=False, output_bias=False)

@@ -13,7 +13,7 @@ class Qwen2ForCausalLM(CausalLM):
 
     @staticmethod
     def new_layer(
-        config: PretrainedConfig, cos_sin: torch.Tensor, context: ModelContext
+        config: PretrainedConfig, cos_sin: torch.Tensor, context: ModelContext, index: int
     ) -> DecoderLayer:
         """See `CausalLM.new_layer`."""
         attention = SelfAttention(config, cos_sin, context, qkv_bias=True, output_bias=False)

@@ -38,7 +38,7 @@ class Qwen3ForCausalLM(CausalLM):
 
     @staticmethod
     def new_layer(
-        config: PretrainedConfig, cos_sin: torch.Tensor, context: ModelContext
+        config: PretrainedConfig, cos_sin: torch.Tensor, context: ModelContext, index: int
     ) -> DecoderLayer:
         """See `CausalLM.new_layer`."""
         attention = Qwen3Attention(config, cos_sin, context)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.errors import ArgumentError, check_integer
+from nanovllm.models.quantization_config import check_quantization
 from nanovllm.models.rope_config import check_rope
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ ARCHITECTURES = {
     "MistralForCausalLM": ("mistral", "nanovllm.models.mistral"),
     "Qwen2ForCausalLM": ("qwen2", "nanovllm.models.qwen2"),
     "Qwen3ForCausalLM": ("qwen3", "nanovllm.models.qwen3"),
+    "Qwen3MoeForCausalLM": ("qwen3_moe", "nanovllm.models.qwen3_moe"),
 }
 # Fields that change what a model computes, and that no family here implements.
 UNSUPPORTED_FIELDS = ("attn_logit_softcapping", "final_logit_softcapping", "use_sliding_window")
@@ -43,12 +45,7 @@ def check_supported(raw_config: Mapping[str, Any], path: str) -> None:
         raise ArgumentError(
             f"{path}: layer_types {layer_types!r} is not supported; supported: full_attention"
         )
-    for name in ("quantization_config", "compression_config"):
-        value = raw_config.get(name)
-        if value:
-            fields = value if isinstance(value, Mapping) else {}
-            method = fields.get("quant_method", "unnamed")
-            raise ArgumentError(f"{path}: {name} {method!r} is not supported")
+    check_quantization(raw_config, path)
     hidden_act = raw_config.get("hidden_act", "silu")
     if hidden_act != "silu":
         raise ArgumentError(f"{path}: hidden_act {hidden_act!r} is not supported; supported: silu")

@@ -64,8 +64,10 @@ class LogprobsDownload:
                 rows.append(None)
                 continue
             ids, values, rank = next(arrived)
-            end = len(ids) if count == ALL_TOKENS else 1 + count
-            rows.append(LogprobRow(ids[:end], values[:end], rank))
+            if count != ALL_TOKENS and 1 + count < len(ids):
+                # Nor may a view of the widest row's width stay behind.
+                ids, values = ids[: 1 + count].copy(), values[: 1 + count].copy()
+            rows.append(LogprobRow(ids, values, rank))
         return rows
 
 

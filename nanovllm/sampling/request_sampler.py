@@ -59,6 +59,7 @@ class RequestSampler:
         self.max_edited_rows = max(1, MAX_EDITED_LOGITS // max(vocab_size, max_model_len))
         self._rules: list[TokenRules | None] = [None] * max_num_seqs  # of the sequence in each row
         self._batch: Batch | None = None
+        self._previous_batch: Batch | None = None
 
     @torch.inference_mode()
     def begin(self, seqs: "list[Sequence]") -> None:
@@ -73,7 +74,7 @@ class RequestSampler:
             if needs_history(seq, rules):
                 with_history.append(seq)
         self.history.write(with_history)
-        self._batch = None
+        self._batch = self._previous_batch = None
 
     @torch.inference_mode()
     def sample(
@@ -86,11 +87,7 @@ class RequestSampler:
             seqs: E sequences; each one's `num_computed_tokens` is its position + 1.
             positions: [E] int32 on the device, index of the input token in its sequence.
         """
-        if self._batch is None or not self._batch.is_of(seqs):
-            self._batch = Batch(
-                seqs, self._rules, self.history, self.vocab_size, self.max_edited_rows, self.device
-            )
-        batch = self._batch
+        batch = self._prepare(seqs)
         if batch.race is not None:
             token_ids = self._race(logits, batch.race, positions)
         else:
@@ -121,6 +118,19 @@ class RequestSampler:
         own_ids = upload(next_ids, self.device)
         counts = [seq.sampling_params.prompt_logprobs] * len(next_ids)
         return logprob_tensors(logits[:, : self.vocab_size], own_ids, counts)
+
+    def _prepare(self, seqs: "list[Sequence]") -> Batch:
+        """The batch of `seqs`: the last one, the one before, or a new one.
+
+        Sequences with a grammar are in every other step only, so with them two batches alternate.
+        """
+        if self._batch is None or not self._batch.is_of(seqs):
+            self._batch, self._previous_batch = self._previous_batch, self._batch
+        if self._batch is None or not self._batch.is_of(seqs):
+            self._batch = Batch(
+                seqs, self._rules, self.history, self.vocab_size, self.max_edited_rows, self.device
+            )
+        return self._batch
 
     def _race(
         self, logits: torch.Tensor, race: RaceInputs, positions: torch.Tensor

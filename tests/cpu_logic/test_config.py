@@ -1,6 +1,7 @@
 """Every rule on the parameters of LLM(...), and which model directories are refused."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from nanovllm import ArgumentError
-from nanovllm.config import VLLM_ONLY, Config
+from nanovllm.config import VLLM_IGNORED, VLLM_ONLY, Config
 
 RAW_CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -166,14 +167,29 @@ def test_names_of_internals_and_nonsense_are_unknown_keywords(name, model):
         Config.from_kwargs(model, {name: 1})
 
 
-@pytest.mark.parametrize("name", ["swap_space", "quantization", "enable_lora"])
+@pytest.mark.parametrize("name", ["quantization_config", "spec_model", "logits_processors"])
 def test_option_of_vllm_is_named_as_such(name, model):
     with pytest.raises(TypeError, match=f"{name!r}, an option of vLLM that nanovllm does not have"):
         Config.from_kwargs(model, {name: 1})
 
 
+@pytest.mark.parametrize(
+    ("name", "values"), {n: v for n, v in VLLM_IGNORED.items() if v is not None}.items()
+)
+def test_options_of_vllm_are_taken_with_the_values_that_change_nothing(name, values, model):
+    for value in values:
+        Config.from_kwargs(model, {name: value})
+    message = re.escape(f"{name}=7, an option of vLLM that nanovllm does not have; it takes ")
+    with pytest.raises(TypeError, match=message):
+        Config.from_kwargs(model, {name: 7})
+
+
+def test_options_of_vllm_that_mean_nothing_here_are_taken(model):
+    Config.from_kwargs(model, {"swap_space": 4, "revision": "main", "hf_token": "x"})
+
+
 def test_no_known_keyword_is_listed_as_vllm_only():
-    assert not VLLM_ONLY & {field.name for field in fields(Config)}
+    assert not (VLLM_ONLY | VLLM_IGNORED.keys()) & {field.name for field in fields(Config)}
 
 
 # Numbers
@@ -369,7 +385,7 @@ def test_cuda_without_a_gpu_is_refused(model, monkeypatch):
             {"architectures": ["GemmaForCausalLM"]},
             r"architectures \['GemmaForCausalLM'\] is not supported; supported: .*Qwen3ForCausalLM",
         ),
-        ({"architectures": ["Qwen3MoeForCausalLM"]}, r"\['Qwen3MoeForCausalLM'\] is not supported"),
+        ({"architectures": ["Qwen3NextForCausalLM"]}, r"'Qwen3NextForCausalLM'\] is not supported"),
         ({"architectures": []}, r"architectures \[\] is not supported"),
         ({"architectures": None}, r"architectures \[\] is not supported"),
         (

@@ -9,6 +9,7 @@ from nanovllm import ArgumentError
 from nanovllm.config import Config
 from nanovllm.models.registry import ARCHITECTURES, check_supported, model_class
 
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
 SIZES = {
     "vocab_size": 384,
     "hidden_size": 64,
@@ -84,7 +85,16 @@ def test_a_head_dim_that_is_no_size_is_refused(head_dim, tmp_path):
         ({"sliding_window": "4096"}, "sliding_window must be an integer >= 1, got '4096'"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention'.* is not"),
         ({"layer_types": "sliding_attention"}, "layer_types 'sliding_attention' is not supported"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config 'fp8' is not"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config 'awq' is not"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "with weight_block_size None is not"),
+        ({"quantization_config": FP8 | {"weight_block_size": [64, 64]}}, r"size \[64, 64\] is not"),
+        ({"quantization_config": FP8 | {"activation_scheme": "static"}}, "scheme 'static' is not"),
+        ({"quantization_config": FP8 | {"fmt": "e5m2"}}, "fmt 'e5m2' is not supported"),
+        (
+            {"quantization_config": FP8 | {"modules_to_not_convert": ["lm_head", "a.q_proj"]}},
+            "modules_to_not_convert has 'a.q_proj'",
+        ),
+        ({"compression_config": FP8}, "compression_config 'fp8' is not supported"),
         ({"quantization_config": ["fp8"]}, "quantization_config 'unnamed' is not"),
         ({"compression_config": {"format": "int8"}}, "compression_config 'unnamed' is not"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: silu"),

@@ -428,6 +428,15 @@ def test_sequence_preempted_at_a_block_boundary_is_prefilled_with_all_its_tokens
     assert second.num_completion_tokens == 40
 
 
+def test_an_abort_of_none_does_not_walk_through_the_queue():
+    """It comes after every step, and the queue may hold a night's requests."""
+    scheduler = make_scheduler()
+    add_prompts(scheduler, [10] * 3)
+    waiting = scheduler.waiting
+    scheduler.abort([])
+    assert scheduler.waiting is waiting
+
+
 def test_with_a_step_in_flight_nothing_is_preempted():
     scheduler = make_scheduler()
     first, second = add_prompts(scheduler, [80, 80], max_tokens=20)

@@ -15,7 +15,9 @@ FILES = (
     "triton_interpreter_checks.py",
     "triton_decode_checks.py",
     "triton_filter_checks.py",
+    "triton_fp8_linear_checks.py",
     "triton_linear_checks.py",
+    "triton_moe_checks.py",
 )
 
 

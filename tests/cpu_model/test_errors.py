@@ -220,7 +220,7 @@ BAD_ARGUMENTS = [
     ({"seed": 1.5}, ArgumentError, "seed"),
     ({"max_model_length": 5}, TypeError, "max_model_length.*max_model_len"),
     ({"hf_config": None}, TypeError, "hf_config"),
-    ({"quantization": "awq"}, TypeError, "quantization.*vLLM"),
+    ({"quantization": "awq"}, ValueError, "quantization must be one of fp8, got 'awq'"),
 ]
 
 
@@ -249,7 +249,7 @@ def broken_dir(tiny_dir, tmp_path):
     [
         ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
         ({"architectures": None}, "architectures"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "longrope"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "linear"),
         ({"quantization_config": {"quant_method": "awq"}}, "awq"),
         ({"use_sliding_window": True}, "sliding"),

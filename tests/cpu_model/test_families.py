@@ -88,8 +88,13 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(models, name):
             check_nothing_is_held(llm)
 
 
-@pytest.mark.parametrize("name", ["qwen2-yarn", "llama2"])
-@pytest.mark.parametrize(("caching", "chunked", "overlap", "eager"), SWITCHES)
+@pytest.mark.parametrize(
+    ("name", "caching", "chunked", "overlap", "eager"),
+    [
+        *((name, *switches) for name in ("qwen2-yarn", "llama2") for switches in SWITCHES),
+        *(("qwen3-moe", *switches) for switches in SWITCHES if sum(switches) % 2 == 0),
+    ],
+)
 def test_no_switch_changes_a_token(models, name, caching, chunked, overlap, eager):
     model = models(name)
     chunks = {"enable_chunked_prefill": True, "max_num_batched_tokens": 90} if chunked else {}
@@ -106,8 +111,8 @@ def test_no_switch_changes_a_token(models, name, caching, chunked, overlap, eage
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2-yarn", "llama2"])
-def test_two_ranks_split_biases_too(models, name):
+@pytest.mark.parametrize("name", ["qwen2-yarn", "llama2", "qwen3-moe"])
+def test_two_ranks_split_biases_and_experts_too(models, name):
     model = models(name)
     with tiny_engine(model.path, tensor_parallel_size=2) as llm:
         assert generate(llm, model.prompts, greedy(MAX_TOKENS)) == model.reference

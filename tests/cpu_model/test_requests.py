@@ -2,6 +2,7 @@
 
 import time
 
+import numpy as np
 import pytest
 from engine_checks import (
     check_nothing_is_held,
@@ -43,6 +44,14 @@ def test_n_completions(llm):
     # Completion i has seed + i.
     alone = [generate(llm, [PROMPTS[0]], hot(seed=7 + i))[0] for i in range(3)]
     assert [completion.token_ids for completion in output.outputs] == alone
+
+
+def test_prompt_logprobs_with_n_completions(llm):
+    [output] = llm.generate(
+        [PROMPTS[2]], hot(n=2, seed=7, prompt_logprobs=1, max_tokens=2), use_tqdm=False
+    )
+    assert len(output.prompt_logprobs) == len(PROMPTS[2])
+    assert [len(completion.token_ids) for completion in output.outputs] == [2, 2]
 
 
 def test_n_in_a_loop_is_returned_once(llm):
@@ -91,6 +100,14 @@ def test_abort(llm):
     assert output["token_ids"] == expected[1][: len(output["token_ids"])]
     completions, _ = drain(llm)
     assert completions == {ids[i]: expected[i] for i in (0, 2, 3)}
+
+
+def test_an_id_may_be_any_integer(llm):
+    request_id = np.int64(llm.add_request(PROMPTS[0], greedy(20)))
+    llm.step()
+    llm.abort_request(request_id)
+    assert llm.is_finished()
+    assert llm.get_output(request_id)["finish_reason"] == "abort"
 
 
 def test_abort_of_all_leaves_nothing(llm):
@@ -158,6 +175,35 @@ def test_cached_tokens(llm):
     )
     assert output.num_cached_tokens == 0
     assert output == outputs[0]
+
+
+def test_cached_tokens_are_the_prompts_also_after_a_preemption(tiny_dir):
+    """What a preempted request finds of its own K/V is no cached prompt."""
+    with tiny_engine(tiny_dir, num_kvcache_blocks=5, watermark=0) as small:
+        outputs = small.generate(random_prompts([250] * 4, seed=5), greedy(40), use_tqdm=False)
+        assert small.scheduler.num_preemptions > 0
+    assert [output.num_cached_tokens for output in outputs] == [0] * 4
+
+
+def test_each_token_keeps_its_logprobs_when_a_commit_fails(llm, monkeypatch):
+    params = hot(seed=1, logprobs=2)
+    expected = llm.generate(PROMPTS, params, use_tqdm=False)
+    ids = llm.enqueue(PROMPTS, params)
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr(llm.scheduler, "postprocess", lambda seqs, token_ids: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                llm.step()
+        llm.step()
+    assert [llm.get_output(i)["token_ids"] for i in ids] == [
+        output["token_ids"][:3] for output in expected
+    ]
+    outputs = llm.wait_for_completion(use_tqdm=False)
+    for output, uninterrupted in zip(outputs, expected, strict=True):
+        assert output == uninterrupted
+        assert [[*position] for position in output["logprobs"]] == [
+            [*position] for position in uninterrupted["logprobs"]
+        ]
 
 
 def test_stop_ids(llm):

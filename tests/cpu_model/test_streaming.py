@@ -227,6 +227,16 @@ def test_a_streamed_request_can_be_aborted_alone(llm):
         assert found[index][-1].finish_reason == "length"
 
 
+def test_of_an_aborted_stream_nothing_is_kept(llm):
+    """Memory stays the same however many streams end early."""
+    with llm.generate_stream(PROMPTS[:2], greedy(10)) as stream:
+        item = next(stream)
+        llm.abort_request(item.request_id)
+        assert llm.get_output(item.request_id)["finish_reason"] == "abort"
+    with pytest.raises(ArgumentError, match="there is no request"):
+        llm.get_output(item.request_id)
+
+
 def test_steps_and_other_requests_go_on_beside_a_stream(llm):
     """Whoever drives the engine, each result goes to the one who asked for it."""
     before = llm.add_request("before", greedy(3))

@@ -45,6 +45,17 @@ SHAPES = {
         "attention_bias": True,
         "mlp_bias": True,
     },
+    "qwen3-30b-a3b": {
+        "architecture": "Qwen3MoeForCausalLM",
+        "hidden_size": 2048,
+        "moe_intermediate_size": 768,
+        "num_experts": 32,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+    },
 }
 
 
@@ -74,7 +85,7 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path, name):
 
 
 @pytest.mark.two_gpus
-@pytest.mark.parametrize("name", ["qwen2-yarn", "llama2"])
+@pytest.mark.parametrize("name", ["qwen2-yarn", "llama2", "qwen3-moe"])
 def test_two_ranks(tmp_path, name):
     model_dir = save_family(tmp_path / "m", name)
     prompts = random_prompts((1, 3, 60, 200, 257, 520))

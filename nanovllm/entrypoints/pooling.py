@@ -1,0 +1,258 @@
+"""Embeddings and scores: what the last token's final hidden state says, with nothing generated.
+
+The question for rerankers is that of Qwen3-Reranker's model card (Zhang et al. 2025, arXiv
+2506.05176).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nanovllm.engine.prompts import check_each, check_tokenization_kwargs, encode_prompts
+from nanovllm.engine.request import Request
+from nanovllm.entrypoints.rpc import collective_rpc
+from nanovllm.errors import ArgumentError, check_choice, check_integer
+from nanovllm.outputs import (
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    ScoringOutput,
+    ScoringRequestOutput,
+)
+from nanovllm.pooling_params import PoolingParams
+from nanovllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from nanovllm.engine.model_runner import ModelRunner
+    from nanovllm.llm import LLM
+
+SMALLEST_NORM = 1e-12  # a vector of zeros stays one
+QUESTION_BEFORE = (
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and "
+    'the Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n'
+    "<|im_start|>user\n"
+)
+QUESTION = "<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}"
+QUESTION_AFTER = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+YES, NO = "yes", "no"
+QUESTION_TOKENS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>", YES, NO)
+WEB_SEARCH = "Given a web search query, retrieve relevant passages that answer the query"
+
+
+# ---- embeddings -------------------------------------------------------------------------------
+
+
+def embed(
+    llm: "LLM",
+    prompts: Any,
+    *,
+    use_tqdm: bool | Callable[..., Any] = True,
+    pooling_params: PoolingParams | None = None,
+    truncate_prompt_tokens: int | None = None,
+    tokenization_kwargs: dict[str, Any] | None = None,
+    priority: list[int] | None = None,
+) -> list[EmbeddingRequestOutput]:
+    """See `LLM.embed`."""
+    pooler = _embedding_pooler(pooling_params, llm.config.hf_config.hidden_size)
+    kwargs = _truncating(llm, truncate_prompt_tokens, tokenization_kwargs)
+    requests = _pool(llm, prompts, pooler, use_tqdm, kwargs, priority)
+    outputs = []
+    for request in requests:
+        [seq] = request.sequences
+        outputs.append(
+            EmbeddingRequestOutput(
+                str(request.request_id),
+                EmbeddingOutput(seq.pooled.tolist()),
+                seq.prompt_token_ids,
+                num_cached_tokens=seq.num_cached_tokens,
+            )
+        )
+    return outputs
+
+
+def _pool(
+    llm: "LLM",
+    prompts: Any,
+    pooler: Callable[[np.ndarray], Any],
+    use_tqdm: bool | Callable[..., Any],
+    tokenization_kwargs: dict[str, Any] | None = None,
+    priority: list[int] | None = None,
+) -> list[Request]:
+    """The finished requests; their sequences' `pooled` is what `pooler` made of [hidden_size]."""
+    llm._check_awake()
+    nothing = SamplingParams(temperature=0, max_tokens=1)  # is sampled
+    requests = llm._new_requests(prompts, nothing, priority, tokenization_kwargs, pooler)
+    llm._run(requests, use_tqdm)
+    return requests
+
+
+def _embedding_pooler(params: Any, hidden_size: int) -> Callable[[np.ndarray], np.ndarray]:
+    if params is None:
+        params = PoolingParams()
+    if not isinstance(params, PoolingParams):
+        raise ArgumentError(f"pooling_params must be a PoolingParams, got {params!r}")
+    if params.dimensions is not None:
+        check_integer("dimensions", params.dimensions, 1, hidden_size)
+    normalize = params.use_activation is not False
+    return partial(_embedding, dimensions=params.dimensions, normalize=normalize)
+
+
+def _embedding(hidden_state: np.ndarray, dimensions: int | None, normalize: bool) -> np.ndarray:
+    """A new array of the first `dimensions` numbers."""
+    kept = hidden_state[:dimensions]
+    return kept / max(np.linalg.norm(kept), SMALLEST_NORM) if normalize else kept.copy()
+
+
+def _truncating(llm: "LLM", limit: int | None, kwargs: Any, num_others: int = 0) -> dict[str, Any]:
+    """Checked keywords for the tokenizer, which with `num_others` more tokens gives `limit`."""
+    kwargs = check_tokenization_kwargs(kwargs)
+    if limit is None:
+        return kwargs
+    longest = llm.config.max_model_len
+    if limit != -1:
+        limit = check_integer("truncate_prompt_tokens", limit, 1 + num_others, longest)
+    return kwargs | {
+        "truncation": True,
+        "max_length": (longest if limit == -1 else limit) - num_others,
+    }
+
+
+# ---- scores -----------------------------------------------------------------------------------
+
+
+def score(
+    llm: "LLM",
+    data_1: Any,
+    data_2: Any,
+    *,
+    method: str = "reranker",
+    instruction: str | None = None,
+    use_tqdm: bool | Callable[..., Any] = True,
+    truncate_prompt_tokens: int | None = None,
+) -> list[ScoringRequestOutput]:
+    """See `LLM.score`."""
+    check_choice("method", method, ("reranker", "embedding"))
+    queries, documents = _as_texts("data_1", data_1), _as_texts("data_2", data_2)
+    if len(queries) not in (1, len(documents)):
+        raise ArgumentError(
+            f"data_1 and data_2 must be one with one, one with several or as many with as many, "
+            f"got {len(queries)} and {len(documents)}"
+        )
+    if method == "embedding":
+        if instruction is not None:
+            raise ArgumentError(
+                "instruction is for method='reranker'; write it into the queries of an embedding "
+                f"model, got {instruction!r}"
+            )
+        return _cosines(llm, queries, documents, use_tqdm, truncate_prompt_tokens)
+    if not isinstance(instruction, (str, type(None))):
+        raise ArgumentError(f"instruction must be a string, got {instruction!r}")
+    pairs = list(zip(queries * (len(documents) // len(queries)), documents, strict=True))
+    return _rerank(llm, pairs, instruction or WEB_SEARCH, use_tqdm, truncate_prompt_tokens)
+
+
+def _rerank(
+    llm: "LLM",
+    pairs: list[tuple[str, str]],
+    instruction: str,
+    use_tqdm: bool | Callable[..., Any],
+    limit: int | None,
+) -> list[ScoringRequestOutput]:
+    llm._check_awake()
+    if not llm.model_runner.has_lm_head:
+        raise ArgumentError(
+            f"{llm.config.model!r} was saved without an LM head: only method='embedding' scores"
+        )
+    tokenizer, vocab_size = llm.tokenizer, llm.config.hf_config.vocab_size
+    yes_id, no_id = _check_question_tokens(tokenizer)
+    plain = {"add_special_tokens": False}
+    (_, before), (_, after) = encode_prompts(
+        [QUESTION_BEFORE, QUESTION_AFTER], tokenizer, vocab_size, plain
+    )
+    kwargs = _truncating(llm, limit, plain, len(before) + len(after))
+    questions = [
+        QUESTION.format(instruction=instruction, query=query, document=document)
+        for query, document in pairs
+    ]
+    encoded = encode_prompts(questions, tokenizer, vocab_size, kwargs)
+    rows: dict[int, np.ndarray] = {}
+    for held in collective_rpc(llm, _lm_head_rows, args=([yes_id, no_id],)):
+        rows |= held
+    # softmax over two logits is the logistic function of their difference
+    pooler = partial(_probability, weights=rows[yes_id] - rows[no_id])
+    requests = _pool(llm, [[*before, *ids, *after] for _, ids in encoded], pooler, use_tqdm)
+    outputs = []
+    for request in requests:
+        [seq] = request.sequences
+        outputs.append(
+            ScoringRequestOutput(
+                str(request.request_id),
+                ScoringOutput(seq.pooled),
+                seq.prompt_token_ids,
+                num_cached_tokens=seq.num_cached_tokens,
+            )
+        )
+    return outputs
+
+
+def _probability(hidden_state: np.ndarray, weights: np.ndarray) -> float:
+    """1 / (1 + exp(-x)) of the product x; both arguments are [hidden_size] float32."""
+    return float(np.exp(-np.logaddexp(0.0, -float(hidden_state @ weights))))
+
+
+def _lm_head_rows(runner: "ModelRunner", token_ids: list[int]) -> dict[int, np.ndarray]:
+    """[hidden_size] float32 of those of `token_ids` whose logits this rank computes."""
+    lm_head = runner.model.lm_head
+    local = {token_id: token_id - lm_head.first_token_id for token_id in token_ids}
+    return {
+        token_id: lm_head.weight[row].detach().float().cpu().numpy()
+        for token_id, row in local.items()
+        if 0 <= row < len(lm_head.weight)
+    }
+
+
+def _check_question_tokens(tokenizer: Any) -> tuple[int, int]:
+    """The ids of "yes" and "no"; ArgumentError if a token of the question is none."""
+    if tokenizer is None:
+        raise ArgumentError("score needs the tokenizer that skip_tokenizer_init=True left out")
+    vocabulary: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
+    if missing := [token for token in QUESTION_TOKENS if token not in vocabulary]:
+        raise ArgumentError(
+            "method='reranker' needs a model like Qwen3-Reranker: the tokenizer has no token "
+            f"{', '.join(map(repr, missing))}"
+        )
+    return vocabulary[YES], vocabulary[NO]
+
+
+def _cosines(
+    llm: "LLM",
+    queries: list[str],
+    documents: list[str],
+    use_tqdm: bool | Callable[..., Any],
+    limit: int | None,
+) -> list[ScoringRequestOutput]:
+    embedded = embed(llm, [*queries, *documents], use_tqdm=use_tqdm, truncate_prompt_tokens=limit)
+    ours, theirs = embedded[: len(queries)], embedded[len(queries) :]
+    return [
+        ScoringRequestOutput(
+            f"{one.request_id}_{other.request_id}",
+            ScoringOutput(float(np.dot(one.outputs.embedding, other.outputs.embedding))),
+            one.prompt_token_ids + other.prompt_token_ids,
+            num_cached_tokens=(one.num_cached_tokens or 0) + (other.num_cached_tokens or 0),
+        )
+        for one, other in zip(ours * (len(theirs) // len(ours)), theirs, strict=True)
+    ]
+
+
+def _as_texts(name: str, data: Any) -> list[str]:
+    texts = [data] if isinstance(data, str) else data
+    if not isinstance(texts, (list, tuple)) or not texts:
+        raise ArgumentError(f"{name} must be a string or a list of strings, got {data!r}")
+
+    def check(text: Any) -> str:
+        if not isinstance(text, str):
+            raise ArgumentError(f"a text must be a string, got {text!r}")
+        return text
+
+    return check_each(name, check, texts)

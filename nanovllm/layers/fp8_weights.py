@@ -1,0 +1,86 @@
+"""Weights of linear layers in fp8: a checkpoint's, with scales for blocks, or quantised on load.
+
+On load each row gets a scale, of this rank's columns. Where the backend has no fp8 products, or the
+rank's slice cuts through blocks, the model's dtype keeps the values that fp8 gave the weights.
+"""
+
+import torch
+
+from nanovllm.kernels.ops import FP8_BLOCK, FP8_DTYPE
+from nanovllm.kernels.torch_ops import dequantize_weight, quantize
+from nanovllm.layers.context import ModelContext
+from nanovllm.layers.weights import Parameter, Shard, new_parameter
+
+ALIGNMENT = 16  # rows and columns of a weight that is multiplied in fp8 are a multiple
+
+
+class RowQuantizedParameter(Parameter):
+    """An fp8 weight that quantises what it is filled with; `scales` [N] float32 are the rows'."""
+
+    scales: Parameter
+
+    @torch.no_grad()
+    def fill(self, shard: Shard, part: torch.Tensor) -> None:
+        """See `Parameter.fill`; `part` has all columns of the parameter."""
+        values, scales = quantize(part.to(self.device))
+        self[shard.target].copy_(values)
+        self.scales[shard.target[0]].copy_(scales)
+
+
+class RowRoundedParameter(Parameter):
+    """A weight in the model's dtype with the values that `RowQuantizedParameter` gives it."""
+
+    def fill(self, shard: Shard, part: torch.Tensor) -> None:
+        """See `Parameter.fill`; `part` has all columns of the parameter."""
+        super().fill(shard, dequantize_weight(*quantize(part.to(self.device))))
+
+
+def new_linear_weight(
+    shape: tuple[int, int], shards: dict[str, Shard], context: ModelContext
+) -> tuple[Parameter, Parameter | None]:
+    """An uninitialised weight of `shape` and, if it is fp8, the scales for `Ops.fp8_linear`."""
+    kind, device = context.fp8_scales, context.device
+    is_multiplied = context.ops.has_fp8_products and all(n % ALIGNMENT == 0 for n in shape)
+    if kind == "blocks" and is_multiplied and all(map(_has_whole_blocks, shards.values())):
+        return (
+            new_parameter(shape, shards, FP8_DTYPE, device),
+            new_parameter(
+                tuple(_num_blocks(n) for n in shape),
+                {name: _shard_of_scales(shard) for name, shard in shards.items()},
+                torch.float32,
+                device,
+            ),
+        )
+    if kind == "rows" and is_multiplied:
+        weight = new_parameter(shape, shards, FP8_DTYPE, device, RowQuantizedParameter)
+        assert isinstance(weight, RowQuantizedParameter)
+        weight.scales = new_parameter(shape[:1], {}, torch.float32, device)
+        return weight, weight.scales
+    cls = RowRoundedParameter if kind == "rows" else Parameter
+    return new_parameter(shape, shards, context.dtype, device, cls), None
+
+
+def blocks_of(part: slice) -> slice:
+    """The blocks of a weight that its rows (or columns) `part` lie in."""
+    return slice(part.start // FP8_BLOCK, -(-part.stop // FP8_BLOCK))
+
+
+def _has_whole_blocks(shard: Shard) -> bool:
+    return all(
+        source.start % FP8_BLOCK == 0
+        and target.start % FP8_BLOCK == 0
+        and (source.stop % FP8_BLOCK == 0 or source.stop == full)
+        for full, source, target in zip(shard.full_shape, shard.source, shard.target, strict=True)
+    )
+
+
+def _num_blocks(n: int) -> int:
+    return -(-n // FP8_BLOCK)
+
+
+def _shard_of_scales(shard: Shard) -> Shard:
+    return Shard(
+        tuple(_num_blocks(n) for n in shard.full_shape),
+        tuple(blocks_of(part) for part in shard.source),
+        tuple(blocks_of(part) for part in shard.target),
+    )

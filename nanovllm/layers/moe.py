@@ -1,0 +1,102 @@
+"""A sparse MLP: a router sends each token to a few of many small gated MLPs, the experts.
+
+Each rank holds a slice of every expert, as it does of a dense MLP. Parameters keep the experts'
+weights one below another; module names are those of the checkpoints' tensors.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from nanovllm.kernels.ops import Product
+from nanovllm.layers.context import ModelContext
+from nanovllm.layers.fp8_weights import new_linear_weight
+from nanovllm.layers.weights import Shard, new_parameter, whole
+
+
+class SparseMLP(nn.Module):
+    """Sum over a token's most probable experts of probability * expert (Shazeer et al. 2017,
+    arXiv 1701.06538); `RMSNorm.add`, which comes next, sums over the ranks."""
+
+    def __init__(self, config: PretrainedConfig, context: ModelContext) -> None:
+        super().__init__()
+        self.ops = context.ops
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+        self.gate = Router(config.num_experts, config.hidden_size, context)
+        self.experts = Experts(
+            config.num_experts, config.hidden_size, config.moe_intermediate_size, context
+        )
+
+    def forward(self, x: torch.Tensor) -> Product:
+        """x [T, hidden_size] -> this rank's term of [T, hidden_size]."""
+        gate_up, down = self.experts.gate_up_proj, self.experts.down_proj
+        return self.ops.experts(
+            x,
+            self.gate(x),
+            gate_up.weight,
+            down.weight,
+            self.num_experts_per_tok,
+            self.norm_topk_prob,
+            gate_up.weight_scale_inv,
+            down.weight_scale_inv,
+        )
+
+
+class Router(nn.Module):
+    """Scores the experts; every rank holds it whole, in the model's dtype."""
+
+    def __init__(self, num_experts: int, hidden_size: int, context: ModelContext) -> None:
+        super().__init__()
+        self.ops = context.ops
+        shape = num_experts, hidden_size
+        self.weight = new_parameter(shape, whole(shape), context.dtype, context.device)
+
+    def forward(self, x: torch.Tensor) -> Product:
+        """x [T, hidden_size] -> [T, num_experts], the logits of their probabilities."""
+        return self.ops.linear(x, self.weight, None)
+
+
+class Experts(nn.Module):
+    """This rank's slices of the experts' weights, as `Ops.experts` takes them."""
+
+    def __init__(
+        self, num_experts: int, hidden_size: int, intermediate_size: int, context: ModelContext
+    ) -> None:
+        super().__init__()
+        size = intermediate_size // context.tp.size
+        part = slice(context.tp.rank * size, (context.tp.rank + 1) * size)
+        columns = slice(0, hidden_size)
+        gate_up_shards, down_shards = {}, {}
+        for expert in range(num_experts):
+            for i, name in enumerate(("gate_proj", "up_proj")):
+                first = (2 * expert + i) * size
+                gate_up_shards[f"{expert}.{name}"] = Shard(
+                    (intermediate_size, hidden_size),
+                    (part, columns),
+                    (slice(first, first + size), columns),
+                )
+            first = expert * hidden_size
+            down_shards[f"{expert}.down_proj"] = Shard(
+                (hidden_size, intermediate_size),
+                (slice(0, hidden_size), part),
+                (slice(first, first + hidden_size), slice(0, size)),
+            )
+        self.gate_up_proj = ExpertWeights(
+            (num_experts * 2 * size, hidden_size), gate_up_shards, context
+        )
+        self.down_proj = ExpertWeights((num_experts * hidden_size, size), down_shards, context)
+
+
+class ExpertWeights(nn.Module):
+    """One weight of all experts; in fp8, it has scales for rows."""
+
+    def __init__(
+        self, shape: tuple[int, int], shards: dict[str, Shard], context: ModelContext
+    ) -> None:
+        super().__init__()
+        if context.fp8_scales == "blocks":  # which `Ops.experts` does not take: dequantised
+            context = replace(context, fp8_scales=None)
+        self.weight, self.weight_scale_inv = new_linear_weight(shape, shards, context)

@@ -1,0 +1,64 @@
+"""Reads fp8 checkpoints: weights are numbers with a scale for each block of FP8_BLOCK x FP8_BLOCK.
+
+`x.weight` holds the numbers, `x.weight_scale_inv` the scales that they are multiplied by.
+"""
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+import torch
+
+from nanovllm.errors import ArgumentError
+from nanovllm.kernels.ops import FP8_BLOCK, FP8_DTYPE
+from nanovllm.kernels.torch_ops import dequantize_weight
+from nanovllm.layers.fp8_weights import blocks_of
+
+if TYPE_CHECKING:
+    from nanovllm.models.loader import Checkpoint
+
+SCALES_SUFFIX = "_scale_inv"
+
+
+class DequantizedCheckpoint:
+    """A checkpoint whose fp8 weights read as float32, numbers times scales.
+
+    An fp8 tensor without scales is an ArgumentError.
+
+    Args:
+        checkpoint: with fp8 weights or without; see `Checkpoint`.
+        expected: the tensors that a model has. Where the scales are among them, numbers and scales
+            are read as they are.
+    """
+
+    def __init__(self, checkpoint: "Checkpoint", expected: Collection[str]) -> None:
+        self._checkpoint = checkpoint
+        self._expected = expected
+        names = checkpoint.names()
+        self._hidden = {
+            name
+            for name in names
+            if name.endswith(SCALES_SUFFIX)
+            and name not in expected
+            and name.removesuffix(SCALES_SUFFIX) in names
+        }
+
+    def names(self) -> set[str]:
+        """See `Checkpoint`."""
+        return self._checkpoint.names() - self._hidden
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `Checkpoint`."""
+        return self._checkpoint.shape(name)
+
+    def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
+        """See `Checkpoint`."""
+        part = self._checkpoint.read(name, index)
+        scales_name = name + SCALES_SUFFIX
+        if scales_name not in self._hidden:
+            if part.dtype == FP8_DTYPE and scales_name not in self._expected:
+                raise ArgumentError(f"tensor {name!r} is fp8 without {scales_name!r}")
+            return part
+        blocks = tuple(blocks_of(s) for s in index)
+        scales = self._checkpoint.read(scales_name, blocks)
+        first_row, first_column = (s.start % FP8_BLOCK for s in index)
+        return dequantize_weight(part, scales, (first_row, first_column))

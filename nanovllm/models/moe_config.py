@@ -1,0 +1,36 @@
+"""Which layers of a mixture of experts are sparse, and what its config.json must hold."""
+
+from typing import TYPE_CHECKING
+
+from nanovllm.errors import ArgumentError, check_bool, check_integer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def check_experts(hf_config: "PretrainedConfig", tensor_parallel_size: int) -> None:
+    """ArgumentError for numbers of experts that no model can have; a dense model passes."""
+    if not hasattr(hf_config, "num_experts_per_tok"):
+        return
+    for name in ("num_experts", "moe_intermediate_size", "decoder_sparse_step"):
+        check_integer(f"the model's {name}", getattr(hf_config, name), minimum=1)
+    check_integer(
+        "the model's num_experts_per_tok",
+        hf_config.num_experts_per_tok,
+        minimum=1,
+        maximum=hf_config.num_experts,
+    )
+    check_bool("the model's norm_topk_prob", hf_config.norm_topk_prob)
+    for layer in hf_config.mlp_only_layers:
+        check_integer("a layer of the model's mlp_only_layers", layer, minimum=0)
+    if hf_config.moe_intermediate_size % tensor_parallel_size != 0:
+        raise ArgumentError(
+            f"tensor_parallel_size ({tensor_parallel_size}) must divide the model's "
+            f"moe_intermediate_size ({hf_config.moe_intermediate_size})"
+        )
+
+
+def is_sparse(hf_config: "PretrainedConfig", index: int) -> bool:
+    """Whether layer `index` has experts; the others have a dense MLP."""
+    is_dense = index in hf_config.mlp_only_layers
+    return not is_dense and (index + 1) % hf_config.decoder_sparse_step == 0

@@ -1,0 +1,99 @@
+"""Run by test_triton_interpreter.py in a process with TRITON_INTERPRET=1: mixtures of experts."""
+
+import pytest
+import torch
+
+from nanovllm.kernels import torch_ops, triton_moe
+from nanovllm.kernels.ops import PartialSums, Product
+from nanovllm.kernels.triton_moe import Tile, Tiles, experts, num_blocks, route
+
+
+def both(*tile: int) -> Tiles:
+    return Tiles(Tile(*tile), Tile(*tile))
+
+
+def summed(product: Product) -> torch.Tensor:
+    return product.parts.sum(0) if isinstance(product, PartialSums) else product
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "top_k"), [(1, 6, 3), (20, 5, 5), (9, 20, 1)]
+)
+def test_sorted_pairs_and_blocks(num_tokens, num_experts, top_k, monkeypatch):
+    """Every pair is in one block, of its expert; the blocks have room for any choice of experts."""
+    monkeypatch.setattr(triton_moe, "SORT_CHUNK", 32)  # several chunks
+    torch.manual_seed(0)
+    for spread in (0, 10):
+        logits = torch.randn(num_tokens, num_experts) + spread * torch.randn(num_experts)
+        routing = route(logits, top_k, True, 16)
+        weights, ids = logits.softmax(-1).topk(top_k)
+        expected = (weights / weights.sum(-1, keepdim=True)).flatten()
+        torch.testing.assert_close(routing.weights, expected, rtol=1e-5, atol=1e-7)
+        assert len(routing.blocks) == num_blocks(num_tokens * top_k, num_experts, 16)
+        seen = []
+        for expert, first, size in routing.blocks.tolist():
+            assert 0 <= size <= 16
+            pairs = routing.sorted_pairs[first : first + size].tolist()
+            assert all(ids.flatten()[pair] == expert for pair in pairs)
+            seen += pairs
+        assert sorted(seen) == list(range(num_tokens * top_k))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_any_logits_give_valid_experts():
+    """NaN and infinite logits must not make a program read outside the weights."""
+    logits = torch.randn(6, 5)
+    logits[0], logits[1], logits[2] = torch.nan, -torch.inf, torch.inf
+    logits[3, 2], logits[4, 2] = -torch.nan, torch.inf
+    routing = route(logits, 3, False, 16)
+    live = routing.blocks[:, 2] > 0
+    assert routing.blocks[live, 2].sum() == 18
+    assert ((routing.blocks[live, 0] >= 0) & (routing.blocks[live, 0] < 5)).all()
+    assert sorted(routing.sorted_pairs.tolist()) == list(range(18))
+
+
+@pytest.mark.parametrize("in_parts", [True, False])
+@pytest.mark.parametrize(
+    ("hidden_size", "size", "block_m"), [(64, 32, 64), (72, 40, 16), (48, 32, 16)]
+)
+def test_experts(hidden_size, size, block_m, in_parts, monkeypatch):
+    """Blocks of several tiles, which rows and columns do not fill; an expert without tokens."""
+    monkeypatch.setattr(triton_moe, "MAX_TOKENS_IN_PARTS", 256 if in_parts else 0)
+    torch.manual_seed(0)
+    num_tokens, num_experts, top_k = 20, 4, 2
+    logits = torch.randn(num_tokens, num_experts)
+    logits[:, 2] = -20
+    logits[:, 3] += 9  # more pairs than a block of 16 has
+    x = torch.randn(num_tokens, hidden_size)
+    gate_up = torch.randn(num_experts * 2 * size, hidden_size) / hidden_size**0.5
+    down = torch.randn(num_experts * hidden_size, size) / size**0.5
+    parts = PartialSums(torch.stack((logits, logits)) / 2, x.dtype)
+    product = experts(x, parts, gate_up, down, top_k, False, tiles=both(block_m, 64, 32, 4, 1))
+    assert isinstance(product, PartialSums) == in_parts
+    expected = torch_ops.experts(x, logits, gate_up, down, top_k, False)
+    torch.testing.assert_close(summed(product), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_fp8_weights():
+    torch.manual_seed(0)
+    x, logits = torch.randn(3, 64), torch.randn(3, 4)
+    (gate_up, scales), (down, down_scales) = (
+        torch_ops.quantize(torch.randn(4 * 64, k) / k**0.5) for k in (64, 32)
+    )
+    args = x, logits, gate_up, down, 2, True, scales, down_scales
+    got = summed(experts(*args, tiles=both(16, 64, 32, 4, 1)))
+    torch.testing.assert_close(got, torch_ops.experts(*args), rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision():
+    torch.manual_seed(0)
+    x, logits = torch.randn(5, 64).half(), torch.randn(5, 4).half()
+    gate_up, down = torch.randn(4 * 64, 64).half() / 8, torch.randn(4 * 64, 32).half() / 6
+    args = x, logits, gate_up, down, 2, True
+    got = summed(experts(*args, tiles=both(16, 64, 32, 4, 1))).half()
+    torch.testing.assert_close(got, torch_ops.experts(*args), rtol=4e-3, atol=4e-3)
+
+
+def test_no_tokens():
+    weights = torch.zeros(2 * 4 * 8, 8), torch.zeros(4 * 8, 8)
+    assert experts(torch.zeros(0, 8), torch.zeros(0, 4), *weights, 2, True).shape == (0, 8)

@@ -1,0 +1,177 @@
+"""Mixtures of experts on CUDA against float64, any number of tokens, eagerly and in graphs."""
+
+import pytest
+import torch
+
+from nanovllm.kernels import torch_ops
+from nanovllm.kernels.ops import PartialSums, Product
+from nanovllm.kernels.triton_linear import linear
+from nanovllm.kernels.triton_moe import FLOAT32_TILES, TILES, choose_tiles, experts, route
+from nanovllm.kernels.triton_norm import add_rms_norm
+
+HIDDEN_SIZE, SIZE, NUM_EXPERTS, TOP_K = 512, 192, 16, 4
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape, device="cuda", dtype=torch.float32).to(dtype)
+
+
+def distinct_logits(num_tokens: int, num_experts: int = NUM_EXPERTS) -> torch.Tensor:
+    """float32 [num_tokens, num_experts], in any row far enough apart for one choice of experts."""
+    return torch.rand(num_tokens, num_experts, device="cuda").argsort(1) * 0.2
+
+
+def weights(
+    dtype: torch.dtype = torch.bfloat16,
+    hidden_size: int = HIDDEN_SIZE,
+    size: int = SIZE,
+    num_experts: int = NUM_EXPERTS,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        randn(num_experts * 2 * size, hidden_size, dtype=dtype) / hidden_size**0.5,
+        randn(num_experts * hidden_size, size, dtype=dtype) / size**0.5,
+    )
+
+
+def summed(product: Product) -> torch.Tensor:
+    return product.parts.sum(0) if isinstance(product, PartialSums) else product
+
+
+def exact_experts(
+    x: torch.Tensor,
+    logits: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    top_k: int,
+    norm: bool,
+) -> torch.Tensor:
+    """`Ops.experts` in float64, with the choice of experts of float32."""
+    probabilities = logits.float().softmax(-1)
+    chosen, ids = probabilities.topk(top_k)
+    if norm:
+        chosen = chosen / chosen.sum(-1, keepdim=True)
+    out = torch.zeros_like(x, dtype=torch.float64)
+    for expert in range(logits.shape[1]):
+        tokens, slots = torch.where(ids == expert)
+        w1, w2 = (w.view(logits.shape[1], -1, w.shape[1])[expert].double() for w in (gate_up, down))
+        gate, up = (x[tokens].double() @ w1.t()).chunk(2, -1)
+        y = (torch.nn.functional.silu(gate) * up) @ w2.t()
+        out.index_add_(0, tokens, y * chosen[tokens, slots].double().unsqueeze(1))
+    return out
+
+
+def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((got.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 16, 33, 100, 256, 257, 1000, 4096])
+def test_experts_equal_float64(num_tokens, dtype):
+    """All tiles that are chosen; an expert without tokens."""
+    x = randn(num_tokens, HIDDEN_SIZE, dtype=dtype)
+    logits = distinct_logits(num_tokens)
+    logits[:, 3] = -20
+    gate_up, down = weights(dtype)
+    parts = PartialSums(logits.unsqueeze(0), torch.float32)
+    for norm in (True, False):
+        got = summed(experts(x, parts, gate_up, down, TOP_K, norm))
+        exact = exact_experts(x, logits, gate_up, down, TOP_K, norm)
+        tolerance = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-5}[dtype]
+        assert relative_error(got, exact) < tolerance
+
+
+@pytest.mark.parametrize("tiles", [*TILES.values(), FLOAT32_TILES])
+@pytest.mark.parametrize("num_tokens", [1, 20, 300])
+@pytest.mark.parametrize(("hidden_size", "size"), [(512, 192), (200, 72)])
+def test_every_tile_for_any_number_of_tokens(hidden_size, size, num_tokens, tiles):
+    """Also where all tokens ask for the same experts, and where weights do not fill their tiles."""
+    gate_up, down = weights(hidden_size=hidden_size, size=size)
+    x = randn(num_tokens, hidden_size)
+    for preference in (0, 10):
+        logits = distinct_logits(num_tokens)
+        logits[:, :TOP_K] += preference
+        got = experts(x, logits, gate_up, down, TOP_K, True, tiles=tiles)
+        exact = exact_experts(x, logits, gate_up, down, TOP_K, True)
+        assert relative_error(summed(got), exact) < 8e-3
+
+
+@pytest.mark.parametrize("num_tokens", [1, 64, 600])
+def test_fp8_weights(num_tokens):
+    gate_up, down = weights()
+    (w1, s1), (w2, s2) = (torch_ops.quantize(w) for w in (gate_up, down))
+    x, logits = randn(num_tokens, HIDDEN_SIZE), distinct_logits(num_tokens)
+    got = summed(experts(x, logits, w1, w2, TOP_K, True, s1, s2))
+    exact = exact_experts(
+        x,
+        logits,
+        torch_ops.dequantize_weight(w1, s1),
+        torch_ops.dequantize_weight(w2, s2),
+        TOP_K,
+        True,
+    )
+    assert relative_error(got, exact) < 8e-3
+
+
+@pytest.mark.parametrize(("num_tokens", "top_k"), [(1, 8), (300, 8), (16384, 8), (5, 1)])
+def test_every_pair_is_in_one_block_of_its_expert(num_tokens, top_k):
+    logits = distinct_logits(num_tokens, 128)
+    logits[:, 5] += 30  # an expert that all tokens ask for
+    for block_m in (16, 128):
+        routing = route(logits, top_k, True, block_m)
+        ids = logits.softmax(-1).topk(top_k).indices.flatten().cpu()
+        pairs, seen = routing.sorted_pairs.cpu(), []
+        for expert, first, size in routing.blocks.tolist():
+            assert 0 <= size <= block_m
+            block = pairs[first : first + size]
+            assert (ids[block.long()] == expert).all()
+            seen.append(block)
+        assert torch.equal(torch.cat(seen).sort().values, torch.arange(num_tokens * top_k).int())
+
+
+def test_logits_that_are_not_finite_harm_no_other_token():
+    gate_up, down = weights()
+    x, logits = randn(40, HIDDEN_SIZE), randn(40, NUM_EXPERTS)
+    expected = summed(experts(x, logits, gate_up, down, TOP_K, True))
+    logits[3], logits[7], logits[9], logits[11, 2] = torch.nan, -torch.inf, torch.inf, -torch.nan
+    got = summed(experts(x, logits, gate_up, down, TOP_K, True))
+    others = [i for i in range(40) if i not in (3, 7, 9, 11)]
+    assert torch.equal(got[others], expected[others])
+
+
+def test_a_token_gets_the_same_in_any_batch_of_the_same_tiles():
+    """And twice the same: no sum depends on the order in which programs run."""
+    gate_up, down = weights()
+    x, logits = randn(60, HIDDEN_SIZE), randn(60, NUM_EXPERTS)
+    assert choose_tiles(60 * TOP_K, NUM_EXPERTS, x.dtype) == choose_tiles(
+        48 * TOP_K, NUM_EXPERTS, x.dtype
+    )
+    whole = summed(experts(x, logits, gate_up, down, TOP_K, True))
+    assert torch.equal(whole, summed(experts(x, logits, gate_up, down, TOP_K, True)))
+    part = summed(experts(x[12:], logits[12:], gate_up, down, TOP_K, True))
+    assert torch.equal(part, whole[12:])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 8, 64, 300])
+def test_layers_in_a_graph_equal_eager_ones(num_tokens):
+    """Launches that overlap, replayed with tokens that ask for other experts."""
+    layers = [
+        (randn(NUM_EXPERTS, HIDDEN_SIZE) / 8, *weights(), randn(HIDDEN_SIZE)) for _ in range(4)
+    ]
+    x, residual = randn(num_tokens, HIDDEN_SIZE), randn(num_tokens, HIDDEN_SIZE)
+
+    def forward() -> torch.Tensor:
+        y, total = x, residual.clone()
+        for router, gate_up, down, norm in layers:
+            product = experts(y, linear(y, router), gate_up, down, TOP_K, True)
+            y, total = add_rms_norm(product, total, norm, 1e-6)
+        return y
+
+    forward()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = forward()
+    for _ in range(20):
+        x.copy_(randn(num_tokens, HIDDEN_SIZE))
+        residual.copy_(randn(num_tokens, HIDDEN_SIZE))
+        graph.replay()
+        assert torch.equal(out, forward())
