@@ -88,13 +88,15 @@ def test_quantize_rows(k, group) -> None:
     x = (torch.rand(6, k, device="cuda") - 0.5) * magnitudes[:, None]
     values, scales = triton_fp8_linear.quantize_rows(x.bfloat16(), group)
     width = group or k
+    num_different = 0
     for first in range(0, k, width):
         part = x.bfloat16()[:, first : first + width]
         expected, expected_scales = torch_ops.quantize(part)
         torch.testing.assert_close(scales[:, first // width], expected_scales)
         got = values[:, first : first + width].float()
-        assert (got != expected.float()).float().mean() < 1e-2
+        num_different += int((got != expected.float()).sum())
         torch.testing.assert_close(got, expected.float(), rtol=0.13, atol=2.0**-9)
+    assert num_different < 0.02 * values.numel()
 
 
 def test_no_tokens() -> None:
