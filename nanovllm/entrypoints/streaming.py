@@ -136,7 +136,10 @@ def _items(
     with ProgressBar(use_tqdm, len(requests)) as bar:
         while True:
             for request in streamed:
-                yield from request.items(llm.tokenizer)
+                # Thousands may wait. Completions of a request are admitted in order.
+                first = request.open[0]
+                if first.was_admitted or first.is_finished:
+                    yield from request.items(llm.tokenizer)
             streamed = [request for request in streamed if request.open]
             if not streamed:
                 return
