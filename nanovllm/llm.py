@@ -13,6 +13,7 @@ from nanovllm.entrypoints import (
     pooling,
     prefix_cache,
     profiling,
+    request_queue,
     rpc,
     sleep,
     streaming,
@@ -242,6 +243,65 @@ class LLM(LLMEngine):
         if self.tokenizer is None:
             raise ArgumentError("there is no tokenizer: skip_tokenizer_init=True left it out")
         return self.tokenizer
+
+    def enqueue(
+        self,
+        prompts: str | list[str] | list[int] | list[list[int]] | list[Any],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        *,
+        priority: list[int] | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        lora_request: None = None,
+        mm_processor_kwargs: None = None,
+        use_tqdm: bool | Callable[..., Any] = False,
+    ) -> list[str]:
+        """Queue prompts without running them, for `wait_for_completion`; returns their ids.
+
+        Arguments and errors are those of `generate`; `use_tqdm` is accepted, nothing takes long.
+        """
+        check_unsupported(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        return request_queue.enqueue(self, prompts, sampling_params, priority, tokenization_kwargs)
+
+    def wait_for_completion(
+        self, output_type: None = None, *, use_tqdm: bool | Callable[..., Any] = True
+    ) -> list[RequestOutput]:
+        """Run everything that is queued; the outputs that `step` has not returned, by id.
+
+        Args:
+            output_type: only None: there is one type.
+            use_tqdm: as for `generate`.
+
+        After an exception (Ctrl-C too) nothing is lost: call it again.
+        """
+        check_unsupported(output_type=output_type)
+        return request_queue.wait_for_completion(self, use_tqdm)
+
+    def abort_request(self, request_ids: int | str | Iterable[int | str]) -> None:
+        """End requests now, with finish reason "abort"; their blocks are free at once.
+
+        `step` does not return them; `get_output` gives what they have. Ids of requests that have
+        ended, or never were, are ignored.
+        """
+        request_queue.abort_request(self, request_ids)
+
+    def get_output(self, request_id: int | str) -> RequestOutput:
+        """The output of a request: the partial one while it runs, the whole one at its end.
+
+        An output is kept until `step` returns the next finished requests, so that a long night's
+        loop needs no more memory than a short one.
+
+        Raises:
+            ArgumentError: there is no such request, or its output is gone.
+        """
+        return request_queue.get_output(self, request_id)
+
+    def has_unfinished_requests(self) -> bool:
+        """vLLM's name for `not is_finished()`."""
+        return not self.is_finished()
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `generate` uses without parameters: those of the model's generation_config.json."""
+        return self._default_params.clone()
 
     # ---- inside knowledge ---------------------------------------------------------------------
 

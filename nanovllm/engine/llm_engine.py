@@ -1,11 +1,9 @@
 """The engine: takes requests, steps the scheduler and the model in turn, returns completions."""
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
-from numbers import Integral
-from operator import attrgetter
 from time import perf_counter, time
 from typing import Any
 
@@ -31,7 +29,7 @@ from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.tokenizer import load_tokenizer
 from nanovllm.engine.workers import WorkerGroup
-from nanovllm.errors import ArgumentError, EngineDeadError, check_integer
+from nanovllm.errors import ArgumentError, EngineDeadError
 from nanovllm.layers.tensor_parallel import TensorParallel
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -217,91 +215,9 @@ class LLMEngine:
         self._queue(request)
         return request.request_id
 
-    def enqueue(
-        self,
-        prompts: str | list[str] | list[int] | list[list[int]] | list[Any],
-        sampling_params: SamplingParams | list[SamplingParams] | None = None,
-        *,
-        priority: list[int] | None = None,
-        tokenization_kwargs: dict[str, Any] | None = None,
-        lora_request: None = None,
-        mm_processor_kwargs: None = None,
-        use_tqdm: bool | Callable[..., Any] = False,
-    ) -> list[str]:
-        """Queue prompts without running them, for `wait_for_completion`; returns their ids.
-
-        Arguments and errors are those of `generate`; `use_tqdm` is accepted, nothing takes long.
-        """
-        check_unsupported(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
-        requests = self._new_requests(prompts, sampling_params, priority, tokenization_kwargs)
-        for request in requests:
-            self._queue(request)
-        return [str(request.request_id) for request in requests]
-
-    def wait_for_completion(
-        self, output_type: None = None, *, use_tqdm: bool | Callable[..., Any] = True
-    ) -> list[RequestOutput]:
-        """Run everything that is queued; the outputs that `step` has not returned, by id.
-
-        Args:
-            output_type: only None: there is one type.
-            use_tqdm: as for `generate`.
-
-        After an exception (Ctrl-C too) nothing is lost: call it again.
-        """
-        check_unsupported(output_type=output_type)
-        self._check_ready()
-        with ProgressBar(use_tqdm, len(self._requests)) as bar:
-            while self._requests:
-                num_left = len(self._requests)
-                num_tokens = self._advance()
-                bar.update(num_left - len(self._requests), num_tokens, self._step_seconds)
-        requests, self._undelivered = self._undelivered, []
-        requests.sort(key=attrgetter("request_id"))
-        return [request.output(self.tokenizer) for request in requests]
-
-    def abort_request(self, request_ids: int | str | Iterable[int | str]) -> None:
-        """End requests now, with finish reason "abort"; their blocks are free at once.
-
-        `step` does not return them; `get_output` gives what they have. Ids of requests that have
-        ended, or never were, are ignored.
-        """
-        ids = [request_ids] if isinstance(request_ids, (str, int, Integral)) else list(request_ids)
-        requests = [self._requests.get(_as_request_id(request_id)) for request_id in ids]
-        aborted = [request for request in requests if request is not None]
-        self._abort(aborted)
-        self._returned.update((request.request_id, request) for request in aborted)
-
-    def get_output(self, request_id: int | str) -> RequestOutput:
-        """The output of a request: the partial one while it runs, the whole one at its end.
-
-        An output is kept until `step` returns the next finished requests, so that a long night's
-        loop needs no more memory than a short one.
-
-        Raises:
-            ArgumentError: there is no such request, or its output is gone.
-        """
-        self._check_ready()
-        number = _as_request_id(request_id)
-        request = self._requests.get(number) or self._returned.get(number)
-        if request is None:
-            raise ArgumentError(
-                f"there is no request {request_id!r}: an output is kept until step() returns the "
-                "next finished requests"
-            )
-        return request.output(self.tokenizer)
-
     def is_finished(self) -> bool:
         """Whether every request has completed and `step` has nothing left to return."""
         return self.scheduler.is_finished() and not self._undelivered
-
-    def has_unfinished_requests(self) -> bool:
-        """vLLM's name for `not is_finished()`."""
-        return not self.is_finished()
-
-    def get_default_sampling_params(self) -> SamplingParams:
-        """What `generate` uses without parameters: those of the model's generation_config.json."""
-        return self._default_params.clone()
 
     # ---- steps --------------------------------------------------------------------------------
 
@@ -576,13 +492,6 @@ class LLMEngine:
         if self._asleep:
             off = ", ".join(sorted(self._asleep))
             raise RuntimeError(f"the engine sleeps ({off}): call wake_up() first")
-
-
-def _as_request_id(request_id: Any) -> int:
-    """The number of a request, given as that or, as in outputs, as a string."""
-    if isinstance(request_id, str) and request_id.isascii() and request_id.isdigit():
-        return int(request_id)
-    return check_integer("request_id", request_id, minimum=0)
 
 
 def _for_workers(config: Config) -> Config:

@@ -1,0 +1,67 @@
+"""Requests that are queued in one place and waited for, looked at or ended in another."""
+
+from collections.abc import Callable, Iterable
+from numbers import Integral
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+from nanovllm.engine.progress import ProgressBar
+from nanovllm.errors import ArgumentError, check_integer
+from nanovllm.outputs import RequestOutput
+
+if TYPE_CHECKING:
+    from nanovllm.engine.llm_engine import LLMEngine
+
+
+def enqueue(
+    llm: "LLMEngine", prompts: Any, sampling_params: Any, priority: Any, tokenization_kwargs: Any
+) -> list[str]:
+    """See `LLM.enqueue`."""
+    requests = llm._new_requests(prompts, sampling_params, priority, tokenization_kwargs)
+    for request in requests:
+        llm._queue(request)
+    return [str(request.request_id) for request in requests]
+
+
+def wait_for_completion(
+    llm: "LLMEngine", use_tqdm: bool | Callable[..., Any]
+) -> list[RequestOutput]:
+    """See `LLM.wait_for_completion`."""
+    llm._check_ready()
+    with ProgressBar(use_tqdm, len(llm._requests)) as bar:
+        while llm._requests:
+            num_left = len(llm._requests)
+            num_tokens = llm._advance()
+            bar.update(num_left - len(llm._requests), num_tokens, llm._step_seconds)
+    requests, llm._undelivered = llm._undelivered, []
+    requests.sort(key=attrgetter("request_id"))
+    return [request.output(llm.tokenizer) for request in requests]
+
+
+def abort_request(llm: "LLMEngine", request_ids: int | str | Iterable[int | str]) -> None:
+    """See `LLM.abort_request`."""
+    ids = [request_ids] if isinstance(request_ids, (str, int, Integral)) else list(request_ids)
+    requests = [llm._requests.get(_as_request_id(request_id)) for request_id in ids]
+    aborted = [request for request in requests if request is not None]
+    llm._abort(aborted)
+    llm._returned.update((request.request_id, request) for request in aborted)
+
+
+def get_output(llm: "LLMEngine", request_id: int | str) -> RequestOutput:
+    """See `LLM.get_output`."""
+    llm._check_ready()
+    number = _as_request_id(request_id)
+    request = llm._requests.get(number) or llm._returned.get(number)
+    if request is None:
+        raise ArgumentError(
+            f"there is no request {request_id!r}: an output is kept until step() returns the "
+            "next finished requests"
+        )
+    return request.output(llm.tokenizer)
+
+
+def _as_request_id(request_id: Any) -> int:
+    """The number of a request, given as that or, as in outputs, as a string."""
+    if isinstance(request_id, str) and request_id.isascii() and request_id.isdigit():
+        return int(request_id)
+    return check_integer("request_id", request_id, minimum=0)
