@@ -17,6 +17,7 @@ from nanovllm.kernels import row_state
 from nanovllm.kernels.ops import Ops
 from nanovllm.layers.embedding import ParallelLMHead
 from nanovllm.layers.tensor_parallel import TensorParallel
+from nanovllm.sampling.uploads import upload
 
 if TYPE_CHECKING:
     from nanovllm.sampling.request_sampler import RequestSampler
@@ -63,7 +64,10 @@ class ApartSampler:
             row_table: where the step's own sampler has entered tokens, and these are entered.
             extras: where log probabilities go.
         """
-        sampled_rows = plan.rows[plan.samples != 0] if plan.is_prefill else plan.rows
+        sampled_rows = plan.rows
+        if plan.is_prefill:
+            sampled_rows = plan.rows[plan.samples != 0]
+            seqs = [seq for seq in seqs if seq.is_prefilled]
         rows, indices = self._upload(sampled_rows[plan.apart], plan.apart)
         if len(plan.apart) < len(logits):
             logits = logits.index_select(0, indices)
@@ -71,8 +75,7 @@ class ApartSampler:
         positions = row_table[:, row_state.LENGTH].index_select(0, rows) - 2
         logits = self.tp.gather(logits)
         if self.tp.rank == 0:
-            sampled_seqs = [seq for seq in seqs if seq.is_prefilled]
-            seqs = [sampled_seqs[i] for i in plan.apart]
+            seqs = [seqs[i] for i in plan.apart]
             sampler = self._get_request_sampler()
             if plan.is_prefill:
                 sampler.begin(seqs)
@@ -122,10 +125,7 @@ class ApartSampler:
         """[A] int32 and [A] int64 on the device; a decode batch that stays is uploaded once."""
         packed = np.concatenate([rows, indices])
         if not np.array_equal(packed, self._sent):
-            host = torch.from_numpy(packed)
-            if self.device.type == "cuda":
-                host = host.pin_memory()
-            self._rows, new_indices = host.to(self.device, non_blocking=True).view(2, -1)
+            self._rows, new_indices = upload(packed, self.device).view(2, -1)
             self._indices, self._sent = new_indices.long(), packed
         return self._rows, self._indices
 

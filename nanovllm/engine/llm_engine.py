@@ -1,7 +1,7 @@
 """The engine: takes requests, steps the scheduler and the model in turn, returns completions."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from copy import copy
 from time import perf_counter, time
@@ -351,9 +351,13 @@ class LLMEngine:
         """Step until all of `own_ids` have finished; `step` will return what else finished."""
         self._generating.update(dict.fromkeys(own_ids, own_ids))
         while own_ids:
-            num_left = len(own_ids)
-            num_tokens = self._advance()
-            bar.update(num_left - len(own_ids), num_tokens, self._step_seconds)
+            self._advance_shown(bar, own_ids)
+
+    def _advance_shown(self, bar: ProgressBar, unfinished: Sized) -> None:
+        """`_advance`, and `bar` counts what leaves `unfinished`."""
+        num_left = len(unfinished)
+        num_tokens = self._advance()
+        bar.update(num_left - len(unfinished), num_tokens, self._step_seconds)
 
     # ---- errors and the end -------------------------------------------------------------------
 

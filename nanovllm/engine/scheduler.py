@@ -192,8 +192,7 @@ class Scheduler:
                 break
             if in_flight:
                 return []
-            has_priorities = self.has_priorities
-            self.preempt(max(self.running, key=_rank) if has_priorities else self.running[-1])
+            self.preempt(self._victim())
         for seq in full:
             manager.may_append(seq)
         for seq in seqs:
@@ -204,6 +203,10 @@ class Scheduler:
         # then fill the tail. All grow alike, so the order changes only with the batch.
         seqs.sort(key=attrgetter("num_computed_tokens"), reverse=True)
         return seqs
+
+    def _victim(self) -> Sequence:
+        """Who is preempted first: the newest, or the last by priority."""
+        return max(self.running, key=_rank) if self.has_priorities else self.running[-1]
 
     def preempt(self, seq: Sequence) -> None:
         """Put a running sequence back at the front of the waiting queue, to be computed anew."""

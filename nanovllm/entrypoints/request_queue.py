@@ -30,9 +30,7 @@ def wait_for_completion(
     llm._check_ready()
     with ProgressBar(use_tqdm, len(llm._requests)) as bar:
         while llm._requests:
-            num_left = len(llm._requests)
-            num_tokens = llm._advance()
-            bar.update(num_left - len(llm._requests), num_tokens, llm._step_seconds)
+            llm._advance_shown(bar, llm._requests)
     requests, llm._undelivered = llm._undelivered, []
     requests.sort(key=attrgetter("request_id"))
     return [request.output(llm.tokenizer) for request in requests]

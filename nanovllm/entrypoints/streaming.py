@@ -143,9 +143,7 @@ def _items(
             streamed = [request for request in streamed if request.open]
             if not streamed:
                 return
-            num_left = len(own_ids)
-            num_tokens = llm._advance()
-            bar.update(num_left - len(own_ids), num_tokens, llm._step_seconds)
+            llm._advance_shown(bar, own_ids)
 
 
 def generate_stream(
