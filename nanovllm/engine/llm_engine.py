@@ -191,7 +191,9 @@ class LLMEngine:
         """
         check_unsupported(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
         self._check_awake()
-        requests = self._new_requests(prompts, sampling_params, priority, tokenization_kwargs)
+        requests = self._new_requests(
+            as_prompt_list(prompts), sampling_params, priority, tokenization_kwargs
+        )
         self._run(requests, use_tqdm)
         return [request.output(self.tokenizer) for request in requests]
 
@@ -377,7 +379,7 @@ class LLMEngine:
 
     def _new_requests(
         self,
-        prompts: Any,
+        prompts: list[Any],
         sampling_params: Any,
         priority: Any,
         tokenization_kwargs: Any,
@@ -389,13 +391,12 @@ class LLMEngine:
             raise ArgumentError(
                 f"{self.config.model!r} was saved without an LM head: it can embed, not generate"
             )
-        prompt_list = as_prompt_list(prompts)
         if sampling_params is None:
             sampling_params = self._default_params
-        params_list = as_params_list(sampling_params, len(prompt_list))
-        priorities = as_priority_list(priority, len(prompt_list))
+        params_list = as_params_list(sampling_params, len(prompts))
+        priorities = as_priority_list(priority, len(prompts))
         encoded = encode_prompts(
-            prompt_list, self.tokenizer, self.config.hf_config.vocab_size, tokenization_kwargs
+            prompts, self.tokenizer, self.config.hf_config.vocab_size, tokenization_kwargs
         )
         # Usually one object serves all prompts: checked, and copied, once.
         checked = {id(params): check_params(params) for params in params_list}

@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nanovllm.engine.prompts import check_each, check_tokenization_kwargs, encode_prompts
+from nanovllm.engine.prompts import (
+    as_prompt_list,
+    check_each,
+    check_tokenization_kwargs,
+    encode_prompts,
+)
 from nanovllm.engine.request import Request
 from nanovllm.entrypoints.rpc import collective_rpc
 from nanovllm.errors import ArgumentError, check_choice, check_integer
@@ -56,7 +61,7 @@ def embed(
     """See `LLM.embed`."""
     pooler = _embedding_pooler(pooling_params, llm.config.hf_config.hidden_size)
     kwargs = _truncating(llm, truncate_prompt_tokens, tokenization_kwargs)
-    requests = _pool(llm, prompts, pooler, use_tqdm, kwargs, priority)
+    requests = _pool(llm, as_prompt_list(prompts), pooler, use_tqdm, kwargs, priority)
     outputs = []
     for request in requests:
         [seq] = request.sequences
@@ -73,7 +78,7 @@ def embed(
 
 def _pool(
     llm: "LLM",
-    prompts: Any,
+    prompts: list[Any],
     pooler: Callable[[np.ndarray], Any],
     use_tqdm: bool | Callable[..., Any],
     tokenization_kwargs: dict[str, Any] | None = None,

@@ -6,6 +6,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.engine.progress import ProgressBar
+from nanovllm.engine.prompts import as_prompt_list
 from nanovllm.errors import ArgumentError, check_integer
 from nanovllm.outputs import RequestOutput
 
@@ -17,7 +18,9 @@ def enqueue(
     llm: "LLMEngine", prompts: Any, sampling_params: Any, priority: Any, tokenization_kwargs: Any
 ) -> list[str]:
     """See `LLM.enqueue`."""
-    requests = llm._new_requests(prompts, sampling_params, priority, tokenization_kwargs)
+    requests = llm._new_requests(
+        as_prompt_list(prompts), sampling_params, priority, tokenization_kwargs
+    )
     for request in requests:
         llm._queue(request)
     return [str(request.request_id) for request in requests]

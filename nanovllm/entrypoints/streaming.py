@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanovllm.engine.detokenizer import OutputText
 from nanovllm.engine.progress import ProgressBar
+from nanovllm.engine.prompts import as_prompt_list
 from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import RequestOutput
@@ -156,7 +157,9 @@ def generate_stream(
     tokenization_kwargs: dict[str, Any] | None = None,
 ) -> Stream:
     """See `LLM.generate_stream`."""
-    requests = llm._new_requests(prompts, sampling_params, priority, tokenization_kwargs)
+    requests = llm._new_requests(
+        as_prompt_list(prompts), sampling_params, priority, tokenization_kwargs
+    )
     for request in requests:
         if llm.tokenizer is not None and request.params.detokenize:
             for seq in request.sequences:

@@ -110,6 +110,12 @@ def test_an_id_may_be_any_integer(llm):
     assert llm.get_output(request_id)["finish_reason"] == "abort"
 
 
+@pytest.mark.parametrize("prompt", [5, None, 1.5, object()])
+def test_what_is_no_prompt_is_refused_by_add_request(llm, prompt):
+    with pytest.raises(ArgumentError, match="a prompt must be a string or a list of token ids"):
+        llm.add_request(prompt, greedy(1))
+
+
 def test_abort_of_all_leaves_nothing(llm):
     ids = llm.enqueue(PROMPTS, greedy(20))
     llm.step()
