@@ -193,8 +193,11 @@ def test_four_ranks_on_two_kv_heads(model_dir, prompts, reference):
 
 
 @pytest.mark.parametrize("way", ["exit", "drop"])
-def test_nothing_is_left_of_an_engine(model_dir, prompts, reference, way):
-    """Also: blocks of 512 tokens, whose size every rank has to know."""
+def test_nothing_is_left_of_an_engine(model_dir, prompts, reference, two_ranks, way):
+    """Also: blocks of 512 tokens, whose size every rank has to know.
+
+    `two_ranks` is there first, with the descriptors that a process opens once.
+    """
     files, children = shared_memory_files(), set(multiprocessing.active_children())
     descriptors = len(os.listdir("/proc/self/fd"))
     llm = tiny_engine(model_dir, tensor_parallel_size=2, kvcache_block_size=512)
