@@ -11,6 +11,7 @@ from nanovllm.errors import ArgumentError, check_bool, check_choice, check_integ
 from nanovllm.hf_config import read_hf_config
 from nanovllm.models.moe_config import check_experts
 from nanovllm.models.quantization_config import has_block_scales
+from nanovllm.models.registry import full_attention_limit
 from nanovllm.models.rope_config import max_positions
 
 if TYPE_CHECKING:
@@ -185,11 +186,11 @@ class Config:
         longest = max_positions(self.hf_config)
         budget_follows = self.max_num_batched_tokens is None and self.max_model_len is None
         self.max_model_len = min(self.max_model_len or longest, longest)
-        window = getattr(self.hf_config, "sliding_window", None)
-        if window is not None and self.max_model_len > window:
+        limit = full_attention_limit(self.hf_config)
+        if limit is not None and self.max_model_len > limit[0]:
             raise ArgumentError(
-                f"max_model_len ({self.max_model_len}) must be <= the model's sliding_window "
-                f"({window}): a sliding window that cuts sequences is not supported"
+                f"max_model_len ({self.max_model_len}) must be <= the model's {limit[1]} "
+                f"({limit[0]}): only full attention is supported"
             )
         if self.max_num_batched_tokens is None:
             self.max_num_batched_tokens = DEFAULT_MAX_NUM_BATCHED_TOKENS

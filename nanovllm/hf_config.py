@@ -50,7 +50,9 @@ def read_hf_config(model: str, overrides: Any = None) -> "PretrainedConfig":
         hf_config = overrides(hf_config)
         if not isinstance(hf_config, PretrainedConfig):
             raise ArgumentError(f"hf_overrides must return a PretrainedConfig, got {hf_config!r}")
-        hf_config.standardize_rope_params()  # it may have replaced them
+    # As transformers' models do: an entry beside the rope parameters may replace one of them.
+    hf_config.standardize_rope_params()
+    if callable(overrides):
         check_supported(hf_config.to_dict(), f"{where} with hf_overrides")
     return hf_config
 

@@ -120,6 +120,8 @@ def _sampling_values(content: Mapping[str, Any], source: str) -> dict[str, Any]:
     values = {
         name: content[key] for key, name in SAMPLING_KEYS.items() if content.get(key) is not None
     }
+    if isinstance(values.get("top_k"), float) and values["top_k"].is_integer():
+        values["top_k"] = int(values["top_k"])  # as some files write it
     try:
         if content.get("do_sample") is not None and not check_bool(
             "do_sample", content["do_sample"]

@@ -4,6 +4,8 @@ The question for rerankers is that of Qwen3-Reranker's model card (Zhang et al. 
 2506.05176).
 """
 
+import json
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from nanovllm.engine.model_runner import ModelRunner
     from nanovllm.llm import LLM
 
+LAST_TOKEN = "pooling_mode_lasttoken"
 SMALLEST_NORM = 1e-12  # a vector of zeros stays one
 QUESTION_BEFORE = (
     "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and "
@@ -59,6 +62,7 @@ def embed(
     priority: list[int] | None = None,
 ) -> list[EmbeddingRequestOutput]:
     """See `LLM.embed`."""
+    _check_pooling_mode(os.path.join(llm.config.model, "1_Pooling", "config.json"))
     pooler = _embedding_pooler(pooling_params, llm.config.hf_config.hidden_size)
     kwargs = _truncating(llm, truncate_prompt_tokens, tokenization_kwargs)
     requests = _pool(llm, as_prompt_list(prompts), pooler, use_tqdm, kwargs, priority)
@@ -90,6 +94,22 @@ def _pool(
     requests = llm._new_requests(prompts, nothing, priority, tokenization_kwargs, pooler)
     llm._run(requests, use_tqdm)
     return requests
+
+
+def _check_pooling_mode(path: str) -> None:
+    """ArgumentError if the file, that of sentence-transformers, asks for another token's state."""
+    if not os.path.isfile(path):
+        return
+    try:
+        with open(path, encoding="utf-8") as file:
+            modes = [name for name, value in json.load(file).items() if value is True]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ArgumentError(f"cannot read {path}: {error}") from error
+    others = [name for name in modes if name.startswith("pooling_mode_") and name != LAST_TOKEN]
+    if others:
+        raise ArgumentError(
+            f"{path}: {', '.join(others)} is not supported; supported: {LAST_TOKEN}"
+        )
 
 
 def _embedding_pooler(params: Any, hidden_size: int) -> Callable[[np.ndarray], np.ndarray]:

@@ -11,11 +11,16 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from nanovllm.errors import ArgumentError
+from nanovllm.kernels.ops import FP8_DTYPE
 from nanovllm.layers.weights import Parameter, Shard
 from nanovllm.models.fp8_checkpoint import SCALES_SUFFIX, DequantizedCheckpoint
 
 MAX_NAMES_IN_ERROR = 8
+SINGLE_FILE = "model.safetensors"
 LM_HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+NUM_COMPARED_ROWS = 64
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, FP8_DTYPE)
 # What `load_tensor` has been asked for: mixtures of experts have tens of thousands of tensors.
 _EXPECTED: "WeakKeyDictionary[nn.Module, dict[str, tuple[Parameter, Shard]]]" = WeakKeyDictionary()
 
@@ -34,13 +39,14 @@ class Checkpoint(Protocol):
 
 
 class SafetensorsCheckpoint:
-    """The *.safetensors files of a directory: those that its index names, else all.
+    """The weights of a directory: model.safetensors, else the files of its index, else all.
 
     `is_bare`: they hold a decoder alone, as embedding models are saved: no LM head, and names
     without the "model." that `names` gives them.
 
     Raises:
-        ArgumentError: there is none, the index names a missing one, or one is damaged.
+        ArgumentError: there is none, the index names a missing one, one is damaged, or two have a
+            tensor of the same name.
     """
 
     def __init__(self, directory: str) -> None:
@@ -54,10 +60,16 @@ class SafetensorsCheckpoint:
             except (OSError, SafetensorError) as error:
                 raise ArgumentError(f"cannot read {path}: {error}") from error
             for name in self._handles[file_name].keys():  # noqa: SIM118 (not a dict)
-                self._files[name] = file_name
+                other = self._files.setdefault(name, file_name)
+                if other != file_name:
+                    raise ArgumentError(
+                        f"tensor {name!r} is in both {other} and {file_name} of {directory!r}"
+                    )
         self.is_bare = "embed_tokens.weight" in self._files
 
     def _file_names(self) -> list[str]:
+        if os.path.isfile(os.path.join(self.directory, SINGLE_FILE)):
+            return [SINGLE_FILE]
         index_path = os.path.join(self.directory, "model.safetensors.index.json")
         if os.path.isfile(index_path):
             try:
@@ -82,8 +94,11 @@ class SafetensorsCheckpoint:
         return tuple(self._slice(name).get_shape())
 
     def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
-        """See `Checkpoint`."""
-        return self._slice(name)[index]
+        """See `Checkpoint`; ArgumentError if the numbers are not floating-point ones."""
+        part = self._slice(name)[index]
+        if part.dtype not in WEIGHT_DTYPES:
+            raise ArgumentError(f"tensor {name!r} of {self.directory!r} is {part.dtype}")
+        return part
 
     def _slice(self, name: str):
         if self.is_bare:
@@ -164,6 +179,11 @@ def load_model(model: nn.Module, directory: str, load_format: str, std: float = 
         expected.pop(LM_HEAD)[0].data.zero_()
     checkpoint = DequantizedCheckpoint(checkpoint, expected.keys())
     where = f"model directory {directory!r}"
+    if LM_HEAD in checkpoint.names() and LM_HEAD not in expected:
+        if EMBEDDING in checkpoint.names():
+            _check_tied(checkpoint, where)
+        else:  # saved once, by the other name
+            expected[LM_HEAD] = expected.pop(EMBEDDING)
     _check_names(expected.keys(), checkpoint.names(), where)
     for name, (_, shard) in expected.items():
         if checkpoint.shape(name) != shard.full_shape:
@@ -188,8 +208,22 @@ def load_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 def is_ignored(name: str) -> bool:
     """Whether checkpoints may hold a tensor `name` that the model does not expect."""
-    # A tied model may repeat the embedding as lm_head.weight; the embedding is what counts.
+    # A tied model may repeat the embedding as lm_head.weight.
     return name == LM_HEAD or name.endswith("rotary_emb.inv_freq")
+
+
+def _check_tied(checkpoint: Checkpoint, where: str) -> None:
+    """ArgumentError if the LM head differs from the embedding; some rows of each are compared."""
+    num_rows, width = checkpoint.shape(EMBEDDING)
+    step = max(1, num_rows // NUM_COMPARED_ROWS)
+    rows = [(slice(row, row + 1), slice(0, width)) for row in range(0, num_rows, step)]
+    if checkpoint.shape(LM_HEAD) != (num_rows, width) or not all(
+        torch.equal(checkpoint.read(EMBEDDING, row), checkpoint.read(LM_HEAD, row)) for row in rows
+    ):
+        raise ArgumentError(
+            f"{where}: {LM_HEAD} differs from the embedding, but its config says "
+            "tie_word_embeddings; hf_overrides={'tie_word_embeddings': False} uses both"
+        )
 
 
 def _check_names(expected, found: set[str], where: str) -> None:

@@ -1,6 +1,7 @@
 """The supported model families, keyed on `architectures`; all else is refused by name."""
 
 import importlib
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,8 @@ from nanovllm.models.quantization_config import check_quantization
 from nanovllm.models.rope_config import check_rope
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from nanovllm.models.base import CausalLM
 
 # architecture -> (model_type, module); the module's class of that name is imported when the model
@@ -20,8 +23,14 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": ("qwen3", "nanovllm.models.qwen3"),
     "Qwen3MoeForCausalLM": ("qwen3_moe", "nanovllm.models.qwen3_moe"),
 }
-# Fields that change what a model computes, and that no family here implements.
-UNSUPPORTED_FIELDS = ("attn_logit_softcapping", "final_logit_softcapping", "use_sliding_window")
+# What changes a model's results and no family here implements: fields unless they are false, null,
+# 0 or empty; those with "softcap" in their names likewise; and factors other than 1.
+UNSUPPORTED_FIELDS = ("use_sliding_window", "use_mrope", "rope_interleaved", "alibi")
+UNSUPPORTED_WORDS = ("softcap", "soft_cap")
+FACTORS = (
+    *("logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier"),
+    "attention_multiplier",
+)
 
 
 def check_supported(raw_config: Mapping[str, Any], path: str) -> None:
@@ -33,13 +42,12 @@ def check_supported(raw_config: Mapping[str, Any], path: str) -> None:
     """
     _check_family(raw_config, path)
     check_rope(raw_config, path)
-    for name in UNSUPPORTED_FIELDS:
-        value = raw_config.get(name)
-        if value:
-            shown = "true" if value is True else repr(value)
-            raise ArgumentError(f"{path}: {name}={shown} is not supported")
+    for name, value in raw_config.items():
+        if _is_unsupported(name, value):
+            raise ArgumentError(f"{path}: {name}={json.dumps(value)} is not supported")
     if raw_config.get("sliding_window") is not None:  # `Config` compares it with max_model_len
         check_integer(f"{path}: sliding_window", raw_config["sliding_window"], minimum=1)
+    _check_dual_chunk(raw_config.get("dual_chunk_attention_config"), path)
     layer_types = raw_config.get("layer_types") or []
     if not isinstance(layer_types, list) or any(t != "full_attention" for t in layer_types):
         raise ArgumentError(
@@ -49,6 +57,42 @@ def check_supported(raw_config: Mapping[str, Any], path: str) -> None:
     hidden_act = raw_config.get("hidden_act", "silu")
     if hidden_act != "silu":
         raise ArgumentError(f"{path}: hidden_act {hidden_act!r} is not supported; supported: silu")
+
+
+def _check_dual_chunk(fields: Any, path: str) -> None:
+    """`full_attention_limit` must be able to read them."""
+    if fields is None:
+        return
+    where = f"{path}: dual_chunk_attention_config"
+    if not isinstance(fields, Mapping):
+        raise ArgumentError(f"{where} must be an object, got {fields!r}")
+    for name in ("chunk_size", "local_size"):
+        check_integer(f"{where}: {name}", fields.get(name), minimum=1)
+
+
+def full_attention_limit(hf_config: "PretrainedConfig") -> tuple[int, str] | None:
+    """Tokens of the longest sequence that full attention is right for, and why; None: any.
+
+    Dual chunk attention (An et al. 2024, arXiv 2402.17463) is full attention within the first
+    chunk.
+    """
+    window = getattr(hf_config, "sliding_window", None)
+    if window is not None:
+        return window, "sliding_window"
+    chunks = getattr(hf_config, "dual_chunk_attention_config", None)
+    if chunks is not None:
+        return chunks["chunk_size"] - chunks["local_size"], "first chunk of dual chunk attention"
+    return None
+
+
+def _is_unsupported(name: str, value: Any) -> bool:
+    if name == "is_causal":  # false: every token attends to all of the prompt
+        return value is False
+    if name in FACTORS:
+        return value is not None and value != 1
+    return bool(value) and (
+        name in UNSUPPORTED_FIELDS or any(word in name for word in UNSUPPORTED_WORDS)
+    )
 
 
 def _check_family(raw_config: Mapping[str, Any], path: str) -> None:

@@ -41,6 +41,9 @@ COMMON_FIELDS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "fi
 def check_rope(raw_config: Mapping[str, Any], path: str) -> None:
     """ArgumentError, beginning with `path`, for rotary embeddings that are not supported."""
     _check_common(raw_config, path)
+    original = raw_config.get("original_max_position_embeddings")
+    if original is not None:  # it wins over the one in rope_parameters
+        check_integer(f"{path}: original_max_position_embeddings", original, minimum=1)
     for key in ("rope_parameters", "rope_scaling"):
         rope = raw_config.get(key)
         if rope is not None:

@@ -43,6 +43,7 @@ def test_qwen3():
         ),
         ({"min_p": 0.1, "repetition_penalty": 1.1}, {"min_p": 0.1, "repetition_penalty": 1.1}),
         ({"max_new_tokens": 2048}, {"max_tokens": 2048}),
+        ({"top_k": 50.0}, {"top_k": 50}),
         ({"temperature": None, "top_k": None, "do_sample": None}, {}),
         ({"do_sample": True, "temperature": 0.3}, {"temperature": 0.3}),
         ({"do_sample": False, "temperature": 0.6, "top_k": 20}, {"temperature": 0}),

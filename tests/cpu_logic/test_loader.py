@@ -172,6 +172,31 @@ def test_all_files_count_without_an_index(sharded, tied):
     assert_same(tensors_of(load(sharded)), tensors_of(load(tied)))
 
 
+def test_the_file_that_transformers_reads_counts(tied, untied, sharded, tmp_path):
+    """model.safetensors beside other files, of another model and with an index."""
+    directory = edited(tied, tmp_path, lambda tensors: None)
+    others = load_file(untied / "model.safetensors")
+    save_file(others, directory / "z.safetensors")
+    shutil.copy(sharded / "model.safetensors.index.json", directory)
+    assert_same(tensors_of(load(directory)), tensors_of(load(tied)))
+
+
+def test_a_tensor_in_two_files_is_refused(sharded):
+    (sharded / "model.safetensors.index.json").unlink()
+    save_file({NORM: torch.zeros(64)}, sharded / "old.safetensors")
+    with pytest.raises(ArgumentError, match=f"tensor '{NORM}' is in both .* and .* of"):
+        load(sharded)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.float8_e5m2])
+def test_weights_that_are_no_numbers_of_a_model_are_refused(dtype, tied, tmp_path):
+    def edit(tensors):
+        tensors[Q_PROJ] = tensors[Q_PROJ].to(dtype)
+
+    with pytest.raises(ArgumentError, match=f"tensor '{Q_PROJ}' of .* is {dtype}"):
+        load(edited(tied, tmp_path, edit))
+
+
 def test_missing_shard_is_named(sharded):
     name = sorted(path.name for path in sharded.glob("*.safetensors"))[1]
     (sharded / name).unlink()
@@ -181,6 +206,7 @@ def test_missing_shard_is_named(sharded):
 
 def test_index_that_names_a_file_which_never_was_is_refused(tied, tmp_path):
     directory = edited(tied, tmp_path, lambda tensors: None)
+    (directory / "model.safetensors").rename(directory / "model-00001.safetensors")
     index = {"weight_map": {NORM: "model-00009-of-00009.safetensors"}}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ArgumentError, match=r"cannot read .*model-00009-of-00009\.safetensors"):
@@ -190,6 +216,7 @@ def test_index_that_names_a_file_which_never_was_is_refused(tied, tmp_path):
 @pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": 3}'])
 def test_damaged_index_is_named(text, tied, tmp_path):
     directory = edited(tied, tmp_path, lambda tensors: None)
+    (directory / "model.safetensors").rename(directory / "model-00001.safetensors")
     (directory / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ArgumentError, match=r"model\.safetensors\.index\.json"):
         load(directory)
@@ -269,12 +296,31 @@ def test_damaged_file_is_named(damage, tied, tmp_path):
 # Tied embeddings
 
 
-def test_tied_model_ignores_an_lm_head_in_the_file(tied, tmp_path):
-    head = {"lm_head.weight": torch.full((384, 64), 9.0)}
-    model = load(edited(tied, tmp_path, lambda tensors: tensors.update(head)))
-    embedding = load_file(tied / "model.safetensors")["model.embed_tokens.weight"]
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize("names", [(EMBEDDING, LM_HEAD), (LM_HEAD,)])
+def test_tied_model_may_have_its_embedding_under_either_name(names, tied, tmp_path):
+    embedding = load_file(tied / "model.safetensors")[EMBEDDING]
+
+    def edit(tensors):
+        del tensors[EMBEDDING]
+        tensors.update({name: embedding.clone() for name in names})
+
+    model = load(edited(tied, tmp_path, edit))
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model.lm_head.weight, embedding)
+
+
+def test_tied_model_with_another_lm_head_is_refused(tied, tmp_path):
+    """transformers would not tie them."""
+    directory = edited(tied, tmp_path, lambda t: t.update({LM_HEAD: t[EMBEDDING] + 1e-3}))
+    with pytest.raises(ArgumentError, match="lm_head.weight differs from the embedding, but its"):
+        load(directory)
+    edit_config(directory, tie_word_embeddings=False)
+    assert torch.equal(
+        load(directory).lm_head.weight, load_file(tied / "model.safetensors")[EMBEDDING] + 1e-3
+    )
 
 
 def test_untied_model_keeps_both(untied):

@@ -81,6 +81,15 @@ def test_a_head_dim_that_is_no_size_is_refused(head_dim, tmp_path):
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported"),
+        ({"attention_logit_softcapping": 50.0}, "attention_logit_softcapping=50.0 is not"),
+        ({"logits_soft_cap": 30}, "logits_soft_cap=30 is not supported"),
+        ({"logit_scale": 0.0625}, "logit_scale=0.0625 is not supported"),
+        ({"embedding_multiplier": 12.0}, "embedding_multiplier=12.0 is not supported"),
+        ({"is_causal": False}, "is_causal=false is not supported"),
+        ({"use_mrope": True}, "use_mrope=true is not supported"),
+        ({"dual_chunk_attention_config": {"chunk_size": 8}}, "local_size must be an integer >= 1"),
+        ({"dual_chunk_attention_config": 8192}, "dual_chunk_attention_config must be an object"),
+        ({"original_max_position_embeddings": "64"}, "_embeddings must be an integer >= 1"),
         ({"use_sliding_window": True}, "use_sliding_window=true is not supported"),
         ({"sliding_window": "4096"}, "sliding_window must be an integer >= 1, got '4096'"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention'.* is not"),
@@ -122,6 +131,28 @@ def test_a_sliding_window_matters_to_longer_sequences_only(architecture, tmp_pat
     without = raw_config(architecture)
     without["sliding_window"] = None
     assert config_of(tmp_path, without, max_model_len=None).max_model_len == 8192
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fields_that_change_nothing_are_accepted(architecture):
+    neutral = {
+        "is_causal": True,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": 0.0,
+        "logit_scale": 1.0,
+        "use_mrope": False,
+        "rope_interleaved": False,
+        "use_qk_norm": True,
+    }
+    check_supported(raw_config(architecture, **neutral), "here")
+
+
+def test_dual_chunk_attention_is_full_attention_in_its_first_chunk(tmp_path):
+    chunks = {"chunk_size": 2048, "local_size": 512, "original_max_position_embeddings": 2048}
+    raw = raw_config("Qwen2ForCausalLM", dual_chunk_attention_config=chunks)
+    assert config_of(tmp_path, raw, max_model_len=1536).max_model_len == 1536
+    with refused(r"max_model_len \(1537\) must be <= the model's first chunk of .* \(1536\)"):
+        config_of(tmp_path, raw, max_model_len=1537)
 
 
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])

@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from nanovllm import ArgumentError
+from nanovllm.hf_config import read_hf_config
 from nanovllm.layers.rotary import cos_sin_table, rope_frequencies
 from nanovllm.models.rope_config import check_rope, max_positions
 
@@ -49,6 +51,25 @@ def test_scaled_tables_are_those_of_transformers(rope, head_dim, theta):
     angles = torch.arange(300.0).outer(inverse_frequencies)
     expected = torch.cat([angles.cos(), angles.sin()], -1) * magnitude
     torch.testing.assert_close(cos_sin_table(head_dim, 300, rope, CPU), expected)
+
+
+@pytest.mark.parametrize("rope", [LLAMA3, YARN, YARN | {"original_max_position_embeddings": None}])
+def test_original_positions_beside_the_rope_parameters_win(rope, tmp_path):
+    """As in transformers' models; a configuration alone does not show it."""
+    fields = LlamaConfig(hidden_size=64, num_attention_heads=4, intermediate_size=64).to_dict()
+    fields |= {
+        "architectures": ["LlamaForCausalLM"],
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 64,
+        "rope_parameters": {"rope_theta": 1e4, **{k: v for k, v in rope.items() if v}},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    hf_config = read_hf_config(str(tmp_path))
+    reference = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
+    frequencies, scale = rope_frequencies(16, hf_config.rope_parameters)
+    torch.testing.assert_close(frequencies, reference.inv_freq, rtol=1e-6, atol=0)
+    assert scale == pytest.approx(reference.attention_scaling, rel=1e-12)
+    assert max_positions(hf_config) == (4096 if rope is LLAMA3 else 4 * 64)
 
 
 def test_unscaled_angles_are_the_definition():

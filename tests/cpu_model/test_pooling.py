@@ -345,6 +345,25 @@ def test_models_that_cannot_be_asked(tiny_dir):
         llm.score("a", "b")
 
 
+def test_other_poolings_of_sentence_transformers_are_refused(llm, model_dir):
+    path = model_dir / "1_Pooling" / "config.json"
+    path.parent.mkdir()
+    modes = {"word_embedding_dimension": 64, "pooling_mode_lasttoken": True, "include_prompt": True}
+    try:
+        path.write_text(json.dumps(modes | {"pooling_mode_mean_tokens": False}))
+        assert len(llm.embed(["some words"], use_tqdm=False)) == 1
+        for other in ({"pooling_mode_mean_tokens": True}, {"pooling_mode_cls_token": True}):
+            path.write_text(json.dumps(modes | {"pooling_mode_lasttoken": False} | other))
+            with pytest.raises(ArgumentError, match=f"{next(iter(other))} is not supported"):
+                llm.embed(["some words"], use_tqdm=False)
+        path.write_text("{")
+        with pytest.raises(ArgumentError, match=r"cannot read .*1_Pooling"):
+            llm.embed(["some words"], use_tqdm=False)
+    finally:
+        path.unlink()
+    check_nothing_is_held(llm)
+
+
 def test_parameters_are_checked(tiny_dir):
     with pytest.raises(ArgumentError, match="runner must be one of auto, generate, pooling"):
         tiny_engine(tiny_dir, runner="draft")
