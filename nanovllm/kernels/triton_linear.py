@@ -1,4 +1,4 @@
-"""Products of few tokens with a weight matrix, bound by the weights' bandwidth, as a Triton kernel.
+"""Products of few tokens with small weights, as a Triton kernel, and the choice for all products.
 
 cuBLAS takes about 6 us for a product whose weights pass through memory in 1 to 3 us. Here every
 program multiplies one tile of weights, which it fetches while the kernel before still runs, and the
@@ -18,13 +18,18 @@ from nanovllm.kernels.triton_launch import (
     overlap_options,
     release_next,
 )
+from nanovllm.kernels.triton_tiled_linear import LinearTile, tiled_linear
 
 BLOCK_N = 64  # weight rows of a program: the rows of Hopper's smallest matrix instruction
 BLOCK_K = 512  # weight columns of a program: with BLOCK_N 64 KiB, so two programs share an SM
 NUM_WARPS = 4
 # Tokens -> the most programs with which this kernel wins over cuBLAS, measured on an H200 with
-# Qwen3-0.6B (96 programs: down, 128: QKV, 192: gate and up); see tests/gpu/bench_linear.py.
-MAX_PROGRAMS = {16: 4096, 32: 4096, 64: 132, 128: 96}
+# Qwen3-0.6B (96 programs: down, 128: QKV, 192: gate and up), beyond 264 `tiled_linear`; see
+# tests/gpu/bench_linear.py.
+MAX_PROGRAMS = {16: 264, 32: 264, 64: 132, 128: 96}
+# Larger weights are multiplied in tiles of a loop, for so many tokens and rows at most.
+MAX_TILED_TOKENS = 32
+MAX_TILED_ROWS = 32768
 SPLIT_LINEAR = True  # off for an ablation
 
 
@@ -78,7 +83,10 @@ def _split_linear_kernel(
 
 
 def choose_block_m(num_tokens: int, n: int, k: int, dtype: torch.dtype) -> int | None:
-    """Padded number of tokens for x [num_tokens, k] and weight [n, k]; None: leave it to cuBLAS."""
+    """Padded number of tokens for x [num_tokens, k] and weight [n, k]; None: not by `split_linear`.
+
+    Larger weights are left to `tiled_linear` or cuBLAS.
+    """
     if not SPLIT_LINEAR or dtype == torch.float32 or k % BLOCK_K:
         return None
     num_programs = triton.cdiv(n, BLOCK_N) * (k // BLOCK_K)
@@ -88,14 +96,28 @@ def choose_block_m(num_tokens: int, n: int, k: int, dtype: torch.dtype) -> int |
     return None
 
 
+def choose_tile(num_tokens: int, n: int, k: int, dtype: torch.dtype) -> LinearTile | None:
+    """The tile for `tiled_linear`, or None: leave it to cuBLAS."""
+    too_large = num_tokens > MAX_TILED_TOKENS or n > MAX_TILED_ROWS
+    if not SPLIT_LINEAR or dtype == torch.float32 or k % 8 or too_large:
+        return None
+    block_m = 16 if num_tokens <= 16 else 32
+    if k > 2048 and n <= 16384:  # few programs, with a long loop each
+        return LinearTile(block_m, 64, 256, 4, 3, 1)
+    return LinearTile(block_m, 64, 128, 4, 4, 2)
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Product:
     """x [T, K], weight [N, K], bias [N] -> [T, N]; see `Ops.linear`."""
     num_tokens, k = x.shape
     n = weight.shape[0]
-    block_m = choose_block_m(num_tokens, n, k, weight.dtype)
-    if num_tokens == 0 or block_m is None or not has_bulk_copies(x.device):
+    if num_tokens == 0 or not has_bulk_copies(x.device):
         return F.linear(x, weight, bias)
-    return split_linear(x, weight, bias, block_m)
+    if block_m := choose_block_m(num_tokens, n, k, weight.dtype):
+        return split_linear(x, weight, bias, block_m)
+    if tile := choose_tile(num_tokens, n, k, weight.dtype):
+        return tiled_linear(x, weight, bias, tile, x.dtype, len(x))
+    return F.linear(x, weight, bias)
 
 
 def split_linear(

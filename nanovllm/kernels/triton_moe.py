@@ -11,9 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.ops import PartialSums, Product
+from nanovllm.kernels.ops import FP8_DTYPE, PartialSums, Product
+from nanovllm.kernels.triton_fp8_linear import quantize_rows
 from nanovllm.kernels.triton_launch import await_previous, overlap_options
 from nanovllm.kernels.triton_linear import load_summed, parts_of
+from nanovllm.kernels.triton_tiled_linear import multiply_add
 
 # Up to here the products of a token's experts stay apart for the next op to add up.
 MAX_TOKENS_IN_PARTS = 256
@@ -23,7 +25,10 @@ SUM_COLUMNS = 1024
 
 
 class Tile(NamedTuple):
-    """How a grouped product is cut up: block_m pairs times block_n rows of the weight."""
+    """How a grouped product is cut up: block_m pairs times block_n columns of the result.
+
+    Each column of the first product takes two rows of the weight, gate's and up's.
+    """
 
     block_m: int
     block_n: int
@@ -40,22 +45,28 @@ class Tiles(NamedTuple):
 
 
 # Mean pairs per expert, at most -> tiles for half precision; see tests/gpu/bench_moe.py.
-# Few pairs: small tiles, so that many programs read the weights of the few experts that are active.
 TILES = {
-    0.5: Tiles(Tile(16, 64, 128, 4, 4), Tile(16, 64, 128, 4, 4)),
-    6: Tiles(Tile(16, 128, 64, 4, 5), Tile(16, 128, 64, 4, 5)),
-    20: Tiles(Tile(32, 128, 64, 4, 5), Tile(32, 128, 64, 4, 5)),
-    56: Tiles(Tile(64, 128, 64, 4, 4), Tile(64, 128, 64, 4, 4)),
-    float("inf"): Tiles(Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 3)),
+    1: Tiles(Tile(16, 64, 128, 4, 3), Tile(16, 64, 128, 4, 4)),
+    6: Tiles(Tile(16, 64, 64, 4, 5), Tile(16, 128, 64, 4, 5)),
+    20: Tiles(Tile(32, 64, 64, 4, 5), Tile(32, 128, 64, 4, 5)),
+    80: Tiles(Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4)),
+    float("inf"): Tiles(Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3)),
 }
-FLOAT32_TILES = Tiles(Tile(16, 64, 32, 4, 3), Tile(16, 64, 32, 4, 3))
+FP8_TILES = {
+    8: Tiles(Tile(16, 64, 128, 4, 3), Tile(16, 64, 128, 4, 4)),
+    20: Tiles(Tile(32, 64, 128, 4, 3), Tile(32, 64, 128, 4, 4)),
+    80: Tiles(Tile(64, 64, 128, 4, 3), Tile(64, 128, 128, 4, 3)),
+    float("inf"): Tiles(Tile(128, 64, 128, 8, 3), Tile(128, 128, 128, 8, 3)),
+}
+FLOAT32_TILES = Tiles(Tile(16, 32, 32, 4, 3), Tile(16, 64, 32, 4, 3))
 
 
 def choose_tiles(num_pairs: int, num_experts: int, dtype: torch.dtype) -> Tiles:
-    """The tiles for so many pairs of tokens and experts."""
+    """The tiles for so many pairs of tokens and experts, with weights of `dtype`."""
     if dtype == torch.float32:
         return FLOAT32_TILES
-    return next(tiles for most, tiles in TILES.items() if num_pairs / num_experts <= most)
+    table = FP8_TILES if dtype == FP8_DTYPE else TILES
+    return next(tiles for most, tiles in table.items() if num_pairs / num_experts <= most)
 
 
 # Routing
@@ -65,6 +76,8 @@ def choose_tiles(num_pairs: int, num_experts: int, dtype: torch.dtype) -> Tiles:
 def _route_kernel(
     expert_ids,  # [P] int32
     routing_weights,  # [P]
+    sorted_pairs,  # IS_ALONE: [P] int32, else None
+    blocks,  # IS_ALONE: [P, 3] int32, else None
     logits,  # [T, NUM_EXPERTS], in NUM_PARTS parts
     stride_logits,
     stride_part,
@@ -74,6 +87,7 @@ def _route_kernel(
     TOP_K: tl.constexpr,
     PADDED_TOP_K: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    IS_ALONE: tl.constexpr,  # whether there is one token only: each pair is a block
     OVERLAP: tl.constexpr,
 ):
     """One token: softmax over its experts, then the most probable ones, the lowest id of equals."""
@@ -102,8 +116,15 @@ def _route_kernel(
         keys = tl.where(keys == key, lowest, keys)
     if NORMALIZE:
         chosen /= tl.sum(chosen, axis=0)
-    tl.store(expert_ids + token * TOP_K + slot, ids, mask=slot < TOP_K)
-    tl.store(routing_weights + token * TOP_K + slot, chosen.to(dtype), mask=slot < TOP_K)
+    is_slot = slot < TOP_K
+    tl.store(routing_weights + token * TOP_K + slot, chosen.to(dtype), mask=is_slot)
+    if IS_ALONE:
+        tl.store(sorted_pairs + slot, slot, mask=is_slot)
+        tl.store(blocks + slot * 3, ids, mask=is_slot)
+        tl.store(blocks + slot * 3 + 1, slot, mask=is_slot)
+        tl.store(blocks + slot * 3 + 2, 1, mask=is_slot)
+    else:
+        tl.store(expert_ids + token * TOP_K + slot, ids, mask=is_slot)
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -169,15 +190,16 @@ def num_blocks(num_pairs: int, num_experts: int, block_m: int) -> int:
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _experts_kernel(
-    out,  # GATED: [P, N / 2], sorted; else float32 [TOP_K, T, N], or [P, N] in pairs' order
+    out,  # GATED: [P, WIDTH], sorted; else float32 [TOP_K, T, WIDTH], or [P, WIDTH] by pair
     x,  # GATED: [T, K]; else [P, K], sorted
+    x_scales,  # of the rows of x in fp8, float32 [T] or [P], else None
     weight,  # [experts * N, K]
     scales,  # of the weight's rows, float32 [experts * N], or None
     routing_weights,  # [P]
     sorted_pairs,
     blocks,
     num_tokens,
-    N: tl.constexpr,
+    WIDTH: tl.constexpr,
     K: tl.constexpr,
     TOP_K: tl.constexpr,
     GATED: tl.constexpr,
@@ -187,12 +209,13 @@ def _experts_kernel(
     BLOCK_K: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One block of pairs times one tile of its expert's weight.
+    """One block of pairs times the weights of BLOCK_N columns of the result.
 
-    GATED: the first product, silu(gate) * up of it; else the second one, times routing weights.
+    GATED: the first product, silu(gate) * up, N = 2 * WIDTH; else the second one, N = WIDTH, times
+    routing weights.
     """
     await_previous(OVERLAP)
-    num_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    num_tiles: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     block = tl.program_id(0) // num_tiles
     first_column = tl.program_id(0) % num_tiles * BLOCK_N
     expert = tl.load(blocks + block * 3)
@@ -200,57 +223,56 @@ def _experts_kernel(
     num_pairs = tl.load(blocks + block * 3 + 2)
     if num_pairs == 0:
         return
-    dtype: tl.constexpr = x.dtype.element_ty
     row = tl.arange(0, BLOCK_M)
     is_pair = row < num_pairs
     place = first_pair + row
     pair = tl.load(sorted_pairs + place, mask=is_pair, other=0)
-    column = first_column + tl.arange(0, BLOCK_N)
-    # The tile's last rows may lie past the expert's: they are its last one, and are not stored.
-    weight_row = tl.minimum(column, N - 1)
-    if GATED:  # gate and up in turns, so that a thread has both halves of what it multiplies
-        weight_row = weight_row % 2 * (N // 2) + weight_row // 2
-    weight_row += (expert * N).to(tl.int64)
     x_row = (pair // TOP_K if GATED else place).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     x_pointers = x + x_row[:, None] * K + k[None, :]
-    weight_pointers = weight + weight_row[:, None] * K + k[None, :]
+    column = first_column + tl.arange(0, BLOCK_N)
+    # Columns past the result's are not stored, whatever weights they meet.
+    weight_row = expert * (2 * WIDTH if GATED else WIDTH) + tl.minimum(column, WIDTH - 1)
+    weight_pointers = weight + weight_row[:, None].to(tl.int64) * K + k[None, :]
     # Few pairs: the weight's rows are those of the matrix instruction, which has at least 64.
-    SWAPPED: tl.constexpr = BLOCK_M < 64
+    SWAPPED: tl.constexpr = BLOCK_M < 128
     product = tl.zeros([BLOCK_N, BLOCK_M] if SWAPPED else [BLOCK_M, BLOCK_N], tl.float32)
+    up = tl.zeros_like(product)
     for begin in range(0, K, BLOCK_K):
         if K % BLOCK_K == 0:
             x_tile = tl.load(x_pointers, mask=is_pair[:, None], other=0.0)
             weight_tile = tl.load(weight_pointers)
+            if GATED:
+                up_tile = tl.load(weight_pointers + WIDTH * K)
         else:
             in_row = (begin + k < K)[None, :]
             x_tile = tl.load(x_pointers, mask=is_pair[:, None] & in_row, other=0.0)
             weight_tile = tl.load(weight_pointers, mask=in_row, other=0.0)
-        if scales is not None:
-            weight_tile = weight_tile.to(dtype)
-        if SWAPPED:
-            product = tl.dot(weight_tile, x_tile.T, product, input_precision="ieee")
-        else:
-            product = tl.dot(x_tile, weight_tile.T, product, input_precision="ieee")
+            if GATED:
+                up_tile = tl.load(weight_pointers + WIDTH * K, mask=in_row, other=0.0)
+        product = multiply_add(x_tile, weight_tile, product, SWAPPED)
+        if GATED:
+            up = multiply_add(x_tile, up_tile, up, SWAPPED)
         x_pointers += BLOCK_K
         weight_pointers += BLOCK_K
     if SWAPPED:
-        product = product.T
+        product, up = product.T, up.T
     if scales is not None:
-        product *= tl.load(scales + weight_row)[None, :]
+        x_scale = tl.load(x_scales + x_row, mask=is_pair, other=0.0)[:, None]
+        product *= x_scale * tl.load(scales + weight_row)[None, :]
     if GATED:
-        gate, up = product.to(dtype).to(tl.float32).reshape(BLOCK_M, BLOCK_N // 2, 2).split()
-        y = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32) * up
-        out_column = first_column // 2 + tl.arange(0, BLOCK_N // 2)
+        if scales is not None:
+            up *= x_scale * tl.load(scales + weight_row + WIDTH)[None, :]
+        dtype: tl.constexpr = out.dtype.element_ty
+        gate = product.to(dtype).to(tl.float32)
+        y = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32) * up.to(dtype).to(tl.float32)
         out_row = place
     else:
         routing_weight = tl.load(routing_weights + pair, mask=is_pair, other=0.0).to(tl.float32)
         y = product * routing_weight[:, None]
-        out_column = column
         out_row = pair % TOP_K * num_tokens + pair // TOP_K if IN_PARTS else pair
-    out_width: tl.constexpr = N // 2 if GATED else N
-    pointers = out + out_row[:, None].to(tl.int64) * out_width + out_column[None, :]
-    mask = is_pair[:, None] & (out_column < out_width)[None, :]
+    pointers = out + out_row[:, None].to(tl.int64) * WIDTH + column[None, :]
+    mask = is_pair[:, None] & (column < WIDTH)[None, :]
     tl.store(pointers, y.to(out.dtype.element_ty), mask=mask)
 
 
@@ -293,12 +315,18 @@ def route(
     num_tokens, num_experts = logits.shape
     assert logits.stride(1) == 1
     num_pairs = num_tokens * num_experts_per_tok
+    is_alone = num_tokens == 1
+    shape = num_pairs if is_alone else num_blocks(num_pairs, num_experts, block_m), BLOCK_COLUMNS
     device, options = logits.device, overlap_options(logits.device)
-    expert_ids = torch.empty(num_pairs, dtype=torch.int32, device=device)
     weights = torch.empty(num_pairs, dtype=dtype, device=device)
+    expert_ids = torch.empty(num_pairs, dtype=torch.int32, device=device)
+    sorted_pairs = torch.empty_like(expert_ids)
+    blocks = torch.empty(shape, dtype=torch.int32, device=device)
     _route_kernel[(num_tokens,)](
         expert_ids,
         weights,
+        sorted_pairs if is_alone else None,
+        blocks if is_alone else None,
         logits,
         logits.stride(0),
         stride_part,
@@ -308,29 +336,29 @@ def route(
         TOP_K=num_experts_per_tok,
         PADDED_TOP_K=triton.next_power_of_2(num_experts_per_tok),
         NORMALIZE=norm_topk_prob,
+        IS_ALONE=is_alone,
         num_warps=1,
         **options,
     )
-    sorted_pairs = torch.empty_like(expert_ids)
-    shape = num_blocks(num_pairs, num_experts, block_m), BLOCK_COLUMNS
-    blocks = torch.empty(shape, dtype=torch.int32, device=device)
-    _sort_pairs_kernel[(num_experts,)](
-        sorted_pairs,
-        blocks,
-        expert_ids,
-        num_pairs,
-        NUM_EXPERTS=num_experts,
-        BLOCK_M=block_m,
-        CHUNK=min(SORT_CHUNK, max(32, triton.next_power_of_2(num_pairs))),
-        num_warps=4 if num_pairs <= 1024 else 8,
-        **options,
-    )
+    if not is_alone:
+        _sort_pairs_kernel[(num_experts,)](
+            sorted_pairs,
+            blocks,
+            expert_ids,
+            num_pairs,
+            NUM_EXPERTS=num_experts,
+            BLOCK_M=block_m,
+            CHUNK=min(SORT_CHUNK, max(32, triton.next_power_of_2(num_pairs))),
+            num_warps=4 if num_pairs <= 1024 else 8,
+            **options,
+        )
     return Routing(weights, sorted_pairs, blocks)
 
 
 def _multiply(
     out: torch.Tensor,
     x: torch.Tensor,
+    x_scales: torch.Tensor | None,
     weight: torch.Tensor,
     scales: torch.Tensor | None,
     routing: Routing,
@@ -339,21 +367,22 @@ def _multiply(
     tile: Tile,
 ) -> None:
     """`_experts_kernel` over all blocks; out's width tells which product it is."""
-    num_pairs, n = len(routing.sorted_pairs), weight.shape[0] // num_experts
+    width = out.shape[-1]
     assert x.is_contiguous() and weight.is_contiguous()
-    _experts_kernel[(len(routing.blocks) * triton.cdiv(n, tile.block_n),)](
+    _experts_kernel[(len(routing.blocks) * triton.cdiv(width, tile.block_n),)](
         out,
         x,
+        x_scales,
         weight,
         scales,
         routing.weights,
         routing.sorted_pairs,
         routing.blocks,
-        num_pairs // num_experts_per_tok,
-        N=n,
+        len(routing.sorted_pairs) // num_experts_per_tok,
+        WIDTH=width,
         K=weight.shape[1],
         TOP_K=num_experts_per_tok,
-        GATED=out.shape[-1] < n,
+        GATED=width < weight.shape[0] // num_experts,
         IN_PARTS=out.dim() == 3,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
@@ -382,19 +411,24 @@ def experts(
         return torch.empty_like(x)
     num_experts = parts_of(router_logits)[0].shape[1]
     num_pairs = num_tokens * num_experts_per_tok
-    tiles = tiles or choose_tiles(num_pairs, num_experts, x.dtype)
+    tiles = tiles or choose_tiles(num_pairs, num_experts, gate_up_weight.dtype)
     routing = route(router_logits, num_experts_per_tok, norm_topk_prob, tiles.gate_up.block_m)
     rest = routing, num_experts, num_experts_per_tok
     size = gate_up_weight.shape[0] // num_experts // 2
+    is_fp8 = gate_up_scales is not None
     activations = torch.empty(num_pairs, size, dtype=x.dtype, device=x.device)
-    _multiply(activations, x, gate_up_weight, gate_up_scales, *rest, tiles.gate_up)
-    if num_tokens <= MAX_TOKENS_IN_PARTS:
+    rows, row_scales = quantize_rows(x) if is_fp8 else (x, None)
+    _multiply(activations, rows, row_scales, gate_up_weight, gate_up_scales, *rest, tiles.gate_up)
+    rows, row_scales = quantize_rows(activations) if is_fp8 else (activations, None)
+    in_parts = num_tokens <= MAX_TOKENS_IN_PARTS
+    if in_parts:
         shape = num_experts_per_tok, num_tokens, hidden_size
-        parts = torch.empty(shape, dtype=torch.float32, device=x.device)
-        _multiply(parts, activations, down_weight, down_scales, *rest, tiles.down)
-        return PartialSums(parts, x.dtype)
-    products = torch.empty(num_pairs, hidden_size, dtype=x.dtype, device=x.device)
-    _multiply(products, activations, down_weight, down_scales, *rest, tiles.down)
+        products = torch.empty(shape, dtype=torch.float32, device=x.device)
+    else:
+        products = torch.empty(num_pairs, hidden_size, dtype=x.dtype, device=x.device)
+    _multiply(products, rows, row_scales, down_weight, down_scales, *rest, tiles.down)
+    if in_parts:
+        return PartialSums(products, x.dtype)
     out = torch.empty_like(x)
     _sum_experts_kernel[(num_tokens, triton.cdiv(hidden_size, SUM_COLUMNS))](
         out,

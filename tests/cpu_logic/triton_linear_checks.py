@@ -3,11 +3,12 @@
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels import torch_ops
+from nanovllm.kernels import torch_ops, triton_tiled_linear
 from nanovllm.kernels.ops import PartialSums
 from nanovllm.kernels.triton_activation import silu_and_mul
 from nanovllm.kernels.triton_linear import split_linear
 from nanovllm.kernels.triton_norm import add_rms_norm
+from nanovllm.kernels.triton_tiled_linear import LinearTile, tiled_linear
 
 
 def test_products() -> None:
@@ -20,6 +21,22 @@ def test_products() -> None:
             out = product.parts.sum(0) if isinstance(product, PartialSums) else product
             exact = F.linear(x.double(), weight.double(), bias.double())
             torch.testing.assert_close(out.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+def test_products_in_tiles(monkeypatch) -> None:
+    """K split and whole; neither tokens nor weights fill their tiles."""
+    for num_programs in (1, 64):
+        monkeypatch.setattr(triton_tiled_linear, "num_multiprocessors", lambda _, n=num_programs: n)
+        for num_tokens, n, k in ((3, 100, 1040), (17, 130, 1536), (130, 72, 96)):
+            x = (torch.randn(num_tokens, k) / k**0.5).half()
+            weight, bias = torch.randn(n, k).half(), torch.randn(n).half()
+            block_m = min(128, max(16, 1 << (num_tokens - 1).bit_length()))
+            tile = LinearTile(block_m, 64, 128, 4, 2, 2)
+            product = tiled_linear(x, weight, bias, tile, x.dtype, len(x))
+            assert isinstance(product, PartialSums) == (k > 512 and num_programs > 1)
+            out = product.parts.sum(0) if isinstance(product, PartialSums) else product
+            exact = F.linear(x.double(), weight.double(), bias.double())
+            torch.testing.assert_close(out.double(), exact, rtol=4e-3, atol=4e-3)
 
 
 def test_ops_add_up_parts() -> None:

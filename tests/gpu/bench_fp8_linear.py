@@ -2,19 +2,20 @@
 
 Microseconds of a product at Qwen3-8B's shapes, several distinct weights in a CUDA graph: bfloat16
 against fp8 with scales of rows and of blocks, each as the layers choose and by each kernel alone.
-The constants in kernels/triton_fp8_linear.py follow from these tables.
+`TILES` in kernels/triton_fp8_linear.py follows from these tables.
 """
 
 import argparse
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from bench_linear import microseconds
 
 from nanovllm.kernels import triton_fp8_linear, triton_linear
 from nanovllm.kernels.ops import FP8_BLOCK, PartialSums, Product
 from nanovllm.kernels.torch_ops import quantize
+from nanovllm.kernels.triton_fp8_linear import quantize_rows
+from nanovllm.kernels.triton_tiled_linear import LinearTile, tiled_linear
 
 SHAPES = {
     "qkv": (6144, 4096),
@@ -23,8 +24,13 @@ SHAPES = {
     "down": (4096, 12288),
 }
 NUM_WEIGHTS = 4  # 100 to 400 MB of fp8 pass, more than the L2 cache holds
-TILES = ((64, 256), (64, 512), (128, 256), (128, 512))
-MAX_TILE_TOKENS = 32
+# With --tiles: block_n, block_k, num_warps, num_stages, programs_per_sm; scales of blocks need 128.
+CANDIDATES = (
+    *((64, 128, 4, 4, 2), (64, 128, 4, 6, 2), (64, 128, 4, 8, 2), (64, 256, 4, 4, 2)),
+    *((64, 128, 4, 6, 3), (64, 256, 4, 4, 3), (128, 128, 4, 4, 1), (128, 128, 4, 4, 2)),
+    *((128, 128, 4, 6, 1), (128, 128, 8, 4, 1), (128, 128, 8, 4, 2), (128, 128, 8, 6, 1)),
+    *((128, 256, 8, 3, 1), (64, 128, 4, 6, 1), (64, 256, 4, 3, 1)),
+)
 
 
 class Weights:
@@ -54,27 +60,15 @@ def time_products(product: Callable[..., Product], weights: list) -> float:
     return microseconds(run, len(weights))
 
 
-def tiled(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> Product:
-    values, x_scales = triton_fp8_linear.quantize_rows(x, FP8_BLOCK if scales.dim() == 2 else None)
-    return triton_fp8_linear.tiled_fp8_linear(values, x_scales, weight, scales, None, x.dtype)
+def tiled(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, tile: LinearTile) -> Product:
+    group = FP8_BLOCK if scales.dim() == 2 else None
+    values, x_scales = quantize_rows(x, group, tile.block_m)
+    return tiled_linear(values, weight, None, tile, x.dtype, len(x), x_scales, scales)
 
 
 def scaled_mm(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> Product:
-    values, x_scales = triton_fp8_linear.quantize_rows(x)
+    values, x_scales = quantize_rows(x, FP8_BLOCK if scales.dim() == 2 else None)
     return triton_fp8_linear.scaled_mm(values, x_scales, weight, scales, None, x.dtype)
-
-
-def scaled_mm_of_blocks(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> Product:
-    """torch's product, which takes the scales of activations column by column."""
-    values, x_scales = triton_fp8_linear.quantize_rows(x, FP8_BLOCK)
-    return F.scaled_mm(
-        values,
-        weight.t(),
-        x_scales.t().contiguous().t(),
-        F.ScalingType.BlockWise1x128,
-        scales.t(),
-        F.ScalingType.BlockWise128x128,
-    )
 
 
 def attempt(product: Callable[..., Product], weights: list) -> str:
@@ -88,55 +82,40 @@ def attempt(product: Callable[..., Product], weights: list) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--tokens", type=int, nargs="+", default=[1, 8, 16, 32, 64, 128, 256, 512, 2048, 8192]
+        "--tokens", type=int, nargs="+", default=[1, 8, 16, 32, 64, 128, 192, 256, 512, 2048, 8192]
     )
-    parser.add_argument("--tiles", action="store_true", help="compare SPLIT_TILES instead")
+    parser.add_argument("--tiles", action="store_true", help="compare tiles instead")
     args = parser.parse_args()
     print(torch.cuda.get_device_name(), "us a product, activations' quantisation included")
     for name, (n, k) in SHAPES.items():
         weights = Weights(n, k)
         if not args.tiles:
-            print(f"{name:<8}    bf16 | rows:   chosen   split   tiled   torch | blocks: the same")
+            print(f"{name:<8}    bf16 | rows:   chosen   torch | blocks: the same")
         for num_tokens in args.tokens:
             x = torch.randn(num_tokens, k, device="cuda", dtype=torch.bfloat16)
-            few = num_tokens <= MAX_TILE_TOKENS
             if args.tiles:
-                if few:
-                    compare_tiles(name, x, weights)
+                compare_tiles(name, x, weights)
                 continue
             plain = attempt(lambda w, x=x: triton_linear.linear(x, w), weights.plain)
             line = f"T={num_tokens:<5} {plain} |"
-            for scaled, of_torch in (
-                (weights.rows, scaled_mm),
-                (weights.blocks, scaled_mm_of_blocks),
-            ):
-                products = [triton_fp8_linear.fp8_linear, split if few else None, tiled, of_torch]
-                for product in products:
-                    line += (
-                        attempt(lambda w, s, x=x, p=product: p(x, w, s), scaled)
-                        if product
-                        else f"{'-':>8}"
-                    )
+            for scaled in (weights.rows, weights.blocks):
+                for product in (triton_fp8_linear.fp8_linear, scaled_mm):
+                    line += attempt(lambda w, s, x=x, p=product: p(x, w, s), scaled)
                 line += " |"
             print(line, flush=True)
 
 
-def split(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> Product:
-    return triton_fp8_linear.split_fp8_linear(x, weight, scales, None)
-
-
 def compare_tiles(name: str, x: torch.Tensor, weights: Weights) -> None:
-    """Times of `split_fp8_linear` with each of TILES, and of 4 and 8 warps."""
-    line = f"{name:<8} T={len(x):<3}"
-    for scaled in (weights.rows, weights.blocks):
-        for tile in TILES:
-            for num_warps in (4, 8):
-                triton_fp8_linear.SPLIT_TILES = (tile, tile)
-                triton_fp8_linear.SPLIT_WARPS = num_warps
-                time = attempt(lambda w, s: split(x, w, s), scaled)
-                line += f" {tile[0]}x{tile[1]}/{num_warps}{time}"
-        line += " |"
-    print(line, flush=True)
+    """Times of `tiled_linear` with each of CANDIDATES, the best first."""
+    block_m = min(128, max(16, 1 << (len(x) - 1).bit_length()))
+    for what, scaled in (("rows", weights.rows), ("blocks", weights.blocks)):
+        times = []
+        for rest in CANDIDATES:
+            tile = LinearTile(block_m, *rest)
+            if what == "rows" or tile.block_k == FP8_BLOCK:
+                time = attempt(lambda w, s, t=tile: tiled(x, w, s, t), scaled)
+                times.append((time, str(tuple(tile)).replace(" ", "")))
+        print(name, f"T={len(x)}", what, *(f"{time} {tile}" for time, tile in sorted(times)))
 
 
 if __name__ == "__main__":

@@ -107,24 +107,25 @@ def bench_decode(
     shape: DecodeShape, is_fp8: bool, backends: dict[str, Ops], options: argparse.Namespace
 ) -> None:
     """Time of a layer: a step of one plan and 28 layers, divided by 28."""
+    num_heads, num_kv_heads = options.heads
     batch_size = shape.batch_size
     used = -(-shape.length // BLOCK_SIZE)
     num_blocks = batch_size * used
-    token_bytes = 2 * NUM_KV_HEADS * (HEAD_DIM + 4 if is_fp8 else 2 * HEAD_DIM)
+    token_bytes = 2 * num_kv_heads * (HEAD_DIM + 4 if is_fp8 else 2 * HEAD_DIM)
     num_caches = 2**31 // (num_blocks * BLOCK_SIZE * token_bytes)
     num_caches = max(2, min(NUM_LAYERS, num_caches))
-    caches = randn(num_caches, 2, num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
+    caches = randn(num_caches, 2, num_blocks, BLOCK_SIZE, num_kv_heads, HEAD_DIM)
     scales: list[torch.Tensor] = []
     if is_fp8:
         caches = caches.to(FP8_DTYPE)
-        scales = list(torch.ones(2, num_blocks, NUM_KV_HEADS, BLOCK_SIZE, device="cuda"))
+        scales = list(torch.ones(2, num_blocks, num_kv_heads, BLOCK_SIZE, device="cuda"))
     width = max(used, options.max_model_len // BLOCK_SIZE)
     tables = torch.zeros(batch_size, width, dtype=torch.int32, device="cuda")
     tables[:, :used] = torch.randperm(num_blocks, device="cuda").view(batch_size, used)
     tables[:, : shape.num_common_blocks] = tables[:1, : shape.num_common_blocks].clone()
     num_common_blocks = torch.tensor([shape.num_common_blocks], device="cuda", dtype=torch.int32)
     lens = shape.context_lens()
-    query = randn(batch_size, NUM_HEADS, HEAD_DIM)
+    query = randn(batch_size, num_heads, HEAD_DIM)
     num_spared = (batch_size - 1) * shape.num_common_blocks * BLOCK_SIZE
     num_bytes = (int(lens.sum()) - num_spared) * token_bytes
 
@@ -179,19 +180,20 @@ def bench_prefill(
     lengths: tuple[int, ...], backends: dict[str, Ops], options: argparse.Namespace
 ) -> None:
     """Whole prompts; FLOP of the causal half only."""
+    num_heads, num_kv_heads = options.heads
     label = f"{len(lengths)} prompts of {min(lengths)} to {max(lengths)}"
     print(f"\nprefill attention, {label:40} ms  TFLOP/s")
     num_pages = [-(-length // BLOCK_SIZE) for length in lengths]
-    key_cache, value_cache = randn(2, sum(num_pages), BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
+    key_cache, value_cache = randn(2, sum(num_pages), BLOCK_SIZE, num_kv_heads, HEAD_DIM)
     tables = torch.zeros(len(lengths), max(num_pages), device="cuda").int()
     pages = torch.randperm(sum(num_pages), device="cuda").int().split(num_pages)
     for table, own in zip(tables, pages, strict=True):
         table[: len(own)] = own
     cu_seqlens = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
-    query = randn(sum(lengths), NUM_HEADS, HEAD_DIM)
+    query = randn(sum(lengths), num_heads, HEAD_DIM)
     longest = max(lengths)
     args = query, key_cache, value_cache, tables, cu_seqlens, cu_seqlens, longest, longest, SCALE
-    flop = 2 * NUM_HEADS * HEAD_DIM * sum(length * length for length in lengths)
+    flop = 2 * num_heads * HEAD_DIM * sum(length * length for length in lengths)
 
     def report(name: str, prefill: Callable[..., torch.Tensor], **tunables: object) -> None:
         calls = [partial(prefill, *args, **tunables)] * 4
@@ -276,6 +278,9 @@ def main() -> None:
         nargs="+",
         default=DECODE_SHAPES,
         help="64x1100; ragged: 64x2000r; with 3 common blocks: 256x1048c3",
+    )
+    parser.add_argument(
+        "--heads", nargs=2, type=int, default=(NUM_HEADS, NUM_KV_HEADS), metavar=("Q", "KV")
     )
     parser.add_argument("--fp8", action="store_true", help="decode from an fp8 cache too")
     parser.add_argument("--baseline", help="another version's triton_decode_attention.py")

@@ -1,8 +1,9 @@
 """Micro-benchmark of the linear layers, run by hand: python tests/gpu/bench_linear.py
 
-One decode step's products in bfloat16, 28 layers of distinct weights in a CUDA graph, each with the
-kernel that reads its result: cuBLAS against `split_linear`. Then the whole chain of a layer without
-its attention. `MAX_PROGRAMS` in kernels/triton_linear.py follows from this table.
+One decode step's products in bfloat16, layers of distinct weights in a CUDA graph, each with the
+kernel that reads its result: cuBLAS, `split_linear`, `tiled_linear`. Then the whole chain of a
+layer without its attention. `MAX_PROGRAMS` and `choose_tile` in kernels/triton_linear.py follow
+from this table; `--tiles` compares tiles of `tiled_linear`.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from nanovllm.kernels.ops import Product
 from nanovllm.kernels.triton_activation import silu_and_mul
 from nanovllm.kernels.triton_norm import add_rms_norm
 from nanovllm.kernels.triton_rope import qk_norm_rope_store
+from nanovllm.kernels.triton_tiled_linear import LinearTile, tiled_linear
 
 DTYPE = torch.bfloat16
 EPS = 1e-6
@@ -25,8 +27,14 @@ MODELS = {
     "0.6b": (1024, 16, 8, 3072),
     "4b": (2560, 32, 8, 9728),
     "8b": (4096, 32, 8, 12288),
+    "30b-a3b": (2048, 32, 4, 6144),  # with a dense MLP
     "32b": (5120, 64, 8, 25600),
 }
+# block_n, block_k, num_warps, num_stages, programs_per_sm.
+CANDIDATES = (
+    *((64, 128, 4, 4, 2), (64, 128, 4, 5, 2), (64, 128, 4, 6, 2), (64, 128, 4, 4, 3)),
+    *((64, 256, 4, 3, 2), (64, 256, 4, 3, 1), (128, 64, 4, 6, 2), (64, 64, 4, 6, 3)),
+)
 Linear = Callable[[torch.Tensor, torch.Tensor], Product]
 
 
@@ -121,15 +129,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="0.6b", choices=MODELS)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 16, 32, 64, 128, 256])
+    parser.add_argument("--tiles", action="store_true", help="compare tiles instead")
     args = parser.parse_args()
     num_layers = 28 if args.model == "0.6b" else 6
-    print(
-        torch.cuda.get_device_name(), "us per layer: cuBLAS, split (programs), with what reads it"
-    )
     layers = Layers(args.model, num_layers, max(args.tokens))
+    print(torch.cuda.get_device_name(), "us per layer, with what reads it")
+    if not args.tiles:
+        print("cuBLAS, split (programs), tiled; chain: cuBLAS, as chosen")
     for num_tokens in args.tokens:
         layers.set_tokens(num_tokens)
         block_m = max(16, 1 << (num_tokens - 1).bit_length())
+        if args.tiles:
+            compare_tiles(layers, num_tokens, block_m)
+            continue
 
         def split(x: torch.Tensor, weight: torch.Tensor, block_m: int = block_m) -> Product:
             return triton_linear.split_linear(x, weight, None, block_m)
@@ -137,14 +149,30 @@ def main() -> None:
         line = f"T={num_tokens:<4}"
         for name, (n, k) in layers.shapes.items():
             programs = -(-n // triton_linear.BLOCK_N) * (k // triton_linear.BLOCK_K)
-            cublas = layers.time_product(name, F.linear)
+            line += f"  {name} {layers.time_product(name, F.linear):6.2f}"
             best = float("nan") if num_tokens > 128 else layers.time_product(name, split)
-            line += f"  {name} {cublas:6.2f} {best:6.2f} ({programs})"
+            line += f" {best:6.2f} ({programs})"
+            tile = triton_linear.choose_tile(num_tokens, n, k, DTYPE)
+            if tile:
+                line += f" {layers.time_product(name, in_tiles(tile)):6.2f}"
         chains = [
             layers.time_chain(dict.fromkeys(layers.shapes, linear))
             for linear in (F.linear, triton_linear.linear)
         ]
         print(f"{line}  chain {chains[0]:7.2f} {chains[1]:7.2f}", flush=True)
+
+
+def in_tiles(tile: LinearTile) -> Linear:
+    return lambda x, weight: tiled_linear(x, weight, None, tile, x.dtype, len(x))
+
+
+def compare_tiles(layers: Layers, num_tokens: int, block_m: int) -> None:
+    """Times of `tiled_linear` with each of CANDIDATES, the best first."""
+    for name in layers.shapes:
+        tiles = [LinearTile(block_m, *rest) for rest in CANDIDATES]
+        times = [(layers.time_product(name, in_tiles(tile)), tuple(tile)) for tile in tiles]
+        best = [f"{time:.2f} {tile}".replace(", ", ",") for time, tile in sorted(times)]
+        print(f"T={num_tokens:<4} {name}", *best, flush=True)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.kernels import torch_ops, triton_fp8_linear
 from nanovllm.kernels.ops import FP8_BLOCK, FP8_DTYPE, PartialSums, Product
 from nanovllm.kernels.triton_launch import has_bulk_copies
+from nanovllm.kernels.triton_tiled_linear import tiled_linear
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9,
     reason="products with fp8 weights are for compute capability 9.x",
 )
 # (N, K): Qwen3-0.6B's, and such that the last tile and block are cut off.
-SHAPES = ((4096, 1024), (1024, 3072), (2576, 1616), (64, 128), (80, 16))
+SHAPES = ((4096, 1024), (1024, 3072), (6144, 256), (2576, 1616), (64, 128), (80, 16))
 PROMPT = "It is a truth universally acknowledged, that a single man"
 AUSTEN = Path(__file__).resolve().parents[2] / "nanovllm/assets/austen-7m"
 
@@ -49,23 +50,9 @@ def check(product: Product, exact: torch.Tensor, tolerance: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("by_blocks", [False, True])
-@pytest.mark.parametrize("num_tokens", [1, 2, 16, 17, 32])
+@pytest.mark.parametrize("num_tokens", [1, 2, 16, 17, 32, 33, 64, 65, 128, 200, 511, 513, 4096])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_few_tokens(n, k, num_tokens, by_blocks, dtype) -> None:
-    """As precise as the activations' dtype."""
-    weight, scales = fp8_weight(n, k, by_blocks)
-    dequantized = torch_ops.dequantize_weight(weight, scales).double()
-    x = torch.randn(num_tokens, k, device="cuda").to(dtype)
-    for bias in (None, torch.randn(n, device="cuda").to(dtype)):
-        exact = F.linear(x.double(), dequantized, None if bias is None else bias.double())
-        check(triton_fp8_linear.fp8_linear(x, weight, scales, bias), exact, 4e-3)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("by_blocks", [False, True])
-@pytest.mark.parametrize("num_tokens", [33, 64, 65, 128, 200, 511, 512, 513, 2048, 4096])
-@pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_more_tokens(n, k, num_tokens, by_blocks, dtype) -> None:
+def test_products(n, k, num_tokens, by_blocks, dtype) -> None:
     """The exact product of the activations as `quantize_rows` rounds them."""
     weight, scales = fp8_weight(n, k, by_blocks)
     dequantized = torch_ops.dequantize_weight(weight, scales).double()
@@ -76,7 +63,8 @@ def test_more_tokens(n, k, num_tokens, by_blocks, dtype) -> None:
     for bias in (None, torch.randn(n, device="cuda").to(dtype)):
         exact = F.linear(rounded, dequantized, None if bias is None else bias.double())
         check(triton_fp8_linear.fp8_linear(x, weight, scales, bias), exact, 4e-3)
-        tiled = triton_fp8_linear.tiled_fp8_linear(values, x_scales, weight, scales, bias, dtype)
+        tile = triton_fp8_linear.RAGGED_TILE
+        tiled = tiled_linear(values, weight, bias, tile, dtype, num_tokens, x_scales, scales)
         check(tiled, exact, 4e-3)
 
 

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from nanovllm.kernels import torch_ops
 from nanovllm.kernels.ops import PartialSums, Product
 from nanovllm.kernels.triton_activation import silu_and_mul
-from nanovllm.kernels.triton_linear import choose_block_m, linear, split_linear
+from nanovllm.kernels.triton_linear import choose_block_m, choose_tile, linear, split_linear
 from nanovllm.kernels.triton_norm import add_rms_norm
 from nanovllm.kernels.triton_rope import qk_norm_rope_store
+from nanovllm.kernels.triton_tiled_linear import tiled_linear
 
 SHAPES = ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (100, 512), (64, 12288))
 EPS = 1e-6
@@ -43,6 +44,18 @@ def test_product_equals_float64(n: int, k: int, num_tokens: int, dtype: torch.dt
             assert product.parts.shape == (k // 512, num_tokens, n)
             torch.testing.assert_close(product.parts.double().sum(0), exact, rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(summed(product), exact.to(dtype), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_tokens", [1, 3, 16, 17, 32])
+@pytest.mark.parametrize(("n", "k"), [*SHAPES, (5120, 2048), (24576, 4096), (80, 72)])
+def test_product_in_tiles_equals_float64(n, k, num_tokens, dtype) -> None:
+    x, weight = randn(num_tokens, k, dtype=dtype), randn(n, k, dtype=dtype) / k**0.5
+    tile = choose_tile(num_tokens, n, k, dtype)
+    for bias in (None, randn(n, dtype=dtype)):
+        exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        product = summed(tiled_linear(x, weight, bias, tile, dtype, num_tokens))
+        torch.testing.assert_close(product, exact.to(dtype), rtol=1e-2, atol=1e-3)
 
 
 def test_every_element_is_written() -> None:
@@ -118,6 +131,11 @@ def test_choice() -> None:
     assert choose_block_m(16384, 4096, 1024, torch.bfloat16) is None
     assert choose_block_m(1, 4096, 1024, torch.float32) is None
     assert choose_block_m(1, 4096, 1000, torch.bfloat16) is None
+    assert choose_block_m(1, 24576, 4096, torch.bfloat16) is None
+    assert choose_tile(1, 24576, 4096, torch.bfloat16) is not None
+    assert choose_tile(1, 24576, 4096, torch.float32) is None
+    assert choose_tile(64, 24576, 4096, torch.bfloat16) is None
+    assert choose_tile(1, 151936, 4096, torch.bfloat16) is None
     x, weight = randn(300, 1024), randn(128, 1024)
     assert torch.equal(linear(x, weight), F.linear(x, weight))
     assert torch.equal(torch_ops.linear(x, weight), F.linear(x, weight))
