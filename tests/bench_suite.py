@@ -78,7 +78,7 @@ def run_rows(
     results = []
     with LLM(model, **settings) as llm:
         check_fits(rows, llm.config.max_model_len)
-        cost = ModelCost.of_engine(llm.config)
+        cost = ModelCost.of_engine(llm)
         llm.generate(["Benchmark: "], SamplingParams(), use_tqdm=False)
         for row in rows:
             results.append(measure_row(llm, row, repeat, cost, hardware))

@@ -55,7 +55,7 @@ def measure_series(
     max_len = max(row.max_len for row in rows)
     lengths = {"max_model_len": max_len, "max_num_batched_tokens": max(max_len, TOKEN_BUDGET)}
     with constants_set(args.variant), LLM(args.model, **(lengths | settings)) as llm:
-        cost = ModelCost.of_engine(llm.config)
+        cost = ModelCost.of_engine(llm)
         llm.generate(["Benchmark: "], SamplingParams(), use_tqdm=False)
         for i, row in enumerate(rows):
             if row.max_len > llm.config.max_model_len:

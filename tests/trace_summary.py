@@ -46,15 +46,16 @@ GROUP_PATTERNS = (
     ("RoPE, KV write", r"rope"),
     ("norms", r"norm_kernel"),
     ("SiLU", r"silu"),
+    ("quantization", r"^_quantize_kernel"),
     ("experts", r"experts_kernel|^_route_kernel|^_sort_pairs_kernel"),
     (SAMPLER, r"sampl|^_(chunk|row|start|pass|finish)_"),
     ("row table", r"^_gather_kernel|^_write_back_kernel"),
-    (LINEARS, r"linear|^_quantize_kernel|gemm|gemv|nvjet|cutlass|xmma|splitk|cublas"),
+    (LINEARS, r"linear|gemm|gemv|nvjet|cutlass|xmma|splitk|cublas"),
     ("copies", r"^mem(cpy|set)|copy_kernel"),
 )
 GROUPS = (
-    *("attention", LINEARS, "experts", LM_HEAD, "norms", "RoPE, KV write", "SiLU", SAMPLER),
-    *("row table", "copies", "all-reduce", OTHER),
+    *("attention", LINEARS, "experts", "quantization", LM_HEAD, "norms", "RoPE, KV write", "SiLU"),
+    *(SAMPLER, "row table", "copies", "all-reduce", OTHER),
 )
 
 

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.variants import VARIANTS, settings_of
 
-TEXT_OPTIONS = ("attention_backend", "dtype", "kv_cache_dtype", "device")
+TEXT_OPTIONS = ("attention_backend", "dtype", "kv_cache_dtype", "quantization", "device")
 INTEGER_OPTIONS = (
     *("tensor_parallel_size", "max_num_seqs", "max_model_len", "max_num_batched_tokens"),
     *("kvcache_block_size", "num_kvcache_blocks"),

@@ -2,75 +2,107 @@
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
 from benchmarks.workloads import Workload
-from nanovllm.config import Config
-from nanovllm.kernels.ops import FP8_DTYPE
+from nanovllm import LLM
+from nanovllm.kernels.ops import FP8_DTYPE, select_ops
+from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
+from nanovllm.layers.moe import ExpertWeights, Router
+from nanovllm.models.base import CausalLM
 
-# ---- counted from the workload ------------------------------------------------------------------
+# ---- counted from the model ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What one token costs a model; norms and biases are left out."""
+    """What tokens and steps cost a model, summed over the ranks; norms and biases are left out.
 
-    layer_params: int  # weights of all layers' matrix products
+    What several ranks hold, such as a router, counts for each of them; so does padding.
+    """
+
+    layer_params: int  # in all layers' products of one token: of the experts only its own
     head_params: int
     pair_flops: int  # attention of all layers: one query token on one key token
     kv_bytes: int  # K and V of one token in all layers
     weight_bytes: int  # read by every decode step; of the embedding only a few rows are
+    fp8_params: int = 0  # those of layer_params that are fp8
+    expert_bytes: int = 0  # of all experts, which weight_bytes leaves out
+    expert_share: float = 0.0  # of a layer's experts: those of one token
 
     @classmethod
     def of(
-        cls,
-        hf_config: PretrainedConfig,
-        itemsize: int,
-        kv_itemsize: int | None = None,
-        kv_scale_bytes: int = 0,
-        tp_size: int = 1,
+        cls, model: CausalLM, hf_config: PretrainedConfig, kv_dtype: torch.dtype, tp_size: int = 1
     ) -> "ModelCost":
-        """Of a Qwen3 config, summed over the ranks.
+        """Of rank 0's `model`, whose parameters are those of every rank in shape and dtype.
+
+        fp8 weights and an fp8 cache count with their scales.
 
         Args:
-            itemsize: bytes of a weight's element.
-            kv_itemsize: bytes of the KV cache's element; None: `itemsize`.
-            kv_scale_bytes: bytes that are kept besides for each token's K, and V, of one head.
+            kv_dtype: of the KV cache.
             tp_size: ranks; each holds a KV head, should there be fewer heads than ranks.
         """
-        hidden, num_layers = hf_config.hidden_size, hf_config.num_hidden_layers
+        linear_types = (ColumnParallelLinear, RowParallelLinear, Router)
+        linears = [m for m in model.modules() if isinstance(m, linear_types)]
+        experts = [m for m in model.modules() if isinstance(m, ExpertWeights)]
+        share = Fraction(0)
+        if experts:
+            share = Fraction(hf_config.num_experts_per_tok, hf_config.num_experts)
+        fp8_linears, fp8_experts = (
+            [m for m in modules if m.weight.dtype == FP8_DTYPE] for modules in (linears, experts)
+        )
+        head_dim, num_layers = hf_config.head_dim, hf_config.num_hidden_layers
         num_kv_heads = max(hf_config.num_key_value_heads, tp_size)
-        head_dim = hf_config.head_dim
-        q_size, kv_size = hf_config.num_attention_heads * head_dim, num_kv_heads * head_dim
-        attention = hidden * (q_size + 2 * kv_size) + q_size * hidden
-        mlp = 3 * hidden * hf_config.intermediate_size
-        layer_params = num_layers * (attention + mlp)
-        head_params = hidden * hf_config.vocab_size  # tied to the embedding or not
-        kv_head_bytes = head_dim * (kv_itemsize or itemsize) + kv_scale_bytes
+        scale_bytes = torch.float32.itemsize if kv_dtype == FP8_DTYPE else 0
+        head = model.lm_head.weight  # tied to the embedding or not
         return cls(
-            layer_params=layer_params,
-            head_params=head_params,
-            pair_flops=num_layers * 4 * q_size,  # q k and p v, a multiplication and an addition
-            kv_bytes=num_layers * 2 * num_kv_heads * kv_head_bytes,
-            weight_bytes=(layer_params + head_params) * itemsize,
+            layer_params=tp_size * int(count_params(linears) + share * count_params(experts)),
+            head_params=tp_size * head.numel(),
+            # q k and p v, a multiplication and an addition
+            pair_flops=num_layers * 4 * hf_config.num_attention_heads * head_dim,
+            kv_bytes=num_layers * 2 * num_kv_heads * (head_dim * kv_dtype.itemsize + scale_bytes),
+            weight_bytes=tp_size * (count_bytes(linears) + head.nbytes),
+            fp8_params=tp_size * int(count_params(fp8_linears) + share * count_params(fp8_experts)),
+            expert_bytes=tp_size * count_bytes(experts),
+            expert_share=float(share),
         )
 
     @classmethod
-    def of_engine(cls, config: Config) -> "ModelCost":
-        """Of an engine's model, with its dtypes and its number of ranks."""
-        kv_dtype = config.resolve_kv_cache_dtype()
-        return cls.of(
-            config.hf_config,
-            config.resolve_dtype().itemsize,
-            kv_dtype.itemsize,
-            kv_scale_bytes=torch.float32.itemsize if kv_dtype == FP8_DTYPE else 0,
-            tp_size=config.tensor_parallel_size,
-        )
+    def of_engine(cls, llm: LLM) -> "ModelCost":
+        """Of an engine's model, as it is loaded."""
+        config = llm.config
+        kv_dtype, tp_size = config.resolve_kv_cache_dtype(), config.tensor_parallel_size
+        return cls.of(llm.model_runner.model, config.hf_config, kv_dtype, tp_size)
+
+    def decode_weight_bytes(self, batch_size: int) -> float:
+        """What a decode step of `batch_size` rows reads of the weights.
+
+        An expert that no row asks for is not read: with even routing, where each row picks k of E
+        experts at random, E (1 - (1 - k/E)^batch_size) of a layer are expected to be. Where some
+        experts are more popular than others, fewer are.
+        """
+        return self.weight_bytes + self.expert_bytes * (1 - (1 - self.expert_share) ** batch_size)
+
+
+def count_params(modules: Sequence[Any]) -> int:
+    """Elements of the modules' weights."""
+    return sum(m.weight.numel() for m in modules)
+
+
+def count_bytes(modules: Sequence[Any]) -> int:
+    """Bytes of the modules' weights and of their scales, if they are fp8."""
+    weights = [m.weight for m in modules]
+    scales = [getattr(m, "weight_scale_inv", None) for m in modules]
+    return sum(tensor.nbytes for tensor in weights + scales if tensor is not None)
+
+
+# ---- counted from the workload ------------------------------------------------------------------
 
 
 def sum_of_range(first: int, last: int) -> int:
@@ -98,16 +130,19 @@ def count_distinct_contexts(workload: Workload, num_decode_steps: int) -> int:
     return count_decode_contexts(workload) - workload.shared_prefix_len * repeated_reads
 
 
+def count_prefill_tokens(workload: Workload) -> int:
+    """Prompt tokens, those of the shared prefix only once."""
+    return workload.num_prompt_tokens - workload.shared_prefix_len * (len(workload.prompts) - 1)
+
+
 def count_prefill_flops(workload: Workload, cost: ModelCost) -> int:
     """2 per weight and token, causal attention, the LM head for last tokens; the prefix once."""
     prefix_len = workload.shared_prefix_len
-    num_prompts = len(workload.prompts)
-    num_tokens = workload.num_prompt_tokens - prefix_len * (num_prompts - 1)
     num_pairs = sum_of_range(1, prefix_len) + sum(
         sum_of_range(prefix_len + 1, len(prompt)) for prompt in workload.prompts
     )
-    linear = 2 * cost.layer_params * num_tokens + 2 * cost.head_params * num_prompts
-    return linear + cost.pair_flops * num_pairs
+    layer_flops = 2 * cost.layer_params * count_prefill_tokens(workload)
+    return layer_flops + 2 * cost.head_params * len(workload.prompts) + cost.pair_flops * num_pairs
 
 
 @dataclass(frozen=True)
@@ -117,22 +152,28 @@ class Hardware:
     bandwidth: float  # bytes/s
     matrix_rate: float  # bf16 FLOP/s
     num_devices: int = 1
+    fp8_matrix_rate: float | None = None  # FLOP/s; None where no product is in fp8
 
 
 def limit_seconds(
-    workload: Workload, cost: ModelCost, hardware: Hardware, num_decode_steps: int
+    workload: Workload, cost: ModelCost, hardware: Hardware, decode_batches: Sequence[int]
 ) -> float:
     """The time of the reads and products alone, one after the other, everything else free.
 
-    KV and weights that the decode steps read (as many steps as the engine made) at the measured
-    bandwidth, then the prefill's operations at the measured matrix rate. A shared prefix is
-    computed once and read once a step. Decode arithmetic could hide behind the reads: not counted.
+    KV and weights that the decode steps read (of `decode_batches` rows each, as the engine made
+    them) at the measured bandwidth, then the prefill's operations at the measured matrix rates: the
+    linear layers with fp8 weights at that of fp8. A shared prefix is computed once and read once a
+    step. Decode arithmetic could hide behind the reads: not counted.
     """
-    kv_bytes = cost.kv_bytes * count_distinct_contexts(workload, num_decode_steps)
-    read_bytes = kv_bytes + cost.weight_bytes * num_decode_steps
-    read_seconds = read_bytes / hardware.bandwidth
-    prefill_seconds = count_prefill_flops(workload, cost) / hardware.matrix_rate
-    return (read_seconds + prefill_seconds) / hardware.num_devices
+    kv_bytes = cost.kv_bytes * count_distinct_contexts(workload, len(decode_batches))
+    read_bytes = kv_bytes + sum(map(cost.decode_weight_bytes, decode_batches))
+    fp8_flops = 2 * cost.fp8_params * count_prefill_tokens(workload)
+    other_flops = count_prefill_flops(workload, cost) - fp8_flops
+    seconds = read_bytes / hardware.bandwidth + other_flops / hardware.matrix_rate
+    if fp8_flops:
+        assert hardware.fp8_matrix_rate is not None
+        seconds += fp8_flops / hardware.fp8_matrix_rate
+    return seconds / hardware.num_devices
 
 
 # ---- the device's own limits --------------------------------------------------------------------
@@ -175,10 +216,36 @@ def measure_matrix_rate(device: torch.device) -> float:
     return 2 * size**3 / seconds
 
 
+def measure_fp8_matrix_rate(device: torch.device) -> float | None:
+    """FLOP per second of an 8192^3 fp8 product with scales of rows, random values.
+
+    None on a device where the library has no fp8 products.
+    """
+    ops = select_ops("auto", device, torch.bfloat16, head_dim=128, compile_torch_ops=False)
+    if not ops.has_fp8_products:
+        return None
+    size = 8192
+    left, right = torch.empty(2, size, size, dtype=torch.bfloat16, device=device).normal_()
+    left, right = left.to(FP8_DTYPE), right.to(FP8_DTYPE).t()
+    ones = torch.ones(size, dtype=torch.float32, device=device)
+    scales = {"scale_a": ones.unsqueeze(1), "scale_b": ones.unsqueeze(0)}
+
+    def multiply() -> torch.Tensor:
+        return torch._scaled_mm(
+            left, right, **scales, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+
+    return 2 * size**3 / best_seconds(multiply, device, num_calls=10)
+
+
 def measure_hardware(device: torch.device, tensor_parallel_size: int) -> Hardware:
     """Measured on rank 0's device, whose memory is given back; CPU ranks share one device."""
-    num_devices = tensor_parallel_size if device.type == "cuda" else 1
-    hardware = Hardware(measure_bandwidth(device), measure_matrix_rate(device), num_devices)
+    hardware = Hardware(
+        bandwidth=measure_bandwidth(device),
+        matrix_rate=measure_matrix_rate(device),
+        num_devices=tensor_parallel_size if device.type == "cuda" else 1,
+        fp8_matrix_rate=measure_fp8_matrix_rate(device),
+    )
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

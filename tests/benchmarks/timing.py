@@ -133,9 +133,9 @@ def summarize(
     workload = run.workload
     prefills = [step for step in run.steps if step.num_tokens > 0]
     decodes = [step for step in run.steps if step.num_tokens < 0]
-    num_decoded = -sum(step.num_tokens for step in decodes)
+    decode_batches = [-step.num_tokens for step in decodes]
     kv_bytes = cost.kv_bytes * count_decode_contexts(workload)
-    limit = limit_seconds(workload, cost, hardware, len(decodes))
+    limit = limit_seconds(workload, cost, hardware, decode_batches)
     return RowResult(
         name=row.name,
         unit=row.unit,
@@ -145,7 +145,7 @@ def summarize(
         decode_seconds=sum(step.seconds for step in decodes),
         prefill_steps=len(prefills),
         decode_steps=len(decodes),
-        mean_decode_batch=num_decoded / len(decodes) if decodes else 0.0,
+        mean_decode_batch=sum(decode_batches) / len(decodes) if decodes else 0.0,
         prompt_tokens=workload.num_prompt_tokens,
         computed_prompt_tokens=sum(step.num_tokens for step in prefills),
         output_tokens=workload.num_output_tokens,

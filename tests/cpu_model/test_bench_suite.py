@@ -6,39 +6,34 @@ import json
 import math
 import sys
 import types
-from types import SimpleNamespace
 
 import bench_suite
 import pytest
 import torch
+import transformers
 from benchmarks import compare, limits, timing
 from benchmarks.engine_options import engine_settings
 from benchmarks.limits import Hardware, ModelCost
 from benchmarks.variants import VARIANTS, Variant, constants_set, settings_of
 from benchmarks.workloads import ROWS, Row, Workload, check_fits, workloads
 from engine_checks import tiny_engine
-from tiny_models import save_model
+from safetensors.torch import load_file
+from tiny_models import FAMILIES, save_family, save_model
 
 from nanovllm.config import Config
+from nanovllm.kernels.ops import FP8_DTYPE, select_ops
+from nanovllm.layers.context import ModelContext
+from nanovllm.layers.tensor_parallel import TensorParallel
+from nanovllm.models.registry import model_class
 
 SCALE = 0.05  # the least that leaves every row but prefill a decode step
-HARDWARE = Hardware(bandwidth=1e3, matrix_rate=1e4)
-CONFIG = SimpleNamespace(
-    hidden_size=3,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=5,
-    intermediate_size=7,
-    vocab_size=11,
-)
-# Products of one layer: q 3 x 20, k and v 3 x 10 each, o 20 x 3; gate, up and down 3 x 7 each.
-LAYER_PARAMS = 2 * (60 + 30 + 30 + 60 + 3 * 21)
+HARDWARE = Hardware(bandwidth=1e3, matrix_rate=1e4, fp8_matrix_rate=2e4)
+LAYER_PARAMS = 486
 COST = ModelCost(
     layer_params=LAYER_PARAMS,
     head_params=33,
-    pair_flops=2 * 4 * 20,
-    kv_bytes=2 * 2 * 10 * 4,
+    pair_flops=160,
+    kv_bytes=160,
     weight_bytes=(LAYER_PARAMS + 33) * 4,
 )
 
@@ -86,7 +81,8 @@ def test_steps_equal_those_of_a_step_loop(tiny_dir, async_scheduling):
     settings = {"async_scheduling": async_scheduling, "max_num_seqs": 4, "enforce_eager": True}
     draws = workloads(row, vocab_size=384)
     with tiny_engine(tiny_dir, **settings) as llm:
-        result = timing.measure_row(llm, row, 1, COST, HARDWARE)
+        cost = dataclasses.replace(COST, expert_bytes=10**6, expert_share=0.25)
+        result = timing.measure_row(llm, row, 1, cost, HARDWARE)
         assert "_commit" not in vars(llm)
         workload = next(draws)
         # Another repetition: new ids, or the cache could serve them, of the same lengths.
@@ -99,6 +95,8 @@ def test_steps_equal_those_of_a_step_loop(tiny_dir, async_scheduling):
     assert (result.prefill_steps, result.decode_steps) == (len(prefills), len(decodes))
     assert result.computed_prompt_tokens == sum(prefills) == workload.num_prompt_tokens
     assert result.mean_decode_batch == sum(decodes) / len(decodes)
+    assert len(set(decodes)) > 1
+    assert result.limit_seconds == limits.limit_seconds(workload, cost, HARDWARE, decodes)
     assert 0 < result.prefill_seconds < result.seconds
     assert result.prefill_seconds + result.decode_seconds <= result.seconds
     assert sum(decodes) == workload.num_output_tokens - len(workload.prompts)
@@ -121,39 +119,171 @@ def test_contexts_equal_those_of_the_sequences(tiny_dir):
     assert limits.count_decode_contexts(workload) == contexts > 0
 
 
-def test_costs_of_a_small_config():
-    assert ModelCost.of(CONFIG, itemsize=4) == COST
+# ---- what a model costs -------------------------------------------------------------------------
+
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "intermediate_size": 256,
+    "max_position_embeddings": 64,
+}
+DENSE: dict = {}
+MOE = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "mlp_only_layers": [1],
+}
+# Products of one layer: q 128 x 256, k and v 128 x 128 each, o 256 x 128; gate, up and down.
+ATTENTION = 2 * 128 * 256 + 2 * 128 * 128
+MLP = 3 * 128 * 256
+ROUTER, EXPERT = 8 * 128, 3 * 128 * 128
+HEAD = 128 * 128
+DENSE_PARAMS = 3 * (ATTENTION + MLP)
+# Layers 0 and 2 have experts.
+MOE_LINEARS = 3 * ATTENTION + MLP + 2 * ROUTER
+MOE_PARAMS = MOE_LINEARS + 2 * 2 * EXPERT
+
+
+def cost_of(sizes, fp8_scales=None, tp_size=1, kv_dtype=torch.bfloat16) -> tuple[ModelCost, list]:
+    """The cost of a model of 3 layers, and the model of each rank; fp8 as on Hopper."""
+    architecture = "Qwen3Moe" if sizes else "Qwen3"
+    hf_config = getattr(transformers, f"{architecture}Config")(**SIZES, **sizes)
+    device = torch.device("cpu")
+    ops = select_ops("torch", device, torch.bfloat16, 64, compile_torch_ops=False)
+    ops = dataclasses.replace(ops, has_fp8_products=True)
+    ranks = [
+        model_class([f"{architecture}ForCausalLM"])(
+            hf_config,
+            ModelContext(
+                ops,
+                TensorParallel(rank, tp_size),
+                torch.bfloat16,
+                device,
+                fp8_scales=fp8_scales,
+            ),
+        )
+        for rank in range(tp_size)
+    ]
+    return ModelCost.of(ranks[0], hf_config, kv_dtype, tp_size), ranks
+
+
+def test_cost_of_a_dense_model():
+    assert cost_of(DENSE)[0] == ModelCost(
+        layer_params=DENSE_PARAMS,
+        head_params=HEAD,
+        pair_flops=3 * 4 * 256,
+        kv_bytes=3 * 2 * 128 * 2,
+        weight_bytes=2 * (DENSE_PARAMS + HEAD),
+    )
+
+
+def test_cost_of_a_mixture_of_experts():
+    cost, _ = cost_of(MOE)
+    assert cost == ModelCost(
+        layer_params=MOE_PARAMS,
+        head_params=HEAD,
+        pair_flops=3 * 4 * 256,
+        kv_bytes=3 * 2 * 128 * 2,
+        weight_bytes=2 * (MOE_LINEARS + HEAD),
+        expert_bytes=2 * 2 * 8 * EXPERT,
+        expert_share=0.25,
+    )
+    # Of 8 experts in each of two layers, 2 and then 8 - 8 * (3/4)^2 = 3.5 are read.
+    for batch_size, num_experts in ((1, 2), (2, 3.5), (1000, 8)):
+        read = cost.decode_weight_bytes(batch_size) - cost.weight_bytes
+        assert read == pytest.approx(2 * 2 * num_experts * EXPERT)
+
+
+def test_cost_of_fp8_weights_with_scales_of_rows():
+    attention_rows, mlp_rows = 4 * 128 + 128, 2 * 256 + 128
+    cost, _ = cost_of(DENSE, "rows")
+    assert cost.layer_params == cost.fp8_params == DENSE_PARAMS
+    rows = 3 * (attention_rows + mlp_rows)
+    assert cost.weight_bytes == DENSE_PARAMS + 4 * rows + 2 * HEAD
+    cost, _ = cost_of(MOE, "rows")
+    assert (cost.layer_params, cost.fp8_params) == (MOE_PARAMS, MOE_PARAMS - 2 * ROUTER)
+    rows = 3 * attention_rows + mlp_rows
+    linears = MOE_LINEARS + 2 * ROUTER  # which keep 2 bytes
+    assert cost.weight_bytes == linears + 4 * rows + 2 * HEAD
+    assert cost.expert_bytes == 2 * 8 * (EXPERT + 4 * (2 * 128 + 128))
+
+
+def test_cost_of_an_fp8_checkpoint_whose_experts_are_dequantized():
+    attention_blocks, mlp_blocks = 4 + 2, 4 + 2
+    cost, _ = cost_of(DENSE, "blocks")
+    assert cost.layer_params == cost.fp8_params == DENSE_PARAMS
+    blocks = 3 * (attention_blocks + mlp_blocks)
+    assert cost.weight_bytes == DENSE_PARAMS + 4 * blocks + 2 * HEAD
+    cost, _ = cost_of(MOE, "blocks")
+    assert (cost.layer_params, cost.fp8_params) == (MOE_PARAMS, 3 * ATTENTION + MLP)
+    assert cost.expert_bytes == 2 * 2 * 8 * EXPERT
 
 
 def test_an_fp8_cache_has_a_byte_an_element_and_a_scale_a_head():
-    cost = ModelCost.of(CONFIG, itemsize=2, kv_itemsize=1, kv_scale_bytes=4)
-    assert cost.kv_bytes == 2 * 2 * 2 * (5 + 4)  # layers, K and V, heads
-    assert cost.weight_bytes == (LAYER_PARAMS + 33) * 2
+    cost, _ = cost_of(DENSE, kv_dtype=FP8_DTYPE)
+    assert cost.kv_bytes == 3 * 2 * 2 * (64 + 4)  # layers, K and V, heads
+    assert cost.weight_bytes == 2 * (DENSE_PARAMS + HEAD)
 
 
 def test_ranks_without_a_kv_head_of_their_own_hold_a_copy():
-    cost = ModelCost.of(CONFIG, itemsize=4, tp_size=4)
-    assert cost.kv_bytes == 2 * COST.kv_bytes
-    assert cost.layer_params == LAYER_PARAMS + 2 * (30 + 30)  # k and v once more, in two layers
-    assert ModelCost.of(CONFIG, itemsize=4, tp_size=2) == COST
+    cost, _ = cost_of(MOE, tp_size=4)
+    assert cost.kv_bytes == 2 * (3 * 2 * 128 * 2)
+    # k and v once more, and the routers three times.
+    copies = 3 * 2 * 128 * 128 + 3 * 2 * ROUTER
+    assert cost.layer_params == MOE_PARAMS + copies
+    one_rank, two_ranks = cost_of(DENSE)[0], cost_of(DENSE, tp_size=2)[0]
+    assert one_rank == two_ranks
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
-@pytest.mark.parametrize("tie_word_embeddings", [True, False])
-def test_costs_of_an_engine_are_those_of_its_tensors(tmp_path, kv_cache_dtype, tie_word_embeddings):
-    save_model(tmp_path / "m", tie_word_embeddings=tie_word_embeddings)
-    with tiny_engine(tmp_path / "m", kv_cache_dtype=kv_cache_dtype) as llm:
-        cost = ModelCost.of_engine(llm.config)
+@pytest.mark.parametrize("fp8_scales", [None, "rows", "blocks"])
+@pytest.mark.parametrize("sizes", [DENSE, MOE], ids=["dense", "moe"])
+def test_costs_of_ranks_are_those_of_all_their_matrices(sizes, fp8_scales):
+    cost, ranks = cost_of(sizes, fp8_scales, tp_size=4)
+    vectors = ("norm.weight", "bias", "embed_tokens.weight")
+    tensors = [
+        (name, p)
+        for rank in ranks
+        for name, p in rank.named_parameters()
+        if not name.endswith(vectors)
+    ]
+    assert sum(p.nbytes for _, p in tensors) == cost.weight_bytes + cost.expert_bytes
+    assert sum(p.nbytes for name, p in tensors if ".experts." in name) == cost.expert_bytes
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "qwen2", "llama2", "qwen3-moe-steps"])
+def test_costs_of_an_engine_are_those_of_its_checkpoint(tmp_path, name):
+    """Also with fp8 weights asked for, which keep the model's dtype on the CPU."""
+    if name in FAMILIES:
+        save_family(tmp_path / "m", name)
+    else:
+        save_model(tmp_path / "m", tie_word_embeddings=name == "tied")
+    sizes = {n: t.numel() for n, t in load_file(tmp_path / "m" / "model.safetensors").items()}
+    experts = sum(n for name, n in sizes.items() if ".experts." in name)
+    linears = sum(
+        n
+        for name, n in sizes.items()
+        if name.endswith(("_proj.weight", "mlp.gate.weight")) and ".experts." not in name
+    )
+    settings = {"kv_cache_dtype": "fp8", "quantization": "fp8"} if name == "tied" else {}
+    with tiny_engine(tmp_path / "m", enforce_eager=True, **settings) as llm:
+        cost = ModelCost.of_engine(llm)
         runner = llm.model_runner
         cache_bytes = runner.kv_cache.nbytes
         if runner.kv_scales is not None:
             cache_bytes += runner.kv_scales.nbytes
-        assert cost.kv_bytes * llm.config.num_kvcache_blocks * 256 == cache_bytes
-        embedding = runner.model.model.embed_tokens.weight
-        matrices = {id(p): p.nbytes for p in runner.model.parameters() if p.dim() == 2}
-        assert cost.weight_bytes == sum(matrices.values()) - (
-            0 if tie_word_embeddings else embedding.nbytes
-        )
+    assert cost.kv_bytes * llm.config.num_kvcache_blocks * 256 == cache_bytes
+    head = sizes["model.embed_tokens.weight"]
+    assert (cost.head_params, cost.weight_bytes) == (head, 4 * (linears + head))
+    assert (cost.expert_bytes, cost.fp8_params) == (4 * experts, 0)
+    assert cost.layer_params == linears + experts * 2 // 8
+
+
+# ---- what a workload costs ----------------------------------------------------------------------
 
 
 def test_counts_of_two_requests():
@@ -163,11 +293,23 @@ def test_counts_of_two_requests():
     flops = 2 * LAYER_PARAMS * 5 + 2 * 33 * 2 + 160 * pairs
     assert limits.count_prefill_flops(workload, COST) == flops
     read_bytes = 7 * COST.kv_bytes + 2 * COST.weight_bytes
-    seconds = limits.limit_seconds(workload, COST, HARDWARE, num_decode_steps=2)
+    seconds = limits.limit_seconds(workload, COST, HARDWARE, decode_batches=[1, 1])
     assert seconds == pytest.approx(read_bytes / 1e3 + flops / 1e4)
     two_devices = Hardware(bandwidth=1e3, matrix_rate=1e4, num_devices=2)
-    halved = limits.limit_seconds(workload, COST, two_devices, num_decode_steps=2)
+    halved = limits.limit_seconds(workload, COST, two_devices, decode_batches=[1, 1])
     assert halved == pytest.approx(seconds / 2)
+
+
+def test_the_limit_counts_experts_of_each_batch_and_fp8_products():
+    """Half of the experts for one row, 3/4 for two; the layers' products at two rates."""
+    workload = Workload([[1, 2], [3, 4, 5]], [3, 2], shared_prefix_len=0)
+    cost = dataclasses.replace(COST, fp8_params=400, expert_bytes=1000, expert_share=0.5)
+    assert [cost.decode_weight_bytes(n) - COST.weight_bytes for n in (1, 2)] == [500, 750]
+    read_bytes = (3 + 4 + 4) * 160 + 2 * COST.weight_bytes + 750 + 500
+    flops = 2 * (LAYER_PARAMS - 400) * 5 + 2 * 33 * 2 + 160 * 9
+    seconds = read_bytes / 1e3 + flops / 1e4 + 2 * 400 * 5 / 2e4
+    assert limits.limit_seconds(workload, cost, HARDWARE, [2, 1]) == pytest.approx(seconds)
+    assert limits.count_prefill_flops(workload, cost) == flops + 2 * 400 * 5
 
 
 def test_a_shared_prefix_is_computed_once_and_read_once_a_step():
@@ -217,7 +359,7 @@ def test_options_and_variants_reach_the_engine():
     arguments = (
         "--model m --variant no-overlap no-graphs torch no-prefix-caching --dtype float32 "
         "--tensor-parallel-size 2 --max-num-seqs 3 --kvcache-block-size 512 --device cpu "
-        "--gpu-memory-utilization 0.5 --load-format dummy"
+        "--gpu-memory-utilization 0.5 --load-format dummy --quantization fp8"
     )
     assert engine_settings(bench_suite.parse_arguments(arguments.split())) == {
         "load_format": "dummy",
@@ -226,6 +368,7 @@ def test_options_and_variants_reach_the_engine():
         "attention_backend": "torch",
         "enable_prefix_caching": False,
         "dtype": "float32",
+        "quantization": "fp8",
         "tensor_parallel_size": 2,
         "max_num_seqs": 3,
         "kvcache_block_size": 512,
