@@ -93,6 +93,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
+# As old checkpoints write it: changes to config.json, None for a field that is derived.
+OLD_CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen2": {"head_dim": None},
+    "llama2": {"head_dim": None},
+    "smollm2": {"head_dim": None, "rope_parameters": None, "rope_theta": 10000.0},
+}
+
 
 def save_tokenizer(directory: Path) -> None:
     """A byte-level BPE tokenizer with the special tokens and the chat template of Qwen."""
@@ -134,6 +141,7 @@ def save_model(
         "tie_word_embeddings": True,
         "initializer_range": 0.2,
         "eos_token_id": 2,
+        "pad_token_id": None,  # that of a family may be beyond this vocabulary
         "dtype": "float32",
     }
     family = getattr(transformers, architecture)
@@ -152,13 +160,9 @@ def save_model(
 
 
 def save_family(directory: Path, name: str) -> Path:
-    """The model FAMILIES[name], its config written as old checkpoints write it where they do."""
-    settings = FAMILIES[name]
-    save_model(directory, seed=len(name), **settings)
-    if settings.get("head_dim") == 8:  # what is derived if it is missing
-        edit_config(directory, head_dim=None)
-    if name == "smollm2":
-        edit_config(directory, rope_parameters=None, rope_theta=10000.0)
+    """The model FAMILIES[name], its config written as in OLD_CONFIGS if it is there."""
+    save_model(directory, seed=len(name), **FAMILIES[name])
+    edit_config(directory, **OLD_CONFIGS.get(name, {}))
     return directory
 
 
@@ -166,7 +170,8 @@ def edit_config(directory: Path, **changes: Any) -> None:
     """Change fields of config.json; None removes one."""
     path = directory / "config.json"
     config = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    removed = {name for name, value in changes.items() if value is None}
+    path.write_text(json.dumps({k: v for k, v in config.items() if k not in removed}))
 
 
 @torch.inference_mode()
@@ -175,8 +180,10 @@ def reference_greedy(directory: Path, prompts: list[list[int]], max_tokens: int)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     completions = []
     for prompt in prompts:
+        ids = torch.tensor([prompt])
         out = model.generate(
-            torch.tensor([prompt]),
+            ids,
+            attention_mask=torch.ones_like(ids),  # else a prompt's pad tokens are masked
             max_new_tokens=max_tokens,
             min_new_tokens=max_tokens,
             do_sample=False,

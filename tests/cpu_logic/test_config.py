@@ -382,10 +382,10 @@ def test_cuda_without_a_gpu_is_refused(model, monkeypatch):
     ("changes", "message"),
     [
         (
-            {"architectures": ["GemmaForCausalLM"]},
-            r"architectures \['GemmaForCausalLM'\] is not supported; supported: .*Qwen3ForCausalLM",
+            {"architectures": ["NoneForCausalLM"]},
+            r"architectures \['NoneForCausalLM'\] is not supported; supported: .*Qwen3ForCausalLM",
         ),
-        ({"architectures": ["Qwen3NextForCausalLM"]}, r"'Qwen3NextForCausalLM'\] is not supported"),
+        ({"architectures": ["Qwen3NoneForCausalLM"]}, r"'Qwen3NoneForCausalLM'\] is not supported"),
         ({"architectures": []}, r"architectures \[\] is not supported"),
         ({"architectures": None}, r"architectures \[\] is not supported"),
         (

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import CONFIG_MAPPING
 
 from nanovllm import ArgumentError
 from nanovllm.config import Config
@@ -52,10 +53,9 @@ def test_every_family_has_its_class_and_a_short_file(architecture):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_head_dim_is_derived_where_the_file_lacks_it(architecture, tmp_path):
-    has_default = architecture == "Qwen3ForCausalLM"  # 128, as in transformers
-    assert config_of(tmp_path, raw_config(architecture)).hf_config.head_dim == (
-        128 if has_default else 16
-    )
+    of_transformers = CONFIG_MAPPING[ARCHITECTURES[architecture][0]](**SIZES)
+    expected = getattr(of_transformers, "head_dim", None) or 64 // 4  # Qwen3's default is 128
+    assert config_of(tmp_path, raw_config(architecture)).hf_config.head_dim == expected
     given = config_of(tmp_path, raw_config(architecture, head_dim=24))
     assert given.hf_config.head_dim == 24
 
@@ -73,8 +73,8 @@ def test_a_head_dim_that_is_no_size_is_refused(head_dim, tmp_path):
         ({"architectures": "LlamaForCausalLM"}, "architectures LlamaForCausalLM is not supported"),
         ({"architectures": {"a": 1}}, "architectures {'a': 1} is not supported"),
         ({"architectures": [["LlamaForCausalLM"]]}, "is not supported"),
-        ({"architectures": ["Gemma2ForCausalLM"]}, r"\['Gemma2ForCausalLM'\] is not supported"),
-        ({"model_type": "gemma"}, "with model_type 'gemma' is not supported; the model_type of"),
+        ({"architectures": ["NoSuchForCausalLM"]}, r"\['NoSuchForCausalLM'\] is not supported"),
+        ({"model_type": "nosuch"}, "with model_type 'nosuch' is not supported; the model_type of"),
         ({"model_type": None}, "with model_type None is not supported"),
         ({"model_type": ["llama"]}, r"with model_type \['llama'\] is not supported"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "type 'dynamic' is not supported"),

