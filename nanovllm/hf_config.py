@@ -106,6 +106,8 @@ def _override(raw: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
         rope = {**_rope_parameters(raw), **_rope_parameters(fields)}
         merged = {name: merged[name] for name in merged if name not in ROPE_FIELDS}
         merged["rope_parameters"] = rope
+        if "original_max_position_embeddings" in _rope_parameters(fields):
+            merged.pop("original_max_position_embeddings", None)  # which would win
     if "num_hidden_layers" in fields and "layer_types" not in fields:
         merged.pop("layer_types", None)  # one entry for each layer: derived anew
     return merged

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from nanovllm.engine.model_runner import ModelRunner
     from nanovllm.llm import LLM
 
-LAST_TOKEN = "pooling_mode_lasttoken"
+MODE, LAST_TOKEN = "pooling_mode_", "lasttoken"
 SMALLEST_NORM = 1e-12  # a vector of zeros stays one
 QUESTION_BEFORE = (
     "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and "
@@ -97,18 +97,23 @@ def _pool(
 
 
 def _check_pooling_mode(path: str) -> None:
-    """ArgumentError if the file, that of sentence-transformers, asks for another token's state."""
+    """ArgumentError if the file, that of sentence-transformers, does not ask for the last token.
+
+    Older versions have a field for each mode; newer ones `pooling_mode`, whose default is "mean".
+    """
     if not os.path.isfile(path):
         return
     try:
         with open(path, encoding="utf-8") as file:
-            modes = [name for name, value in json.load(file).items() if value is True]
+            fields = json.load(file)
+        mode = fields.get("pooling_mode", [])
     except (OSError, ValueError, AttributeError) as error:
         raise ArgumentError(f"cannot read {path}: {error}") from error
-    others = [name for name in modes if name.startswith("pooling_mode_") and name != LAST_TOKEN]
-    if others:
+    modes = list(mode) if isinstance(mode, list) else [mode]
+    modes += [n.removeprefix(MODE) for n, v in fields.items() if n.startswith(MODE) and v is True]
+    if modes != [LAST_TOKEN]:
         raise ArgumentError(
-            f"{path}: {', '.join(others)} is not supported; supported: {LAST_TOKEN}"
+            f"{path}: pooling {modes or 'mean'} is not supported; supported: last token"
         )
 
 

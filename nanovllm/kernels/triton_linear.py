@@ -23,11 +23,11 @@ from nanovllm.kernels.triton_tiled_linear import LinearTile, tiled_linear
 BLOCK_N = 64  # weight rows of a program: the rows of Hopper's smallest matrix instruction
 BLOCK_K = 512  # weight columns of a program: with BLOCK_N 64 KiB, so two programs share an SM
 NUM_WARPS = 4
-# Tokens -> the most programs with which this kernel wins over cuBLAS, measured on an H200 with
-# Qwen3-0.6B (96 programs: down, 128: QKV, 192: gate and up), beyond 264 `tiled_linear`; see
-# tests/gpu/bench_linear.py.
+# Tokens -> the most programs with which this kernel wins over cuBLAS and over `tiled_linear`,
+# measured on an H200: Qwen3-0.6B has 96 for down, 128 for QKV, 192 for gate and up, larger models
+# 256 and more; see tests/gpu/bench_linear.py.
 MAX_PROGRAMS = {16: 264, 32: 264, 64: 132, 128: 96}
-# Larger weights are multiplied in tiles of a loop, for so many tokens and rows at most.
+# Other weights are multiplied in tiles of a loop, for so many tokens and rows at most.
 MAX_TILED_TOKENS = 32
 MAX_TILED_ROWS = 32768
 SPLIT_LINEAR = True  # off for an ablation
@@ -85,7 +85,7 @@ def _split_linear_kernel(
 def choose_block_m(num_tokens: int, n: int, k: int, dtype: torch.dtype) -> int | None:
     """Padded number of tokens for x [num_tokens, k] and weight [n, k]; None: not by `split_linear`.
 
-    Larger weights are left to `tiled_linear` or cuBLAS.
+    Other products are left to `tiled_linear` or cuBLAS.
     """
     if not SPLIT_LINEAR or dtype == torch.float32 or k % BLOCK_K:
         return None

@@ -1,7 +1,8 @@
 """A product with a weight matrix in tiles, as a Triton kernel for Hopper: bf16, float16 or fp8.
 
-A program loops over tiles of x and of the weight, which bulk copies fetch ahead. Where K is split,
-the parts are left unsummed, as those of triton_linear.py.
+Few tokens are bound by the weights' bandwidth, 128 by what the multiprocessors can fetch: a program
+loops over tiles of x and of the weight, which bulk copies fetch ahead. Where K is split, the parts
+are left unsummed, as those of triton_linear.py.
 """
 
 from typing import NamedTuple
@@ -151,7 +152,7 @@ def tiled_linear(
         blocks_per_part,
         n,
         num_blocks,
-        x_scales.stride(1) if by_blocks and x_scales is not None else 0,
+        x_scales.stride(1) if x_scales is not None else 0,
         BY_BLOCKS=by_blocks,
         FP8_BLOCK=FP8_BLOCK,
         GROUP_M=GROUP_M,

@@ -19,7 +19,7 @@ MAX_NAMES_IN_ERROR = 8
 SINGLE_FILE = "model.safetensors"
 LM_HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
-NUM_COMPARED_ROWS = 64
+COMPARED_ROWS = 8192  # of the vocabulary at a time
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, FP8_DTYPE)
 # What `load_tensor` has been asked for: mixtures of experts have tens of thousands of tensors.
 _EXPECTED: "WeakKeyDictionary[nn.Module, dict[str, tuple[Parameter, Shard]]]" = WeakKeyDictionary()
@@ -53,13 +53,16 @@ class SafetensorsCheckpoint:
         self.directory = directory
         self._files: dict[str, str] = {}  # tensor name -> file name
         self._handles = {}
-        for file_name in self._file_names():
+        index = self._index()
+        for file_name in sorted(set(index.values())) or self._all_files():
             path = os.path.join(directory, file_name)
             try:
                 self._handles[file_name] = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise ArgumentError(f"cannot read {path}: {error}") from error
             for name in self._handles[file_name].keys():  # noqa: SIM118 (not a dict)
+                if index.get(name, file_name) != file_name:
+                    continue
                 other = self._files.setdefault(name, file_name)
                 if other != file_name:
                     raise ArgumentError(
@@ -67,27 +70,34 @@ class SafetensorsCheckpoint:
                     )
         self.is_bare = "embed_tokens.weight" in self._files
 
-    def _file_names(self) -> list[str]:
+    def _index(self) -> dict[str, str]:
+        """Tensor name -> file name; {} if there is no index."""
         if os.path.isfile(os.path.join(self.directory, SINGLE_FILE)):
-            return [SINGLE_FILE]
-        index_path = os.path.join(self.directory, "model.safetensors.index.json")
-        if os.path.isfile(index_path):
-            try:
-                with open(index_path, encoding="utf-8") as file:
-                    return sorted(set(json.load(file)["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ArgumentError(f"cannot read {index_path}: {error!r}") from error
+            return {}
+        path = os.path.join(self.directory, "model.safetensors.index.json")
+        if not os.path.isfile(path):
+            return {}
+        try:
+            with open(path, encoding="utf-8") as file:
+                return dict(json.load(file)["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArgumentError(f"cannot read {path}: {error!r}") from error
+
+    def _all_files(self) -> list[str]:
+        """model.safetensors, else all files."""
         found = sorted(n for n in os.listdir(self.directory) if n.endswith(".safetensors"))
         if not found:
             raise ArgumentError(
                 f"model directory {self.directory!r} holds no *.safetensors file "
                 "(load_format='dummy' runs on random weights)"
             )
-        return found
+        return [SINGLE_FILE] if SINGLE_FILE in found else found
 
     def names(self) -> set[str]:
         """See `Checkpoint`."""
-        return {f"model.{name}" if self.is_bare else name for name in self._files}
+        if not self.is_bare:
+            return set(self._files)
+        return {name if name == LM_HEAD else f"model.{name}" for name in self._files}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See `Checkpoint`."""
@@ -165,7 +175,8 @@ def load_model(model: nn.Module, directory: str, load_format: str, std: float = 
         the head is zero then.
 
     Raises:
-        ArgumentError: names the tensors that are missing, unexpected or of the wrong shape.
+        ArgumentError: names the tensors that are missing, unexpected or of the wrong shape, or an
+            LM head that differs from the embedding that it should be.
     """
     expected = expected_tensors(model)
     checkpoint: Checkpoint
@@ -181,7 +192,7 @@ def load_model(model: nn.Module, directory: str, load_format: str, std: float = 
     where = f"model directory {directory!r}"
     if LM_HEAD in checkpoint.names() and LM_HEAD not in expected:
         if EMBEDDING in checkpoint.names():
-            _check_tied(checkpoint, where)
+            _check_tied(checkpoint, expected[EMBEDDING][1].source[0], where)
         else:  # saved once, by the other name
             expected[LM_HEAD] = expected.pop(EMBEDDING)
     _check_names(expected.keys(), checkpoint.names(), where)
@@ -212,14 +223,16 @@ def is_ignored(name: str) -> bool:
     return name == LM_HEAD or name.endswith("rotary_emb.inv_freq")
 
 
-def _check_tied(checkpoint: Checkpoint, where: str) -> None:
-    """ArgumentError if the LM head differs from the embedding; some rows of each are compared."""
+def _check_tied(checkpoint: Checkpoint, rows: slice, where: str) -> None:
+    """ArgumentError if these rows of the LM head differ from those of the embedding."""
     num_rows, width = checkpoint.shape(EMBEDDING)
-    step = max(1, num_rows // NUM_COMPARED_ROWS)
-    rows = [(slice(row, row + 1), slice(0, width)) for row in range(0, num_rows, step)]
-    if checkpoint.shape(LM_HEAD) != (num_rows, width) or not all(
-        torch.equal(checkpoint.read(EMBEDDING, row), checkpoint.read(LM_HEAD, row)) for row in rows
-    ):
+    same = checkpoint.shape(LM_HEAD) == (num_rows, width)
+    for start in range(rows.start, rows.stop, COMPARED_ROWS) if same else ():
+        part = slice(start, min(start + COMPARED_ROWS, rows.stop)), slice(0, width)
+        same = same and torch.equal(
+            checkpoint.read(EMBEDDING, part), checkpoint.read(LM_HEAD, part)
+        )
+    if not same:
         raise ArgumentError(
             f"{where}: {LM_HEAD} differs from the embedding, but its config says "
             "tie_word_embeddings; hf_overrides={'tie_word_embeddings': False} uses both"

@@ -23,12 +23,15 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": ("qwen3", "nanovllm.models.qwen3"),
     "Qwen3MoeForCausalLM": ("qwen3_moe", "nanovllm.models.qwen3_moe"),
 }
-# What changes a model's results and no family here implements: fields unless they are false, null,
-# 0 or empty; those with "softcap" in their names likewise; and factors other than 1.
+# What changes a model's results and no family here implements: `is_causal` if it is false; fields,
+# also those with a word in their names, unless they are false, null, 0 or empty; factors beside 1.
 UNSUPPORTED_FIELDS = ("use_sliding_window", "use_mrope", "rope_interleaved", "alibi")
 UNSUPPORTED_WORDS = ("softcap", "soft_cap")
 FACTORS = (
-    *("logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier"),
+    "logit_scale",
+    "logits_scaling",
+    "embedding_multiplier",
+    "residual_multiplier",
     "attention_multiplier",
 )
 
@@ -66,8 +69,9 @@ def _check_dual_chunk(fields: Any, path: str) -> None:
     where = f"{path}: dual_chunk_attention_config"
     if not isinstance(fields, Mapping):
         raise ArgumentError(f"{where} must be an object, got {fields!r}")
-    for name in ("chunk_size", "local_size"):
-        check_integer(f"{where}: {name}", fields.get(name), minimum=1)
+    check_integer(f"{where}: chunk_size", fields.get("chunk_size"), minimum=2)
+    maximum = fields["chunk_size"] - 1
+    check_integer(f"{where}: local_size", fields.get("local_size"), minimum=1, maximum=maximum)
 
 
 def full_attention_limit(hf_config: "PretrainedConfig") -> tuple[int, str] | None:
@@ -76,13 +80,15 @@ def full_attention_limit(hf_config: "PretrainedConfig") -> tuple[int, str] | Non
     Dual chunk attention (An et al. 2024, arXiv 2402.17463) is full attention within the first
     chunk.
     """
+    limits = []
     window = getattr(hf_config, "sliding_window", None)
     if window is not None:
-        return window, "sliding_window"
+        limits.append((window, "sliding_window"))
     chunks = getattr(hf_config, "dual_chunk_attention_config", None)
     if chunks is not None:
-        return chunks["chunk_size"] - chunks["local_size"], "first chunk of dual chunk attention"
-    return None
+        first_chunk = chunks["chunk_size"] - chunks["local_size"]
+        limits.append((first_chunk, "first chunk of dual chunk attention"))
+    return min(limits, default=None)
 
 
 def _is_unsupported(name: str, value: Any) -> bool:

@@ -87,7 +87,11 @@ def test_a_head_dim_that_is_no_size_is_refused(head_dim, tmp_path):
         ({"embedding_multiplier": 12.0}, "embedding_multiplier=12.0 is not supported"),
         ({"is_causal": False}, "is_causal=false is not supported"),
         ({"use_mrope": True}, "use_mrope=true is not supported"),
-        ({"dual_chunk_attention_config": {"chunk_size": 8}}, "local_size must be an integer >= 1"),
+        ({"dual_chunk_attention_config": {"chunk_size": 8}}, "local_size must be an integer betw"),
+        (
+            {"dual_chunk_attention_config": {"chunk_size": 8, "local_size": 8}},
+            "local_size must be between 1 and 7, got 8",
+        ),
         ({"dual_chunk_attention_config": 8192}, "dual_chunk_attention_config must be an object"),
         ({"original_max_position_embeddings": "64"}, "_embeddings must be an integer >= 1"),
         ({"use_sliding_window": True}, "use_sliding_window=true is not supported"),
@@ -153,6 +157,9 @@ def test_dual_chunk_attention_is_full_attention_in_its_first_chunk(tmp_path):
     assert config_of(tmp_path, raw, max_model_len=1536).max_model_len == 1536
     with refused(r"max_model_len \(1537\) must be <= the model's first chunk of .* \(1536\)"):
         config_of(tmp_path, raw, max_model_len=1537)
+    both = raw_config("LlamaForCausalLM", dual_chunk_attention_config=chunks, sliding_window=4096)
+    with refused(r"the model's first chunk of .* \(1536\)"):
+        config_of(tmp_path, both, max_model_len=1537)
 
 
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])

@@ -70,6 +70,9 @@ def test_original_positions_beside_the_rope_parameters_win(rope, tmp_path):
     torch.testing.assert_close(frequencies, reference.inv_freq, rtol=1e-6, atol=0)
     assert scale == pytest.approx(reference.attention_scaling, rel=1e-12)
     assert max_positions(hf_config) == (4096 if rope is LLAMA3 else 4 * 64)
+    override = {"rope_scaling": {"original_max_position_embeddings": 512}}
+    overridden = read_hf_config(str(tmp_path), override)
+    assert overridden.rope_parameters["original_max_position_embeddings"] == 512
 
 
 def test_unscaled_angles_are_the_definition():

@@ -58,3 +58,22 @@ def test_quantize_rows(group: int | None) -> None:
         assert (values[:, part].float() != expected.float()).float().mean() < 0.1
     assert values[1, 7].float() == -FP8_MAX and (values[3].float() == 0).all()
     assert (scales[3] == 1).all()
+
+
+def test_who_multiplies() -> None:
+    """Our tiles, or torch (None), which asks for whole blocks and a multiple of four of them."""
+
+    def block_m(num_tokens: int, n: int, k: int, by_blocks: bool) -> int | None:
+        scales = torch.empty((1, 1) if by_blocks else (1,), device="meta")
+        weight = torch.empty(n, k, dtype=FP8_DTYPE, device="meta")
+        tile = triton_fp8_linear.choose_tile(num_tokens, weight, scales)
+        return tile and tile.block_m
+
+    for tokens, expected in ((1, 16), (16, 16), (17, 32), (64, 64), (65, 128), (129, None)):
+        assert block_m(tokens, 6144, 4096, by_blocks=False) == expected
+    assert block_m(256, 4096, 4096, by_blocks=False) == 128
+    assert block_m(257, 4096, 4096, by_blocks=False) is None
+    for tokens, expected in ((1, 16), (64, 64), (65, None), (5000, None)):
+        assert block_m(tokens, 6144, 4096, by_blocks=True) == expected
+    assert block_m(5000, 6144, 4096 + 128, by_blocks=True) == 128
+    assert block_m(5000, 6144 + 64, 4096, by_blocks=True) == 128

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from nanovllm.kernels import torch_ops, triton_tiled_linear
 from nanovllm.kernels.ops import PartialSums
 from nanovllm.kernels.triton_activation import silu_and_mul
-from nanovllm.kernels.triton_linear import split_linear
+from nanovllm.kernels.triton_linear import choose_block_m, choose_tile, split_linear
 from nanovllm.kernels.triton_norm import add_rms_norm
 from nanovllm.kernels.triton_tiled_linear import LinearTile, tiled_linear
 
@@ -54,3 +54,24 @@ def test_ops_add_up_parts() -> None:
         torch.testing.assert_close(
             silu_and_mul(parts), torch_ops.silu_and_mul(whole), rtol=2e-3, atol=2e-3
         )
+
+
+def test_who_multiplies() -> None:
+    """One tile a program, a loop over tiles, or cuBLAS (None, None)."""
+
+    def chosen(num_tokens: int, n: int, k: int, dtype=torch.bfloat16) -> tuple[int | None, bool]:
+        block_m = choose_block_m(num_tokens, n, k, dtype)
+        return block_m, choose_tile(num_tokens, n, k, dtype) is not None
+
+    assert chosen(1, 6144, 1024) == (16, True)  # Qwen3-0.6B's gate and up: 192 programs
+    assert chosen(32, 6144, 1024) == (32, True)
+    assert chosen(64, 4096, 1024) == (64, False)
+    assert chosen(64, 6144, 1024) == (None, False)
+    assert chosen(1, 6144, 4096) == (None, True)  # Qwen3-8B's QKV: 768 programs
+    assert chosen(33, 6144, 4096) == (None, False)
+    assert chosen(1, 1152, 896) == (None, True)  # no multiple of 512 columns
+    assert chosen(1, 151936, 1024) == (None, False)
+    assert chosen(1, 6144, 1024, torch.float32) == (None, False)
+    assert chosen(1, 100, 1025) == (None, False)  # rows that bulk copies cannot fetch
+    assert choose_tile(1, 4096, 12288, torch.bfloat16).block_k == 256
+    assert choose_tile(17, 4096, 12288, torch.bfloat16).block_m == 32

@@ -348,13 +348,19 @@ def test_models_that_cannot_be_asked(tiny_dir):
 def test_other_poolings_of_sentence_transformers_are_refused(llm, model_dir):
     path = model_dir / "1_Pooling" / "config.json"
     path.parent.mkdir()
-    modes = {"word_embedding_dimension": 64, "pooling_mode_lasttoken": True, "include_prompt": True}
+    last = {"pooling_mode_cls_token": False, "pooling_mode_lasttoken": True}
+    mean = {"pooling_mode_mean_tokens": True, "pooling_mode_lasttoken": False}
+    both = {"pooling_mode_mean_tokens": True, "pooling_mode_lasttoken": True}
+    others = [mean, both, {"pooling_mode": "mean"}, {"pooling_mode": ["lasttoken", "cls"]}, {}]
     try:
-        path.write_text(json.dumps(modes | {"pooling_mode_mean_tokens": False}))
-        assert len(llm.embed(["some words"], use_tqdm=False)) == 1
-        for other in ({"pooling_mode_mean_tokens": True}, {"pooling_mode_cls_token": True}):
-            path.write_text(json.dumps(modes | {"pooling_mode_lasttoken": False} | other))
-            with pytest.raises(ArgumentError, match=f"{next(iter(other))} is not supported"):
+        for fields in (last, {"pooling_mode": "lasttoken"}, {"pooling_mode": ["lasttoken"]}):
+            path.write_text(
+                json.dumps(fields | {"embedding_dimension": 64, "include_prompt": True})
+            )
+            assert len(llm.embed(["some words"], use_tqdm=False)) == 1
+        for fields in others:
+            path.write_text(json.dumps(fields | {"embedding_dimension": 64}))
+            with pytest.raises(ArgumentError, match="is not supported; supported: last token"):
                 llm.embed(["some words"], use_tqdm=False)
         path.write_text("{")
         with pytest.raises(ArgumentError, match=r"cannot read .*1_Pooling"):

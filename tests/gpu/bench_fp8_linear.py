@@ -1,7 +1,7 @@
 """Micro-benchmark of linear layers with fp8 weights, by hand: python tests/gpu/bench_fp8_linear.py
 
 Microseconds of a product at Qwen3-8B's shapes, several distinct weights in a CUDA graph: bfloat16
-against fp8 with scales of rows and of blocks, each as the layers choose and by each kernel alone.
+against fp8 with scales of rows and of blocks, as the layers choose and by torch's product.
 `TILES` in kernels/triton_fp8_linear.py follows from these tables.
 """
 

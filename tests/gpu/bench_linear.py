@@ -7,10 +7,12 @@ from this table; `--tiles` compares tiles of `tiled_linear`.
 """
 
 import argparse
+import contextlib
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+import triton
 
 from nanovllm.kernels import triton_linear
 from nanovllm.kernels.ops import Product
@@ -167,10 +169,13 @@ def in_tiles(tile: LinearTile) -> Linear:
 
 
 def compare_tiles(layers: Layers, num_tokens: int, block_m: int) -> None:
-    """Times of `tiled_linear` with each of CANDIDATES, the best first."""
+    """Times of `tiled_linear` with each of CANDIDATES that fits, the best first."""
     for name in layers.shapes:
-        tiles = [LinearTile(block_m, *rest) for rest in CANDIDATES]
-        times = [(layers.time_product(name, in_tiles(tile)), tuple(tile)) for tile in tiles]
+        times = []
+        for rest in CANDIDATES:
+            tile = LinearTile(min(block_m, 128), *rest)
+            with contextlib.suppress(triton.runtime.errors.OutOfResources):
+                times.append((layers.time_product(name, in_tiles(tile)), tuple(tile)))
         best = [f"{time:.2f} {tile}".replace(", ", ",") for time, tile in sorted(times)]
         print(f"T={num_tokens:<4} {name}", *best, flush=True)
 
