@@ -79,9 +79,12 @@ class SafetensorsCheckpoint:
             return {}
         try:
             with open(path, encoding="utf-8") as file:
-                return dict(json.load(file)["weight_map"])
+                index = dict(json.load(file)["weight_map"])
         except (ValueError, KeyError, TypeError) as error:
             raise ArgumentError(f"cannot read {path}: {error!r}") from error
+        if not all(isinstance(name, str) for name in index.values()):
+            raise ArgumentError(f"cannot read {path}: weight_map must hold names of files")
+        return index
 
     def _all_files(self) -> list[str]:
         """model.safetensors, else all files."""

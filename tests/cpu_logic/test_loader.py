@@ -221,7 +221,7 @@ def test_index_that_names_a_file_which_never_was_is_refused(tied, tmp_path):
         load(directory)
 
 
-@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": 3}'])
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
 def test_damaged_index_is_named(text, tied, tmp_path):
     directory = edited(tied, tmp_path, lambda tensors: None)
     (directory / "model.safetensors").rename(directory / "model-00001.safetensors")
