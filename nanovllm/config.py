@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nanovllm.errors import ArgumentError, check_bool, check_choice, check_integer, check_number
 from nanovllm.hf_config import read_hf_config
+from nanovllm.models.attention_config import full_attention_limit
 from nanovllm.models.moe_config import check_experts
 from nanovllm.models.quantization_config import has_block_scales
-from nanovllm.models.registry import full_attention_limit
 from nanovllm.models.rope_config import max_positions
 
 if TYPE_CHECKING:

@@ -53,8 +53,8 @@ class SafetensorsCheckpoint:
         self.directory = directory
         self._files: dict[str, str] = {}  # tensor name -> file name
         self._handles = {}
-        index = self._index()
-        for file_name in sorted(set(index.values())) or self._all_files():
+        file_names, index = self._choose_files()
+        for file_name in file_names:
             path = os.path.join(directory, file_name)
             try:
                 self._handles[file_name] = safe_open(path, framework="pt")
@@ -70,10 +70,22 @@ class SafetensorsCheckpoint:
                     )
         self.is_bare = "embed_tokens.weight" in self._files
 
-    def _index(self) -> dict[str, str]:
+    def _choose_files(self) -> tuple[list[str], dict[str, str]]:
+        """The files to read, and which tensor is in which of them where an index says so."""
+        found = sorted(n for n in os.listdir(self.directory) if n.endswith(".safetensors"))
+        if SINGLE_FILE in found:
+            return [SINGLE_FILE], {}
+        if index := self._read_index():
+            return sorted(set(index.values())), index
+        if not found:
+            raise ArgumentError(
+                f"model directory {self.directory!r} holds no *.safetensors file "
+                "(load_format='dummy' runs on random weights)"
+            )
+        return found, {}
+
+    def _read_index(self) -> dict[str, str]:
         """Tensor name -> file name; {} if there is no index."""
-        if os.path.isfile(os.path.join(self.directory, SINGLE_FILE)):
-            return {}
         path = os.path.join(self.directory, "model.safetensors.index.json")
         if not os.path.isfile(path):
             return {}
@@ -85,16 +97,6 @@ class SafetensorsCheckpoint:
         if not all(isinstance(name, str) for name in index.values()):
             raise ArgumentError(f"cannot read {path}: weight_map must hold names of files")
         return index
-
-    def _all_files(self) -> list[str]:
-        """model.safetensors, else all files."""
-        found = sorted(n for n in os.listdir(self.directory) if n.endswith(".safetensors"))
-        if not found:
-            raise ArgumentError(
-                f"model directory {self.directory!r} holds no *.safetensors file "
-                "(load_format='dummy' runs on random weights)"
-            )
-        return [SINGLE_FILE] if SINGLE_FILE in found else found
 
     def names(self) -> set[str]:
         """See `Checkpoint`."""

@@ -5,13 +5,12 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.errors import ArgumentError, check_integer
+from nanovllm.errors import ArgumentError
+from nanovllm.models.attention_config import check_attention
 from nanovllm.models.quantization_config import check_quantization
 from nanovllm.models.rope_config import check_rope
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
     from nanovllm.models.base import CausalLM
 
 # architecture -> (model_type, module); the module's class of that name is imported when the model
@@ -48,47 +47,11 @@ def check_supported(raw_config: Mapping[str, Any], path: str) -> None:
     for name, value in raw_config.items():
         if _is_unsupported(name, value):
             raise ArgumentError(f"{path}: {name}={json.dumps(value)} is not supported")
-    if raw_config.get("sliding_window") is not None:  # `Config` compares it with max_model_len
-        check_integer(f"{path}: sliding_window", raw_config["sliding_window"], minimum=1)
-    _check_dual_chunk(raw_config.get("dual_chunk_attention_config"), path)
-    layer_types = raw_config.get("layer_types") or []
-    if not isinstance(layer_types, list) or any(t != "full_attention" for t in layer_types):
-        raise ArgumentError(
-            f"{path}: layer_types {layer_types!r} is not supported; supported: full_attention"
-        )
+    check_attention(raw_config, path)
     check_quantization(raw_config, path)
     hidden_act = raw_config.get("hidden_act", "silu")
     if hidden_act != "silu":
         raise ArgumentError(f"{path}: hidden_act {hidden_act!r} is not supported; supported: silu")
-
-
-def _check_dual_chunk(fields: Any, path: str) -> None:
-    """`full_attention_limit` must be able to read them."""
-    if fields is None:
-        return
-    where = f"{path}: dual_chunk_attention_config"
-    if not isinstance(fields, Mapping):
-        raise ArgumentError(f"{where} must be an object, got {fields!r}")
-    check_integer(f"{where}: chunk_size", fields.get("chunk_size"), minimum=2)
-    maximum = fields["chunk_size"] - 1
-    check_integer(f"{where}: local_size", fields.get("local_size"), minimum=1, maximum=maximum)
-
-
-def full_attention_limit(hf_config: "PretrainedConfig") -> tuple[int, str] | None:
-    """Tokens of the longest sequence that full attention is right for, and why; None: any.
-
-    Dual chunk attention (An et al. 2024, arXiv 2402.17463) is full attention within the first
-    chunk.
-    """
-    limits = []
-    window = getattr(hf_config, "sliding_window", None)
-    if window is not None:
-        limits.append((window, "sliding_window"))
-    chunks = getattr(hf_config, "dual_chunk_attention_config", None)
-    if chunks is not None:
-        first_chunk = chunks["chunk_size"] - chunks["local_size"]
-        limits.append((first_chunk, "first chunk of dual chunk attention"))
-    return min(limits, default=None)
 
 
 def _is_unsupported(name: str, value: Any) -> bool:

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from bench_linear import microseconds
+from graph_timing import microseconds
 
 from nanovllm.kernels import triton_fp8_linear, triton_linear
 from nanovllm.kernels.ops import FP8_BLOCK, PartialSums, Product

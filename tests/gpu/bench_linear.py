@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 import triton
+from graph_timing import microseconds
 
 from nanovllm.kernels import triton_linear
 from nanovllm.kernels.ops import Product
@@ -42,24 +43,6 @@ Linear = Callable[[torch.Tensor, torch.Tensor], Product]
 
 def randn(*shape: int) -> torch.Tensor:
     return torch.empty(shape, device="cuda", dtype=DTYPE).normal_()
-
-
-def microseconds(run_layers: Callable[[], None], num_layers: int) -> float:
-    """Mean time of one layer, all layers in one CUDA graph."""
-    run_layers()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run_layers()
-    for _ in range(3):
-        graph.replay()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(10):
-        graph.replay()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) * 1e3 / 10 / num_layers
 
 
 class Layers:

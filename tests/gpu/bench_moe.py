@@ -11,6 +11,7 @@ import argparse
 
 import torch
 import triton
+from graph_timing import microseconds
 
 from nanovllm.kernels import torch_ops
 from nanovllm.kernels.ops import FP8_DTYPE
@@ -74,23 +75,7 @@ class Layers:
         num_active = sum(
             (x @ router.t()).topk(TOP_K).indices.unique().numel() for router, _, _ in self.weights
         )
-        return microseconds(forward) / NUM_LAYERS, num_active / NUM_LAYERS
-
-
-def microseconds(run) -> float:
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    graph.replay()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(5):
-        graph.replay()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) * 1e3 / 5
+        return microseconds(forward, NUM_LAYERS), num_active / NUM_LAYERS
 
 
 def candidates(num_tokens: int, dtype: torch.dtype) -> list[Tiles]:

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable
 
 import torch
+from graph_timing import microseconds
 
 from nanovllm.kernels.triton_filters import filter_thresholds
 from nanovllm.kernels.triton_sampling import sample
@@ -27,23 +28,14 @@ FILTERS = {
 REPEATS = 8
 
 
-def microseconds(run: Callable[[], object]) -> float:
-    """Mean time of a call, several in a CUDA graph."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+def mean_microseconds(run: Callable[[], object]) -> float:
+    """Of a call, several in a CUDA graph."""
+
+    def run_repeatedly() -> None:
         for _ in range(REPEATS):
             run()
-    for _ in range(3):
-        graph.replay()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(10):
-        graph.replay()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) * 1e3 / 10 / REPEATS
+
+    return microseconds(run_repeatedly, REPEATS)
 
 
 def print_kernels(run: Callable[[], object]) -> None:
@@ -62,9 +54,8 @@ def bench(batch_size: int, deviation: float, options: argparse.Namespace) -> Non
     words = torch.randint(2**31, (batch_size, 2), device="cuda").int()
     temperatures = torch.full((batch_size,), options.temperature, device="cuda")
     race = logits, temperatures, words, words[:, 0] % 4096, 0, VOCAB
-    line = (
-        f"{batch_size:4} rows, std {deviation:<3g} plain {microseconds(lambda: sample(*race)):6.1f}"
-    )
+    plain = mean_microseconds(lambda: sample(*race))
+    line = f"{batch_size:4} rows, std {deviation:<3g} plain {plain:6.1f}"
     runs = {}
     for name, (k, p, min_p) in FILTERS.items():
         filters = (
@@ -80,7 +71,7 @@ def bench(batch_size: int, deviation: float, options: argparse.Namespace) -> Non
             return sample(*race, find())
 
         runs[name] = draw
-        line += f"  {name} {microseconds(find):6.1f} {microseconds(draw):6.1f}"
+        line += f"  {name} {mean_microseconds(find):6.1f} {mean_microseconds(draw):6.1f}"
     print(line, flush=True)
     if options.kernels:
         for name, run in runs.items():

@@ -1,5 +1,7 @@
 """Mixtures of experts on CUDA against float64, any number of tokens, eagerly and in graphs."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -44,6 +46,31 @@ def summed(product: Product) -> torch.Tensor:
     return product.parts.sum(0) if isinstance(product, PartialSums) else product
 
 
+def sum_of_experts(
+    x: torch.Tensor,
+    logits: torch.Tensor,
+    top_k: int,
+    norm: bool,
+    mlp: Callable[[torch.Tensor, int], torch.Tensor],
+) -> torch.Tensor:
+    """`Ops.experts` in float64 of mlp(rows of x, expert), the choice of experts in float32."""
+    probabilities = logits.float().softmax(-1)
+    chosen, ids = probabilities.topk(top_k)
+    if norm:
+        chosen = chosen / chosen.sum(-1, keepdim=True)
+    out = torch.zeros_like(x, dtype=torch.float64)
+    for expert in range(logits.shape[1]):
+        tokens, slots = torch.where(ids == expert)
+        if len(tokens):
+            y = mlp(x[tokens], expert)
+            out.index_add_(0, tokens, y * chosen[tokens, slots].double().unsqueeze(1))
+    return out
+
+
+def of_expert(weight: torch.Tensor, num_experts: int, expert: int) -> torch.Tensor:
+    return weight.view(num_experts, -1, weight.shape[1])[expert].double()
+
+
 def exact_experts(
     x: torch.Tensor,
     logits: torch.Tensor,
@@ -53,18 +80,13 @@ def exact_experts(
     norm: bool,
 ) -> torch.Tensor:
     """`Ops.experts` in float64, with the choice of experts of float32."""
-    probabilities = logits.float().softmax(-1)
-    chosen, ids = probabilities.topk(top_k)
-    if norm:
-        chosen = chosen / chosen.sum(-1, keepdim=True)
-    out = torch.zeros_like(x, dtype=torch.float64)
-    for expert in range(logits.shape[1]):
-        tokens, slots = torch.where(ids == expert)
-        w1, w2 = (w.view(logits.shape[1], -1, w.shape[1])[expert].double() for w in (gate_up, down))
-        gate, up = (x[tokens].double() @ w1.t()).chunk(2, -1)
-        y = (torch.nn.functional.silu(gate) * up) @ w2.t()
-        out.index_add_(0, tokens, y * chosen[tokens, slots].double().unsqueeze(1))
-    return out
+
+    def mlp(rows: torch.Tensor, expert: int) -> torch.Tensor:
+        first, second = (of_expert(w, logits.shape[1], expert) for w in (gate_up, down))
+        gate, up = (rows.double() @ first.t()).chunk(2, -1)
+        return (torch.nn.functional.silu(gate) * up) @ second.t()
+
+    return sum_of_experts(x, logits, top_k, norm, mlp)
 
 
 def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
@@ -114,29 +136,15 @@ def test_fp8_weights(num_tokens):
     (w1, s1), (w2, s2) = (torch_ops.quantize(w) for w in (gate_up, down))
     x, logits = randn(num_tokens, HIDDEN_SIZE), distinct_logits(num_tokens)
     got = summed(experts(x, logits, w1, w2, TOP_K, True, s1, s2))
-    chosen, ids = logits.softmax(-1).topk(TOP_K)
-    chosen = (chosen / chosen.sum(-1, keepdim=True)).double()
-    exact = torch.zeros(num_tokens, HIDDEN_SIZE, device="cuda", dtype=torch.float64)
-    for expert in range(NUM_EXPERTS):
-        tokens, slots = torch.where(ids == expert)
-        if len(tokens) == 0:
-            continue
-        first, second = (
-            torch_ops.dequantize_weight(w, s).view(NUM_EXPERTS, -1, w.shape[1])[expert].double()
-            for w, s in ((w1, s1), (w2, s2))
-        )
-        y = torch_ops.silu_and_mul((fp8_rounded(x[tokens]) @ first.t()).bfloat16())
-        exact.index_add_(
-            0, tokens, fp8_rounded(y) @ second.t() * chosen[tokens, slots].unsqueeze(1)
-        )
-    unrounded = exact_experts(
-        x,
-        logits,
-        torch_ops.dequantize_weight(w1, s1),
-        torch_ops.dequantize_weight(w2, s2),
-        TOP_K,
-        True,
-    )
+    gate_up, down = torch_ops.dequantize_weight(w1, s1), torch_ops.dequantize_weight(w2, s2)
+
+    def mlp(rows: torch.Tensor, expert: int) -> torch.Tensor:
+        first, second = (of_expert(w, NUM_EXPERTS, expert) for w in (gate_up, down))
+        y = torch_ops.silu_and_mul((fp8_rounded(rows) @ first.t()).bfloat16())
+        return fp8_rounded(y) @ second.t()
+
+    exact = sum_of_experts(x, logits, TOP_K, True, mlp)
+    unrounded = exact_experts(x, logits, gate_up, down, TOP_K, True)
     assert relative_error(got, exact) < 1.5e-2 < 3e-2 < relative_error(got, unrounded)
 
 
