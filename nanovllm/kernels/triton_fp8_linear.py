@@ -13,16 +13,50 @@ from nanovllm.kernels.ops import FP8_BLOCK, FP8_DTYPE, FP8_MAX, FP8_MIN_AMAX, Pr
 from nanovllm.kernels.triton_launch import await_previous, overlap_options
 from nanovllm.kernels.triton_tiled_linear import LinearTile, tiled_linear
 
-# Tokens, at most -> tiles; see tests/gpu/bench_fp8_linear.py. Beyond, torch's product wins.
+# Rows of the weight, at most -> tokens, at most -> tile; see tests/gpu/bench_fp8_linear.py. Three
+# programs of 64 rows for each multiprocessor of an H200 are all there are at a time: weights of
+# more rows take tiles of 128. For more tokens torch's product wins.
+FEW_ROWS, MANY_ROWS = 16384, 64 * 3 * 132
 TILES = {
-    16: LinearTile(16, 64, 128, 4, 6, 2),
-    32: LinearTile(32, 64, 128, 4, 4, 2),
-    64: LinearTile(64, 64, 128, 4, 4, 2),
-    128: LinearTile(128, 64, 128, 4, 6, 1),
+    FEW_ROWS: {
+        16: LinearTile(16, 64, 256, 4, 5, 1),
+        32: LinearTile(32, 64, 256, 4, 5, 1),
+        64: LinearTile(64, 64, 256, 4, 5, 1),
+        128: LinearTile(128, 64, 128, 4, 8, 1),
+    },
+    MANY_ROWS: {
+        16: LinearTile(16, 64, 256, 4, 3, 2),
+        32: LinearTile(32, 64, 256, 4, 3, 2),
+        64: LinearTile(64, 64, 128, 4, 4, 2),
+        128: LinearTile(128, 64, 128, 4, 8, 1),
+    },
+    float("inf"): {
+        16: LinearTile(16, 128, 128, 4, 6, 2),
+        32: LinearTile(32, 128, 128, 4, 4, 2),
+        64: LinearTile(64, 128, 128, 4, 4, 2),
+        128: LinearTile(128, 128, 128, 4, 6, 2),
+    },
 }
-MAX_TOKENS_OF_BLOCKS = 64  # where the scales are those of blocks
+# Where the scales are those of blocks; there block_k is one.
+TILES_OF_BLOCKS = {
+    FEW_ROWS: {
+        16: LinearTile(16, 64, 128, 4, 4, 2),
+        32: LinearTile(32, 64, 128, 4, 6, 2),
+        64: LinearTile(64, 64, 128, 4, 4, 2),
+    },
+    MANY_ROWS: {
+        16: LinearTile(16, 64, 128, 4, 6, 2),
+        32: LinearTile(32, 64, 128, 4, 4, 2),
+        64: LinearTile(64, 64, 128, 4, 4, 2),
+    },
+    float("inf"): {
+        16: LinearTile(16, 128, 128, 4, 6, 2),
+        32: LinearTile(32, 64, 128, 4, 4, 2),
+        64: LinearTile(64, 128, 128, 4, 4, 2),
+    },
+}
 # Two rows of the largest tiles, if weights have so few rows that all programs run at once.
-MAX_TOKENS_OF_FEW_ROWS, FEW_ROWS = 256, 4096
+TWO_TILES_TOKENS, TWO_TILES_ROWS = 256, 4096
 MIN_RAGGED_TOKENS = 512  # below, torch's product of a multiple of 128 tokens is faster
 TORCH_MULTIPLE = 16  # of tokens, so that a column of scales is a multiple of 16 bytes
 # For more tokens with blocks that torch does not multiply.
@@ -83,12 +117,13 @@ def choose_tile(num_tokens: int, weight: torch.Tensor, scales: torch.Tensor) -> 
     """The tile of `tiled_linear`, or None if torch's product is faster."""
     n, k = weight.shape
     by_blocks = scales.dim() == 2
-    if num_tokens <= (MAX_TOKENS_OF_BLOCKS if by_blocks else max(TILES)):
-        return next(tile for most, tile in TILES.items() if num_tokens <= most)
+    table = TILES_OF_BLOCKS if by_blocks else TILES
+    tiles = next(tiles for most, tiles in table.items() if n <= most)
+    takes_two = not by_blocks and n <= TWO_TILES_ROWS
+    if num_tokens <= (TWO_TILES_TOKENS if takes_two else max(tiles)):
+        return tiles[next((most for most in tiles if num_tokens <= most), max(tiles))]
     if by_blocks:  # torch asks for whole blocks, and 16 bytes of scales
         return RAGGED_TILE if n % FP8_BLOCK or k % (4 * FP8_BLOCK) else None
-    if num_tokens <= MAX_TOKENS_OF_FEW_ROWS and n <= FEW_ROWS:
-        return TILES[max(TILES)]
     return None
 
 

@@ -102,8 +102,8 @@ def choose_tile(num_tokens: int, n: int, k: int, dtype: torch.dtype) -> LinearTi
     if not SPLIT_LINEAR or dtype == torch.float32 or k % 8 or too_large:
         return None
     block_m = 16 if num_tokens <= 16 else 32
-    if k > 2048 and n <= 16384:  # few programs, with a long loop each
-        return LinearTile(block_m, 64, 256, 4, 3, 1)
+    if k > 2048:  # a long loop
+        return LinearTile(block_m, 64, 256, 4, 4, 1)
     return LinearTile(block_m, 64, 128, 4, 4, 2)
 
 

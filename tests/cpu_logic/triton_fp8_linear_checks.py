@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from nanovllm.kernels import torch_ops, triton_fp8_linear, triton_tiled_linear
 from nanovllm.kernels.ops import FP8_BLOCK, FP8_DTYPE, FP8_MAX, PartialSums, Product
+from nanovllm.kernels.triton_tiled_linear import LinearTile
 
 
 def summed(product: Product) -> torch.Tensor:
@@ -63,10 +64,13 @@ def test_quantize_rows(group: int | None) -> None:
 def test_who_multiplies() -> None:
     """Our tiles, or torch (None), which asks for whole blocks and a multiple of four of them."""
 
-    def block_m(num_tokens: int, n: int, k: int, by_blocks: bool) -> int | None:
+    def choose_tile(num_tokens: int, n: int, k: int, by_blocks: bool) -> LinearTile | None:
         scales = torch.empty((1, 1) if by_blocks else (1,), device="meta")
         weight = torch.empty(n, k, dtype=FP8_DTYPE, device="meta")
-        tile = triton_fp8_linear.choose_tile(num_tokens, weight, scales)
+        return triton_fp8_linear.choose_tile(num_tokens, weight, scales)
+
+    def block_m(num_tokens: int, n: int, k: int, by_blocks: bool) -> int | None:
+        tile = choose_tile(num_tokens, n, k, by_blocks)
         return tile and tile.block_m
 
     for tokens, expected in ((1, 16), (16, 16), (17, 32), (64, 64), (65, 128), (129, None)):
@@ -77,3 +81,6 @@ def test_who_multiplies() -> None:
         assert block_m(tokens, 6144, 4096, by_blocks=True) == expected
     assert block_m(5000, 6144, 4096 + 128, by_blocks=True) == 128
     assert block_m(5000, 6144 + 64, 4096, by_blocks=True) == 128
+    for by_blocks in (False, True):  # more rows than programs of 64 run at once
+        assert choose_tile(64, 24576, 4096, by_blocks).block_n == 64
+        assert choose_tile(64, 28672, 4096, by_blocks).block_n == 128

@@ -22,14 +22,15 @@ SHAPES = {
     "o": (4096, 4096),
     "gate_up": (24576, 4096),
     "down": (4096, 12288),
+    "gate_up of Llama-3.1-8B": (28672, 4096),
 }
 NUM_WEIGHTS = 4  # 100 to 400 MB of fp8 pass, more than the L2 cache holds
 # With --tiles: block_n, block_k, num_warps, num_stages, programs_per_sm; scales of blocks need 128.
 CANDIDATES = (
-    *((64, 128, 4, 4, 2), (64, 128, 4, 6, 2), (64, 128, 4, 8, 2), (64, 256, 4, 4, 2)),
-    *((64, 128, 4, 6, 3), (64, 256, 4, 4, 3), (128, 128, 4, 4, 1), (128, 128, 4, 4, 2)),
-    *((128, 128, 4, 6, 1), (128, 128, 8, 4, 1), (128, 128, 8, 4, 2), (128, 128, 8, 6, 1)),
-    *((128, 256, 8, 3, 1), (64, 128, 4, 6, 1), (64, 256, 4, 3, 1)),
+    *((64, 128, 4, stages, programs) for stages in (4, 6, 8) for programs in (1, 2, 3)),
+    *((64, 256, 4, stages, programs) for stages in (2, 3, 4, 5) for programs in (1, 2, 3)),
+    *((128, 128, 4, stages, programs) for stages in (4, 6) for programs in (1, 2)),
+    *((64, 512, 4, 2, 2), (64, 512, 4, 3, 1), (128, 256, 4, 3, 1), (128, 256, 8, 4, 1)),
 )
 
 

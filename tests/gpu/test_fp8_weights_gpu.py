@@ -68,6 +68,23 @@ def test_products(n, k, num_tokens, by_blocks, dtype) -> None:
         check(tiled, exact, 4e-3)
 
 
+@pytest.mark.parametrize("by_blocks", [False, True])
+def test_every_tile(by_blocks) -> None:
+    """Also those for weights of more rows than the other tests have."""
+    table = triton_fp8_linear.TILES_OF_BLOCKS if by_blocks else triton_fp8_linear.TILES
+    group = FP8_BLOCK if by_blocks else None
+    n, k = 400, 1424
+    weight, scales = fp8_weight(n, k, by_blocks)
+    dequantized = torch_ops.dequantize_weight(weight, scales).double()
+    for tile in {tile for tiles in table.values() for tile in tiles.values()}:
+        x = torch.randn(tile.block_m - 1, k, device="cuda").bfloat16()
+        values, x_scales = triton_fp8_linear.quantize_rows(x, group)
+        rounded = values.double() * x_scales.double().repeat_interleave(group or k, 1)[:, :k]
+        exact = F.linear(rounded, dequantized)
+        tiled = tiled_linear(values, weight, None, tile, x.dtype, len(x), x_scales, scales)
+        check(tiled, exact, 4e-3)
+
+
 @pytest.mark.parametrize("group", [None, FP8_BLOCK])
 @pytest.mark.parametrize("k", [16, 128, 1616, 4096, 25600])
 def test_quantize_rows(k, group) -> None:
