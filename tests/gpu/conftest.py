@@ -14,5 +14,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         if num_gpus == 0:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-        elif item.get_closest_marker("two_gpus") and num_gpus < 2:
-            item.add_marker(pytest.mark.skip(reason=f"needs 2 CUDA devices, found {num_gpus}"))
+        for marker, needed in (("two_gpus", 2), ("four_gpus", 4)):
+            if 0 < num_gpus < needed and item.get_closest_marker(marker):
+                reason = f"needs {needed} CUDA devices, found {num_gpus}"
+                item.add_marker(pytest.mark.skip(reason=reason))

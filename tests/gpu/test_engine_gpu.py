@@ -247,6 +247,14 @@ def test_two_ranks_give_the_reference_tokens(model_dir, prompts, reference, enfo
         assert token_ids(llm.generate(prompts, greedy(), use_tqdm=False)) == reference
 
 
+@pytest.mark.four_gpus
+@pytest.mark.parametrize("enforce_eager", [True, False])
+def test_four_ranks_give_the_reference_tokens(model_dir, prompts, reference, enforce_eager):
+    with small_engine(model_dir, tensor_parallel_size=4, enforce_eager=enforce_eager) as llm:
+        assert llm.model_runner.tp.peers is not None
+        assert token_ids(llm.generate(prompts, greedy(), use_tqdm=False)) == reference
+
+
 @pytest.mark.two_gpus
 def test_two_ranks_sum_through_nccl_if_one_cannot_share_memory(
     model_dir, prompts, reference, monkeypatch

@@ -94,6 +94,16 @@ def test_two_ranks(tmp_path, name):
         assert generate(llm, prompts, 16) == reference
 
 
+@pytest.mark.four_gpus
+@pytest.mark.parametrize("name", ["llama2", "qwen3-moe-steps"])
+def test_four_ranks(tmp_path, name):
+    model_dir = save_family(tmp_path / "m", name)
+    prompts = random_prompts((1, 3, 60, 200, 257, 520))
+    reference = reference_greedy(model_dir, prompts, 16)
+    with small_engine(model_dir, tensor_parallel_size=4) as llm:
+        assert generate(llm, prompts, 16) == reference
+
+
 @torch.inference_mode()
 def logits_of_transformers(model_dir, sequences, dtype):
     """After each but the last token of each sequence of one length: [sequences, tokens, V]."""

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 
 SECONDS = 200
@@ -47,9 +46,7 @@ def test_two_ranks(check, tmp_path):
     run_ranks(check, 2, tmp_path)
 
 
-@pytest.mark.two_gpus
+@pytest.mark.four_gpus
 @pytest.mark.parametrize("check", CHECKS)
 def test_four_ranks(check, tmp_path):
-    if torch.cuda.device_count() < 4:
-        pytest.skip(f"needs 4 CUDA devices, found {torch.cuda.device_count()}")
     run_ranks(check, 4, tmp_path)
