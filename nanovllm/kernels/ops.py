@@ -83,8 +83,9 @@ class Ops:
     #  -> Product [T, H]:
     # each token's most probable experts, down(silu(gate(x)) * up(x)) each (gate's rows come first),
     # times their probabilities, summed; with norm_topk_prob these add up to 1. The weights are the
-    # model's dtype, or FP8_DTYPE with float32 scales of their rows (None, the default: no scales);
-    # then rows of x, and of what goes into down, may be quantised as well.
+    # model's dtype, or both FP8_DTYPE with scales as in `fp8_linear` (None, the default: no scales)
+    # where those of blocks are an expert's, or its gate's or up's, alone; then x, and what goes
+    # into down, may be quantised as well.
     experts: Callable[..., Product]
     # (qkv: Product [T, (Hq + 2 Hkv) * D], q_norm_weight [D] | None, k_norm_weight [D] | None, eps,
     #  cos_sin [max_position, D] float32 (cos half, sin half), positions [T] int32,

@@ -113,7 +113,8 @@ def _weight_of_expert(
     part = weight.view(num_experts, -1, weight.shape[1])[expert]
     if scales is None:
         return part
-    return dequantize_weight(part, scales.view(num_experts, -1)[expert]).to(dtype)
+    scales_of_experts = scales.view(num_experts, -1, *scales.shape[1:])
+    return dequantize_weight(part, scales_of_experts[expert]).to(dtype)
 
 
 # Rotary embedding and the cache

@@ -11,11 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.ops import FP8_DTYPE, PartialSums, Product
+from nanovllm.kernels.ops import FP8_BLOCK, FP8_DTYPE, PartialSums, Product
 from nanovllm.kernels.triton_fp8_linear import quantize_rows
 from nanovllm.kernels.triton_launch import await_previous, overlap_options
 from nanovllm.kernels.triton_linear import load_summed, parts_of
-from nanovllm.kernels.triton_tiled_linear import multiply_add
+from nanovllm.kernels.triton_tiled_linear import along_tokens, multiply_add
 
 # Up to here the products of a token's experts stay apart for the next op to add up.
 MAX_TOKENS_IN_PARTS = 256
@@ -188,22 +188,25 @@ def num_blocks(num_pairs: int, num_experts: int, block_m: int) -> int:
 # Products
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "stride_x_scales"])
 def _experts_kernel(
     out,  # GATED: [P, WIDTH], sorted; else float32 [TOP_K, T, WIDTH], or [P, WIDTH] by pair
     x,  # GATED: [T, K]; else [P, K], sorted
-    x_scales,  # of the rows of x in fp8, float32 [T] or [P], else None
+    x_scales,  # of x in fp8: float32 [T] or [P], or [K / FP8_BLOCK, T or P], else None
     weight,  # [experts * N, K]
-    scales,  # of the weight's rows, float32 [experts * N], or None
+    scales,  # of fp8 weights: float32 [experts * N], or of blocks, else None
     routing_weights,  # [P]
     sorted_pairs,
     blocks,
     num_tokens,
+    stride_x_scales,
     WIDTH: tl.constexpr,
     K: tl.constexpr,
     TOP_K: tl.constexpr,
     GATED: tl.constexpr,
     IN_PARTS: tl.constexpr,
+    BY_BLOCKS: tl.constexpr,  # whether the scales are those of blocks; BLOCK_K is then FP8_BLOCK
+    FP8_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -231,13 +234,19 @@ def _experts_kernel(
     k = tl.arange(0, BLOCK_K)
     x_pointers = x + x_row[:, None] * K + k[None, :]
     column = first_column + tl.arange(0, BLOCK_N)
+    first_weight_row = expert * (2 * WIDTH if GATED else WIDTH)
     # Columns past the result's are not stored, whatever weights they meet.
-    weight_row = expert * (2 * WIDTH if GATED else WIDTH) + tl.minimum(column, WIDTH - 1)
+    weight_row = first_weight_row + tl.minimum(column, WIDTH - 1)
     weight_pointers = weight + weight_row[:, None].to(tl.int64) * K + k[None, :]
     # Few pairs: the weight's rows are those of the matrix instruction, which has at least 64.
     SWAPPED: tl.constexpr = BLOCK_M < 128
     product = tl.zeros([BLOCK_N, BLOCK_M] if SWAPPED else [BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros_like(product)
+    if BY_BLOCKS:
+        # Whole blocks are an expert's own, and whole tiles lie in one.
+        blocks_of_row: tl.constexpr = (K + FP8_BLOCK - 1) // FP8_BLOCK
+        x_scale_pointers = x_scales + x_row
+        scale_pointer = scales + (first_weight_row + first_column) // FP8_BLOCK * blocks_of_row
     for begin in range(0, K, BLOCK_K):
         if K % BLOCK_K == 0:
             x_tile = tl.load(x_pointers, mask=is_pair[:, None], other=0.0)
@@ -250,18 +259,30 @@ def _experts_kernel(
             weight_tile = tl.load(weight_pointers, mask=in_row, other=0.0)
             if GATED:
                 up_tile = tl.load(weight_pointers + WIDTH * K, mask=in_row, other=0.0)
-        product = multiply_add(x_tile, weight_tile, product, SWAPPED)
-        if GATED:
-            up = multiply_add(x_tile, up_tile, up, SWAPPED)
+        if BY_BLOCKS:
+            x_scale = along_tokens(tl.load(x_scale_pointers, mask=is_pair, other=0.0), SWAPPED)
+            zeros = tl.zeros_like(product)
+            of_block = multiply_add(x_tile, weight_tile, zeros, SWAPPED)
+            product += of_block * (x_scale * tl.load(scale_pointer))
+            if GATED:
+                of_block = multiply_add(x_tile, up_tile, zeros, SWAPPED)
+                up_scale = tl.load(scale_pointer + WIDTH // FP8_BLOCK * blocks_of_row)
+                up += of_block * (x_scale * up_scale)
+            x_scale_pointers += stride_x_scales
+            scale_pointer += 1
+        else:
+            product = multiply_add(x_tile, weight_tile, product, SWAPPED)
+            if GATED:
+                up = multiply_add(x_tile, up_tile, up, SWAPPED)
         x_pointers += BLOCK_K
         weight_pointers += BLOCK_K
     if SWAPPED:
         product, up = product.T, up.T
-    if scales is not None:
+    if scales is not None and not BY_BLOCKS:
         x_scale = tl.load(x_scales + x_row, mask=is_pair, other=0.0)[:, None]
         product *= x_scale * tl.load(scales + weight_row)[None, :]
     if GATED:
-        if scales is not None:
+        if scales is not None and not BY_BLOCKS:
             up *= x_scale * tl.load(scales + weight_row + WIDTH)[None, :]
         dtype: tl.constexpr = out.dtype.element_ty
         gate = product.to(dtype).to(tl.float32)
@@ -358,7 +379,6 @@ def route(
 def _multiply(
     out: torch.Tensor,
     x: torch.Tensor,
-    x_scales: torch.Tensor | None,
     weight: torch.Tensor,
     scales: torch.Tensor | None,
     routing: Routing,
@@ -368,6 +388,11 @@ def _multiply(
 ) -> None:
     """`_experts_kernel` over all blocks; out's width tells which product it is."""
     width = out.shape[-1]
+    x_scales = None
+    by_blocks = scales is not None and scales.dim() == 2
+    if scales is not None:
+        x, x_scales = quantize_rows(x, FP8_BLOCK if by_blocks else None)
+        assert not by_blocks or (tile.block_k == FP8_BLOCK and FP8_BLOCK % tile.block_n == 0)
     assert x.is_contiguous() and weight.is_contiguous()
     _experts_kernel[(len(routing.blocks) * triton.cdiv(width, tile.block_n),)](
         out,
@@ -379,11 +404,14 @@ def _multiply(
         routing.sorted_pairs,
         routing.blocks,
         len(routing.sorted_pairs) // num_experts_per_tok,
+        0 if x_scales is None else x_scales.stride(1),
         WIDTH=width,
         K=weight.shape[1],
         TOP_K=num_experts_per_tok,
         GATED=width < weight.shape[0] // num_experts,
         IN_PARTS=out.dim() == 3,
+        BY_BLOCKS=by_blocks,
+        FP8_BLOCK=FP8_BLOCK,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
@@ -415,18 +443,15 @@ def experts(
     routing = route(router_logits, num_experts_per_tok, norm_topk_prob, tiles.gate_up.block_m)
     rest = routing, num_experts, num_experts_per_tok
     size = gate_up_weight.shape[0] // num_experts // 2
-    is_fp8 = gate_up_scales is not None
     activations = torch.empty(num_pairs, size, dtype=x.dtype, device=x.device)
-    rows, row_scales = quantize_rows(x) if is_fp8 else (x, None)
-    _multiply(activations, rows, row_scales, gate_up_weight, gate_up_scales, *rest, tiles.gate_up)
-    rows, row_scales = quantize_rows(activations) if is_fp8 else (activations, None)
+    _multiply(activations, x, gate_up_weight, gate_up_scales, *rest, tiles.gate_up)
     in_parts = num_tokens <= MAX_TOKENS_IN_PARTS
     if in_parts:
         shape = num_experts_per_tok, num_tokens, hidden_size
         products = torch.empty(shape, dtype=torch.float32, device=x.device)
     else:
         products = torch.empty(num_pairs, hidden_size, dtype=x.dtype, device=x.device)
-    _multiply(products, rows, row_scales, down_weight, down_scales, *rest, tiles.down)
+    _multiply(products, activations, down_weight, down_scales, *rest, tiles.down)
     if in_parts:
         return PartialSums(products, x.dtype)
     out = torch.empty_like(x)

@@ -35,13 +35,22 @@ class RowRoundedParameter(Parameter):
         super().fill(shard, dequantize_weight(*quantize(part.to(self.device))))
 
 
+def keeps_fp8(shape: tuple[int, int], shards: dict[str, Shard], context: ModelContext) -> bool:
+    """Whether `new_linear_weight` makes a weight in fp8."""
+    if not context.ops.has_fp8_products or any(n % ALIGNMENT for n in shape):
+        return False
+    if context.fp8_scales == "blocks":
+        return all(map(_has_whole_blocks, shards.values()))
+    return context.fp8_scales == "rows"
+
+
 def new_linear_weight(
     shape: tuple[int, int], shards: dict[str, Shard], context: ModelContext
 ) -> tuple[Parameter, Parameter | None]:
     """An uninitialised weight of `shape` and, if it is fp8, the scales for `Ops.fp8_linear`."""
     kind, device = context.fp8_scales, context.device
-    is_multiplied = context.ops.has_fp8_products and all(n % ALIGNMENT == 0 for n in shape)
-    if kind == "blocks" and is_multiplied and all(map(_has_whole_blocks, shards.values())):
+    is_fp8 = keeps_fp8(shape, shards, context)
+    if is_fp8 and kind == "blocks":
         return (
             new_parameter(shape, shards, FP8_DTYPE, device),
             new_parameter(
@@ -51,7 +60,7 @@ def new_linear_weight(
                 device,
             ),
         )
-    if kind == "rows" and is_multiplied:
+    if is_fp8:
         weight = new_parameter(shape, shards, FP8_DTYPE, device, RowQuantizedParameter)
         assert isinstance(weight, RowQuantizedParameter)
         weight.scales = new_parameter(shape[:1], {}, torch.float32, device)

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from nanovllm.kernels.ops import Product
 from nanovllm.layers.context import ModelContext
-from nanovllm.layers.fp8_weights import new_linear_weight
+from nanovllm.layers.fp8_weights import keeps_fp8, new_linear_weight
 from nanovllm.layers.weights import Shard, new_parameter, whole
 
 
@@ -84,19 +84,19 @@ class Experts(nn.Module):
                 (slice(0, hidden_size), part),
                 (slice(first, first + hidden_size), slice(0, size)),
             )
-        self.gate_up_proj = ExpertWeights(
-            (num_experts * 2 * size, hidden_size), gate_up_shards, context
-        )
-        self.down_proj = ExpertWeights((num_experts * hidden_size, size), down_shards, context)
+        gate_up = (num_experts * 2 * size, hidden_size), gate_up_shards
+        down = (num_experts * hidden_size, size), down_shards
+        if not (keeps_fp8(*gate_up, context) and keeps_fp8(*down, context)):  # both or none
+            context = replace(context, ops=replace(context.ops, has_fp8_products=False))
+        self.gate_up_proj = ExpertWeights(*gate_up, context)
+        self.down_proj = ExpertWeights(*down, context)
 
 
 class ExpertWeights(nn.Module):
-    """One weight of all experts; in fp8, it has scales for rows."""
+    """One weight of all experts, with its scales if it is fp8."""
 
     def __init__(
         self, shape: tuple[int, int], shards: dict[str, Shard], context: ModelContext
     ) -> None:
         super().__init__()
-        if context.fp8_scales == "blocks":  # which `Ops.experts` does not take: dequantised
-            context = replace(context, fp8_scales=None)
         self.weight, self.weight_scale_inv = new_linear_weight(shape, shards, context)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanovllm.kernels import torch_ops, triton_moe
-from nanovllm.kernels.ops import PartialSums, Product
+from nanovllm.kernels.ops import FP8_BLOCK, FP8_DTYPE, FP8_MAX, PartialSums, Product
 from nanovllm.kernels.triton_fp8_linear import quantize_rows
 from nanovllm.kernels.triton_moe import Tile, Tiles, experts, route
 
@@ -75,32 +75,51 @@ def test_experts(hidden_size, size, block_m, in_parts, monkeypatch):
     torch.testing.assert_close(summed(product), expected, rtol=1e-4, atol=1e-5)
 
 
-def fp8_rounded(x: torch.Tensor) -> torch.Tensor:
+def fp8_rounded(x: torch.Tensor, group: int | None) -> torch.Tensor:
     """Rows as fp8 keeps them; the interpreter rounds a little otherwise than `torch_ops`."""
-    values, scales = quantize_rows(x)
-    return values.float() * scales
+    values, scales = quantize_rows(x, group)
+    return values.float() * scales.repeat_interleave(group or x.shape[1], 1)
 
 
-def test_fp8_weights():
-    """Rows of activations are quantised ahead of both products."""
+def check_fp8(hidden_size: int, size: int, group: int | None, quantize, tiles: Tiles) -> None:
+    """Two of four experts for each of three tokens, against products of what fp8 keeps."""
     torch.manual_seed(0)
-    x, logits = torch.randn(3, 64), torch.randn(3, 4)
+    x, logits = torch.randn(3, hidden_size), torch.randn(3, 4)
     (gate_up, scales), (down, down_scales) = (
-        torch_ops.quantize(torch.randn(4 * 64, k) / k**0.5) for k in (64, 32)
+        quantize(torch.randn(4 * n, k) / k**0.5)
+        for n, k in ((2 * size, hidden_size), (hidden_size, size))
     )
-    tiles = both(16, 64, 32, 4, 1)
     got = summed(experts(x, logits, gate_up, down, 2, True, scales, down_scales, tiles=tiles))
-    w1 = torch_ops.dequantize_weight(gate_up, scales).view(4, 64, 64)
-    w2 = torch_ops.dequantize_weight(down, down_scales).view(4, 64, 32)
+    w1 = torch_ops.dequantize_weight(gate_up, scales).view(4, 2 * size, hidden_size)
+    w2 = torch_ops.dequantize_weight(down, down_scales).view(4, hidden_size, size)
     weights, ids = logits.softmax(-1).topk(2)
     weights = weights / weights.sum(-1, keepdim=True)
     for token in range(3):
-        expected = torch.zeros(64)
+        expected = torch.zeros(hidden_size)
         for weight, expert in zip(weights[token], ids[token], strict=True):
-            y = torch_ops.silu_and_mul(fp8_rounded(x[token : token + 1]) @ w1[expert].t())
-            expected += (fp8_rounded(y) @ w2[expert].t())[0] * weight
+            row = fp8_rounded(x[token : token + 1], group)
+            y = torch_ops.silu_and_mul(row @ w1[expert].t())
+            expected += (fp8_rounded(y, group) @ w2[expert].t())[0] * weight
         # A number at the border of two fp8 ones may be rounded to the other.
         torch.testing.assert_close(got[token], expected, rtol=2e-2, atol=2e-2)
+
+
+def test_fp8_weights() -> None:
+    """Rows of activations are quantised ahead of both products."""
+    check_fp8(64, 32, None, torch_ops.quantize, both(16, 64, 32, 4, 1))
+
+
+@pytest.mark.parametrize("tiles", [both(16, 64, 128, 4, 1), both(128, 128, 128, 8, 1)])
+def test_fp8_weights_with_scales_of_blocks(tiles: Tiles) -> None:
+    """Each block of a weight, and each FP8_BLOCK elements of a row, has a scale of its own."""
+
+    def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        n, k = weight.shape
+        scales = torch.rand(n // FP8_BLOCK, k // FP8_BLOCK) * 0.02 + 1e-3
+        spread = scales.repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)
+        return (weight / spread).clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE), scales
+
+    check_fp8(256, 128, FP8_BLOCK, quantize, tiles)
 
 
 def test_half_precision():

@@ -1,20 +1,23 @@
 """Qwen3-MoE beyond what all families share: its config's limits, new weights, experts in fp8."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from engine_checks import generate, greedy, random_prompts, tiny_engine
+from fp8_models import save_fp8, save_rounded, through_blocks, through_rows
 from safetensors.torch import load_file
 from tiny_models import FAMILIES, edit_config, save_family, save_model
 from transformers import AutoModelForCausalLM
 
 from nanovllm import ArgumentError
 from nanovllm.config import Config
-from nanovllm.kernels.ops import select_ops
-from nanovllm.kernels.torch_ops import dequantize_weight, quantize
+from nanovllm.kernels.ops import FP8_DTYPE, select_ops
 from nanovllm.layers.context import ModelContext
 from nanovllm.layers.moe import SparseMLP
 from nanovllm.layers.tensor_parallel import TensorParallel
-from nanovllm.models.loader import expected_tensors
+from nanovllm.models.fp8_checkpoint import DequantizedCheckpoint
+from nanovllm.models.loader import SafetensorsCheckpoint, expected_tensors
 from nanovllm.models.moe_config import is_sparse
 
 PROMPTS = random_prompts((1, 30, 100), seed=3)
@@ -65,21 +68,56 @@ def test_new_weights_by_their_names_in_checkpoints(path, tmp_path):
         assert generate(llm, PROMPTS, greedy(5)) == expected
 
 
-def test_fp8_rounds_the_rows_of_every_expert(path):
-    """And not the router's; without fp8 products their values are computed with."""
+def sparse_mlp(path, fp8_scales, keeps_fp8, rank=0, size=1):
+    """The first layer's, with its part of the weights."""
     config = Config(str(path)).hf_config
     device = torch.device("cpu")
     ops = select_ops("torch", device, torch.float32, config.head_dim, False)
-    context = ModelContext(ops, TensorParallel(), torch.float32, device, fp8_scales="rows")
-    mlp = SparseMLP(config, context)
-    checkpoint = load_file(path / "model.safetensors")
-    for name, (parameter, shard) in expected_tensors(mlp).items():
-        parameter.fill(shard, checkpoint[f"model.layers.0.mlp.{name}"][shard.source])
+    ops = replace(ops, has_fp8_products=keeps_fp8)
+    tp = TensorParallel(rank, size)
+    mlp = SparseMLP(config, ModelContext(ops, tp, torch.float32, device, fp8_scales=fp8_scales))
+    expected = expected_tensors(mlp)
+    prefix = "model.layers.0.mlp."
+    checkpoint = DequantizedCheckpoint(
+        SafetensorsCheckpoint(str(path)), {prefix + name for name in expected}
+    )
+    for name, (parameter, shard) in expected.items():
+        parameter.fill(shard, checkpoint.read(prefix + name, shard.source))
+    return mlp
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    reference = model.model.layers[0].mlp
-    for weight in (reference.experts.gate_up_proj, reference.experts.down_proj):
-        weight.data = dequantize_weight(*quantize(weight.data.flatten(0, 1))).view_as(weight)
-    x = torch.randn(50, config.hidden_size)
+
+def check_sum_of_ranks(mlps, path) -> None:
+    """Against transformers with the weights of `path`."""
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).model.layers[0].mlp
+    x = torch.randn(50, reference.gate.weight.shape[1])
     with torch.inference_mode():
-        torch.testing.assert_close(mlp(x), reference(x[None])[0], atol=1e-5, rtol=1e-5)
+        got = sum(mlp(x) for mlp in mlps)
+        torch.testing.assert_close(got, reference(x[None])[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("keeps_fp8", [False, True])
+def test_fp8_rounds_the_rows_of_every_expert(path, tmp_path, keeps_fp8):
+    """And not the router's. Down's rows of 40 are not multiplied in fp8, so neither are gate's."""
+    mlp = sparse_mlp(path, "rows", keeps_fp8)
+    assert mlp.experts.gate_up_proj.weight_scale_inv is None
+    assert mlp.experts.down_proj.weight_scale_inv is None
+    check_sum_of_ranks([mlp], save_rounded(path, tmp_path / "rows", through_rows))
+
+
+@pytest.mark.parametrize(("size", "in_fp8"), [(256, {1, 2}), (192, set())])
+def test_fp8_checkpoint(tmp_path, size, in_fp8):
+    """Experts stay in fp8 where each, and each rank's part of it, has blocks of its own."""
+    sizes = {"hidden_size": 128, "moe_intermediate_size": size, "num_hidden_layers": 1}
+    settings = FAMILIES["qwen3-moe"] | sizes | {"mlp_only_layers": []}
+    model_dir = save_model(tmp_path / "model", **settings)
+    fp8_dir = save_fp8(model_dir, tmp_path / "fp8")
+    blocks_dir = save_rounded(model_dir, tmp_path / "blocks", through_blocks)
+    for keeps_fp8 in (False, True):
+        for num_ranks in (1, 2):
+            ranks = range(num_ranks)
+            mlps = [sparse_mlp(fp8_dir, "blocks", keeps_fp8, rank, num_ranks) for rank in ranks]
+            dtype = FP8_DTYPE if keeps_fp8 and num_ranks in in_fp8 else torch.float32
+            for mlp in mlps:
+                assert mlp.experts.gate_up_proj.weight.dtype == dtype
+                assert mlp.experts.down_proj.weight.dtype == dtype
+            check_sum_of_ranks(mlps, blocks_dir)

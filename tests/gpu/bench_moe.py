@@ -14,7 +14,7 @@ import triton
 from graph_timing import microseconds
 
 from nanovllm.kernels import torch_ops
-from nanovllm.kernels.ops import FP8_DTYPE
+from nanovllm.kernels.ops import FP8_BLOCK, FP8_DTYPE
 from nanovllm.kernels.triton_linear import linear
 from nanovllm.kernels.triton_moe import Tile, Tiles, choose_tiles, experts
 from nanovllm.kernels.triton_norm import add_rms_norm
@@ -41,7 +41,7 @@ MANY_PAIRS = (
 class Layers:
     """Weights of several sparse MLPs of one rank."""
 
-    def __init__(self, num_ranks: int, fp8: bool, skew: float) -> None:
+    def __init__(self, num_ranks: int, fp8: str | None, skew: float) -> None:
         self.size = SIZE // num_ranks
         shapes = (2 * self.size, HIDDEN_SIZE), (HIDDEN_SIZE, self.size)
         self.weights = []
@@ -56,6 +56,11 @@ class Layers:
             if fp8:
                 quantized = [torch_ops.quantize(matrix) for matrix in matrices]
                 matrices, scales = map(list, zip(*quantized, strict=True))
+            if fp8 == "blocks":
+                scales = [
+                    scale.mean().expand(-(-n // FP8_BLOCK), -(-k // FP8_BLOCK)).contiguous()
+                    for scale, (n, k) in zip(scales, (m.shape for m in matrices), strict=True)
+                ]
             self.weights.append((router, matrices, scales))
         self.norm = torch.ones(HIDDEN_SIZE, device="cuda", dtype=torch.bfloat16)
         self.bytes_of_expert = sum(n * k for n, k in shapes) * (1 if fp8 else 2)
@@ -114,7 +119,9 @@ def main() -> None:
     parser.add_argument(
         "--skew", type=float, default=0.0, help="of the tokens' preferences, the share in common"
     )
-    parser.add_argument("--fp8", action="store_true", help="weights in fp8")
+    parser.add_argument(
+        "--fp8", nargs="?", const="rows", choices=("rows", "blocks"), help="scales of fp8 weights"
+    )
     parser.add_argument("--sweep", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)

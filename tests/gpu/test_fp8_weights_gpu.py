@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fp8_models import save_fp8
-from tiny_models import save_model
+from tiny_models import FAMILIES, save_model
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.kernels import torch_ops, triton_fp8_linear
@@ -150,10 +150,27 @@ def fp8_dir(tmp_path_factory):
     return save_fp8(save_model(root / "model", num_hidden_layers=2, **sizes), root / "fp8")
 
 
-@pytest.mark.parametrize("source", ["rows", "blocks"])
-def test_graphs_equal_eager_steps(source, fp8_dir) -> None:
+@pytest.fixture(scope="module")
+def fp8_experts_dir(tmp_path_factory):
+    """A checkpoint whose experts have blocks of their own."""
+    root = tmp_path_factory.mktemp("models")
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 128}
+    settings = FAMILIES["qwen3-moe"] | sizes | {"head_dim": 64, "num_hidden_layers": 2}
+    return save_fp8(save_model(root / "model", **settings), root / "fp8")
+
+
+def test_experts_of_a_checkpoint_stay_in_fp8(fp8_experts_dir) -> None:
+    with LLM(str(fp8_experts_dir), dtype="bfloat16", num_kvcache_blocks=8) as llm:
+        experts = llm.model_runner.model.model.layers[0].mlp.experts
+        for weights in (experts.gate_up_proj, experts.down_proj):
+            assert weights.weight.dtype == FP8_DTYPE and weights.weight_scale_inv.dim() == 2
+
+
+@pytest.mark.parametrize("source", ["rows", "blocks", "experts"])
+def test_graphs_equal_eager_steps(source, fp8_dir, fp8_experts_dir) -> None:
     """Batches of 1 and of 40: both kinds of kernels in decode steps."""
-    directory, kwargs = (fp8_dir, {}) if source == "blocks" else (AUSTEN, {"quantization": "fp8"})
+    directory = {"rows": AUSTEN, "blocks": fp8_dir, "experts": fp8_experts_dir}[source]
+    kwargs = {"quantization": "fp8"} if source == "rows" else {}
     kwargs |= {"dtype": "bfloat16", "max_model_len": 256}
     prompts = [[5, 6, 7 + i] for i in range(40)]
     for chosen in (prompts[:1], prompts):
@@ -196,8 +213,10 @@ def test_half_the_memory_for_the_layers() -> None:
         assert model.model.embed_tokens.weight.dtype == torch.bfloat16
 
 
-def test_float32_is_dequantized(fp8_dir) -> None:
+@pytest.mark.parametrize("fixture", ["fp8_dir", "fp8_experts_dir"])
+def test_float32_is_dequantized(fixture, request) -> None:
     """The same tokens as on the CPU."""
+    fp8_dir = request.getfixturevalue(fixture)
     prompts = [[5, 6, 7], list(range(3, 60))]
     kwargs = {"dtype": "float32", "max_model_len": 256}
     on_cpu = generate(fp8_dir, 12, prompts, device="cpu", **kwargs)

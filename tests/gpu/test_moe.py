@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanovllm.kernels import torch_ops
-from nanovllm.kernels.ops import PartialSums, Product
+from nanovllm.kernels.ops import FP8_BLOCK, PartialSums, Product
 from nanovllm.kernels.triton_linear import linear
 from nanovllm.kernels.triton_moe import (
     FLOAT32_TILES,
@@ -124,24 +124,43 @@ def test_every_tile_for_any_number_of_tokens(hidden_size, size, num_tokens, tile
         assert relative_error(summed(got), exact) < 8e-3
 
 
-def fp8_rounded(rows: torch.Tensor) -> torch.Tensor:
-    """bfloat16 rows as fp8 keeps them, in float64."""
-    return torch_ops.dequantize_weight(*torch_ops.quantize(rows)).double()
+def fp8_rounded(rows: torch.Tensor, group: int) -> torch.Tensor:
+    """bfloat16 rows as fp8 keeps them, each `group` elements with a scale, in float64."""
+    return torch.cat(
+        [
+            torch_ops.dequantize_weight(*torch_ops.quantize(part)).double()
+            for part in rows.split(group, 1)
+        ],
+        1,
+    )
 
 
-@pytest.mark.parametrize("num_tokens", [1, 64, 600])
-def test_fp8_weights(num_tokens):
-    """Rows of activations are quantised ahead of both products, as bfloat16 has rounded them."""
-    gate_up, down = weights()
-    (w1, s1), (w2, s2) = (torch_ops.quantize(w) for w in (gate_up, down))
+def quantize_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    n, k = (size // FP8_BLOCK for size in weight.shape)
+    blocks = weight.view(n, FP8_BLOCK, k, FP8_BLOCK).transpose(1, 2).reshape(n * k, -1)
+    values, scales = torch_ops.quantize(blocks)
+    values = values.view(n, k, FP8_BLOCK, FP8_BLOCK).transpose(1, 2).reshape(weight.shape)
+    return values, scales.view(n, k)
+
+
+@pytest.mark.parametrize("by_blocks", [False, True])
+@pytest.mark.parametrize("num_tokens", [1, 33, 64, 200, 600])
+def test_fp8_weights(num_tokens, by_blocks):
+    """Activations are quantised ahead of both products, as bfloat16 has rounded them."""
+    group = FP8_BLOCK if by_blocks else HIDDEN_SIZE
+    gate_up, down = weights(size=2 * FP8_BLOCK)
+    # Neighbouring blocks that differ in size.
+    gate_up *= torch.rand(gate_up.shape[0] // 64, device="cuda").repeat_interleave(64)[:, None]
+    quantize = quantize_blocks if by_blocks else torch_ops.quantize
+    (w1, s1), (w2, s2) = (quantize(w) for w in (gate_up, down))
     x, logits = randn(num_tokens, HIDDEN_SIZE), distinct_logits(num_tokens)
     got = summed(experts(x, logits, w1, w2, TOP_K, True, s1, s2))
     gate_up, down = torch_ops.dequantize_weight(w1, s1), torch_ops.dequantize_weight(w2, s2)
 
     def mlp(rows: torch.Tensor, expert: int) -> torch.Tensor:
         first, second = (of_expert(w, NUM_EXPERTS, expert) for w in (gate_up, down))
-        y = torch_ops.silu_and_mul((fp8_rounded(rows) @ first.t()).bfloat16())
-        return fp8_rounded(y) @ second.t()
+        y = torch_ops.silu_and_mul((fp8_rounded(rows, group) @ first.t()).bfloat16())
+        return fp8_rounded(y, group) @ second.t()
 
     exact = sum_of_experts(x, logits, TOP_K, True, mlp)
     unrounded = exact_experts(x, logits, gate_up, down, TOP_K, True)
