@@ -28,13 +28,11 @@ TILES = {
         16: LinearTile(16, 64, 256, 4, 3, 2),
         32: LinearTile(32, 64, 256, 4, 3, 2),
         64: LinearTile(64, 64, 128, 4, 4, 2),
-        128: LinearTile(128, 64, 128, 4, 8, 1),
     },
     float("inf"): {
         16: LinearTile(16, 128, 128, 4, 6, 2),
         32: LinearTile(32, 128, 128, 4, 4, 2),
         64: LinearTile(64, 128, 128, 4, 4, 2),
-        128: LinearTile(128, 128, 128, 4, 6, 2),
     },
 }
 # Where the scales are those of blocks; there block_k is one.
