@@ -16,14 +16,17 @@ from nanovllm.kernels.triton_tiled_linear import LinearTile, tiled_linear
 # Rows of the weight, at most -> tokens, at most -> tile; see tests/gpu/bench_fp8_linear.py. Three
 # programs of 64 rows for each multiprocessor of an H200 are all there are at a time: weights of
 # more rows take tiles of 128. For more tokens torch's product wins.
-FEW_ROWS, MANY_ROWS = 16384, 64 * 3 * 132
+MANY_ROWS = 64 * 3 * 132
+TILES_OF_FEW_ROWS = {
+    16: LinearTile(16, 64, 256, 4, 5, 1),
+    32: LinearTile(32, 64, 256, 4, 5, 1),
+    64: LinearTile(64, 64, 256, 4, 5, 1),
+    128: LinearTile(128, 64, 128, 4, 8, 1),
+}
 TILES = {
-    FEW_ROWS: {
-        16: LinearTile(16, 64, 256, 4, 5, 1),
-        32: LinearTile(32, 64, 256, 4, 5, 1),
-        64: LinearTile(64, 64, 256, 4, 5, 1),
-        128: LinearTile(128, 64, 128, 4, 8, 1),
-    },
+    4096: TILES_OF_FEW_ROWS
+    | {192: LinearTile(64, 128, 128, 4, 8, 1), 256: LinearTile(128, 128, 128, 4, 6, 1)},
+    16384: TILES_OF_FEW_ROWS,
     MANY_ROWS: {
         16: LinearTile(16, 64, 256, 4, 3, 2),
         32: LinearTile(32, 64, 256, 4, 3, 2),
@@ -36,12 +39,15 @@ TILES = {
     },
 }
 # Where the scales are those of blocks; there block_k is one.
+BLOCK_TILES_OF_FEW_ROWS = {
+    16: LinearTile(16, 64, 128, 4, 4, 2),
+    32: LinearTile(32, 64, 128, 4, 6, 2),
+    64: LinearTile(64, 64, 128, 4, 4, 2),
+}
 TILES_OF_BLOCKS = {
-    FEW_ROWS: {
-        16: LinearTile(16, 64, 128, 4, 4, 2),
-        32: LinearTile(32, 64, 128, 4, 6, 2),
-        64: LinearTile(64, 64, 128, 4, 4, 2),
-    },
+    4096: BLOCK_TILES_OF_FEW_ROWS
+    | {128: LinearTile(128, 64, 128, 8, 6, 1), 256: LinearTile(128, 128, 128, 8, 4, 1)},
+    16384: BLOCK_TILES_OF_FEW_ROWS,
     MANY_ROWS: {
         16: LinearTile(16, 64, 128, 4, 6, 2),
         32: LinearTile(32, 64, 128, 4, 4, 2),
@@ -53,8 +59,6 @@ TILES_OF_BLOCKS = {
         64: LinearTile(64, 128, 128, 4, 4, 2),
     },
 }
-# Two rows of the largest tiles, if weights have so few rows that all programs run at once.
-TWO_TILES_TOKENS, TWO_TILES_ROWS = 256, 4096
 MIN_RAGGED_TOKENS = 512  # below, torch's product of a multiple of 128 tokens is faster
 TORCH_MULTIPLE = 16  # of tokens, so that a column of scales is a multiple of 16 bytes
 # For more tokens with blocks that torch does not multiply.
@@ -117,9 +121,9 @@ def choose_tile(num_tokens: int, weight: torch.Tensor, scales: torch.Tensor) -> 
     by_blocks = scales.dim() == 2
     table = TILES_OF_BLOCKS if by_blocks else TILES
     tiles = next(tiles for most, tiles in table.items() if n <= most)
-    takes_two = not by_blocks and n <= TWO_TILES_ROWS
-    if num_tokens <= (TWO_TILES_TOKENS if takes_two else max(tiles)):
-        return tiles[next((most for most in tiles if num_tokens <= most), max(tiles))]
+    for most, tile in tiles.items():
+        if num_tokens <= most:
+            return tile
     if by_blocks:  # torch asks for whole blocks, and 16 bytes of scales
         return RAGGED_TILE if n % FP8_BLOCK or k % (4 * FP8_BLOCK) else None
     return None

@@ -76,8 +76,9 @@ def test_who_multiplies() -> None:
     for tokens, expected in ((1, 16), (16, 16), (17, 32), (64, 64), (65, 128), (129, None)):
         assert block_m(tokens, 6144, 4096, by_blocks=False) == expected
     assert block_m(65, 24576, 4096, by_blocks=False) is None
-    assert block_m(256, 4096, 4096, by_blocks=False) == 128
-    assert block_m(257, 4096, 4096, by_blocks=False) is None
+    for by_blocks in (False, True):
+        assert block_m(256, 4096, 4096, by_blocks) == 128
+        assert block_m(257, 4096, 4096, by_blocks) is None
     for tokens, expected in ((1, 16), (64, 64), (65, None), (5000, None)):
         assert block_m(tokens, 6144, 4096, by_blocks=True) == expected
     assert block_m(5000, 6144, 4096 + 128, by_blocks=True) == 128

@@ -76,8 +76,8 @@ def test_every_tile(by_blocks) -> None:
     n, k = 400, 1424
     weight, scales = fp8_weight(n, k, by_blocks)
     dequantized = torch_ops.dequantize_weight(weight, scales).double()
-    for tile in {tile for tiles in table.values() for tile in tiles.values()}:
-        x = torch.randn(tile.block_m - 1, k, device="cuda").bfloat16()
+    for num_tokens, tile in {pair for tiles in table.values() for pair in tiles.items()}:
+        x = torch.randn(num_tokens - 1, k, device="cuda").bfloat16()
         values, x_scales = triton_fp8_linear.quantize_rows(x, group)
         rounded = values.double() * x_scales.double().repeat_interleave(group or k, 1)[:, :k]
         exact = F.linear(rounded, dequantized)
