@@ -3,6 +3,7 @@
 import difflib
 import math
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,20 +20,20 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")
 QUANTIZATIONS = ("fp8",)
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 16384
 ALIASES = {"block_size": "kvcache_block_size", "num_gpu_blocks_override": "num_kvcache_blocks"}
 
-# vLLM's constructor parameters that this library does not have: named as such in the error.
+# vLLM's constructor parameters that this library does not have: named as such in the error, unless
+# their value is false ("off").
 VLLM_ONLY = frozenset(
     """allowed_local_media_path allowed_media_domains quantization_config offload_group_size
     offload_num_in_group offload_prefetch_step offload_params enable_return_routed_experts
-    mm_processor_kwargs limit_mm_per_prompt pooler_config convert structured_outputs_config
-    profiler_config attention_config compilation_config logits_processors kv_transfer_config
-    speculative_config spec_method spec_model spec_tokens max_loras max_lora_rank
-    expert_placement_strategy logprobs_mode enable_prompt_embeds long_prefill_token_threshold
-    cudagraph_capture_sizes""".split()
+    mm_processor_kwargs limit_mm_per_prompt pooler_config structured_outputs_config profiler_config
+    attention_config logits_processors kv_transfer_config speculative_config spec_method spec_model
+    spec_tokens enable_prompt_embeds long_prefill_token_threshold cudagraph_capture_sizes""".split()
 )
 # Those that scripts pass all the same, with the values that change nothing here; None: all do.
 VLLM_IGNORED: dict[str, tuple[Any, ...] | None] = {
@@ -40,7 +41,12 @@ VLLM_IGNORED: dict[str, tuple[Any, ...] | None] = {
     "tokenizer_revision": None,
     "hf_token": None,
     "swap_space": None,
-    "disable_custom_all_reduce": None,
+    "compilation_config": None,
+    "max_loras": None,
+    "max_lora_rank": None,
+    "convert": ("auto", "none"),
+    "logprobs_mode": ("raw_logprobs",),
+    "expert_placement_strategy": ("linear",),
     "cpu_offload_gb": (0,),
     "pipeline_parallel_size": (1,),
     "data_parallel_size": (1,),
@@ -65,6 +71,7 @@ class Config:
     max_model_len: int = 4096  # None until _check_lengths: the model's maximum
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
+    disable_custom_all_reduce: bool = False
     enforce_eager: bool = False
     kvcache_block_size: int = 256
     num_kvcache_blocks: int | None = None
@@ -75,7 +82,7 @@ class Config:
     enable_chunked_prefill: bool = False
     async_scheduling: bool = True
     attention_backend: str = "auto"
-    dtype: str = "auto"
+    dtype: "str | torch.dtype" = "auto"  # a string after the checks
     quantization: str | None = None
     device: str = "auto"
     seed: int = 0
@@ -104,6 +111,8 @@ class Config:
         for name, value in kwargs.items():
             if name in VLLM_IGNORED:
                 _check_ignored(name, value)
+                continue
+            if name in VLLM_ONLY and not value:
                 continue
             if name not in known:
                 raise TypeError(_unknown_keyword(name, known))
@@ -150,6 +159,7 @@ class Config:
         self.seed = check_integer("seed", self.seed, minimum=-(2**63), maximum=2**63 - 1)
         self.max_logprobs = check_integer("max_logprobs", self.max_logprobs, minimum=-1)
         for name in (
+            "disable_custom_all_reduce",
             "enforce_eager",
             "enable_prefix_caching",
             "enable_chunked_prefill",
@@ -169,6 +179,9 @@ class Config:
         self.watermark = check_number(
             "watermark", self.watermark, "finite and >= 0", lambda n: 0 <= n < math.inf
         )
+        if not isinstance(self.dtype, str):  # a torch.dtype
+            self.dtype = str(self.dtype).removeprefix("torch.")
+        self.dtype = DTYPE_ALIASES.get(self.dtype, self.dtype)
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         if self.quantization is not None:
@@ -256,6 +269,7 @@ class Config:
         """The dtype of weights and activations; "auto" is the model's, else bfloat16."""
         import torch
 
+        assert isinstance(self.dtype, str)
         if self.dtype != "auto":
             return getattr(torch, self.dtype)
         dtype = self.hf_config.dtype
@@ -278,6 +292,9 @@ class Config:
 
 
 def _check_ignored(name: str, value: Any) -> None:
+    if name == "swap_space":
+        message = "swap_space changes nothing: preempted requests are computed anew"
+        warnings.warn(message, DeprecationWarning, stacklevel=4)
     allowed = VLLM_IGNORED[name]
     if allowed is not None and value not in allowed:
         raise TypeError(

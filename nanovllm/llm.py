@@ -311,6 +311,10 @@ class LLM(LLMEngine):
         """An engine whose parameters are the attributes of an object, `model` among them."""
         return cls(**vars(engine_args))
 
+    def shutdown(self) -> None:
+        """vLLM's name of `exit`."""
+        self.exit()
+
     @property
     def llm_engine(self) -> "LLM":
         """The engine itself, for scripts that drive vLLM's `llm.llm_engine`."""

@@ -51,7 +51,10 @@ class LLMEngine:
         gpu_memory_utilization: share of the GPU's memory, in (0, 1], for weights, activations and
             KV cache together. Default 0.9.
         tensor_parallel_size: ranks that share the model, 1 to 8; each has a process. Default 1.
-        enforce_eager: no CUDA graphs, no torch.compile. Default False.
+        disable_custom_all_reduce: sum over the ranks by NCCL alone instead of, for few rows, in
+            memory that the GPUs share. Default False.
+        enforce_eager: no CUDA graphs (and no torch.compile, which only `attention_backend="torch"`
+            uses on CUDA). Default False.
         kvcache_block_size (block_size): tokens per KV block, a multiple of 256. Default 256.
         num_kvcache_blocks (num_gpu_blocks_override): KV blocks; None: as memory allows.
         kv_cache_memory_bytes: bytes of KV cache per rank, instead of `gpu_memory_utilization`.
@@ -64,7 +67,8 @@ class LLMEngine:
         async_scheduling: prepare step n + 1 while n runs. Default True.
         attention_backend: "auto" (triton on CUDA, torch elsewhere), "torch", "triton" or
             "flash-attn".
-        dtype: "auto" (the model's), "bfloat16", "float16", "float32".
+        dtype: "auto" (the model's), "bfloat16", "float16" ("half"), "float32" ("float"), or one of
+            these as a torch.dtype.
         quantization: "fp8": weights of linear layers in fp8 (e4m3), quantised on load with a scale
             for each row; embedding, LM head and norms stay as they are. Default None: as in the
             checkpoint, which may be fp8 itself.
@@ -86,9 +90,8 @@ class LLMEngine:
         max_logprobs: the most `logprobs` and `prompt_logprobs` may ask for; -1: no limit. Default
             20.
         scheduling_policy: "fcfs", or "priority": by the requests' `priority`. Default "fcfs".
-        runner, enable_sleep_mode, disable_log_stats: vLLM's; they change nothing: pooling, sleep
-            and metrics are always there.
-        runner: vLLM's "auto", "generate" or "pooling", which change nothing: a model can do both.
+        runner ("auto", "generate" or "pooling"), enable_sleep_mode, disable_log_stats: vLLM's; they
+            change nothing: pooling, sleep and metrics are always there.
 
     An engine has no lock: use it from one thread at a time.
 
@@ -108,7 +111,12 @@ class LLMEngine:
         if config.kv_cache_memory_bytes is not None:
             kv_cache.decide_num_blocks(config, config.tensor_parallel_size, None)
         self.tokenizer = load_tokenizer(config)
-        config.eos_token_ids = eos_token_ids(config.model, self.tokenizer, config.generation_config)
+        config.eos_token_ids = eos_token_ids(
+            config.model,
+            self.tokenizer,
+            config.generation_config,
+            fallback=getattr(config.hf_config, "eos_token_id", None),
+        )
         self._default_params = default_sampling_params(
             config.model, config.generation_config, config.override_generation_config
         )
@@ -313,7 +321,10 @@ class LLMEngine:
     def _note_first_tokens(self, seqs: list[Sequence]) -> None:
         now = time()
         for seq in seqs:
-            metrics = self._requests[seq.seq_id].metrics
+            request = self._requests.get(seq.seq_id)
+            if request is None:  # its owner gave the sequence to the scheduler itself
+                continue
+            metrics = request.metrics
             if metrics.first_token_time is None and seq.num_completion_tokens > 0:
                 metrics.first_token_time = now
 
@@ -322,7 +333,8 @@ class LLMEngine:
         for seq in seqs:
             if not seq.is_finished:
                 continue
-            request = self._requests.get(seq.seq_id)  # None: delivered with a sequence before
+            # None: delivered with a sequence before, or not the engine's (`Scheduler.add`).
+            request = self._requests.get(seq.seq_id)
             if request is None or not request.is_finished:
                 continue
             del self._requests[seq.seq_id]

@@ -71,7 +71,11 @@ class Scheduler:
         return not self.waiting and not self.running
 
     def add(self, seq: Sequence) -> None:
-        """Queue `seq` behind all others, or by its priority."""
+        """Queue `seq` behind all others, or by its priority.
+
+        A sequence that comes here past `LLMEngine.add_request` is computed like any other, but
+        `step` does not return it: its owner sees that it `is_finished`. A failed step drops it.
+        """
         params = seq.sampling_params
         eos_token_ids = frozenset() if params.ignore_eos else self.eos_token_ids
         seq.end_token_ids = eos_token_ids.union(params.stop_token_ids or ())

@@ -263,7 +263,8 @@ def _device(rank: int, device_type: str) -> torch.device:
 def _connect(rank: int, config: Config, store: dist.Store, device: torch.device) -> TensorParallel:
     size, hidden_size = config.tensor_parallel_size, config.hf_config.hidden_size
     dtype = config.resolve_dtype()
-    return TensorParallel.connect(rank, size, store, device, hidden_size, dtype)
+    shares_memory = not config.disable_custom_all_reduce
+    return TensorParallel.connect(rank, size, store, device, hidden_size, dtype, shares_memory)
 
 
 def _cause_of_death(worker: Worker) -> str:

@@ -31,6 +31,9 @@ def wait_for_completion(
 ) -> list[RequestOutput]:
     """See `LLM.wait_for_completion`."""
     llm._check_ready()
+    # Those that a loop over `scheduler` and `model_runner` has finished are the engine's all the
+    # same; nobody else would deliver them.
+    llm._deliver([seq for request in list(llm._requests.values()) for seq in request.sequences])
     with ProgressBar(use_tqdm, len(llm._requests)) as bar:
         while llm._requests:
             llm._advance_shown(bar, llm._requests)

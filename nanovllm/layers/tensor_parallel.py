@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 ABORT_SECONDS = 5.0
-PEER_MEMORY = True  # off for an ablation
 MAX_TOKEN_ID = 0x7FFFFFFF
 
 
@@ -58,6 +57,7 @@ class TensorParallel:
         device: torch.device,
         hidden_size: int,
         dtype: torch.dtype,
+        shares_memory: bool = True,
     ) -> "TensorParallel":
         """Join the other ranks through `store`: NCCL on CUDA, gloo on CPU. Blocks until all do.
 
@@ -65,6 +65,7 @@ class TensorParallel:
             device: this rank's, with its index; all ranks are on one host.
             hidden_size: elements of the rows that are summed.
             dtype: of these rows.
+            shares_memory: whether few rows go through memory that the GPUs share.
         """
         if device.type == "cuda":
             nccl: Any = dist.ProcessGroupNCCL
@@ -72,7 +73,7 @@ class TensorParallel:
             options._timeout = COLLECTIVE_TIMEOUT
             group = nccl(dist.PrefixStore("nccl", store), rank, size, options)
             tp = cls(rank, size, group)
-            if PEER_MEMORY:
+            if shares_memory:
                 tp._share_memory(dist.PrefixStore("peers", store), device, hidden_size, dtype)
             return tp
         gloo: Any = dist.ProcessGroupGloo

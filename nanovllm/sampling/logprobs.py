@@ -108,8 +108,9 @@ def _logprobs_of(
 def to_logprobs(rows: list[LogprobRow], tokenizer: Any = None) -> list[dict[int, Logprob]]:
     """What a user gets for each position: `{token id: Logprob}`, the position's own token first.
 
-    Then the k best that differ from it, so k or k + 1 entries. Without a tokenizer `decoded_token`
-    is None.
+    Then the k best that differ from it, so k or k + 1 entries. The k best have the ranks 1 to k,
+    another token 1 + the number of tokens that are strictly more probable. Without a tokenizer
+    `decoded_token` is None.
     """
     texts: dict[int, str | None] = {}
 
@@ -123,9 +124,9 @@ def to_logprobs(rows: list[LogprobRow], tokenizer: Any = None) -> list[dict[int,
         own_id, *best_ids = row.token_ids.tolist()
         own_logprob, *best_logprobs = row.logprobs.tolist()
         position = {own_id: entry(own_id, own_logprob, row.rank)}
+        # Among the k best the own token has its place as its rank, so that 1 to k are all there.
         for rank, (token_id, logprob) in enumerate(zip(best_ids, best_logprobs, strict=True), 1):
-            if token_id != own_id:
-                position[token_id] = entry(token_id, logprob, rank)
+            position[token_id] = entry(token_id, logprob, rank)
         positions.append(position)
     return positions
 

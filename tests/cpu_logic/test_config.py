@@ -184,8 +184,33 @@ def test_options_of_vllm_are_taken_with_the_values_that_change_nothing(name, val
         Config.from_kwargs(model, {name: 7})
 
 
+@pytest.mark.parametrize("name", sorted(VLLM_ONLY))
+def test_options_of_vllm_are_taken_when_they_are_off(name, model):
+    for value in (None, False, 0, "", [], {}):
+        Config.from_kwargs(model, {name: value})
+
+
 def test_options_of_vllm_that_mean_nothing_here_are_taken(model):
-    Config.from_kwargs(model, {"swap_space": 4, "revision": "main", "hf_token": "x"})
+    ignored = {"revision": "main", "hf_token": "x", "compilation_config": 3, "max_lora_rank": 16}
+    Config.from_kwargs(model, ignored)
+    with pytest.warns(DeprecationWarning, match="swap_space changes nothing"):
+        Config.from_kwargs(model, {"swap_space": 4})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        ("half", torch.float16),
+        ("float", torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float32),
+    ],
+)
+def test_other_names_of_dtypes(dtype, expected, model):
+    assert Config(model, dtype=dtype).resolve_dtype() == expected
+    for wrong in (torch.int8, torch.float64, 16):
+        with pytest.raises(ArgumentError, match="dtype"):
+            Config(model, dtype=wrong)
 
 
 def test_no_known_keyword_is_listed_as_vllm_only():
@@ -227,7 +252,7 @@ def test_no_known_keyword_is_listed_as_vllm_only():
         ({"seed": 2**63}, "seed must be between -9223372036854775808 and 9223372036854775807"),
         ({"seed": 0.5}, "seed must be an integer"),
         ({"dtype": "int8"}, "dtype must be one of auto, bfloat16, float16, float32, got 'int8'"),
-        ({"dtype": torch.float16}, "dtype must be one of .* got torch.float16"),
+        ({"dtype": torch.int8}, "dtype must be one of .* got 'int8'"),
         (
             {"kv_cache_dtype": "int8"},
             "kv_cache_dtype must be one of auto, fp8, fp8_e4m3, got 'int8'",

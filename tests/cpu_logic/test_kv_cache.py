@@ -48,6 +48,13 @@ def test_dtype_follows_the_model_or_is_fp8(model):
     assert dtype(kv_cache_dtype="fp8_e4m3", dtype="float32") == FP8_DTYPE
 
 
+def test_block_bytes_of_qwen3_0_6b(model):
+    """2 * 28 layers * 256 tokens * 8 heads * 128 * 2 bytes; half for each of two ranks."""
+    config = Config(model)
+    assert kv_cache.block_bytes(config, 1) == 29_360_128
+    assert kv_cache.block_bytes(config, 2) == 14_680_064
+
+
 @pytest.mark.parametrize("tp_size", (1, 2, 16))
 @pytest.mark.parametrize("block_size", (256, 512))
 def test_block_bytes_are_those_that_are_allocated(model, tp_size, block_size):

@@ -24,6 +24,7 @@ from engine_checks import (
 from tiny_models import VOCAB_SIZE, reference_greedy, save_model
 
 from nanovllm import LLM, EngineDeadError, SamplingParams
+from nanovllm.engine.sequence import Sequence
 
 PROMPTS = random_prompts((5, 7, 1, 30), seed=20)
 NUM_REFERENCE = 60
@@ -645,3 +646,21 @@ def test_the_internal_names_of_the_guide(tiny_dir, reference):
                     finished[seq.seq_id] = seq.completion_token_ids
                     assert len(seq) == len(PROMPTS[seq.seq_id]) + 5
         assert finished == {i: r[:5] for i, r in enumerate(reference)}
+        outputs = llm.wait_for_completion(use_tqdm=False)
+        assert [output["token_ids"] for output in outputs] == [r[:5] for r in reference]
+        assert not llm._requests and llm.is_finished()
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_a_sequence_may_be_given_to_the_scheduler_itself(tiny_dir, reference, async_scheduling):
+    """Its owner sees it finish; `step` returns the requests of `add_request` alone."""
+    with tiny_engine(tiny_dir, async_scheduling=async_scheduling) as llm:
+        request_id = llm.add_request(PROMPTS[0], greedy(9))
+        seq = Sequence(PROMPTS[1], greedy(5), seq_id=99)
+        llm.scheduler.add(seq)
+        returned = []
+        while not llm.is_finished():
+            returned += llm.step()[0]
+        assert returned == [(request_id, reference[0][:9])]
+        assert seq.is_finished and seq.completion_token_ids == reference[1][:5]
+        check_nothing_is_held(llm)

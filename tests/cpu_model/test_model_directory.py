@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 from engine_checks import greedy, tiny_engine
+from tiny_models import edit_config
 
-from nanovllm import LLM, ArgumentError
+from nanovllm import LLM, ArgumentError, SamplingParams
 
 
 @pytest.fixture
@@ -26,6 +27,17 @@ def test_eos_ids_of_tokenizer_and_generation_config_are_united(model_dir, text):
     (model_dir / "generation_config.json").write_text(text)
     with tiny_engine(model_dir) as llm:
         assert llm.config.eos_token_ids == ({2} if text == "{}" else {0, 2})
+
+
+def test_without_other_eos_ids_those_of_the_config_end_a_completion(model_dir):
+    """As in transformers, whose generation config is then made of config.json."""
+    (model_dir / "generation_config.json").unlink(missing_ok=True)
+    edit_config(model_dir, eos_token_id=7)
+    with tiny_engine(model_dir, skip_tokenizer_init=True) as llm:
+        assert llm.config.eos_token_ids == {7}
+        params = SamplingParams(temperature=0, max_tokens=5, logit_bias={7: 100.0})
+        [output] = llm.generate([[5]], params, use_tqdm=False)
+        assert output["token_ids"] == [7] and output.outputs[0].finish_reason == "stop"
 
 
 def test_a_directory_without_a_tokenizer_is_refused(model_dir):

@@ -266,6 +266,13 @@ def test_two_ranks_sum_through_nccl_if_one_cannot_share_memory(
 
 
 @pytest.mark.two_gpus
+def test_two_ranks_sum_through_nccl_if_told_to(model_dir, prompts, reference):
+    with small_engine(model_dir, tensor_parallel_size=2, disable_custom_all_reduce=True) as llm:
+        assert llm.model_runner.tp.peers is None
+        assert token_ids(llm.generate(prompts, greedy(), use_tqdm=False)) == reference
+
+
+@pytest.mark.two_gpus
 def test_two_ranks_draw_the_tokens_of_one(model_dir, prompts):
     params = SamplingParams(temperature=0.8, max_tokens=MAX_TOKENS, ignore_eos=True)
     outputs = []
