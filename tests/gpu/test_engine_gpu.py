@@ -105,16 +105,16 @@ def test_random_lengths_and_late_eos(model_dir, prompts, reference, overlap):
     assert any(len(out) < limit for out, limit in zip(outputs, limits, strict=True))
 
 
-@pytest.mark.parametrize("max_num_seqs", [20, 512])
+@pytest.mark.parametrize("max_num_seqs", [20, 700])
 def test_graph_equals_eager_at_every_batch_size(model_dir, max_num_seqs):
-    sizes = [n for n in (1, 3, 5, 9, 17, 20, 255, 512) if n <= max_num_seqs]
+    sizes = [n for n in (1, 3, 5, 9, 17, 20, 255, 512, 513, 700) if n <= max_num_seqs]
     prompts = random_prompts([1 + i % 40 for i in range(max_num_seqs)], seed=2)
     outputs = []
     for enforce_eager in (False, True):
         with small_engine(
             model_dir,
             max_num_seqs=max_num_seqs,
-            num_kvcache_blocks=600,
+            num_kvcache_blocks=700,
             enforce_eager=enforce_eager,
         ) as llm:
             outputs.append(
