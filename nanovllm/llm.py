@@ -288,8 +288,8 @@ class LLM(LLMEngine):
     def get_output(self, request_id: int | str) -> RequestOutput:
         """The output of a request: the partial one while it runs, the whole one at its end.
 
-        An output is kept until `step` returns the next finished requests, so that a long night's
-        loop needs no more memory than a short one.
+        An output is kept until `step` returns the next finished requests, or `wait_for_completion`
+        returns, so that a long night's loop needs no more memory than a short one.
 
         Raises:
             ArgumentError: there is no such request, or its output is gone.

@@ -111,12 +111,14 @@ class LLMEngine:
         if config.kv_cache_memory_bytes is not None:
             kv_cache.decide_num_blocks(config, config.tensor_parallel_size, None)
         self.tokenizer = load_tokenizer(config)
-        config.eos_token_ids = eos_token_ids(
+        ids = eos_token_ids(
             config.model,
             self.tokenizer,
             config.generation_config,
             fallback=getattr(config.hf_config, "eos_token_id", None),
         )
+        # A tokenizer may name one that the model does not have: it is never sampled.
+        config.eos_token_ids = frozenset(i for i in ids if 0 <= i < config.hf_config.vocab_size)
         self._default_params = default_sampling_params(
             config.model, config.generation_config, config.override_generation_config
         )
@@ -130,7 +132,7 @@ class LLMEngine:
         self._in_flight: LaunchedStep | None = None
         self._requests: dict[int, Request] = {}  # unfinished
         self._undelivered: list[Request] = []  # finished, for `step` to return
-        self._returned: dict[int, Request] = {}  # what `step` returned last, for `get_output`
+        self._returned: dict[int, Request] = {}  # the last finished ones, for `get_output`
         # Unfinished requests that are not for `step`: the ids that their owner waits for.
         self._generating: dict[int, set[int]] = {}
         self._is_stepping = False
@@ -242,8 +244,9 @@ class LLMEngine:
             launched; the next one runs on the device already.
 
         Raises:
-            EngineDeadError: a tensor-parallel worker died. After any other error the unfinished
-                requests are queued again, to be computed anew, and the engine is usable.
+            EngineDeadError: a tensor-parallel worker died, or any error in a step of several ranks,
+                which may be out of step then. On one rank the unfinished requests are queued again
+                after an error, to be computed anew, and the engine is usable.
         """
         num_tokens = self._advance()
         finished, self._undelivered = self._undelivered, []
@@ -371,6 +374,7 @@ class LLMEngine:
         """`_advance`, and `bar` counts what leaves `unfinished`."""
         num_left = len(unfinished)
         num_tokens = self._advance()
+        assert not unfinished or not self.scheduler.is_finished(), "requests that no queue holds"
         bar.update(num_left - len(unfinished), num_tokens, self._step_seconds)
 
     # ---- errors and the end -------------------------------------------------------------------
@@ -485,10 +489,9 @@ class LLMEngine:
     def _recover(self, error: BaseException) -> None:
         """After a failed step: queue all requests anew, trust nothing in the cache."""
         self._in_flight = None
-        sequences = (seq for request in self._requests.values() for seq in request.sequences)
-        unfinished = [seq for seq in sequences if not seq.is_finished]
-        self.scheduler.restart(unfinished)
-        self._deliver(unfinished)
+        seqs = [seq for request in self._requests.values() for seq in request.sequences]
+        self.scheduler.restart([seq for seq in seqs if not seq.is_finished])
+        self._deliver(seqs)  # those that ended before the commit failed
         if self._workers is not None:
             # The ranks are out of step, whatever happened.
             cause = self._workers.wait_for_death(1.0)

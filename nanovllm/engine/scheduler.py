@@ -85,7 +85,9 @@ class Scheduler:
             self.waiting.append(seq)
 
     def _insert_by_priority(self, seq: Sequence) -> None:
-        self.waiting.insert(bisect_right(self.waiting, _rank(seq), key=_rank), seq)
+        # The search may run a garbage collection, and that the finalizer of a stream: `abort`.
+        index = bisect_right(self.waiting, _rank(seq), key=_rank)
+        self.waiting.insert(index, seq)
 
     def schedule(self, in_flight: bool = False) -> tuple[list[Sequence], bool]:
         """The next step's sequences and whether it is a prefill; an empty list: nothing to do yet.

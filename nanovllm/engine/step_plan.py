@@ -15,7 +15,6 @@ from nanovllm.kernels import row_state
 # is_prefill, the lengths of rows, updates, token_ids and apart, num_common_blocks
 HEADER_SIZE = 6
 PREFILL_FIELDS = 5  # per-sequence numbers of a prefill
-SAMPLED_APART = -1.0  # the temperature of a row that the fast sampler leaves alone
 # Fewer cost more than they save: reading the common blocks apart takes a kernel in every layer.
 MIN_SPARED_BLOCK_READS = 32
 POOLED = 2  # in StepPlan.samples
@@ -188,7 +187,7 @@ class PlanBuilder:
 
     def _row_head(self, seq: Sequence, row: int) -> list[tuple[int, int]]:
         first = row * self.row_width
-        temperature = SAMPLED_APART if seq.is_sampled_apart else seq.sampling_params.temperature
+        temperature = row_state.SKIPPED if seq.is_sampled_apart else seq.sampling_params.temperature
         temperature_bits = int(np.float32(temperature).view(np.int32))
         seed_low, seed_high = np.array([seq.seed], dtype=np.uint64).view(np.int32)
         return [

@@ -39,6 +39,7 @@ def wait_for_completion(
             llm._advance_shown(bar, llm._requests)
     requests, llm._undelivered = llm._undelivered, []
     requests.sort(key=attrgetter("request_id"))
+    llm._returned = {request.request_id: request for request in requests}
     return [request.output(llm.tokenizer) for request in requests]
 
 
@@ -57,9 +58,11 @@ def get_output(llm: "LLMEngine", request_id: int | str) -> RequestOutput:
     number = _as_request_id(request_id)
     request = llm._requests.get(number) or llm._returned.get(number)
     if request is None:
+        request = next((r for r in llm._undelivered if r.request_id == number), None)
+    if request is None:
         raise ArgumentError(
-            f"there is no request {request_id!r}: an output is kept until step() returns the "
-            "next finished requests"
+            f"there is no request {request_id!r}: an output is kept until step() or "
+            "wait_for_completion() returns the next finished requests"
         )
     return request.output(llm.tokenizer)
 

@@ -6,6 +6,8 @@ padding row: its length stays 0 and every padded slot of a CUDA graph's batch po
 
 LAST_TOKEN = 0  # the newest token, whose K/V is not yet in the cache
 LENGTH = 1  # tokens of the sequence, LAST_TOKEN included; 0 in the padding row
-TEMPERATURE = 2  # float32 bits
+TEMPERATURE = 2  # float32 bits; SKIPPED: `Ops.sample` leaves the row alone
 SEED = 3  # two words: low, high
 BLOCK_TABLE = 5  # block ids from here to the end of the row
+
+SKIPPED = -1.0

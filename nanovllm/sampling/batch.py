@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from nanovllm.kernels import row_state
 from nanovllm.sampling.history import TokenHistory
 from nanovllm.sampling.penalties import Penalties, has_penalties
 from nanovllm.sampling.token_masks import AllowedTokens, ForbiddenTokens, LogitBias
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from nanovllm.engine.sequence import Sequence
 
 ALIGNMENT = 64  # of the width of logits that are edited
-SAMPLED_ELSEWHERE = -1.0  # the temperature of a row that `Ops.sample` skips
 
 
 def needs_history(seq: "Sequence", rules: TokenRules | None) -> bool:
@@ -41,7 +41,7 @@ class RaceInputs:
         self.has_filters = False
         for i, p in enumerate(params):
             if is_elsewhere[i]:
-                temperatures[i] = SAMPLED_ELSEWHERE
+                temperatures[i] = row_state.SKIPPED
             elif p.top_k or p.top_p < 1 or p.min_p:
                 self.has_filters = True
         floats = [temperatures, [p.top_p for p in params], [p.min_p for p in params]]

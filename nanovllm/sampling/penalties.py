@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from nanovllm.sampling_params import SamplingParams
 
 
+# Far beyond what changes a choice. A forbidden token's logit (token_masks.FORBIDDEN) times this is
+# finite, and by its inverse still the least.
+MAX_REPETITION = 1e8
+
+
 def has_penalties(params: "SamplingParams") -> bool:
     """Whether any of the three is on."""
     return bool(
@@ -65,7 +70,7 @@ class Penalties:
         params = [seq.sampling_params for seq in seqs]
         factors = np.array(
             [
-                [p.repetition_penalty for p in params],
+                np.clip([p.repetition_penalty for p in params], 1 / MAX_REPETITION, MAX_REPETITION),
                 [p.frequency_penalty for p in params],
                 [p.presence_penalty for p in params],
             ],

@@ -89,9 +89,9 @@ class GrammarCompiler:
                 "structured outputs need llguidance: pip install 'nanovllm[structured-outputs]'"
             ) from None
         try:
-            self._tokenizer = llguidance.hf.from_tokenizer(
-                tokenizer, vocab_size, sorted(end_token_ids)
-            )
+            # llguidance refuses ids that the tokenizer does not have.
+            known_ids = [i for i in sorted(end_token_ids) if i < len(tokenizer)]
+            self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, vocab_size, known_ids or None)
         except ValueError as error:
             raise ArgumentError(f"structured outputs, tokenizer: {error}") from error
         self._compiled = functools.lru_cache(MAX_COMPILED)(self._compile)

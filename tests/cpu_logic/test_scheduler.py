@@ -17,6 +17,7 @@ from scheduling_helpers import (
     step,
 )
 
+from nanovllm.engine import scheduler as scheduler_module
 from nanovllm.engine.scheduler import ADMISSION_INTERVAL, Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.sampling_params import SamplingParams
@@ -817,3 +818,20 @@ def test_the_highest_priority_number_is_preempted_and_waits_behind_the_lower():
     assert list(scheduler.waiting)[-1] is seqs[1]
     drain(scheduler)
     assert {seq.finish_reason for seq in (*seqs, late)} == {"length"}
+
+
+def test_an_abort_while_a_priority_is_searched_for(monkeypatch):
+    """As a garbage collection in the search may cause, which finds a stream that was dropped."""
+    scheduler = make_scheduler(scheduling_policy="priority")
+    old, new = (make_seq([5] * 30, seq_id=i) for i in range(2))
+    scheduler.add(old)
+    rank = scheduler_module._rank
+
+    def abort_and_rank(seq):
+        if not old.is_finished:
+            scheduler.abort([old])
+        return rank(seq)
+
+    monkeypatch.setattr(scheduler_module, "_rank", abort_and_rank)
+    scheduler.add(new)
+    assert list(scheduler.waiting) == [new]

@@ -1,13 +1,14 @@
 """What the engine needs of a model directory beside weights, and memory it cannot have."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 from engine_checks import greedy, tiny_engine
-from tiny_models import edit_config
+from tiny_models import VOCAB_SIZE, edit_config
 
-from nanovllm import LLM, ArgumentError, SamplingParams
+from nanovllm import LLM, ArgumentError, SamplingParams, StructuredOutputsParams
 
 
 @pytest.fixture
@@ -27,6 +28,26 @@ def test_eos_ids_of_tokenizer_and_generation_config_are_united(model_dir, text):
     (model_dir / "generation_config.json").write_text(text)
     with tiny_engine(model_dir) as llm:
         assert llm.config.eos_token_ids == ({2} if text == "{}" else {0, 2})
+
+
+def test_eos_ids_that_the_model_does_not_have_are_left_out(model_dir):
+    """They are never sampled, and min_tokens must not forbid them in the logits of others."""
+    text = json.dumps({"eos_token_id": [2, VOCAB_SIZE, VOCAB_SIZE + 500, -1]})
+    (model_dir / "generation_config.json").write_text(text)
+    with tiny_engine(model_dir) as llm:
+        assert llm.config.eos_token_ids == {2}
+        params = SamplingParams(temperature=0, max_tokens=4, min_tokens=4)
+        assert len(llm.generate([[5]], params, use_tqdm=False)[0]["token_ids"]) == 4
+
+
+def test_structured_outputs_with_an_eos_id_that_the_tokenizer_does_not_have(model_dir):
+    pytest.importorskip("llguidance")
+    (model_dir / "generation_config.json").write_text(f'{{"eos_token_id": [{VOCAB_SIZE - 1}]}}')
+    with tiny_engine(model_dir) as llm:
+        assert len(llm.tokenizer) < VOCAB_SIZE
+        params = SamplingParams(structured_outputs=StructuredOutputsParams(choice=["the dog"]))
+        [output] = llm.generate([[5]], params, use_tqdm=False)
+    assert output["text"].startswith("the dog")
 
 
 def test_without_other_eos_ids_those_of_the_config_end_a_completion(model_dir):

@@ -1,5 +1,6 @@
 """What a request is from the outside: n, seeds, priorities, aborts, queues, results."""
 
+import itertools
 import time
 
 import numpy as np
@@ -160,6 +161,48 @@ def test_output_of_a_running_request_grows(llm):
     assert llm.get_output(str(next_id)).finished
     with pytest.raises(ArgumentError, match=f"no request {request_id}"):
         llm.get_output(request_id)
+
+
+def test_output_of_a_request_that_finished_on_the_side(llm):
+    """`generate` ran it to its end, `step` has not returned it yet."""
+    request_id = llm.add_request(PROMPTS[0], greedy(3))
+    generate(llm, PROMPTS[1:2], greedy(8))
+    output = llm.get_output(request_id)
+    assert output.finished
+    [waited] = llm.wait_for_completion(use_tqdm=False)
+    assert waited == output == llm.get_output(request_id)
+
+
+def test_aborted_requests_are_forgotten(llm):
+    for _ in range(3):
+        llm.abort_request(llm.enqueue(PROMPTS, greedy(5)))
+        assert llm.wait_for_completion(use_tqdm=False) == []
+    assert not llm._returned
+
+
+def test_a_commit_that_fails_half_way_loses_no_finished_request(llm):
+    """The longer sequence, which comes first, ends in it; the other one's text raises."""
+    expected = generate(llm, PROMPTS[:2], greedy(8))
+    stopping = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, stop="no such text")
+    first = llm.add_request(PROMPTS[1], greedy(4))
+    second = llm.add_request(PROMPTS[0], stopping)
+    detokenizer = llm._requests[second].sequences[0].detokenizer
+    append = detokenizer.append
+    num_calls = itertools.count(1)
+
+    def fail_once(token_id):
+        if next(num_calls) == 4:
+            raise OSError("half-way")
+        return append(token_id)
+
+    detokenizer.append = fail_once
+    completions = {}
+    with pytest.raises(OSError, match="half-way"):
+        while True:
+            completions |= dict(llm.step()[0])
+    assert not completions
+    completions |= drain(llm)[0]
+    assert completions == {first: expected[1][:4], second: expected[0]}
 
 
 def test_times_of_a_request(llm):

@@ -159,6 +159,22 @@ def test_stop_strings_wait_for_min_tokens(llm):
         assert output["finish_reason"] in ("stop", "length")
 
 
+@pytest.mark.parametrize("repetition_penalty", [1e-30, 1e30])
+def test_no_repetition_penalty_lets_a_forbidden_token_through(llm, repetition_penalty):
+    """min_tokens forbids the only token that is allowed, which is taken all the same."""
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=5,
+        min_tokens=5,
+        allowed_token_ids=[2],
+        repetition_penalty=repetition_penalty,
+    )
+    assert llm.generate([[2, 3]], params, use_tqdm=False)[0]["token_ids"] == [2] * 5
+    free = params.clone()
+    free.allowed_token_ids = None
+    assert 2 not in llm.generate([[2, 3]], free, use_tqdm=False)[0]["token_ids"]
+
+
 def test_one_allowed_token(llm):
     """Case 50."""
     [output] = llm.generate(
