@@ -63,8 +63,9 @@ class RequestFeatures:
         if self._compiler is None:
             from nanovllm.sampling.structured_outputs import GrammarCompiler
 
+            end_token_ids = {i for i in self.config.eos_token_ids if i < len(self.tokenizer)}
             self._compiler = GrammarCompiler(
-                self.tokenizer, self.config.hf_config.vocab_size, self.config.eos_token_ids
+                self.tokenizer, self.config.hf_config.vocab_size, end_token_ids
             )
         return self._compiler.compile(params.structured_outputs)
 

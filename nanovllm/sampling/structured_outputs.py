@@ -75,7 +75,8 @@ class GrammarCompiler:
     Args:
         tokenizer: a fast Hugging Face tokenizer.
         vocab_size: of the model; ids beyond the tokenizer's are never allowed.
-        end_token_ids: every id that ends a text; allowed only where the text is complete.
+        end_token_ids: every id of the tokenizer that ends a text; allowed only where the text is
+            complete.
 
     Raises:
         ArgumentError: llguidance is not installed or cannot use the tokenizer.
@@ -89,9 +90,9 @@ class GrammarCompiler:
                 "structured outputs need llguidance: pip install 'nanovllm[structured-outputs]'"
             ) from None
         try:
-            # llguidance refuses ids that the tokenizer does not have.
-            known_ids = [i for i in sorted(end_token_ids) if i < len(tokenizer)]
-            self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, vocab_size, known_ids or None)
+            self._tokenizer = llguidance.hf.from_tokenizer(
+                tokenizer, vocab_size, sorted(end_token_ids)
+            )
         except ValueError as error:
             raise ArgumentError(f"structured outputs, tokenizer: {error}") from error
         self._compiled = functools.lru_cache(MAX_COMPILED)(self._compile)

@@ -213,15 +213,19 @@ def test_cost_of_fp8_weights_with_scales_of_rows():
     assert cost.expert_bytes == 2 * 8 * (EXPERT + 4 * (2 * 128 + 128))
 
 
-def test_cost_of_an_fp8_checkpoint_whose_experts_are_dequantized():
+def test_cost_of_an_fp8_checkpoint():
     attention_blocks, mlp_blocks = 4 + 2, 4 + 2
     cost, _ = cost_of(DENSE, "blocks")
     assert cost.layer_params == cost.fp8_params == DENSE_PARAMS
     blocks = 3 * (attention_blocks + mlp_blocks)
     assert cost.weight_bytes == DENSE_PARAMS + 4 * blocks + 2 * HEAD
     cost, _ = cost_of(MOE, "blocks")
-    assert (cost.layer_params, cost.fp8_params) == (MOE_PARAMS, 3 * ATTENTION + MLP)
-    assert cost.expert_bytes == 2 * 2 * 8 * EXPERT
+    assert (cost.layer_params, cost.fp8_params) == (MOE_PARAMS, MOE_PARAMS - 2 * ROUTER)
+    assert cost.expert_bytes == 2 * 8 * (EXPERT + 4 * (2 + 1))
+    # Experts that do not have blocks of their own are dequantised.
+    cost, _ = cost_of(MOE | {"moe_intermediate_size": 64}, "blocks")
+    assert cost.fp8_params == 3 * ATTENTION + MLP
+    assert cost.expert_bytes == 2 * 2 * 8 * EXPERT // 2
 
 
 def test_an_fp8_cache_has_a_byte_an_element_and_a_scale_a_head():

@@ -146,7 +146,10 @@ def quantize_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("by_blocks", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 33, 64, 200, 600])
 def test_fp8_weights(num_tokens, by_blocks):
-    """Activations are quantised ahead of both products, as bfloat16 has rounded them."""
+    """Activations are quantised ahead of both products, as bfloat16 has rounded them.
+
+    The sums of fp8 products are not exact, so a number between two fp8 ones may go to either.
+    """
     group = FP8_BLOCK if by_blocks else HIDDEN_SIZE
     gate_up, down = weights(size=2 * FP8_BLOCK)
     # Neighbouring blocks that differ in size.
@@ -164,7 +167,8 @@ def test_fp8_weights(num_tokens, by_blocks):
 
     exact = sum_of_experts(x, logits, TOP_K, True, mlp)
     unrounded = exact_experts(x, logits, gate_up, down, TOP_K, True)
-    assert relative_error(got, exact) < 1.5e-2 < 3e-2 < relative_error(got, unrounded)
+    error = relative_error(got, exact)
+    assert error < 2.5e-2 and error < 0.7 * relative_error(got, unrounded)
 
 
 @pytest.mark.parametrize(("num_tokens", "top_k"), [(1, 8), (8, 8), (300, 8), (16384, 8), (5, 1)])
