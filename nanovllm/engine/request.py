@@ -67,8 +67,8 @@ class Request:
         if self.params.prompt_logprobs is not None:
             from nanovllm.sampling.logprobs import to_logprobs
 
-            tokenizer_or_none = tokenizer if self.params.detokenize else None
-            prompt_logprobs = [None, *to_logprobs(first.prompt_logprob_rows, tokenizer_or_none)]
+            decoding = tokenizer if self.params.detokenize else None
+            prompt_logprobs = [None, *to_logprobs(first.prompt_logprob_rows, decoding)]
         return RequestOutput(
             str(self.request_id),
             self.prompt,
