@@ -25,6 +25,7 @@ from nanovllm.engine.prompts import (
 )
 from nanovllm.engine.request import Request
 from nanovllm.engine.request_features import RequestFeatures
+from nanovllm.engine.request_table import RequestTable
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.tokenizer import load_tokenizer
@@ -130,11 +131,7 @@ class LLMEngine:
         config.num_kvcache_blocks = self.model_runner.num_kvcache_blocks
         self.scheduler = Scheduler(config)
         self._in_flight: LaunchedStep | None = None
-        self._requests: dict[int, Request] = {}  # unfinished
-        self._undelivered: list[Request] = []  # finished, for `step` to return
-        self._returned: dict[int, Request] = {}  # the last finished ones, for `get_output`
-        # Unfinished requests that are not for `step`: the ids that their owner waits for.
-        self._generating: dict[int, set[int]] = {}
+        self._requests = RequestTable()
         self._is_stepping = False
         self._abandoned: list[Request] = []  # to be aborted after the step
         self._step_seconds = 0.0  # spent on launching the last committed step and waiting for it
@@ -229,7 +226,7 @@ class LLMEngine:
 
     def is_finished(self) -> bool:
         """Whether every request has completed and `step` has nothing left to return."""
-        return self.scheduler.is_finished() and not self._undelivered
+        return self.scheduler.is_finished() and not self._requests.has_finished
 
     # ---- steps --------------------------------------------------------------------------------
 
@@ -249,14 +246,11 @@ class LLMEngine:
                 after an error, to be computed anew, and the engine is usable.
         """
         num_tokens = self._advance()
-        finished, self._undelivered = self._undelivered, []
-        if finished:
-            self._returned = {request.request_id: request for request in finished}
-        outputs = [(request.request_id, request.completion_token_ids) for request in finished]
-        return outputs, num_tokens
+        finished = self._requests.take()
+        return [(r.request_id, r.completion_token_ids) for r in finished], num_tokens
 
     def _advance(self) -> int:
-        """`step`, but what finishes is left in `_undelivered`, or counted off `_generating`."""
+        """`step`, but what finishes is left for its owner in the table."""
         self._check_awake()
         with DeferredInterrupt(), self._stepping():
             try:
@@ -318,35 +312,18 @@ class LLMEngine:
         alive = self.scheduler.postprocess(launched.seqs, token_ids)
         if launched.plan.is_prefill:
             self._note_first_tokens(alive)
-        self._deliver(alive)
+        self._requests.finish(alive)
         return len(launched.plan.token_ids) if launched.plan.is_prefill else -len(alive)
 
     def _note_first_tokens(self, seqs: list[Sequence]) -> None:
         now = time()
         for seq in seqs:
-            request = self._requests.get(seq.seq_id)
+            request = self._requests.unfinished.get(seq.seq_id)
             if request is None:  # its owner gave the sequence to the scheduler itself
                 continue
             metrics = request.metrics
             if metrics.first_token_time is None and seq.num_completion_tokens > 0:
                 metrics.first_token_time = now
-
-    def _deliver(self, seqs: list[Sequence]) -> None:
-        """Keep requests that have ended, with one of `seqs`, for `step` or `generate`."""
-        for seq in seqs:
-            if not seq.is_finished:
-                continue
-            # None: delivered with a sequence before, or not the engine's (`Scheduler.add`).
-            request = self._requests.get(seq.seq_id)
-            if request is None or not request.is_finished:
-                continue
-            del self._requests[seq.seq_id]
-            request.metrics.finished_time = time()
-            owner = self._generating.pop(seq.seq_id, None)
-            if owner is None:
-                self._undelivered.append(request)
-            else:
-                owner.remove(seq.seq_id)
 
     def _drop_dead_step(self) -> None:
         """Forget the step in flight if all its sequences have ended: nobody wants its tokens."""
@@ -366,7 +343,7 @@ class LLMEngine:
 
     def _drain(self, own_ids: set[int], bar: ProgressBar) -> None:
         """Step until all of `own_ids` have finished; `step` will return what else finished."""
-        self._generating.update(dict.fromkeys(own_ids, own_ids))
+        self._requests.claim(own_ids)
         while own_ids:
             self._advance_shown(bar, own_ids)
 
@@ -382,10 +359,9 @@ class LLMEngine:
     def exit(self) -> None:
         """End the workers and release all memory. May be called again."""
         self._finalizer()
-        self._abort(list(self._requests.values()))
+        self._abort(list(self._requests.unfinished.values()))
         self._in_flight = None
-        self._undelivered.clear()
-        self._returned.clear()
+        self._requests.clear()
 
     def __enter__(self) -> "LLMEngine":
         return self
@@ -459,18 +435,14 @@ class LLMEngine:
     def _queue(self, request: Request) -> None:
         request.number(self._next_request_id, self.config.seed)
         self._next_request_id += 1
-        self._requests[request.request_id] = request
+        self._requests.add(request)
         for seq in request.sequences:
             self.scheduler.add(seq)
 
     def _abort(self, requests: list[Request]) -> None:
         """End those of `requests` that are queued and not finished."""
-        queued = [r for r in requests if self._requests.get(r.request_id) is r]
-        for request in queued:
-            del self._requests[request.request_id]
-            self._generating.pop(request.request_id, set()).discard(request.request_id)
-            request.metrics.finished_time = time()
-        seqs = [seq for request in queued for seq in request.sequences if not seq.is_finished]
+        dropped = self._requests.drop(requests)
+        seqs = [seq for request in dropped for seq in request.sequences if not seq.is_finished]
         self.scheduler.abort(seqs)
         self._drop_dead_step()
 
@@ -479,8 +451,7 @@ class LLMEngine:
 
         Nor are outputs kept: many streams whose requests are aborted take no more memory than one.
         """
-        for request in requests:
-            self._returned.pop(request.request_id, None)
+        self._requests.forget(requests)
         if self._is_stepping:
             self._abandoned += requests
         else:
@@ -489,9 +460,9 @@ class LLMEngine:
     def _recover(self, error: BaseException) -> None:
         """After a failed step: queue all requests anew, trust nothing in the cache."""
         self._in_flight = None
-        seqs = [seq for request in self._requests.values() for seq in request.sequences]
+        seqs = self._requests.sequences()
         self.scheduler.restart([seq for seq in seqs if not seq.is_finished])
-        self._deliver(seqs)  # those that ended before the commit failed
+        self._requests.finish(seqs)  # those that ended before the commit failed
         if self._workers is not None:
             # The ranks are out of step, whatever happened.
             cause = self._workers.wait_for_death(1.0)

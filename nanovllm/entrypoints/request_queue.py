@@ -33,32 +33,30 @@ def wait_for_completion(
     llm._check_ready()
     # Those that a loop over `scheduler` and `model_runner` has finished are the engine's all the
     # same; nobody else would deliver them.
-    llm._deliver([seq for request in list(llm._requests.values()) for seq in request.sequences])
-    with ProgressBar(use_tqdm, len(llm._requests)) as bar:
-        while llm._requests:
-            llm._advance_shown(bar, llm._requests)
-    requests, llm._undelivered = llm._undelivered, []
-    requests.sort(key=attrgetter("request_id"))
-    llm._returned = {request.request_id: request for request in requests}
+    table = llm._requests
+    table.finish(table.sequences())
+    with ProgressBar(use_tqdm, len(table.unfinished)) as bar:
+        while table.unfinished:
+            llm._advance_shown(bar, table.unfinished)
+    table.forget()
+    requests = sorted(table.take(), key=attrgetter("request_id"))
     return [request.output(llm.tokenizer) for request in requests]
 
 
 def abort_request(llm: "LLMEngine", request_ids: int | str | Iterable[int | str]) -> None:
     """See `LLM.abort_request`."""
     ids = [request_ids] if isinstance(request_ids, (str, int, Integral)) else list(request_ids)
-    requests = [llm._requests.get(_as_request_id(request_id)) for request_id in ids]
+    unfinished = llm._requests.unfinished
+    requests = [unfinished.get(_as_request_id(request_id)) for request_id in ids]
     aborted = [request for request in requests if request is not None]
     llm._abort(aborted)
-    llm._returned.update((request.request_id, request) for request in aborted)
+    llm._requests.keep(aborted)
 
 
 def get_output(llm: "LLMEngine", request_id: int | str) -> RequestOutput:
     """See `LLM.get_output`."""
     llm._check_ready()
-    number = _as_request_id(request_id)
-    request = llm._requests.get(number) or llm._returned.get(number)
-    if request is None:
-        request = next((r for r in llm._undelivered if r.request_id == number), None)
+    request = llm._requests.find(_as_request_id(request_id))
     if request is None:
         raise ArgumentError(
             f"there is no request {request_id!r}: an output is kept until step() or "

@@ -25,7 +25,7 @@ def sleep(llm: "LLM", level: int = 1, mode: str = "abort") -> None:
     llm._check_ready()
     llm._settle()
     if mode == "abort":
-        llm.abort_request(list(llm._requests))
+        llm.abort_request(list(llm._requests.unfinished))
     while mode == "wait" and not llm.scheduler.is_finished():
         llm._advance()
     if level == 0:

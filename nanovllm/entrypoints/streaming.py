@@ -68,7 +68,7 @@ class Stream(Iterator[StreamOutput]):
             for request in requests:
                 llm._queue(request)
                 own_ids.add(request.request_id)
-            llm._generating.update(dict.fromkeys(own_ids, own_ids))
+            llm._requests.claim(own_ids)
         except BaseException:
             self.close()
             raise

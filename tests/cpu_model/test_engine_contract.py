@@ -648,7 +648,7 @@ def test_the_internal_names_of_the_guide(tiny_dir, reference):
         assert finished == {i: r[:5] for i, r in enumerate(reference)}
         outputs = llm.wait_for_completion(use_tqdm=False)
         assert [output["token_ids"] for output in outputs] == [r[:5] for r in reference]
-        assert not llm._requests and llm.is_finished()
+        assert not llm._requests.unfinished and llm.is_finished()
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True])

@@ -1,0 +1,95 @@
+"""Which requests an engine has: unfinished, finished and not yet returned, returned lately."""
+
+import time
+from collections.abc import Iterable
+
+from nanovllm.engine.request import Request
+from nanovllm.engine.sequence import Sequence
+
+
+class RequestTable:
+    """An engine's requests by id, from the queue until their output is forgotten.
+
+    A request is unfinished until its last sequence has ended. Then it is for whoever has claimed
+    its id, or else for the next `take`. `find` knows all but the outputs that were taken before the
+    last ones: a long loop needs no more memory than a short one.
+    """
+
+    def __init__(self) -> None:
+        self.unfinished: dict[int, Request] = {}
+        self._finished: list[Request] = []  # for `take`, in the order in which they ended
+        self._taken: dict[int, Request] = {}  # last, and what was aborted since
+        self._claims: dict[int, set[int]] = {}  # id -> all ids that its owner still waits for
+
+    def add(self, request: Request) -> None:
+        """Enter a numbered request that is being queued."""
+        self.unfinished[request.request_id] = request
+
+    def claim(self, request_ids: set[int]) -> None:
+        """Keep these requests from `take`. Each id leaves the caller's set when it has ended."""
+        self._claims.update(dict.fromkeys(request_ids, request_ids))
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether `take` has anything to give."""
+        return bool(self._finished)
+
+    def sequences(self) -> list[Sequence]:
+        """Those of all unfinished requests, ended ones included."""
+        return [seq for request in self.unfinished.values() for seq in request.sequences]
+
+    def finish(self, seqs: Iterable[Sequence]) -> None:
+        """Take note of requests that have ended with one of `seqs`."""
+        for seq in seqs:
+            if not seq.is_finished:
+                continue
+            # None: it ended with a sequence before, or is not a request's (`Scheduler.add`).
+            request = self.unfinished.get(seq.seq_id)
+            if request is None or not request.is_finished:
+                continue
+            self._remove(request)
+            if (claim := self._claims.pop(request.request_id, None)) is None:
+                self._finished.append(request)
+            else:
+                claim.remove(request.request_id)
+
+    def take(self) -> list[Request]:
+        """What has ended and nobody has claimed; if there is any, earlier ones are forgotten."""
+        finished, self._finished = self._finished, []
+        if finished:
+            self._taken = {request.request_id: request for request in finished}
+        return finished
+
+    def drop(self, requests: Iterable[Request]) -> list[Request]:
+        """Remove those of `requests` that are unfinished here; nobody waits for them any more."""
+        dropped = [r for r in requests if self.unfinished.get(r.request_id) is r]
+        for request in dropped:
+            self._remove(request)
+            self._claims.pop(request.request_id, set()).discard(request.request_id)
+        return dropped
+
+    def _remove(self, request: Request) -> None:
+        del self.unfinished[request.request_id]
+        request.metrics.finished_time = time.time()
+
+    def keep(self, requests: Iterable[Request]) -> None:
+        """Let `find` know requests that were dropped."""
+        self._taken.update((request.request_id, request) for request in requests)
+
+    def forget(self, requests: Iterable[Request] | None = None) -> None:
+        """Nobody will ask for these outputs, by default for all that were taken or kept."""
+        if requests is None:
+            self._taken.clear()
+        else:
+            for request in requests:
+                self._taken.pop(request.request_id, None)
+
+    def find(self, request_id: int) -> Request | None:
+        """The request, None if there is none or it is forgotten."""
+        request = self.unfinished.get(request_id) or self._taken.get(request_id)
+        return request or next((r for r in self._finished if r.request_id == request_id), None)
+
+    def clear(self) -> None:
+        """Forget what has ended."""
+        self._finished.clear()
+        self._taken.clear()
