@@ -33,13 +33,17 @@ VLLM_ONLY = frozenset(
     offload_num_in_group offload_prefetch_step offload_params enable_return_routed_experts
     mm_processor_kwargs limit_mm_per_prompt pooler_config structured_outputs_config profiler_config
     attention_config logits_processors kv_transfer_config speculative_config spec_method spec_model
-    spec_tokens enable_prompt_embeds long_prefill_token_threshold cudagraph_capture_sizes""".split()
+    spec_tokens enable_prompt_embeds long_prefill_token_threshold cudagraph_capture_sizes
+    disable_sliding_window calculate_kv_scales kv_sharing_fast_prefill""".split()
 )
 # Those that scripts pass all the same, with the values that change nothing here; None: all do.
 VLLM_IGNORED: dict[str, tuple[Any, ...] | None] = {
     "revision": None,
     "tokenizer_revision": None,
     "hf_token": None,
+    "download_dir": None,
+    "served_model_name": None,
+    "enable_log_requests": None,
     "swap_space": None,
     "compilation_config": None,
     "max_loras": None,
@@ -50,6 +54,9 @@ VLLM_IGNORED: dict[str, tuple[Any, ...] | None] = {
     "cpu_offload_gb": (0,),
     "pipeline_parallel_size": (1,),
     "data_parallel_size": (1,),
+    "decode_context_parallel_size": (1,),
+    "model_impl": ("auto",),
+    "config_format": ("auto", "hf"),
     "distributed_executor_backend": (None, "mp"),
     "worker_cls": (None, "auto"),
     "enable_expert_parallel": (False,),

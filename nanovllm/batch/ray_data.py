@@ -111,6 +111,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
     plan = _Plan(options, settings, given["part_lines"])
     if plan.tasks:
+        check_engine(**options.engine)
         num_actors = min(given["num_actors"], len(plan.tasks))
         with tqdm(
             total=plan.num_lines,
@@ -124,6 +125,13 @@ def _run(arguments: Sequence[str] | None) -> int:
                 plan.num_errors += row["num_errors"]
                 bar.update(row["num_lines"])
     return all_done(plan.num_lines, plan.num_errors)
+
+
+def check_engine(model: str, **keywords: Any) -> None:
+    """ArgumentError for what `LLM` would refuse before it loads, in every actor."""
+    from nanovllm.config import Config  # after every other check: it loads torch
+
+    Config.from_kwargs(model, keywords)
 
 
 def _digest(options: Options, part_lines: int) -> str:

@@ -194,8 +194,8 @@ class ResultFile:
             raise self._is_foreign(row_number) from None
         if match[1] != self.settings:
             raise ArgumentError(
-                f"{self.path!r} was begun with another model, seed or default parameter: repeat "
-                "its command, or choose another output"
+                f"{self.path!r} was begun with another model, seed or default parameter "
+                "(or other --part-lines): repeat its command, or choose another output"
             )
         if number in self.finished:
             raise ArgumentError(f"{self.path!r} has two records of line {number}")

@@ -1,6 +1,7 @@
 """The parts into which nanovllm.batch.ray_data splits an input; no Ray here."""
 
 import json
+from pathlib import Path
 
 import pytest
 from batch_engine import StandInEngine
@@ -11,6 +12,7 @@ from nanovllm.batch.requests import seed_of_line
 from nanovllm.batch.result_file import Part, read_lines
 from nanovllm.errors import ArgumentError
 
+AUSTEN = Path(__file__).resolve().parents[2] / "nanovllm/assets/austen-7m"
 LINES = [
     b'{"custom_id": "a", "prompt": "one"}\n',
     b"\n",
@@ -46,6 +48,7 @@ def engines(monkeypatch):
 
     monkeypatch.setattr(ray_data, "_completed", completed)
     monkeypatch.setattr(ray_data, "load_engine", make_engine)
+    monkeypatch.setattr(ray_data, "check_engine", lambda **keywords: None)  # there is no model
     return made
 
 
@@ -152,3 +155,13 @@ def test_gpus_of_an_actor():
         _gpus_of_an_actor({"tensor_parallel_size": 2}, 3, node)
     with pytest.raises(ArgumentError, match="num_actors must be <= 0: each takes 1 GPUs"):
         _gpus_of_an_actor({"device": "cuda"}, 1, {"CPU": 8.0})
+
+
+@pytest.mark.parametrize("options", [["--model", "/nowhere"], ["--dtype", "float64"]])
+def test_engines_that_cannot_be_are_refused_before_ray_starts(
+    source, tmp_path, options, monkeypatch, capsys
+):
+    monkeypatch.setattr(ray_data, "_completed", None)
+    assert run(source, tmp_path / "out", "--model", str(AUSTEN), *options) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("nanovllm.batch: error: ") and options[1] in line
