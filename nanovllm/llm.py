@@ -179,8 +179,9 @@ class LLM(LLMEngine):
             For each prompt an output whose `outputs.embedding` is a list of floats.
 
         Raises:
-            ArgumentError: a prompt or parameter is wrong, or the model's 1_Pooling/config.json asks
-                for another pooling; nothing was queued then.
+            ArgumentError: a prompt or parameter is wrong, or the model's files for
+                sentence-transformers ask for another pooling or a further module; nothing was queued
+                then.
             EngineDeadError: a tensor-parallel worker died.
         """
         check_unsupported(lora_request=lora_request)

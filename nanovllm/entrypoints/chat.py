@@ -1,5 +1,6 @@
 """Chat: turns conversations into prompts with a chat template."""
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -146,9 +147,29 @@ def _check_message(message: Any, content_format: str) -> dict[str, Any]:
     texts = _texts(content)
     # Templates ask whether a key is there: None would count as given.
     given = {name: value for name, value in message.items() if value is not None}
+    if isinstance(given.get("tool_calls"), (list, tuple)):
+        given["tool_calls"] = [_with_decoded_arguments(call) for call in given["tool_calls"]]
     if content_format == "openai":
         return given | {"content": [{"type": "text", "text": text} for text in texts]}
     return given | {"content": "\n".join(texts)}
+
+
+def _with_decoded_arguments(call: Any) -> Any:
+    """A copy of a tool call whose arguments, JSON text in OpenAI's form, are what they say.
+
+    Templates write them as JSON themselves.
+    """
+    function = call.get("function") if isinstance(call, Mapping) else None
+    arguments = function.get("arguments") if isinstance(function, Mapping) else None
+    if not isinstance(arguments, str):
+        return call
+    try:
+        decoded = json.loads(arguments or "{}")
+    except ValueError as error:
+        raise ArgumentError(
+            f"the arguments of a tool call must be JSON, got {arguments!r}: {error}"
+        ) from error
+    return {**call, "function": {**function, "arguments": decoded}}
 
 
 def _texts(content: Any) -> list[str]:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from nanovllm.engine.model_runner import ModelRunner
     from nanovllm.llm import LLM
 
+# Of sentence-transformers: its modules of which the last token's embedding is made, and the modes.
+MODULES = ("Transformer", "Pooling", "Normalize")
 MODE, LAST_TOKEN = "pooling_mode_", "lasttoken"
 SMALLEST_NORM = 1e-12  # a vector of zeros stays one
 QUESTION_BEFORE = (
@@ -62,7 +64,7 @@ def embed(
     priority: list[int] | None = None,
 ) -> list[EmbeddingRequestOutput]:
     """See `LLM.embed`."""
-    _check_pooling_mode(os.path.join(llm.config.model, "1_Pooling", "config.json"))
+    _check_pooling_mode(os.path.join(_pooling_folder(llm.config.model), "config.json"))
     pooler = _embedding_pooler(pooling_params, llm.config.hf_config.hidden_size)
     kwargs = _truncating(llm, truncate_prompt_tokens, tokenization_kwargs)
     requests = _pool(llm, as_prompt_list(prompts), pooler, use_tqdm, kwargs, priority)
@@ -96,6 +98,26 @@ def _pool(
     return requests
 
 
+def _pooling_folder(model_dir: str) -> str:
+    """Where sentence-transformers keeps how to pool; ArgumentError for modules that we lack."""
+    path = os.path.join(model_dir, "modules.json")
+    folder = "1_Pooling"
+    if os.path.isfile(path):
+        try:
+            with open(path, encoding="utf-8") as file:
+                modules = [(str(m["type"]).rpartition(".")[2], m["path"]) for m in json.load(file)]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ArgumentError(f"cannot read {path}: {error!r}") from error
+        for name, module_path in modules:
+            if name not in MODULES:
+                raise ArgumentError(
+                    f"{path}: module {name!r} is not supported; supported: {', '.join(MODULES)}"
+                )
+            if name == "Pooling":
+                folder = module_path
+    return os.path.join(model_dir, folder)
+
+
 def _check_pooling_mode(path: str) -> None:
     """ArgumentError if the file, that of sentence-transformers, does not ask for the last token.
 
@@ -111,7 +133,7 @@ def _check_pooling_mode(path: str) -> None:
         raise ArgumentError(f"cannot read {path}: {error}") from error
     modes = list(mode) if isinstance(mode, list) else [mode]
     modes += [n.removeprefix(MODE) for n, v in fields.items() if n.startswith(MODE) and v is True]
-    if modes != [LAST_TOKEN]:
+    if {str(mode) for mode in modes} != {LAST_TOKEN}:
         raise ArgumentError(
             f"{path}: pooling {modes or 'mean'} is not supported; supported: last token"
         )
@@ -140,6 +162,11 @@ def _truncating(llm: "LLM", limit: int | None, kwargs: Any, num_others: int = 0)
     if limit is None:
         return kwargs
     longest = llm.config.max_model_len
+    if longest <= num_others:
+        raise ArgumentError(
+            f"max_model_len ({longest}) leaves no room for a text beside the {num_others} tokens "
+            "of the question"
+        )
     if limit != -1:
         limit = check_integer("truncate_prompt_tokens", limit, 1 + num_others, longest)
     return kwargs | {

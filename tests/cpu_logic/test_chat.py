@@ -298,3 +298,20 @@ def test_wrong_options_are_named(llm, kwargs, message):
 def test_chat_without_a_tokenizer_is_refused():
     with refused("chat needs the tokenizer that skip_tokenizer_init=True left out"):
         render_prompts(stand_in(None, VOCAB_SIZE), [USER])
+
+
+def test_arguments_of_tool_calls_may_be_json_text(llm):
+    """OpenAI's form; templates write them as JSON themselves."""
+    template = "{% for m in messages %}{% for t in m.tool_calls or [] %}"
+    template += "{{ t.function.arguments | tojson }}{% endfor %}{% endfor %}"
+    for text, expected in (('{"city": "Rome"}', '{"city": "Rome"}'), ("", "{}")):
+        call = {"type": "function", "function": {"name": "f", "arguments": text}}
+        message = {"role": "assistant", "content": None, "tool_calls": [call]}
+        [prompt] = render_prompts(
+            llm, [USER, message], chat_template=template, add_generation_prompt=False
+        )
+        assert prompt["prompt"] == expected
+        assert call["function"]["arguments"] == text  # the caller's is as it was
+    call["function"]["arguments"] = "{"
+    with pytest.raises(ArgumentError, match="arguments of a tool call must be JSON, got '{'"):
+        render_prompts(llm, [USER, message], chat_template=template)

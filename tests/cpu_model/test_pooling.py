@@ -345,6 +345,51 @@ def test_models_that_cannot_be_asked(tiny_dir):
         llm.score("a", "b")
 
 
+def test_modules_of_sentence_transformers(llm, model_dir):
+    """Their list says where the pooling is described, and what else would change an embedding."""
+    folder, path = model_dir / "pooling", model_dir / "modules.json"
+    folder.mkdir()
+
+    def write(mode, *others):
+        (folder / "config.json").write_text(json.dumps({f"pooling_mode_{mode}": True}))
+        names = {"": "Transformer", "pooling": "Pooling"} | {f"{i}_{n}": n for i, n in others}
+        path.write_text(
+            json.dumps(
+                [
+                    {"path": path, "type": f"sentence_transformers.models.{name}"}
+                    for path, name in names.items()
+                ]
+            )
+        )
+
+    try:
+        expected = llm.embed([[5, 6, 7]], use_tqdm=False)
+        write("lasttoken", (2, "Normalize"))
+        assert llm.embed([[5, 6, 7]], use_tqdm=False)[0].outputs == expected[0].outputs
+        write("mean_tokens", (2, "Normalize"))
+        with pytest.raises(ArgumentError, match="mean_tokens'] is not supported"):
+            llm.embed([[5, 6, 7]], use_tqdm=False)
+        write("lasttoken", (2, "Dense"), (3, "Normalize"))
+        with pytest.raises(ArgumentError, match=r"modules\.json: module 'Dense' is not supported"):
+            llm.embed([[5, 6, 7]], use_tqdm=False)
+        path.write_text("{}")
+        assert len(llm.embed([[5, 6, 7]], use_tqdm=False)) == 1
+        path.write_text("[5]")
+        with pytest.raises(ArgumentError, match=r"cannot read .*modules\.json"):
+            llm.embed([[5, 6, 7]], use_tqdm=False)
+    finally:
+        path.unlink()
+    check_nothing_is_held(llm)
+
+
+def test_a_question_that_fills_the_model_is_named(model_dir):
+    with (
+        tiny_engine(model_dir, max_model_len=64) as llm,
+        pytest.raises(ArgumentError, match=r"max_model_len \(64\) leaves no room"),
+    ):
+        llm.score("a", "b", truncate_prompt_tokens=-1)
+
+
 def test_other_poolings_of_sentence_transformers_are_refused(llm, model_dir):
     path = model_dir / "1_Pooling" / "config.json"
     path.parent.mkdir()
@@ -353,7 +398,8 @@ def test_other_poolings_of_sentence_transformers_are_refused(llm, model_dir):
     both = {"pooling_mode_mean_tokens": True, "pooling_mode_lasttoken": True}
     others = [mean, both, {"pooling_mode": "mean"}, {"pooling_mode": ["lasttoken", "cls"]}, {}]
     try:
-        for fields in (last, {"pooling_mode": "lasttoken"}, {"pooling_mode": ["lasttoken"]}):
+        new = {"pooling_mode": "lasttoken"}
+        for fields in (last, new, {"pooling_mode": ["lasttoken"]}, new | last):
             path.write_text(
                 json.dumps(fields | {"embedding_dimension": 64, "include_prompt": True})
             )
