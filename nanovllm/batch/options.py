@@ -50,8 +50,18 @@ class Options:
 
     @property
     def digest(self) -> str:
-        """8 hex digits that differ when the model's name, a default parameter or the seed does."""
+        """8 hex digits that differ when the model's name, a default parameter or the seed does.
+
+        So do they for another `generation_config` or `override_generation_config`; outputs begun
+        without these keep their digits.
+        """
         values = [self.model_name, self.defaults, self.return_token_ids, self.seed]
+        source = self.engine.get("generation_config", "auto")
+        if source not in ("auto", "vllm"):
+            source = os.path.realpath(source)
+        override = self.engine.get("override_generation_config") or {}
+        if source != "auto" or override:
+            values.append([source, override])
         text = json.dumps(values, sort_keys=True, default=repr)
         return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
 

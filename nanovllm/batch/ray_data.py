@@ -103,8 +103,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     given = vars(parser.parse_args(arguments))
     for name in ("num_actors", "part_lines"):
         check_integer(name, given[name], minimum=1)
-    given |= {name: os.path.abspath(given[name]) for name in ("model", "output")}
-    options = options_of(given)
+    options = options_of(given | _absolute_paths(given))
     options = replace(options, input_path=os.path.abspath(options.input_path))
     settings = _digest(options, given["part_lines"])
     os.makedirs(options.output_path, exist_ok=True)
@@ -125,6 +124,18 @@ def _run(arguments: Sequence[str] | None) -> int:
                 plan.num_errors += row["num_errors"]
                 bar.update(row["num_lines"])
     return all_done(plan.num_lines, plan.num_errors)
+
+
+def _absolute_paths(given: dict[str, Any]) -> dict[str, str]:
+    """The paths among the options, for actors that work in another directory."""
+    names = ["model", "output", "tokenizer"]
+    if given.get("generation_config") not in ("auto", "vllm"):
+        names.append("generation_config")
+    template = given.get("chat_template", "")
+    # A path with a brace or a line end would be taken for the template itself.
+    if os.path.isfile(template) and {"{", "}", "\n"}.isdisjoint(os.path.abspath(template)):
+        names.append("chat_template")
+    return {name: os.path.abspath(given[name]) for name in names if name in given}
 
 
 def check_engine(model: str, **keywords: Any) -> None:

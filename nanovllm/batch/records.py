@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
 Rows = list[tuple[int, dict[int, Logprob]]]  # each sampled token with the entries of its position
-MIN_LOGPROB = -9999.0  # in place of -inf, which JSON does not have
+MIN_LOGPROB = -9999.0  # in place of -inf, which JSON does not have; NaN is null
 
 
 @dataclass
@@ -149,5 +150,5 @@ def _token_text(token_id: int, logprob: Logprob) -> str:
     return f"token_id:{token_id}" if text is None else text
 
 
-def _finite(logprob: float) -> float:
-    return max(logprob, MIN_LOGPROB)
+def _finite(logprob: float) -> float | None:
+    return None if math.isnan(logprob) else max(logprob, MIN_LOGPROB)

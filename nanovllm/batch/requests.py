@@ -86,7 +86,7 @@ def as_request(
     return LineRequest(
         prompt=body.get("prompt"),
         messages=body.get("messages"),
-        chat_options={name: body[name] for name in CHAT_OPTIONS if body.get(name) is not None},
+        chat_options={name: body[name] for name in CHAT_OPTIONS if name in body},
         params=SamplingParams(**(defaults | sampling)),
         return_token_ids=return_token_ids
         if own_return is None
@@ -102,28 +102,31 @@ def seed_of_line(seed: int, number: int) -> int:
 
 def _body_of(record: dict[str, Any]) -> dict[str, Any]:
     """Prompt or messages, and the parameters, in one dict whose keys are all known."""
-    url = record.get("url")
+    record = _given(record)
+    url = None
     if "body" in record:
         _check_names(record, ("custom_id", "method", "url", "body"))
         body = record["body"]
+        url = record.get("url")
         if not isinstance(body, dict):
             raise ArgumentError(f"body must be an object, got {_short(body)}")
+        body = _given(body)
         if record.get("method", "POST") != "POST":
             raise ArgumentError(f"method must be 'POST', got {_short(record['method'])}")
         if url is not None and url not in tuple(KIND_OF_URL):
             raise ArgumentError(f"url must be one of {', '.join(KIND_OF_URL)}, got {_short(url)}")
     else:
         body = {name: value for name, value in record.items() if name != "custom_id"}
-        nested = body.pop("sampling_params", None)
-        nested = {} if nested is None else nested
+        nested = body.pop("sampling_params", {})
         if not isinstance(nested, dict):
             raise ArgumentError(f"sampling_params must be an object, got {_short(nested)}")
+        nested = _given(nested)
         _check_names(nested, SAMPLING_NAMES)
         twice = sorted(nested.keys() & body.keys())
         if twice:
             raise ArgumentError(f"{twice[0]} is given twice, beside and in sampling_params")
         body |= nested
-    kinds = [name for name in ("prompt", "messages") if body.get(name) is not None]
+    kinds = [name for name in ("prompt", "messages") if name in body]
     if len(kinds) != 1:
         raise ArgumentError(
             f"a line needs one of 'prompt' and 'messages', got {' and '.join(kinds) or 'neither'}"
@@ -140,13 +143,16 @@ def _body_of(record: dict[str, Any]) -> dict[str, Any]:
     return body
 
 
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    """Without what is null, but for `max_tokens`, which null sets to as many as fit."""
+    return {
+        name: value for name, value in values.items() if value is not None or name == "max_tokens"
+    }
+
+
 def _sampling_values(body: dict[str, Any]) -> dict[str, Any]:
     """The arguments of SamplingParams that a body sets, OpenAI's own names translated."""
-    values = {
-        name: body[name]
-        for name in SAMPLING_NAMES
-        if name in body and (body[name] is not None or name == "max_tokens")
-    }
+    values = {name: body[name] for name in SAMPLING_NAMES if name in body}
     limit = body.get("max_completion_tokens")
     if limit is not None:
         if values.get("max_tokens", limit) not in (limit, None):

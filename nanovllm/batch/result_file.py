@@ -138,7 +138,12 @@ class ResultFile:
         return num_lines, number
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add a record, which `flush` hands to the system."""
+        """Add a record, which `flush` hands to the system.
+
+        Raises:
+            OSError: it cannot be written.
+            Exception: JSON cannot hold it, and nothing was added.
+        """
         self._file.write(encode(record))
         self._count(record)
 

@@ -193,9 +193,15 @@ class Run:
         for request_id, _ in finished:
             info = self.pending.pop(request_id)
             self.num_queued -= info.params.n
-            output = self.llm.get_output(request_id)
-            self.results.append(result_record(info, output, self.options.model_name))
-            self.bar.count_line()
+            try:
+                output = self.llm.get_output(request_id)
+                self.results.append(result_record(info, output, self.options.model_name))
+            except (EngineDeadError, OSError):  # OSError: the write failed
+                raise
+            except Exception as error:  # as in `_take`
+                self._refuse(info, "internal_error", repr(error))
+            else:
+                self.bar.count_line()
         self.bar.count_tokens(num_tokens)
 
 

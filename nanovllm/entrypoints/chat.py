@@ -160,9 +160,9 @@ def _with_decoded_arguments(call: Any) -> Any:
     Templates write them as JSON themselves.
     """
     function = call.get("function") if isinstance(call, Mapping) else None
-    arguments = function.get("arguments") if isinstance(function, Mapping) else None
-    if not isinstance(arguments, str):
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
         return call
+    arguments = function["arguments"]
     try:
         decoded = json.loads(arguments or "{}")
     except ValueError as error:

@@ -37,6 +37,14 @@ def request_of(line, defaults=DEFAULTS):
             "url": "/v1/completions",
             "body": {"prompt": "Hi", "temperature": 0.5, "top_k": 3, "stream": False, "user": "a"},
         },
+        {"method": None, "url": None, "body": {"prompt": "Hi", "temperature": 0.5, "top_k": 3}},
+        {"method": None, "url": None, "body": None, "prompt": "Hi", "temperature": 0.5, "top_k": 3},
+        {
+            "prompt": "Hi",
+            "top_k": 3,
+            "temperature": None,
+            "sampling_params": {"temperature": 0.5, "top_k": None},
+        },
     ],
 )
 def test_the_forms_of_a_completion(line):
@@ -128,6 +136,8 @@ def test_a_line_overrides_a_default():
         ({"prompt": "a", "response_format": {"type": "json_schema"}}, "response_format must be"),
         ({"prompt": "a", "structured_outputs": {"jsn": 1}}, "structured_outputs has no 'jsn'"),
         ({"url": "/v1/completions", "prompt": "a"}, "unknown parameter 'url'"),
+        ({"url": "/v1/embeddings", "prompt": "a"}, "unknown parameter 'url'"),
+        ({"body": None}, "one of 'prompt' and 'messages', got neither"),
         ({"body": []}, "body must be an object"),
         ({"body": {"prompt": "a"}, "temperature": 1}, "unknown parameter 'temperature'"),
         ({"body": {"prompt": "a"}, "method": "GET"}, "method must be 'POST'"),
@@ -265,6 +275,23 @@ def test_a_chat_record_with_everything():
         ],
         "text_offset": [0, 1],
     }
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_a_logprob_that_is_no_number_is_null(is_chat):
+    """As an overflow in float16 makes them; JSON has no NaN."""
+    rows = [{7: Logprob(float("nan"), 1, "H"), 8: Logprob(-1.0, 2, "i")}, {8: Logprob(-2.0, 1)}]
+    info = LineInfo("batch_req_0_1", 4, "a", SamplingParams(logprobs=2), is_chat)
+    record = result_record(info, output_with([None, *rows], logprobs=rows), "tiny")
+    body = json.loads(encode(record))["response"]["body"]
+    logprobs = body["choices"][0]["logprobs"]
+    if is_chat:
+        assert [entry["logprob"] for entry in logprobs["content"]] == [None, -2.0]
+        assert {token["logprob"] for token in logprobs["content"][0]["top_logprobs"]} == {None, -1}
+    else:
+        assert logprobs["token_logprobs"] == [None, -2.0]
+        assert logprobs["top_logprobs"][0] == {"H": None, "i": -1.0}
+    assert body["prompt_logprobs"][1]["7"]["logprob"] is None
 
 
 def test_a_record_is_one_line_of_utf8():

@@ -137,6 +137,34 @@ def test_a_run_goes_on_where_it_was(source, tmp_path, engines, capsys):
     assert "has changed" in capsys.readouterr().err
 
 
+def test_actors_may_work_in_another_directory(source, tmp_path, engines, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("tokenizer", "own", "auto"):
+        (tmp_path / name).mkdir()
+    for name in ("chat.jinja", "{{text}}"):
+        (tmp_path / name).write_text("{{ messages }}")
+    here = {"model": str(tmp_path / "models/tiny"), "seed": 0}
+    for options, expected in (
+        (
+            {"tokenizer": "tokenizer/", "chat_template": "chat.jinja", "generation_config": "own"},
+            {
+                "tokenizer": str(tmp_path / "tokenizer"),
+                "chat_template": str(tmp_path / "chat.jinja"),
+                "generation_config": str(tmp_path / "own"),
+            },
+        ),
+        # No paths: a word of its own, and a template.
+        ({"generation_config": "auto", "chat_template": "{{text}}"}, None),
+        ({"generation_config": "vllm", "chat_template": "missing.jinja"}, None),
+    ):
+        engines.clear()
+        words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+        assert run("in.jsonl", f"out-{options['generation_config']}", *words) == 1
+        assert engines
+        for engine in engines:
+            assert engine.keywords == here | (expected or options)
+
+
 @pytest.mark.parametrize("option", ["--num-actors", "--part-lines"])
 def test_wrong_numbers(source, tmp_path, option, capsys):
     arguments = [str(source), str(tmp_path / "out"), "--model", "models/tiny", option, "0"]

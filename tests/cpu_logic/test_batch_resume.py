@@ -16,6 +16,7 @@ from batch_engine import StandInEngine
 
 import nanovllm.batch.result_file as result_file
 from nanovllm import EngineDeadError
+from nanovllm.batch.options import parse_options
 from nanovllm.batch.result_file import LineSet, ResultFile, StringSet
 from nanovllm.batch.run import main
 
@@ -186,6 +187,34 @@ def test_all_that_is_queued_ends_in_one_step(source, tmp_path, uninterrupted):
     assert results_of(target) == uninterrupted
 
 
+@pytest.mark.parametrize("stage", ["get_output", "build", "encode"])
+def test_a_result_without_a_record_does_not_end_the_run(source, tmp_path, uninterrupted, stage):
+    """One of the lines that end in a step; the others of that step are written as well."""
+    engine = StandInEngine()
+    engine.ends_all = True
+    get_output = engine.get_output
+
+    def odd_output(number):
+        output = get_output(number)
+        if output.prompt == "prompt 7":
+            if stage == "get_output":
+                raise KeyError("odd")
+            output.outputs[0].stop_reason = float("nan") if stage == "encode" else "a"
+            output.outputs[0].token_ids = None if stage == "build" else [1]
+        return output
+
+    engine.get_output = odd_output
+    target = tmp_path / "out.jsonl"
+    assert run(source, target, engine) == 1
+    results = results_of(target)
+    odd = results.pop("id-7")
+    assert odd["response"] is None and odd["error"]["code"] == "internal_error"
+    del uninterrupted["id-7"]
+    assert results == uninterrupted
+    assert run(source, target) == 1  # the record is final
+    assert results_of(target)["id-7"] == odd
+
+
 def test_an_input_that_shrinks_under_way(source, tmp_path, capsys):
     def shrink(step):
         if step == 2:
@@ -272,6 +301,34 @@ def test_other_settings_are_noticed(source, tmp_path, uninterrupted, options, ca
 def test_engine_options_may_change(source, tmp_path, uninterrupted):
     target = tmp_path / "uninterrupted.jsonl"
     assert run(source, target, None, "--max-num-seqs", "8", "--no-async-scheduling") == 1
+    defaults = ["--generation-config", "auto", "--override-generation-config", "{}"]
+    assert run(source, target, None, *defaults) == 1
+
+
+def test_other_generation_configs_are_noticed(source, tmp_path, monkeypatch):
+    """Where default parameters come from too; another way to the same directory is none."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+
+    def digest(*options):
+        return parse_options([str(source), "out.jsonl", "--model", "m", *options]).digest
+
+    config, override = "--generation-config", "--override-generation-config"
+    kinds = [[], [config, "vllm"], [config, "a"], [config, "b"], [config, "b", "--seed", "1"]]
+    kinds += [[override, '{"temperature": 0, "top_k": 5}'], [override, '{"temperature": 2.0}']]
+    assert len({digest(*options) for options in kinds}) == len(kinds)
+    assert digest(config, "./link/") == digest(*kinds[2])
+    assert digest(override, '{"top_k": 5, "temperature": 0}') == digest(*kinds[5])
+
+    assert run(source, "out.jsonl", None, *kinds[5]) == 1
+    assert run(source, "out.jsonl", None, *kinds[6]) == 2
+    assert run(source, "out.jsonl", None, *kinds[5]) == 1
+
+
+def test_digests_of_earlier_versions_are_kept(source, tmp_path):
+    arguments = [str(source), str(tmp_path / "out.jsonl"), "--model", "models/tiny"]
+    assert parse_options([*arguments, "--max-num-seqs", "8"]).digest == "1b645a61"
+    assert parse_options([*arguments, "--temperature", "0", "--stop", "a"]).digest == "9b928327"
 
 
 @pytest.mark.parametrize(
