@@ -225,7 +225,12 @@ class Config:
 
     def _check_tensor_parallel(self) -> None:
         size, hf_config = self.tensor_parallel_size, self.hf_config
-        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        for name in (
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "intermediate_size",
+        ):
             check_integer(f"the model's {name}", getattr(hf_config, name), minimum=1)
         if getattr(hf_config, "head_dim", None) is None:
             hf_config.head_dim = hf_config.hidden_size // hf_config.num_attention_heads

@@ -24,12 +24,14 @@ def read_hf_config(model: str, overrides: Any = None) -> "PretrainedConfig":
     Args:
         model: path of the directory.
         overrides: a dict, whose fields replace those of config.json before anything is checked or
-            derived (a dict in it changes only the entries that it has); or a callable that gets
+            derived (a dict in it changes only the entries that it has, but rope parameters of
+            another type, or null, leave only the base of the old ones); or a callable that gets
             the `PretrainedConfig` and returns it, or another.
 
     Raises:
         ArgumentError: no directory, no valid config.json, a model that is not supported, or
-            overrides of another type or with a field that the model's configuration does not have.
+            overrides of another type, with a field that the model's configuration does not have,
+            or with different values under two names of one field.
     """
     if not (overrides is None or callable(overrides) or isinstance(overrides, Mapping)):
         raise ArgumentError(f"hf_overrides must be a dict or a callable, got {overrides!r}")
@@ -77,12 +79,19 @@ def _read_config_json(model: str) -> tuple[str, dict[str, Any]]:
     return path, raw
 
 
-def _check_fields(fields: Mapping[str, Any], raw: dict[str, Any]) -> None:
-    """ArgumentError for a field that is in neither config.json nor the family's configuration."""
+def _config_class(raw: Mapping[str, Any]) -> "type[PretrainedConfig] | None":
     from transformers import CONFIG_MAPPING
 
-    model_type = fields.get("model_type", raw.get("model_type"))
-    default = CONFIG_MAPPING[model_type]() if model_type in CONFIG_MAPPING else None
+    model_type = raw.get("model_type")
+    if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
+        return CONFIG_MAPPING[model_type]
+    return None
+
+
+def _check_fields(fields: Mapping[str, Any], raw: dict[str, Any]) -> None:
+    """ArgumentError for a field that is in neither config.json nor the family's configuration."""
+    config_class = _config_class({**raw, **fields})
+    default = config_class() if config_class else None
     for name in fields:
         if name in raw or name in (*ROPE_FIELDS, *OTHER_FIELDS) or hasattr(default, name):
             continue
@@ -95,25 +104,61 @@ def _check_fields(fields: Mapping[str, Any], raw: dict[str, Any]) -> None:
 
 
 def _override(raw: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with `fields` in it, as if they were written there."""
-    merged = dict(raw)
-    for name, value in fields.items():
-        old = raw.get(name)
+    """config.json with `fields` in it, as if they were written there, and there alone."""
+    config_class = _config_class({**raw, **fields})
+    aliases = {"torch_dtype": "dtype", **(config_class.attribute_map if config_class else {})}
+    given: dict[str, str] = {}  # the field -> its name in `fields`
+    for name in fields:
+        _check_same(fields, given.setdefault(aliases.get(name, name), name), name)
+    merged = {name: raw[name] for name in raw if aliases.get(name, name) not in given}
+    for field, name in given.items():
+        old, value = raw.get(name), fields[name]
         if isinstance(old, dict) and isinstance(value, Mapping):
             value = {**old, **value}
-        merged[name] = value
+        merged[field] = value
     if not set(ROPE_FIELDS).isdisjoint(fields):
-        rope = {**_rope_parameters(raw), **_rope_parameters(fields)}
         merged = {name: merged[name] for name in merged if name not in ROPE_FIELDS}
-        merged["rope_parameters"] = rope
-        if "original_max_position_embeddings" in _rope_parameters(fields):
+        merged["rope_parameters"] = _override_rope(raw, fields)
+        if "original_max_position_embeddings" in _rope_parameters(fields, "hf_overrides"):
             merged.pop("original_max_position_embeddings", None)  # which would win
     if "num_hidden_layers" in fields and "layer_types" not in fields:
         merged.pop("layer_types", None)  # one entry for each layer: derived anew
     return merged
 
 
-def _rope_parameters(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What `fields` says of rotary embeddings, as the newest of ROPE_FIELDS holds it."""
+def _check_same(fields: Mapping[str, Any], name: str, other_name: str) -> None:
+    if fields[name] != fields[other_name]:
+        raise ArgumentError(
+            f"hf_overrides: {name!r} and {other_name!r} are names of one field, with different "
+            f"values: {fields[name]!r} and {fields[other_name]!r}"
+        )
+
+
+def _override_rope(raw: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The rope parameters of config.json changed by `fields`; another type replaces the scaling."""
+    if fields.get("rope_scaling") and fields.get("rope_parameters"):
+        _check_same(fields, "rope_scaling", "rope_parameters")
+    old, new = _rope_parameters(raw, "config.json"), _rope_parameters(fields, "hf_overrides")
+    old_type = old.get("rope_type", "default")
+    if new.get("rope_type", old_type) != old_type:
+        kept = ("rope_theta", "partial_rotary_factor")  # no part of the scaling
+        old = {name: old[name] for name in kept if name in old}
+    return {**old, **new}
+
+
+def _rope_parameters(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What `fields` says of rotary embeddings, by the newest names; null says "no scaling".
+
+    As in transformers, `rope_scaling` wins, and an entry of either wins over one beside it.
+    """
     rope = {name: fields[name] for name in ("rope_theta",) if name in fields}
-    return {**rope, **(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
+    for key in ("rope_scaling", "rope_parameters"):
+        if fields.get(key, {}) is None:
+            rope["rope_type"] = "default"
+        elif not isinstance(fields.get(key, {}), Mapping):
+            raise ArgumentError(f"{where}: {key} must be an object, got {fields[key]!r}")
+    given = dict(fields.get("rope_scaling") or fields.get("rope_parameters") or {})
+    if "type" in given:
+        older = given.pop("type")
+        given.setdefault("rope_type", older)
+    return {**rope, **given}

@@ -180,8 +180,8 @@ class LLM(LLMEngine):
 
         Raises:
             ArgumentError: a prompt or parameter is wrong, or the model's files for
-                sentence-transformers ask for another pooling or a further module; nothing was queued
-                then.
+                sentence-transformers ask for another pooling or a further module; nothing was
+                queued then.
             EngineDeadError: a tensor-parallel worker died.
         """
         check_unsupported(lora_request=lora_request)

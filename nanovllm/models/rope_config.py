@@ -41,16 +41,19 @@ COMMON_FIELDS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "fi
 def check_rope(raw_config: Mapping[str, Any], path: str) -> None:
     """ArgumentError, beginning with `path`, for rotary embeddings that are not supported."""
     _check_common(raw_config, path)
-    original = raw_config.get("original_max_position_embeddings")
-    if original is not None:  # it wins over the one in rope_parameters
-        check_integer(f"{path}: original_max_position_embeddings", original, minimum=1)
+    name = "original_max_position_embeddings"
+    if raw_config.get(name) is not None:
+        check_integer(f"{path}: {name}", raw_config[name], minimum=1)
     for key in ("rope_parameters", "rope_scaling"):
         rope = raw_config.get(key)
         if rope is not None:
             if not isinstance(rope, Mapping):
                 raise ArgumentError(f"{path}: {key} must be an object, got {rope!r}")
             _check_common(rope, f"{path}: {key}")
-            _check_type(rope, f"{path}: {key}")
+            rope_type = _check_type(rope, f"{path}: {key}")
+            if name in ROPE_TYPES[rope_type][1]:  # null is not its default
+                for fields, where in ((raw_config, path), (rope, f"{path}: {key}")):
+                    check_integer(f"{where}: {name}", fields.get(name, 1), minimum=1)
 
 
 def _check_common(fields: Mapping[str, Any], where: str) -> None:
@@ -62,7 +65,8 @@ def _check_common(fields: Mapping[str, Any], where: str) -> None:
         raise ArgumentError(f"{where}: partial_rotary_factor {rotary_factor!r} is not supported")
 
 
-def _check_type(rope: Mapping[str, Any], where: str) -> None:
+def _check_type(rope: Mapping[str, Any], where: str) -> str:
+    """The rope type, once its fields are checked."""
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
         raise ArgumentError(
@@ -92,6 +96,7 @@ def _check_type(rope: Mapping[str, Any], where: str) -> None:
             f"{where}: low_freq_factor ({given['low_freq_factor']}) must be < high_freq_factor "
             f"({given['high_freq_factor']})"
         )
+    return rope_type
 
 
 def max_positions(hf_config: "PretrainedConfig") -> int:

@@ -486,6 +486,11 @@ def test_model_without_heads_is_refused(tmp_path, name):
         Config(write_model(tmp_path / "m", **{name: 0}))
 
 
+def test_model_without_layers_is_refused(tmp_path):
+    with refused("the model's num_hidden_layers must be >= 1, got 0"):
+        Config(write_model(tmp_path, num_hidden_layers=0))
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_parameter_given_under_both_names_is_refused(model, order):
     names = ["block_size", "kvcache_block_size"][::order]
@@ -546,6 +551,64 @@ def test_rope_is_overridden_however_either_is_written(rope, overrides, theta, tm
     assert overrides == given
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 500.0, "rope_scaling": YARN},
+        {"rope_theta": 500.0, "rope_scaling": {"type": "yarn", **YARN}},
+        {"rope_theta": None, "rope_parameters": {"rope_theta": 500.0, **YARN}},
+        {"rope_theta": 500.0, "rope_parameters": {"factor": 8.0}, "rope_scaling": YARN},
+    ],
+    ids=["old", "older", "new", "both"],
+)
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"rope_scaling": None}, {"rope_type": "default"}),
+        ({"rope_parameters": None}, {"rope_type": "default"}),
+        (
+            {"rope_scaling": None, "rope_parameters": {"rope_theta": 7.0}},
+            {"rope_type": "default", "rope_theta": 7.0},
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_type": "linear", "factor": 2.0},
+        ),
+        ({"rope_parameters": {"rope_type": "default"}}, {"rope_type": "default"}),
+        ({"rope_scaling": {"type": "yarn", "factor": 8.0}}, YARN | {"factor": 8.0}),
+        ({"rope_parameters": {"factor": 8.0}}, YARN | {"factor": 8.0}),
+        ({"rope_theta": 7.0}, YARN | {"rope_theta": 7.0}),
+        ({"rope_scaling": {}}, YARN),
+    ],
+)
+def test_another_rope_type_replaces_the_scaling_and_keeps_the_base(
+    rope, overrides, expected, tmp_path
+):
+    hf_config = Config(write_model(tmp_path, **rope), hf_overrides=overrides).hf_config
+    assert hf_config.rope_parameters == {"rope_theta": 500.0, **expected}
+
+
+@pytest.mark.parametrize("stored", ["num_experts", "num_local_experts"])
+@pytest.mark.parametrize("given", ["num_experts", "num_local_experts"])
+def test_an_override_wins_under_either_name_of_a_field(stored, given, tmp_path):
+    moe = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+    path = write_model(tmp_path, **moe, **{stored: 16})
+    assert Config(path, hf_overrides={given: 9}).hf_config.num_experts == 9
+
+
+@pytest.mark.parametrize("stored", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("given", ["dtype", "torch_dtype"])
+def test_a_dtype_is_overridden_under_either_name(stored, given, tmp_path):
+    path = write_model(tmp_path, **{"torch_dtype": None, stored: "float32"})
+    config = Config(path, hf_overrides={given: "float16"})
+    assert config.resolve_dtype() is torch.float16
+    both = {"dtype": "float16", "torch_dtype": "float16"}
+    assert Config(path, hf_overrides=both).resolve_dtype() is torch.float16
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -558,6 +621,18 @@ def test_rope_is_overridden_however_either_is_written(rope, overrides, theta, tm
         ),
         ({"vocab_size": "many"}, "with hf_overrides is refused by transformers"),
         ({"num_attention_heads": 0}, "num_attention_heads must be >= 1, got 0|refused by transf"),
+        ({"num_hidden_layers": 0}, "the model's num_hidden_layers must be >= 1, got 0"),
+        ({"model_type": ["qwen3"]}, r"with model_type \['qwen3'\] is not supported"),
+        ({"rope_scaling": "yarn"}, "hf_overrides: rope_scaling must be an object, got 'yarn'"),
+        ({"rope_theta": None}, "rope_theta must be finite and > 1, got None"),
+        (
+            {"dtype": "float16", "torch_dtype": "float32"},
+            "hf_overrides: 'dtype' and 'torch_dtype' are names of one field, with different values",
+        ),
+        (
+            {"rope_scaling": YARN, "rope_parameters": {"factor": 2.0}},
+            "'rope_scaling' and 'rope_parameters' are names of one field, with different values",
+        ),
         ([("vocab_size", 1)], "hf_overrides must be a dict or a callable, got"),
         (lambda hf_config: None, "hf_overrides must return a PretrainedConfig, got None"),
     ],

@@ -192,6 +192,31 @@ def test_max_model_len_reaches_what_yarn_reaches(key, tmp_path):
     assert overridden.max_model_len == 16384
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ORIGINAL_NULL = {"original_max_position_embeddings": None}
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("rope", [LLAMA3, {"rope_type": "yarn", "factor": 4.0}])
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_null_that_transformers_fails_on_is_refused_by_name(key, rope, inside):
+    raw = raw_config("LlamaForCausalLM")
+    raw |= {key: rope | ORIGINAL_NULL} if inside else {key: rope} | ORIGINAL_NULL
+    with refused("original_max_position_embeddings must be an integer >= 1, got None"):
+        check_supported(raw, "here")
+
+
+@pytest.mark.parametrize("rope", [None, {"rope_type": "linear", "factor": 2.0}])
+def test_a_null_that_nothing_reads_is_accepted(rope, tmp_path):
+    raw = raw_config("LlamaForCausalLM") | {"rope_scaling": rope} | ORIGINAL_NULL
+    assert config_of(tmp_path, raw).max_model_len == 4096
+
+
+@pytest.mark.parametrize("stray", [{"num_experts_per_tok": 2}, {"num_experts": 0}])
+def test_experts_of_a_family_without_them_do_not_matter(stray, tmp_path):
+    assert config_of(tmp_path, raw_config("LlamaForCausalLM", **stray)).max_model_len == 4096
+
+
 def test_a_callable_may_replace_the_rope_parameters(tmp_path):
     def with_linear_scaling(hf_config):
         hf_config.rope_parameters = {"type": "linear", "factor": 2.0, "rope_theta": 1e4}

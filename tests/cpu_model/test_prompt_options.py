@@ -4,7 +4,7 @@ import os
 
 import pytest
 from engine_checks import check_nothing_is_held, greedy, tiny_engine, token_ids
-from tiny_models import edit_config, reference_greedy, save_model, save_tokenizer
+from tiny_models import YARN, edit_config, reference_greedy, save_model, save_tokenizer
 from transformers import AutoTokenizer
 
 from nanovllm import ArgumentError
@@ -102,6 +102,26 @@ def test_tokenizer_from_another_directory_or_given_as_an_object(tmp_path):
 def test_a_chat_template_that_cannot_be_read_is_refused_at_once(tiny_dir):
     with pytest.raises(ArgumentError, match="chat_template 'nowhere' is no Jinja template"):
         tiny_engine(tiny_dir, chat_template="nowhere")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rope"),
+    [
+        ({"rope_scaling": None}, {"rope_type": "default"}),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 8.0}},
+            {"rope_type": "linear", "factor": 8.0},
+        ),
+    ],
+)
+def test_replaced_rope_scaling_computes_what_transformers_does(overrides, rope, tmp_path):
+    scaled = save_model(tmp_path / "scaled", rope_parameters=YARN)
+    changed = save_model(tmp_path / "changed", rope_parameters=rope | {"rope_theta": 500.0})
+    prompts = [[5, 6, 7, 8, 9, 10, 11, 12] * 4]
+    expected = reference_greedy(changed, prompts, 8)
+    assert expected != reference_greedy(scaled, prompts, 8)
+    with tiny_engine(scaled, hf_overrides=overrides) as llm:
+        assert token_ids(llm.generate(prompts, greedy(8), use_tqdm=False)) == expected
 
 
 def test_overridden_model_computes_what_transformers_does(tiny_dir, tmp_path):
