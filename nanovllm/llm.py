@@ -412,8 +412,9 @@ class LLM(LLMEngine):
 
         Args:
             weights: (name, tensor) pairs or a state dict, under the names and in the shapes of the
-                model's checkpoint, whole tensors on any device; each is converted to its
-                parameter's dtype, and quantised where quantization="fp8" quantises weights.
+                model's checkpoint, whole dense tensors of 16, 32 or 64 bits on any device; each is
+                converted to its parameter's dtype, and quantised where quantization="fp8" quantises
+                weights.
                 `lm_head.weight` of a model with tied embeddings is left out.
 
         Returns:

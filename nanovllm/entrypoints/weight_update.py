@@ -8,11 +8,13 @@ import torch
 from nanovllm.entrypoints.prefix_cache import reset_prefix_cache
 from nanovllm.entrypoints.rpc import collective_rpc
 from nanovllm.errors import ArgumentError
-from nanovllm.models.loader import expected_tensors, is_ignored, load_tensor, shortened
+from nanovllm.models.loader import LM_HEAD, expected_tensors, is_ignored, load_tensor, shortened
 
 if TYPE_CHECKING:
     from nanovllm.engine.model_runner import ModelRunner
     from nanovllm.llm import LLM
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def load_weights(llm: "LLM", weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -37,8 +39,9 @@ def load_weights(llm: "LLM", weights: Iterable[tuple[str, torch.Tensor]]) -> set
         if name not in shapes:
             continue
         if llm.config.tensor_parallel_size > 1:
-            # A compact copy: the other ranks get the tensor's bytes, and not the storage's.
-            dtype = llm.config.resolve_dtype()
+            # A compact copy: the other ranks get the tensor's bytes, and not the storage's. What is
+            # quantised keeps its dtype, so as to be rounded once.
+            dtype = tensor.dtype if llm.config.fp8_scales else llm.config.resolve_dtype()
             tensor = tensor.detach().to("cpu", dtype, copy=True)
         collective_rpc(llm, _load_on_rank, args=(name, tensor))
         loaded.add(name)
@@ -60,19 +63,27 @@ def _check_weights_are_there(llm: "LLM") -> None:
 
 def _load_on_rank(runner: "ModelRunner", name: str, tensor: torch.Tensor) -> None:
     load_tensor(runner.model, name, tensor)
+    runner.has_lm_head |= name == LM_HEAD
 
 
 def _check_item(item: Any, shapes: dict[str, tuple[int, ...]]) -> tuple[str, torch.Tensor]:
     if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[0], str):
         raise ArgumentError(f"weights must be (name, tensor) pairs, got {type(item).__name__}")
     name, tensor = item
-    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-        kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-        raise ArgumentError(f"weight {name!r} must be a floating-point tensor, got {kind}")
     if name not in shapes:
         if is_ignored(name):
             return name, tensor
         raise ArgumentError(f"the model has no weight {name!r}; it has {shortened(sorted(shapes))}")
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPES:
+        kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise ArgumentError(
+            f"weight {name!r} must be a floating-point tensor of 16, 32 or 64 bits, got {kind}"
+        )
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise ArgumentError(
+            f"weight {name!r} must be a dense tensor in memory, got {tensor.layout} on "
+            f"{tensor.device}"
+        )
     if tuple(tensor.shape) != shapes[name]:
         raise ArgumentError(
             f"weight {name!r} has shape {list(tensor.shape)}, the model asks for "

@@ -22,12 +22,14 @@ SCALES_SUFFIX = "_scale_inv"
 class DequantizedCheckpoint:
     """A checkpoint whose fp8 weights read as float32, numbers times scales.
 
-    An fp8 tensor without scales is an ArgumentError.
-
     Args:
         checkpoint: with fp8 weights or without; see `Checkpoint`.
         expected: the tensors that a model has. Where the scales are among them, numbers and scales
             are read as they are.
+
+    Raises:
+        ArgumentError: the scales of a weight are not one for each block; from `read`: a tensor is
+            fp8 without scales, or has scales and is not fp8.
     """
 
     def __init__(self, checkpoint: "Checkpoint", expected: Collection[str]) -> None:
@@ -39,8 +41,18 @@ class DequantizedCheckpoint:
             for name in names
             if name.endswith(SCALES_SUFFIX)
             and name not in expected
-            and name.removesuffix(SCALES_SUFFIX) in names
+            and (weight := name.removesuffix(SCALES_SUFFIX)) in names
+            and len(checkpoint.shape(weight)) == 2
         }
+        for name in self._hidden:
+            weight = name.removesuffix(SCALES_SUFFIX)
+            found, shape = checkpoint.shape(name), checkpoint.shape(weight)
+            needed = tuple(blocks_of(slice(0, size)).stop for size in shape)
+            if found != needed:
+                raise ArgumentError(
+                    f"tensor {name!r} has shape {list(found)}, but {weight!r} of shape "
+                    f"{list(shape)} has {list(needed)} blocks of {FP8_BLOCK} x {FP8_BLOCK}"
+                )
 
     def names(self) -> set[str]:
         """See `Checkpoint`."""
@@ -54,9 +66,11 @@ class DequantizedCheckpoint:
         """See `Checkpoint`."""
         part = self._checkpoint.read(name, index)
         scales_name = name + SCALES_SUFFIX
+        has_scales = scales_name in self._hidden or scales_name in self._expected
+        if has_scales != (part.dtype == FP8_DTYPE):
+            kind = f"{part.dtype}, not fp8, beside" if has_scales else "fp8 without"
+            raise ArgumentError(f"tensor {name!r} is {kind} {scales_name!r}")
         if scales_name not in self._hidden:
-            if part.dtype == FP8_DTYPE and scales_name not in self._expected:
-                raise ArgumentError(f"tensor {name!r} is fp8 without {scales_name!r}")
             return part
         blocks = tuple(blocks_of(s) for s in index)
         scales = self._checkpoint.read(scales_name, blocks)

@@ -41,8 +41,8 @@ class Checkpoint(Protocol):
 class SafetensorsCheckpoint:
     """The weights of a directory: model.safetensors, else the files of its index, else all.
 
-    `is_bare`: they hold a decoder alone, as embedding models are saved: no LM head, and names
-    without the "model." that `names` gives them.
+    `is_bare`: the decoder's tensors lack the "model." that `names` gives them, as embedding models
+    are saved; they need no LM head.
 
     Raises:
         ArgumentError: there is none, the index names a missing one, one is damaged, or two have a
@@ -184,22 +184,16 @@ def load_model(model: nn.Module, directory: str, load_format: str, std: float = 
             LM head that differs from the embedding that it should be.
     """
     expected = expected_tensors(model)
+    where = f"model directory {directory!r}"
+    has_lm_head = True
     checkpoint: Checkpoint
     if load_format == "dummy":
         device = next(model.parameters()).device
         checkpoint = DummyCheckpoint(expected, std, device)
     else:
-        checkpoint = SafetensorsCheckpoint(directory)
-    lacks_lm_head = getattr(checkpoint, "is_bare", False) and LM_HEAD in expected
-    if lacks_lm_head:
-        expected.pop(LM_HEAD)[0].data.zero_()
-    checkpoint = DequantizedCheckpoint(checkpoint, expected.keys())
-    where = f"model directory {directory!r}"
-    if LM_HEAD in checkpoint.names() and LM_HEAD not in expected:
-        if EMBEDDING in checkpoint.names():
-            _check_tied(checkpoint, expected[EMBEDDING][1].source[0], where)
-        else:  # saved once, by the other name
-            expected[LM_HEAD] = expected.pop(EMBEDDING)
+        files = SafetensorsCheckpoint(directory)
+        checkpoint = DequantizedCheckpoint(files, expected.keys())
+        has_lm_head = _settle_lm_head(expected, checkpoint, files.is_bare, where)
     _check_names(expected.keys(), checkpoint.names(), where)
     for name, (_, shard) in expected.items():
         if checkpoint.shape(name) != shard.full_shape:
@@ -210,7 +204,7 @@ def load_model(model: nn.Module, directory: str, load_format: str, std: float = 
     for name, (parameter, shard) in expected.items():
         if all(part.start < part.stop for part in shard.source):  # else all padding
             parameter.fill(shard, checkpoint.read(name, shard.source))
-    return not lacks_lm_head
+    return has_lm_head
 
 
 def load_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -226,6 +220,26 @@ def is_ignored(name: str) -> bool:
     """Whether checkpoints may hold a tensor `name` that the model does not expect."""
     # A tied model may repeat the embedding as lm_head.weight.
     return name == LM_HEAD or name.endswith("rotary_emb.inv_freq")
+
+
+def _settle_lm_head(
+    expected: dict[str, tuple[Parameter, Shard]], checkpoint: Checkpoint, is_bare: bool, where: str
+) -> bool:
+    """Whether the model has an LM head; `expected` then asks for the names that it is saved by.
+
+    A head of its own that `is_bare` leaves out is zero. ArgumentError as of `_check_tied`.
+    """
+    names = checkpoint.names()
+    if LM_HEAD in expected:  # not tied
+        if is_bare and LM_HEAD not in names:
+            expected.pop(LM_HEAD)[0].data.zero_()
+            return False
+    elif LM_HEAD in names:
+        if EMBEDDING in names:
+            _check_tied(checkpoint, expected[EMBEDDING][1].source[0], where)
+        else:  # saved once, by the other name
+            expected[LM_HEAD] = expected.pop(EMBEDDING)
+    return True
 
 
 def _check_tied(checkpoint: Checkpoint, rows: slice, where: str) -> None:

@@ -148,6 +148,42 @@ def test_missing_scales_are_named(fp8_dir, tmp_path) -> None:
         build(tmp_path, "blocks", keeps_fp8=False)
 
 
+def with_tensors(fp8_dir: Path, target: Path, changes: dict[str, torch.Tensor]) -> Path:
+    tensors = load_file(fp8_dir / "model.safetensors") | changes
+    save_file(tensors, target / "model.safetensors")
+    (target / "config.json").write_text((fp8_dir / "config.json").read_text())
+    return target
+
+
+@pytest.mark.parametrize("keeps_fp8", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (4, 5), (2, 3, 1), (160,), ()])
+def test_misshapen_scales_are_named(fp8_dir, tmp_path, shape, keeps_fp8) -> None:
+    """The weight is [160, 288], its scales are [2, 3]."""
+    directory = with_tensors(fp8_dir, tmp_path, {f"{DOWN_PROJ}_scale_inv": torch.ones(shape)})
+    for rank, size in ((0, 1), (1, 2)):
+        with pytest.raises(ArgumentError) as raised:
+            build(directory, "blocks", keeps_fp8, rank, size)
+        assert f"'{DOWN_PROJ}_scale_inv' has shape {list(shape)}" in str(raised.value)
+        assert "[2, 3]" in str(raised.value)
+
+
+@pytest.mark.parametrize("keeps_fp8", [False, True])
+def test_scales_beside_a_weight_that_is_not_fp8_are_refused(fp8_dir, tmp_path, keeps_fp8) -> None:
+    weight = load_file(fp8_dir / "model.safetensors")[DOWN_PROJ].bfloat16()
+    directory = with_tensors(fp8_dir, tmp_path, {DOWN_PROJ: weight})
+    message = f"tensor '{DOWN_PROJ}' is torch.bfloat16, not fp8, beside '{DOWN_PROJ}_scale_inv'"
+    with pytest.raises(ArgumentError, match=message):
+        build(directory, "blocks", keeps_fp8)
+
+
+def test_scales_beside_a_vector_are_refused(fp8_dir, tmp_path) -> None:
+    norm = "model.norm.weight"
+    changes = {norm: torch.ones(160).to(FP8_DTYPE), f"{norm}_scale_inv": torch.ones(2)}
+    directory = with_tensors(fp8_dir, tmp_path, changes)
+    with pytest.raises(ArgumentError, match=f"unexpected tensors: {norm}_scale_inv"):
+        build(directory, "blocks", keeps_fp8=False)
+
+
 def test_config(model_dir, fp8_dir) -> None:
     assert Config(str(model_dir)).fp8_scales is None
     assert Config(str(model_dir), quantization="fp8").fp8_scales == "rows"

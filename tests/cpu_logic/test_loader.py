@@ -362,6 +362,41 @@ def test_rotary_tables_of_old_checkpoints_are_ignored(tied, tmp_path):
     assert_same(tensors_of(load(directory)), tensors_of(load(tied)))
 
 
+# Decoders saved alone: names without "model."
+
+
+def without_prefix(tensors: dict[str, torch.Tensor]) -> None:
+    for name in list(tensors):
+        tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+
+def test_bare_names_with_an_lm_head(untied, tmp_path):
+    directory = edited(untied, tmp_path, without_prefix)
+    assert_same(tensors_of(load(directory)), load_file(untied / "model.safetensors"))
+    assert load_model(build(directory), str(directory), "auto") is True
+
+
+def test_bare_names_without_an_lm_head(untied, tmp_path):
+    directory = edited(untied, tmp_path, lambda tensors: tensors.pop(LM_HEAD))
+    edited(directory, directory / "bare", without_prefix)
+    with pytest.raises(ArgumentError, match="missing tensors: lm_head.weight$"):
+        load(directory)
+    model = build(directory / "bare")
+    assert load_model(model, str(directory / "bare"), "auto") is False
+    assert model.lm_head.weight.eq(0).all()
+
+
+def test_bare_names_of_a_tied_model(tied, tmp_path):
+    directory = edited(tied, tmp_path / "bare", without_prefix)
+    assert load_model(build(directory), str(directory), "auto") is True
+
+    def edit(tensors):
+        tensors[LM_HEAD] = tensors["embed_tokens.weight"] + 1
+
+    with pytest.raises(ArgumentError, match="lm_head.weight differs from the embedding, but its"):
+        load(edited(directory, tmp_path / "differs", edit))
+
+
 # Dummy weights
 
 

@@ -1,5 +1,6 @@
 """fp8 weights: the tokens of transformers with the values that fp8 gives the weights."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -88,6 +89,16 @@ def test_quantized_on_load(directories, references, keeps_fp8):
         check(llm, references["rows"], keeps_fp8)
         llm.load_weights(load_file(directories["other"] / "model.safetensors"))
         check(llm, references["other rows"], keeps_fp8)
+
+
+def test_new_weights_of_two_ranks_are_rounded_once(directories):
+    """float32 weights in a bfloat16 model give what loading them from the directory gave."""
+    settings = {"quantization": "fp8", "dtype": "bfloat16", "tensor_parallel_size": 2}
+    with tiny_engine(directories["model"], **settings) as llm:
+        loaded = deepcopy(llm.apply_model(torch.nn.Module.state_dict))
+        llm.load_weights(load_file(directories["model"] / "model.safetensors"))
+        for old, new in zip(loaded, llm.apply_model(torch.nn.Module.state_dict), strict=True):
+            assert all(torch.equal(old[name], new[name]) for name in old)
 
 
 def test_random_weights(directories, keeps_fp8):

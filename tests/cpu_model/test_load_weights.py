@@ -10,6 +10,7 @@ from engine_checks import (
     random_prompts,
     tiny_engine,
 )
+from safetensors.torch import load_file, save_file
 from tiny_models import reference_greedy, save_model
 from transformers import Qwen3ForCausalLM
 
@@ -97,6 +98,15 @@ def test_other_dtypes_strides_and_parameters_are_taken(llm, state):
     assert torch.equal(gate[size:], up)
 
 
+def test_what_the_model_leaves_out_may_be_anything(llm, references):
+    weights = {
+        "lm_head.weight": torch.empty(384, 64, device="meta"),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": None,
+    }
+    assert llm.load_weights(weights) == set()
+    check_generates(llm, references[0])
+
+
 def test_running_requests_go_on_with_the_new_weights(llm, other_dir, references, state):
     old, _ = references
     ids = [llm.add_request(prompt, greedy(MAX_TOKENS)) for prompt in PROMPTS]
@@ -119,7 +129,13 @@ def test_running_requests_go_on_with_the_new_weights(llm, other_dir, references,
         (("model.norm.bias", torch.zeros(64)), r"no weight 'model.norm.bias'; it has .*and \d+ mo"),
         (("model.norm.weight", torch.zeros(63)), r"shape \[63\], the model asks for \[64\]"),
         (("model.norm.weight", torch.zeros(64, dtype=torch.int32)), "floating-point.*torch.int32"),
-        (("model.norm.weight", [0.0] * 64), "'model.norm.weight' must be a .* tensor, got list"),
+        (
+            ("model.norm.weight", torch.zeros(64, dtype=torch.float8_e4m3fn)),
+            "of 16, 32 or 64 bits.*torch.float8_e4m3fn",
+        ),
+        (("model.norm.weight", torch.zeros(64, device="meta")), "dense tensor in memory.*meta"),
+        (("model.norm.weight", torch.zeros(64).to_sparse()), "dense tensor.*torch.sparse_coo"),
+        (("model.norm.weight", [0.0] * 64), "'model.norm.weight' must be a .* bits, got list"),
         ("model.norm.weight", r"must be \(name, tensor\) pairs, got str"),
     ],
 )
@@ -133,6 +149,28 @@ def test_of_a_list_with_a_mistake_nothing_is_loaded(llm, references, state, item
         llm.load_weights(iter(weights))
     embedding = llm.model_runner.model.model.embed_tokens.weight
     assert torch.equal(embedding[: len(state[EMBEDDING])], state[EMBEDDING])
+
+
+def test_the_lm_head_of_a_decoder_saved_alone(tmp_path):
+    """Names without "model.", as embedding models are saved: the head is there, or comes later."""
+    path = save_model(tmp_path / "model", seed=6, tie_word_embeddings=False)
+    tensors = load_file(path / "model.safetensors")
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(bare, path / "model.safetensors", {"format": "pt"})
+    expected = reference_greedy(path, PROMPTS, MAX_TOKENS)
+    with tiny_engine(path) as llm:
+        check_generates(llm, expected)
+        lm_head = {"lm_head.weight": bare.pop("lm_head.weight")}
+        save_file(bare, path / "model.safetensors", {"format": "pt"})
+        for _ in range(2):
+            llm.reload_weights()
+            with pytest.raises(ArgumentError, match="was saved without an LM head"):
+                generate(llm, PROMPTS, greedy(1))
+            llm.load_weights({"model.norm.weight": bare["norm.weight"]})
+            with pytest.raises(ArgumentError, match="was saved without an LM head"):
+                generate(llm, PROMPTS, greedy(1))
+            assert llm.load_weights(lm_head) == {"lm_head.weight"}
+            check_generates(llm, expected)
 
 
 def test_weights_that_sleep_are_not_loaded(llm, references, state):
