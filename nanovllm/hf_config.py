@@ -52,6 +52,11 @@ def read_hf_config(model: str, overrides: Any = None) -> "PretrainedConfig":
         hf_config = overrides(hf_config)
         if not isinstance(hf_config, PretrainedConfig):
             raise ArgumentError(f"hf_overrides must return a PretrainedConfig, got {hf_config!r}")
+        if not isinstance(hf_config.rope_parameters, dict):
+            raise ArgumentError(
+                "hf_overrides must leave rope_parameters a dict (no scaling: rope_type 'default' "
+                f"and rope_theta), got {hf_config.rope_parameters!r}"
+            )
     # As transformers' models do: an entry beside the rope parameters may replace one of them.
     hf_config.standardize_rope_params()
     if callable(overrides):

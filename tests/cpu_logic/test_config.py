@@ -609,6 +609,11 @@ def test_a_dtype_is_overridden_under_either_name(stored, given, tmp_path):
     assert Config(path, hf_overrides=both).resolve_dtype() is torch.float16
 
 
+def without_rope_parameters(hf_config):
+    hf_config.rope_parameters = None
+    return hf_config
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -635,6 +640,7 @@ def test_a_dtype_is_overridden_under_either_name(stored, given, tmp_path):
         ),
         ([("vocab_size", 1)], "hf_overrides must be a dict or a callable, got"),
         (lambda hf_config: None, "hf_overrides must return a PretrainedConfig, got None"),
+        (without_rope_parameters, r"must leave rope_parameters a dict .*, got None"),
     ],
 )
 def test_wrong_overrides_are_refused_by_name(overrides, message, model):
