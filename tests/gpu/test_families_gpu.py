@@ -84,23 +84,24 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path, name):
             assert generate(llm, prompts, 16) == reference
 
 
-@pytest.mark.two_gpus
-@pytest.mark.parametrize("name", ["qwen2-yarn", "llama2", "qwen3-moe"])
-def test_two_ranks(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "num_ranks"),
+    [
+        *(
+            pytest.param(name, 2, marks=pytest.mark.two_gpus)
+            for name in ("qwen2-yarn", "llama2", "qwen3-moe")
+        ),
+        *(
+            pytest.param(name, 4, marks=pytest.mark.four_gpus)
+            for name in ("llama2", "qwen3-moe-steps")
+        ),
+    ],
+)
+def test_ranks(tmp_path, name, num_ranks):
     model_dir = save_family(tmp_path / "m", name)
     prompts = random_prompts((1, 3, 60, 200, 257, 520))
     reference = reference_greedy(model_dir, prompts, 16)
-    with small_engine(model_dir, tensor_parallel_size=2) as llm:
-        assert generate(llm, prompts, 16) == reference
-
-
-@pytest.mark.four_gpus
-@pytest.mark.parametrize("name", ["llama2", "qwen3-moe-steps"])
-def test_four_ranks(tmp_path, name):
-    model_dir = save_family(tmp_path / "m", name)
-    prompts = random_prompts((1, 3, 60, 200, 257, 520))
-    reference = reference_greedy(model_dir, prompts, 16)
-    with small_engine(model_dir, tensor_parallel_size=4) as llm:
+    with small_engine(model_dir, tensor_parallel_size=num_ranks) as llm:
         assert generate(llm, prompts, 16) == reference
 
 
