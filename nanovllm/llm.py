@@ -414,8 +414,7 @@ class LLM(LLMEngine):
             weights: (name, tensor) pairs or a state dict, under the names and in the shapes of the
                 model's checkpoint, whole dense tensors of 16, 32 or 64 bits on any device; each is
                 converted to its parameter's dtype, and quantised where quantization="fp8" quantises
-                weights.
-                `lm_head.weight` of a model with tied embeddings is left out.
+                weights. `lm_head.weight` of a model with tied embeddings is left out.
 
         Returns:
             The names that were loaded.

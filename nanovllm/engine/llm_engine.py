@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from copy import copy
-from time import perf_counter, time
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -27,7 +27,6 @@ from nanovllm.engine.request import Request
 from nanovllm.engine.request_features import RequestFeatures
 from nanovllm.engine.request_table import RequestTable
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.tokenizer import load_tokenizer
 from nanovllm.engine.workers import WorkerGroup
 from nanovllm.errors import ArgumentError, EngineDeadError
@@ -311,19 +310,9 @@ class LLMEngine:
         self._step_seconds = launched.seconds + perf_counter() - start
         alive = self.scheduler.postprocess(launched.seqs, token_ids)
         if launched.plan.is_prefill:
-            self._note_first_tokens(alive)
+            self._requests.note_first_tokens(alive)
         self._requests.finish(alive)
         return len(launched.plan.token_ids) if launched.plan.is_prefill else -len(alive)
-
-    def _note_first_tokens(self, seqs: list[Sequence]) -> None:
-        now = time()
-        for seq in seqs:
-            request = self._requests.unfinished.get(seq.seq_id)
-            if request is None:  # its owner gave the sequence to the scheduler itself
-                continue
-            metrics = request.metrics
-            if metrics.first_token_time is None and seq.num_completion_tokens > 0:
-                metrics.first_token_time = now
 
     def _drop_dead_step(self) -> None:
         """Forget the step in flight if all its sequences have ended: nobody wants its tokens."""

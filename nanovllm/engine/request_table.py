@@ -38,6 +38,16 @@ class RequestTable:
         """Those of all unfinished requests, ended ones included."""
         return [seq for request in self.unfinished.values() for seq in request.sequences]
 
+    def note_first_tokens(self, seqs: Iterable[Sequence]) -> None:
+        """Take note of when requests got their first token, if that was just now."""
+        now = time.time()
+        for seq in seqs:
+            request = self.unfinished.get(seq.seq_id)  # None: not a request's (`Scheduler.add`)
+            if request is None or seq.num_completion_tokens == 0:
+                continue
+            if request.metrics.first_token_time is None:
+                request.metrics.first_token_time = now
+
     def finish(self, seqs: Iterable[Sequence]) -> None:
         """Take note of requests that have ended with one of `seqs`."""
         for seq in seqs:
@@ -47,11 +57,8 @@ class RequestTable:
             request = self.unfinished.get(seq.seq_id)
             if request is None or not request.is_finished:
                 continue
-            self._remove(request)
-            if (claim := self._claims.pop(request.request_id, None)) is None:
+            if not self._remove(request):
                 self._finished.append(request)
-            else:
-                claim.remove(request.request_id)
 
     def take(self) -> list[Request]:
         """What has ended and nobody has claimed; if there is any, earlier ones are forgotten."""
@@ -65,12 +72,16 @@ class RequestTable:
         dropped = [r for r in requests if self.unfinished.get(r.request_id) is r]
         for request in dropped:
             self._remove(request)
-            self._claims.pop(request.request_id, set()).discard(request.request_id)
         return dropped
 
-    def _remove(self, request: Request) -> None:
+    def _remove(self, request: Request) -> bool:
+        """It is unfinished no longer; whether somebody had claimed it, who is told."""
         del self.unfinished[request.request_id]
         request.metrics.finished_time = time.time()
+        claim = self._claims.pop(request.request_id, None)
+        if claim is not None:
+            claim.discard(request.request_id)
+        return claim is not None
 
     def keep(self, requests: Iterable[Request]) -> None:
         """Let `find` know requests that were dropped."""
@@ -92,4 +103,4 @@ class RequestTable:
     def clear(self) -> None:
         """Forget what has ended."""
         self._finished.clear()
-        self._taken.clear()
+        self.forget()

@@ -8,13 +8,18 @@ import torch
 from nanovllm.entrypoints.prefix_cache import reset_prefix_cache
 from nanovllm.entrypoints.rpc import collective_rpc
 from nanovllm.errors import ArgumentError
-from nanovllm.models.loader import LM_HEAD, expected_tensors, is_ignored, load_tensor, shortened
+from nanovllm.models.loader import (
+    FLOAT_DTYPES,
+    LM_HEAD,
+    expected_tensors,
+    is_ignored,
+    load_tensor,
+    shortened,
+)
 
 if TYPE_CHECKING:
     from nanovllm.engine.model_runner import ModelRunner
     from nanovllm.llm import LLM
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def load_weights(llm: "LLM", weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -74,7 +79,7 @@ def _check_item(item: Any, shapes: dict[str, tuple[int, ...]]) -> tuple[str, tor
         if is_ignored(name):
             return name, tensor
         raise ArgumentError(f"the model has no weight {name!r}; it has {shortened(sorted(shapes))}")
-    if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPES:
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype not in FLOAT_DTYPES:
         kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise ArgumentError(
             f"weight {name!r} must be a floating-point tensor of 16, 32 or 64 bits, got {kind}"

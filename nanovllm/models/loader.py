@@ -20,7 +20,8 @@ SINGLE_FILE = "model.safetensors"
 LM_HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 COMPARED_ROWS = 8192  # of the vocabulary at a time
-WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, FP8_DTYPE)
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+WEIGHT_DTYPES = (*FLOAT_DTYPES, FP8_DTYPE)
 # What `load_tensor` has been asked for: mixtures of experts have tens of thousands of tensors.
 _EXPECTED: "WeakKeyDictionary[nn.Module, dict[str, tuple[Parameter, Shard]]]" = WeakKeyDictionary()
 
