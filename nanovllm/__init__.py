@@ -5,7 +5,7 @@ What needs torch is imported on first use: `from nanovllm import SamplingParams`
 
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.errors import ArgumentError, EngineDeadError
+from nanovllm.errors import ArgumentError, EngineDeadError, RequestError
 from nanovllm.outputs import (
     CompletionOutput,
     EmbeddingOutput,
@@ -33,6 +33,7 @@ __all__ = [
     "EngineDeadError",
     "Logprob",
     "PoolingParams",
+    "RequestError",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",

@@ -21,6 +21,39 @@ class EngineDeadError(RuntimeError):
     """
 
 
+class RequestError(RuntimeError):
+    """A request failed while it ran; all others of the same call have been completed.
+
+    The message names the request and what it raised, which is the error's cause.
+
+    Attributes:
+        outputs: those of the whole call in the order of its prompts, the failed ones among them
+            (finish reason "abort", `error` says why); [] where a call has no such outputs.
+    """
+
+    def __init__(self, message: str, outputs: "list[Any] | None" = None) -> None:
+        super().__init__(message)
+        self.outputs = outputs or []
+
+
+def describe(error: BaseException) -> str:
+    """The error's type and message in one short line."""
+    try:
+        message = " ".join(str(error).split())
+    except Exception:  # an exception class of a user's
+        message = ""
+    name = type(error).__name__
+    return f"{name}: {message[:200]}" if message else name
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether `error` is a failure, and no wish to stop.
+
+    Failures in Rust code reach Python as PanicException, which is no `Exception`.
+    """
+    return not isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
+
+
 def check_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
     """`value` as an int; ArgumentError if it is not an integer in [minimum, maximum]."""
     if type(value) is int and minimum <= value and (maximum is None or value <= maximum):

@@ -35,7 +35,8 @@ class CompletionOutput:
         cumulative_logprob: sum of the sampled tokens' log probabilities; None unless `logprobs`.
         logprobs: for each token a dict of token ids: the sampled one first, then the most probable.
         finish_reason: "stop", "length" or "abort"; None while it runs.
-        stop_reason: the stop string or stop token id that ended it; None for EOS and all else.
+        stop_reason: the stop string or stop token id that ended it, or why it failed; None for EOS
+            and all else.
     """
 
     index: int
@@ -145,6 +146,8 @@ class RequestOutput(dict[str, Any]):
         finished: whether all of them have ended.
         metrics: its times.
         num_cached_tokens: prompt tokens that the prefix cache spared.
+        error: what made it fail, as "OverflowError: ..."; its finish reason is "abort" then. None
+            otherwise.
     """
 
     def __init__(
@@ -158,6 +161,7 @@ class RequestOutput(dict[str, Any]):
         metrics: RequestMetrics | None = None,
         *,
         num_cached_tokens: int | None = None,
+        error: str | None = None,
     ) -> None:
         super().__init__(text=outputs[0].text, token_ids=outputs[0].token_ids)
         self.request_id = request_id
@@ -168,6 +172,7 @@ class RequestOutput(dict[str, Any]):
         self.finished = finished
         self.metrics = metrics
         self.num_cached_tokens = num_cached_tokens
+        self.error = error
 
     def __missing__(self, key: str) -> Any:
         for attributes in (vars(self), vars(self.outputs[0])):

@@ -195,6 +195,9 @@ class Run:
             self.num_queued -= info.params.n
             try:
                 output = self.llm.get_output(request_id)
+                if output.error is not None:
+                    self._refuse(info, "request_failed", output.error)
+                    continue
                 self.results.append(result_record(info, output, self.options.model_name))
             except (EngineDeadError, OSError):  # OSError: the write failed
                 raise

@@ -4,6 +4,8 @@ Rank 0 alone knows their parameters: it gets the logits of all ranks and sends t
 of it is launched behind the step (behind the graph, if there is one) without waiting for anything.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +15,7 @@ from nanovllm.config import Config
 from nanovllm.engine.launched_step import StepExtras
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_plan import StepPlan
+from nanovllm.errors import is_fault
 from nanovllm.kernels import row_state
 from nanovllm.kernels.ops import Ops
 from nanovllm.layers.embedding import ParallelLMHead
@@ -74,17 +77,17 @@ class ApartSampler:
         # The step's sampler has entered a token: the length is two past the input's position.
         positions = row_table[:, row_state.LENGTH].index_select(0, rows) - 2
         logits = self.tp.gather(logits)
+        tokens = torch.zeros_like(rows)
         if self.tp.rank == 0:
-            seqs = [seqs[i] for i in plan.apart]
-            sampler = self._get_request_sampler()
-            if plan.is_prefill:
-                sampler.begin(seqs)
-            sampled = sampler.sample(logits, seqs, positions)
-            tokens = sampled.token_ids
-            if sampled.logprobs is not None:
-                extras.sampled = seqs, sampled.logprobs.download()
-        else:
-            tokens = torch.empty_like(rows)
+            with self._kept_in_step(extras):
+                seqs = [seqs[i] for i in plan.apart]
+                sampler = self._get_request_sampler()
+                if plan.is_prefill:
+                    sampler.begin(seqs)
+                sampled = sampler.sample(logits, seqs, positions)
+                tokens = sampled.token_ids
+                if sampled.logprobs is not None:
+                    extras.sampled = seqs, sampled.logprobs.download()
         self.tp.broadcast(tokens)
         token_ids.index_copy_(0, indices, tokens)
         self.ops.write_back(row_table, rows, tokens, positions)
@@ -109,7 +112,9 @@ class ApartSampler:
                 size = min(PROMPT_LOGITS_ROWS, count - offset)
                 chunk = hidden_states[first + offset : first + offset + size]
                 logits = self.tp.gather(lm_head(chunk))
-                if self.tp.rank == 0:
+                if self.tp.rank != 0 or extras.error is not None:
+                    continue
+                with self._kept_in_step(extras):
                     seq, next_position = seqs[number], start + offset + 1
                     next_ids = seq.token_ids[next_position : next_position + size]
                     logprobs = self._get_request_sampler().prompt_logprobs(
@@ -120,6 +125,20 @@ class ApartSampler:
     def release(self) -> None:
         """Give back all memory; running sequences must begin anew."""
         self._request_sampler = None
+
+    @contextmanager
+    def _kept_in_step(self, extras: StepExtras) -> Iterator[None]:
+        """Leave what fails on rank 0 for the commit: the other ranks wait for the rest of the step.
+
+        All sequences begin anew then, so the sampler may be made anew as well.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if not is_fault(error):
+                raise
+            extras.error = error
+            self.release()
 
     def _upload(self, rows: np.ndarray, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """[A] int32 and [A] int64 on the device; a decode batch that stays is uploaded once."""

@@ -18,9 +18,13 @@ class StepExtras:
         self.sampled: tuple[list[Sequence], LogprobsDownload] | None = None
         self.prompts: list[tuple[Sequence, LogprobsDownload]] = []
         self.hidden_states: HiddenStatesDownload | None = None
+        # Raised on rank 0 between two collectives, which all ranks must reach all the same.
+        self.error: BaseException | None = None
 
     def keep(self) -> None:
-        """Wait, and give each sequence that has not ended what is its own."""
+        """Wait, and give each sequence that has not ended what is its own; raises `error`."""
+        if self.error is not None:
+            raise self.error
         if self.hidden_states is not None:
             self.hidden_states.keep()
         for seq, download in self.prompts:

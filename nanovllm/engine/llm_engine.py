@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from time import perf_counter
 from typing import Any
@@ -13,6 +13,7 @@ from nanovllm.config import Config
 from nanovllm.engine import kv_cache
 from nanovllm.engine.generation_config import default_sampling_params, eos_token_ids
 from nanovllm.engine.interrupts import DeferredInterrupt
+from nanovllm.engine.isolation import Isolation
 from nanovllm.engine.model_runner import LaunchedStep, ModelRunner, choose_ops
 from nanovllm.engine.progress import ProgressBar
 from nanovllm.engine.prompts import (
@@ -23,13 +24,14 @@ from nanovllm.engine.prompts import (
     check_unsupported,
     encode_prompts,
 )
-from nanovllm.engine.request import Request
+from nanovllm.engine.request import Request, raise_failed
 from nanovllm.engine.request_features import RequestFeatures
 from nanovllm.engine.request_table import RequestTable
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.tokenizer import load_tokenizer
 from nanovllm.engine.workers import WorkerGroup
-from nanovllm.errors import ArgumentError, EngineDeadError
+from nanovllm.errors import ArgumentError, EngineDeadError, describe, is_fault
 from nanovllm.layers.tensor_parallel import TensorParallel
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -130,7 +132,9 @@ class LLMEngine:
         config.num_kvcache_blocks = self.model_runner.num_kvcache_blocks
         self.scheduler = Scheduler(config)
         self._in_flight: LaunchedStep | None = None
+        self._step_seqs: list[Sequence] | None = None  # of what is launched or committed just now
         self._requests = RequestTable()
+        self._isolation = Isolation(self._requests, self.scheduler)
         self._is_stepping = False
         self._abandoned: list[Request] = []  # to be aborted after the step
         self._step_seconds = 0.0  # spent on launching the last committed step and waiting for it
@@ -189,10 +193,12 @@ class LLMEngine:
 
         Raises:
             ArgumentError: a prompt or parameter is wrong; nothing was queued then.
+            RequestError: some of the requests failed while they ran; the others were completed, and
+                all outputs are in its `outputs`.
             EngineDeadError: a tensor-parallel worker died.
 
-        If anything is raised half-way (Ctrl-C too), the requests of this call are dropped and the
-        engine is ready for the next. Requests queued by `add_request` before go on meanwhile;
+        If anything else is raised half-way (Ctrl-C too), the requests of this call are dropped and
+        the engine is ready for the next. Requests queued by `add_request` before go on meanwhile;
         `step` returns those that finished.
         """
         check_unsupported(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
@@ -201,7 +207,9 @@ class LLMEngine:
             as_prompt_list(prompts), sampling_params, priority, tokenization_kwargs
         )
         self._run(requests, use_tqdm)
-        return [request.output(self.tokenizer) for request in requests]
+        outputs = [request.output(self.tokenizer) for request in requests]
+        raise_failed(requests, outputs)
+        return outputs
 
     def add_request(
         self,
@@ -240,9 +248,12 @@ class LLMEngine:
             launched; the next one runs on the device already.
 
         Raises:
-            EngineDeadError: a tensor-parallel worker died, or any error in a step of several ranks,
-                which may be out of step then. On one rank the unfinished requests are queued again
-                after an error, to be computed anew, and the engine is usable.
+            EngineDeadError: a tensor-parallel worker died, the GPU failed, or a step of several
+                ranks failed on one of them, which may be out of step then.
+
+        A request that makes a step fail ends alone, with "abort"; `get_output` says why. To find
+        it, the requests of a failed step are run in parts, so that steps return 0 tokens or fewer
+        sequences for a while.
         """
         num_tokens = self._advance()
         finished = self._requests.take()
@@ -251,21 +262,28 @@ class LLMEngine:
     def _advance(self) -> int:
         """`step`, but what finishes is left for its owner in the table."""
         self._check_awake()
+        num_tokens = 0
         with DeferredInterrupt(), self._stepping():
-            try:
-                if self.config.async_scheduling:
-                    return self._step_overlapped()
-                return self._step_synchronous()
-            except BaseException as error:
-                self._recover(error)
-                raise
+            if self.config.async_scheduling:
+                num_tokens = self._step_overlapped()
+            else:
+                num_tokens = self._step_synchronous()
+            if self._isolation.has_passed():
+                self._in_flight = None
+                self._isolation.go_on()
+        return num_tokens
 
     @contextmanager
     def _stepping(self) -> Iterator[None]:
-        """Within it, requests that are abandoned are kept; they are aborted at its end."""
+        """Within it, requests that are abandoned are kept; they are aborted at its end.
+
+        A failure in it that some request may have caused is that request's end, and not raised.
+        """
         self._is_stepping = True
         try:
             yield
+        except BaseException as error:
+            self._recover(error)
         finally:
             self._is_stepping = False
             abandoned, self._abandoned = self._abandoned, []
@@ -289,19 +307,18 @@ class LLMEngine:
         launched, self._in_flight = self._in_flight, None
         if launched is not None:
             with DeferredInterrupt(), self._stepping():
-                try:
-                    self._commit(launched)
-                except BaseException as error:
-                    self._recover(error)
-                    raise
+                self._commit(launched)
 
     def _launch(self, in_flight: bool) -> LaunchedStep | None:
+        self._step_seqs = None
         seqs, is_prefill = self.scheduler.schedule(in_flight)
+        self._step_seqs = seqs
         return self.model_runner.call("launch", seqs, is_prefill) if seqs else None
 
     def _commit(self, launched: LaunchedStep) -> int:
         """Wait for a step's tokens and settle its sequences; its number of tokens as in `step`."""
         start = perf_counter()
+        self._step_seqs = launched.seqs
         if self._workers is not None:
             while not launched.is_done():
                 self._workers.check()
@@ -447,19 +464,47 @@ class LLMEngine:
             self._abort(requests)
 
     def _recover(self, error: BaseException) -> None:
-        """After a failed step: queue all requests anew, trust nothing in the cache."""
+        """After a failed step: queue all requests anew, trust nothing in the cache.
+
+        Returns if a request may have caused it, whose end this is; else raises `error`, or an
+        EngineDeadError if the engine can not go on.
+        """
         self._in_flight = None
-        seqs = self._requests.sequences()
-        self.scheduler.restart([seq for seq in seqs if not seq.is_finished])
-        self._requests.finish(seqs)  # those that ended before the commit failed
+        if not is_fault(error):
+            self._isolation.restart()
+            if self._workers is not None:
+                self._die(f"a tensor-parallel step was broken off: {error!r}")
+            raise error
+        cause = self._cause_of_failure(error)
+        if cause is not None:
+            self._isolation.restart()
+            self._die(cause)
+            raise EngineDeadError(cause) from error
+        seqs = self._step_seqs
+        self._isolation.fail(error, self._requests.sequences() if seqs is None else seqs)
+
+    def _cause_of_failure(self, error: BaseException) -> str | None:
+        """Why the engine cannot go on after `error`; None: it can."""
         if self._workers is not None:
-            # The ranks are out of step, whatever happened.
-            cause = self._workers.wait_for_death(1.0)
-            self._cause_of_death = cause or f"a tensor-parallel step failed: {error!r}"
+            cause = self._workers.wait_for_death(1.0) if self.model_runner.is_mid_step else None
+            if isinstance(error, EngineDeadError):
+                return cause or str(error)
+            if self.model_runner.is_mid_step:
+                return cause or f"a tensor-parallel step failed: {error!r}"
+        if self.model_runner.is_cuda:
+            try:
+                torch.cuda.synchronize(self.model_runner.device)
+            except Exception as device_error:  # a kernel has failed: nothing runs there any more
+                return f"the GPU failed: {describe(device_error)}"
+        return None
+
+    def _die(self, cause: str) -> None:
+        """End the engine, whose ranks are out of step or whose device is lost."""
+        self._cause_of_death = cause
+        if self._workers is not None:
             self._workers.is_broken = True
+        with suppress(RuntimeError):  # a GPU that failed refuses to give memory back
             self.exit()
-            if isinstance(error, Exception):
-                raise EngineDeadError(self._cause_of_death) from error
 
     def _check_ready(self) -> None:
         """EngineDeadError if the engine has ended."""

@@ -84,6 +84,7 @@ class ModelRunner:
         self._uploaded_batch: np.ndarray = np.empty(0, dtype=np.int32)  # in decode_batch
         self._seqs: list[Sequence] = []  # of the step that is being launched; rank 0 only
         self._extras = StepExtras()
+        self.is_mid_step = False  # after a failed launch: the ranks are out of step
         hf_config = config.hf_config
         self.ops = choose_ops(config, device)
         self.apart_sampler = ApartSampler(config, device, tp, self.ops)
@@ -133,13 +134,17 @@ class ModelRunner:
     def launch(self, seqs: list[Sequence], is_prefill: bool) -> LaunchedStep:
         """Start one step on every rank; does not wait for the device."""
         start = perf_counter()
+        self.is_mid_step = False
         plan = self.plan_builder.build(seqs, is_prefill)
-        if self.workers is not None:
-            self.workers.send(plan.pack())
+        packed = plan.pack() if self.workers is not None else None
+        self.is_mid_step = True
+        if packed is not None and self.workers is not None:
+            self.workers.send(packed)
         self._seqs, self._extras = seqs, StepExtras()
         token_ids = self.execute(plan)
         with self._on_device():
             download = self.downloads.download(token_ids) if len(token_ids) else None
+        self.is_mid_step = False
         return LaunchedStep(seqs, plan, download, self._extras, perf_counter() - start)
 
     @torch.inference_mode()

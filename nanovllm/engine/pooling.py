@@ -36,4 +36,7 @@ class HiddenStatesDownload:
             self._event.synchronize()
         for seq, row in zip(self._seqs, self._rows.numpy(), strict=True):
             if seq.pooler is not None and not seq.is_finished:
-                seq.pooled = seq.pooler(row)
+                try:
+                    seq.pooled = seq.pooler(row)
+                except BaseException as error:
+                    seq.note_error(error)

@@ -7,6 +7,7 @@ from typing import Any
 
 from nanovllm.engine.detokenizer import decode
 from nanovllm.engine.sequence import Sequence
+from nanovllm.errors import RequestError, describe, is_fault
 from nanovllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
@@ -60,8 +61,28 @@ class Request:
         """The ids of its first completion, a new list."""
         return self.sequences[0].completion_token_ids
 
+    @property
+    def error(self) -> BaseException | None:
+        """What one of its sequences raised, if any did."""
+        return next((seq.error for seq in self.sequences if seq.error is not None), None)
+
     def output(self, tokenizer: Any) -> RequestOutput:
-        """What there is by now; `tokenizer` is None if the engine has none."""
+        """What there is by now; `tokenizer` is None if the engine has none.
+
+        A tokenizer that fails leaves all texts out, and the output's `error` says so.
+        """
+        try:
+            return self._output(tokenizer, self.error)
+        except BaseException as error:
+            if not is_fault(error):
+                raise
+            if self.is_finished:
+                for seq in self.sequences:
+                    seq.note_error(error)
+                    seq.finish_reason, seq.stop_reason = "abort", describe(error)
+            return self._output(None, error)
+
+    def _output(self, tokenizer: Any, error: BaseException | None) -> RequestOutput:
         first = self.sequences[0]
         prompt_logprobs: Any = None
         if self.params.prompt_logprobs is not None:
@@ -78,7 +99,21 @@ class Request:
             self.is_finished,
             replace(self.metrics),
             num_cached_tokens=first.num_cached_prompt_tokens,
+            error=None if error is None else describe(error),
         )
+
+
+def raise_failed(requests: list[Request], outputs: list[RequestOutput] | None = None) -> None:
+    """RequestError if some of a call's requests failed; `outputs` are those of all of them."""
+    failed = [index for index, request in enumerate(requests) if request.error is not None]
+    if failed:
+        first = requests[failed[0]].error
+        assert first is not None
+        others = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
+        text = f"prompts[{failed[0]}] failed{others}: {describe(first)}"
+        if outputs:
+            text += f" (`outputs` of this error has the results of all {len(outputs)} prompts)"
+        raise RequestError(text, outputs) from first
 
 
 def _completion(seq: Sequence, tokenizer: Any) -> CompletionOutput:
@@ -102,7 +137,7 @@ def _completion(seq: Sequence, tokenizer: Any) -> CompletionOutput:
 
 
 def _text(seq: Sequence, token_ids: list[int], tokenizer: Any) -> str:
-    if seq.detokenizer is None:
+    if seq.detokenizer is None or tokenizer is None:
         return decode(tokenizer, token_ids, seq.sampling_params)
     return seq.detokenizer.final_text() if seq.is_finished else seq.detokenizer.text
 

@@ -38,6 +38,11 @@ class RequestTable:
         """Those of all unfinished requests, ended ones included."""
         return [seq for request in self.unfinished.values() for seq in request.sequences]
 
+    def unfinished_of(self, seqs: Iterable[Sequence]) -> list[Request]:
+        """The unfinished requests that `seqs` are of, each once, by their numbers."""
+        ids = self.unfinished.keys() & {seq.seq_id for seq in seqs}
+        return [self.unfinished[request_id] for request_id in sorted(ids)]
+
     def note_first_tokens(self, seqs: Iterable[Sequence]) -> None:
         """Take note of when requests got their first token, if that was just now."""
         now = time.time()

@@ -6,6 +6,7 @@ what is already certain; what it cannot know yet is settled when the step in fli
 
 from bisect import bisect_right
 from collections import deque
+from collections.abc import Iterable
 from math import ceil
 from operator import attrgetter
 
@@ -13,6 +14,7 @@ from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler_stats import SchedulerStats
 from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.errors import describe
 
 # When sequences that decode are held up for those that wait; see Scheduler._is_prefill_due.
 ADMISSION_SHARE = 1 / 8  # this much of the slots and of the blocks is free
@@ -45,10 +47,12 @@ class Scheduler:
         self.stats = SchedulerStats()
         self.restart([])
 
-    def restart(self, seqs: list[Sequence]) -> None:
+    def restart(self, seqs: list[Sequence], held: Iterable[Sequence] = ()) -> None:
         """Start over with an empty cache and `seqs` waiting, after a step that failed half-way.
 
         A sequence whose end was committed already is finished instead.
+
+        held: further sequences, which do not run before the next restart.
         """
         config = self.config
         assert config.num_kvcache_blocks is not None
@@ -58,17 +62,19 @@ class Scheduler:
         self.free_rows = deque(range(self.max_num_seqs))
         self.running: deque[Sequence] = deque()
         self.waiting: deque[Sequence] = deque()
+        self.held: list[Sequence] = []
         self.num_decodes_since_prefill = 0
-        for seq in seqs:
-            seq.reset()
-            if reason := self._reason_to_end(seq):
-                self.finish(seq, reason)
-            else:
-                self.add(seq)
+        for queue, queued in ((self.add, seqs), (self.held.append, held)):
+            for seq in queued:
+                seq.reset()
+                if reason := self._reason_to_end(seq):
+                    self.finish(seq, reason)
+                else:
+                    queue(seq)
 
     def is_finished(self) -> bool:
         """Whether nothing waits and nothing runs."""
-        return not self.waiting and not self.running
+        return not self.waiting and not self.running and not self.held
 
     def add(self, seq: Sequence) -> None:
         """Queue `seq` behind all others, or by its priority.
@@ -245,7 +251,7 @@ class Scheduler:
                 continue
             seq.num_pending_tokens -= 1
             if seq.pooler is not None:  # pooled by now, and the token means nothing
-                self.finish(seq, "stop")
+                self.finish(seq, self._reason_to_end(seq) or "stop")
                 continue
             seq.token_ids.append(token_id)
             self.stats.num_generation_tokens += 1
@@ -254,19 +260,29 @@ class Scheduler:
             if (num_tokens - 1) % block_size == 0:
                 self.block_manager.cache_blocks(seq, num_tokens - 1)
             may_end = num_tokens >= seq.max_length or token_id in seq.end_token_ids
-            if seq.grammar is not None:
-                seq.grammar.accept(token_id)
-                may_end = True
-            if seq.detokenizer is not None:
-                seq.detokenizer.append(token_id)
+            if seq.grammar is not None or seq.detokenizer is not None:
+                self._tell_consumers(seq, token_id)
                 may_end = True
             if may_end and (reason := self._reason_to_end(seq)):
                 self.finish(seq, reason)
         return alive
 
+    def _tell_consumers(self, seq: Sequence, token_id: int) -> None:
+        """Give a token to the grammar and the text; what they raise ends this sequence alone."""
+        try:
+            if seq.grammar is not None:
+                seq.grammar.accept(token_id)
+            if seq.detokenizer is not None:
+                seq.detokenizer.append(token_id)
+        except BaseException as error:
+            seq.note_error(error)
+
     def _reason_to_end(self, seq: Sequence) -> str | None:
         """Why `seq` ends with its newest token; None: it goes on. Sets its stop reason."""
         params, num_completion_tokens = seq.sampling_params, seq.num_completion_tokens
+        if seq.error is not None:
+            seq.stop_reason = describe(seq.error)
+            return "abort"
         if seq.grammar is not None and seq.grammar.error is not None:
             seq.stop_reason = seq.grammar.error  # why no token can follow
             return "abort"
@@ -290,6 +306,7 @@ class Scheduler:
         for seq in seqs:
             self.finish(seq, "abort")
         self.waiting = deque(seq for seq in self.waiting if not seq.is_finished)
+        self.held = [seq for seq in self.held if not seq.is_finished]
 
     def finish(self, seq: Sequence, reason: str) -> None:
         """End a sequence and release what it holds; one that waits is left in the queue."""

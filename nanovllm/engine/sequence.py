@@ -4,6 +4,7 @@ from collections.abc import Callable
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
+from nanovllm.errors import is_fault
 from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Sequence:
         self.priority = priority
         self.finish_reason: str | None = None  # "stop", "length" or "abort"
         self.stop_reason: int | str | None = None  # the stop string or id; None: EOS, or no stop
+        self.error: BaseException | None = None  # what it raised: it ends with "abort"
         self.end_token_ids: frozenset[int] = frozenset()  # EOS and stop ids, set when queued
         # Whether its logits go through `sampling.RequestSampler` instead of the fast sampler.
         self.is_sampled_apart = self.sampling_params.is_sampled_apart
@@ -102,6 +104,14 @@ class Sequence:
     def is_finished(self) -> bool:
         """Whether it has ended, for whatever reason."""
         return self.finish_reason is not None
+
+    def note_error(self, error: BaseException) -> None:
+        """It ends because of `error`, without what its traceback refers to; Ctrl-C goes on."""
+        if not is_fault(error):
+            raise error
+        if self.error is None:
+            self.error = error.with_traceback(None)
+            error.__cause__ = error.__context__ = None
 
     @property
     def num_tokens(self) -> int:

@@ -18,7 +18,7 @@ from nanovllm.engine.prompts import (
     check_tokenization_kwargs,
     encode_prompts,
 )
-from nanovllm.engine.request import Request
+from nanovllm.engine.request import Request, raise_failed
 from nanovllm.entrypoints.rpc import collective_rpc
 from nanovllm.errors import ArgumentError, check_choice, check_integer
 from nanovllm.outputs import (
@@ -95,6 +95,7 @@ def _pool(
     nothing = SamplingParams(temperature=0, max_tokens=1)  # is sampled
     requests = llm._new_requests(prompts, nothing, priority, tokenization_kwargs, pooler)
     llm._run(requests, use_tqdm)
+    raise_failed(requests)
     return requests
 
 

@@ -14,6 +14,7 @@ from nanovllm.engine.progress import ProgressBar
 from nanovllm.engine.prompts import as_prompt_list
 from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Sequence
+from nanovllm.errors import describe
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
@@ -113,7 +114,7 @@ class _StreamedRequest:
         if seq.is_finished:
             self.open.remove(seq)
             if seq.detokenizer is not None:
-                seq.detokenizer.final_text()
+                _end_text(seq)
         return StreamOutput(
             str(self.request.request_id),
             self.prompt_index,
@@ -125,6 +126,16 @@ class _StreamedRequest:
             finished=not self.open,
             output=None if self.open else self.request.output(tokenizer),
         )
+
+
+def _end_text(seq: Sequence) -> None:
+    """Let `take_text` give the rest of a text that has ended."""
+    try:
+        assert seq.detokenizer is not None
+        seq.detokenizer.final_text()
+    except BaseException as error:
+        seq.note_error(error)
+        seq.finish_reason, seq.stop_reason = "abort", describe(error)
 
 
 def _items(

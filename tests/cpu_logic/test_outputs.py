@@ -130,6 +130,7 @@ def test_to_dict_is_everything_as_json(output):
         "finished": True,
         "metrics": {"arrival_time": 10.0, "first_token_time": 10.5, "finished_time": 12.0},
         "num_cached_tokens": 1,
+        "error": None,
     }
     assert type(everything) is dict
     for items in (everything["token_ids"], everything["prompt_token_ids"]):

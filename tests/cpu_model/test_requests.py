@@ -180,8 +180,8 @@ def test_aborted_requests_are_forgotten(llm):
     assert not llm._requests._taken
 
 
-def test_a_commit_that_fails_half_way_loses_no_finished_request(llm):
-    """The longer sequence, which comes first, ends in it; the other one's text raises."""
+def test_a_text_that_fails_in_a_commit_ends_its_request_alone(llm):
+    """The longer sequence, which comes first, ends in the same commit."""
     expected = generate(llm, PROMPTS[:2], greedy(8))
     stopping = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, stop="no such text")
     first = llm.add_request(PROMPTS[1], greedy(4))
@@ -196,13 +196,15 @@ def test_a_commit_that_fails_half_way_loses_no_finished_request(llm):
         return append(token_id)
 
     detokenizer.append = fail_once
-    completions = {}
-    with pytest.raises(OSError, match="half-way"):
-        while True:
-            completions |= dict(llm.step()[0])
-    assert not completions
-    completions |= drain(llm)[0]
-    assert completions == {first: expected[1][:4], second: expected[0]}
+    finished = {}
+    while not llm.is_finished():
+        for request_id, _ in llm.step()[0]:
+            finished[request_id] = llm.get_output(request_id)
+    assert finished[first]["token_ids"] == expected[1][:4]
+    assert finished[first].error is None
+    assert finished[second]["token_ids"] == expected[0][:4]
+    assert finished[second].error == finished[second]["stop_reason"] == "OSError: half-way"
+    assert finished[second]["finish_reason"] == "abort"
 
 
 def test_times_of_a_request(llm):
@@ -237,16 +239,14 @@ def test_cached_tokens_are_the_prompts_also_after_a_preemption(tiny_dir):
 def test_each_token_keeps_its_logprobs_when_a_commit_fails(llm, monkeypatch):
     params = hot(seed=1, logprobs=2)
     expected = llm.generate(PROMPTS, params, use_tqdm=False)
-    ids = llm.enqueue(PROMPTS, params)
+    llm.enqueue(PROMPTS, params)
     for _ in range(3):
         with monkeypatch.context() as patch:
             patch.setattr(llm.scheduler, "postprocess", lambda seqs, token_ids: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
-                llm.step()
-        llm.step()
-    assert [llm.get_output(i)["token_ids"] for i in ids] == [
-        output["token_ids"][:3] for output in expected
-    ]
+            llm.step()
+        assert llm.scheduler.held
+        while llm.scheduler.held:
+            llm.step()
     outputs = llm.wait_for_completion(use_tqdm=False)
     for output, uninterrupted in zip(outputs, expected, strict=True):
         assert output == uninterrupted

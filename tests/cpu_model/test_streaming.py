@@ -172,8 +172,8 @@ def test_an_abandoned_stream_ends_its_requests(llm, leave):
     assert len(after["token_ids"]) == 6
 
 
-@pytest.mark.parametrize("error", [RuntimeError("the step failed"), KeyboardInterrupt()])
-def test_an_error_in_a_step_ends_the_stream(llm, monkeypatch, error):
+@pytest.mark.parametrize("error", [SystemExit("enough"), KeyboardInterrupt()])
+def test_what_breaks_a_step_off_ends_the_stream(llm, monkeypatch, error):
     stream = llm.generate_stream(PROMPTS, greedy(50))
     items = [next(stream) for _ in range(8)]
     assert len({item.request_id for item in items}) == len(PROMPTS)

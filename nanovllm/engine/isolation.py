@@ -1,0 +1,87 @@
+"""Finds the request that makes a step fail, so that it ends alone and hurts no other.
+
+The requests of a failed step are run in ever smaller groups, each by itself, until one is alone
+in a step that fails: that one is ended. A failure that does not come again ends nobody.
+"""
+
+import logging
+
+from nanovllm.engine.request import Request
+from nanovllm.engine.request_table import RequestTable
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.sequence import Sequence
+from nanovllm.errors import describe
+
+# A sequence that starts again samples the token that failed first or second: with a step in flight,
+# the token before was not confirmed yet.
+TOKENS_TO_PASS = 2
+
+logger = logging.getLogger("nanovllm")
+
+
+class Isolation:
+    """The groups of requests that are still to be run by themselves; none while all is well.
+
+    Args:
+        requests: the engine's.
+        scheduler: the engine's.
+    """
+
+    def __init__(self, requests: RequestTable, scheduler: Scheduler) -> None:
+        self._requests = requests
+        self._scheduler = scheduler
+        self._groups: list[list[Request]] = []  # the last one is running
+        self._goals: list[tuple[Sequence, int]] = []  # tokens with which that group has passed
+
+    def restart(self) -> None:
+        """Queue all unfinished requests anew, after a step that no request made fail."""
+        self._groups.clear()
+        self._run_next_group()
+
+    def fail(self, error: BaseException, seqs: list[Sequence]) -> None:
+        """After a step of `seqs` has failed: look for the request to blame, or end it if found.
+
+        The other requests are queued to be computed anew, or held back until the search is over.
+        """
+        suspects = self._requests.unfinished_of(seqs)
+        group = self._groups.pop() if self._groups else []
+        retried = [request for request in suspects if request in group]
+        suspects = retried or suspects  # one that was added since may be only a neighbour
+        self._groups.append([request for request in group if request not in suspects])
+        if len(retried) == 1:
+            [request] = retried
+            logger.warning("request %d is ended: %s", request.request_id, describe(error))
+            logger.debug("request %d made a step fail", request.request_id, exc_info=error)
+            for seq in request.sequences:
+                seq.note_error(error)
+        else:
+            message = "a step of %d requests failed and is run again in parts: %s"
+            logger.warning(message, len(suspects), describe(error))
+            half = len(suspects) // 2
+            self._groups += [suspects[half:], suspects[:half]]
+        self._run_next_group()
+
+    def has_passed(self) -> bool:
+        """Whether the group that runs by itself, if one does, has got beyond the failure."""
+        return bool(self._groups) and all(
+            seq.is_finished or seq.num_tokens >= goal for seq, goal in self._goals
+        )
+
+    def go_on(self) -> None:
+        """Leave the group that has passed. No step may be in flight."""
+        self._groups.pop()
+        self._run_next_group()
+
+    def _run_next_group(self) -> None:
+        """Queue the last group and hold the others back; queue everything if there is no group."""
+        own: set[int] = set()
+        while self._groups and not own:
+            own = self._requests.unfinished.keys() & {r.request_id for r in self._groups[-1]}
+            if not own:
+                self._groups.pop()  # they have ended
+        everything = self._requests.sequences()
+        seqs = [seq for seq in everything if not seq.is_finished]
+        chosen = [seq for seq in seqs if not own or seq.seq_id in own]
+        self._goals = [(seq, seq.num_tokens + TOKENS_TO_PASS) for seq in chosen] if own else []
+        self._scheduler.restart(chosen, [seq for seq in seqs if own and seq.seq_id not in own])
+        self._requests.finish(everything)  # what has ended by now
