@@ -46,7 +46,7 @@ def get_metrics(llm: "LLM") -> Metrics:
     labels = {"model_name": llm.config.model}
     gauges = {
         "num_requests_running": len(scheduler.running),
-        "num_requests_waiting": len(scheduler.waiting),
+        "num_requests_waiting": len(scheduler.waiting) + len(scheduler.held),
         "kv_cache_usage_perc": 1 - manager.num_free_blocks / num_blocks,
     }
     counters = {
