@@ -16,7 +16,8 @@ class Logprob:
         logprob: natural logarithm of the probability under the model alone: before temperature,
             penalties, masks and filters.
         rank: 1 for the most probable token.
-        decoded_token: the token's own text; None without detokenization.
+        decoded_token: the text that it adds in the middle of a text, U+FFFD for a part of a
+            character; None without detokenization.
     """
 
     logprob: float
@@ -30,7 +31,7 @@ class CompletionOutput:
 
     Args:
         index: which of the request's `n` completions, from 0.
-        text: the decoded completion, cut at a stop string.
+        text: what the completion adds to the text of the prompt, cut at a stop string.
         token_ids: all ids of the completion, never cut.
         cumulative_logprob: sum of the sampled tokens' log probabilities; None unless `logprobs`.
         logprobs: for each token a dict of token ids: the sampled one first, then the most probable.

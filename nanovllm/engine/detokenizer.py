@@ -1,37 +1,41 @@
 """Token ids into text: whole, or token by token with stop strings looked for on the way.
 
-Only requests that are streamed or have stop strings carry an `OutputText`; the others are decoded
+There is one way from ids to text, so that a stream's pieces are the text that `generate` returns.
+Only requests that are streamed or have stop strings carry an `OutputText`; the others go this way
 once, at their end. The cost of a token does not depend on how many came before.
 """
 
 from codecs import utf_8_decode
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
+from nanovllm.engine.token_bytes import TokenBytes, token_bytes
 from nanovllm.sampling_params import SamplingParams
 
 MAX_HELD_TOKENS = 3  # of an incomplete character: one of UTF-8 has 4 bytes at most
+PROMPT_WINDOW = 8  # prompt tokens that are decoded along with a completion, as a rule
+MAX_SILENT_TOKENS = 8  # that have no text so far, but may have one with the next token
 
 
-def decode(tokenizer: Any, token_ids: list[int], params: SamplingParams) -> str:
-    """The text of a whole completion; "" without a tokenizer or with `detokenize=False`."""
+def decode(
+    tokenizer: Any,
+    token_ids: list[int],
+    params: SamplingParams,
+    prompt_token_ids: Sequence[int] = (),
+) -> str:
+    """The text that a whole completion adds to its prompt, as `incremental_detokenizer` has it.
+
+    "" without a tokenizer or with `detokenize=False`.
+    """
     if tokenizer is None or not params.detokenize:
         return ""
-    options = _decode_options(params.skip_special_tokens, params.spaces_between_special_tokens)
-    return tokenizer.decode(token_ids, **options)
-
-
-def _decode_options(
-    skip_special_tokens: bool, spaces_between_special_tokens: bool
-) -> dict[str, bool]:
-    """Keywords of `tokenizer.decode`; an object of another make need not know them."""
-    options = {}
-    if skip_special_tokens:
-        options["skip_special_tokens"] = True
-    if not spaces_between_special_tokens:
-        options["spaces_between_special_tokens"] = False
-    return options
+    detokenizer = incremental_detokenizer(
+        tokenizer,
+        params.skip_special_tokens,
+        params.spaces_between_special_tokens,
+        prompt_token_ids,
+    )
+    return detokenizer.append(token_ids) + detokenizer.finish()
 
 
 class IncrementalDetokenizer(Protocol):
@@ -47,126 +51,190 @@ class IncrementalDetokenizer(Protocol):
     def finish(self) -> str:
         """What was held back: U+FFFD for a character that was never completed, or nothing."""
 
+    def num_broken_by(self, token_id: int) -> int:
+        """U+FFFDs that would come before the text of this id if it were next.
+
+        They stand for the bytes of a character that the id does not go on with.
+        """
+
 
 def incremental_detokenizer(
-    tokenizer: Any, skip_special_tokens: bool = False, spaces_between_special_tokens: bool = True
+    tokenizer: Any,
+    skip_special_tokens: bool = False,
+    spaces_between_special_tokens: bool = True,
+    prompt_token_ids: Sequence[int] = (),
 ) -> IncrementalDetokenizer:
-    """The fast kind for a byte-level tokenizer, the general one for any other."""
-    if not _is_byte_level(tokenizer):
-        return WindowDetokenizer(tokenizer, skip_special_tokens, spaces_between_special_tokens)
-    tables = _token_bytes.setdefault(tokenizer, {})
-    if skip_special_tokens not in tables:
-        tables[skip_special_tokens] = TokenBytes(tokenizer.backend_tokenizer, skip_special_tokens)
-    return ByteLevelDetokenizer(tables[skip_special_tokens])
+    """Turns the ids of a completion into the text that they add to that of the prompt.
 
-
-# ---- byte-level tokenizers: GPT-2's, and so Qwen's and Llama 3's --------------------------------
-
-
-def _is_byte_level(tokenizer: Any) -> bool:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return (
-        type(getattr(backend, "decoder", None)).__name__ == "ByteLevel"
-        and type(getattr(backend, "model", None)).__name__ == "BPE"
+    That is what the tokenizer decodes prompt and completion to, without what it decodes the prompt
+    to. The two differ from the completion's own text where a tokenizer drops the first space of a
+    text, and where a prompt of ids ends within a character: this belongs to the completion.
+    """
+    table = token_bytes(tokenizer, skip_special_tokens)
+    if table is not None:
+        return BytesDetokenizer(table, prompt_token_ids)
+    return WindowDetokenizer(
+        tokenizer, skip_special_tokens, spaces_between_special_tokens, prompt_token_ids
     )
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for.
+def token_offsets(
+    tokenizer: Any, token_ids: list[int], params: SamplingParams, prompt_token_ids: Sequence[int]
+) -> list[int]:
+    """Where the text of each token begins in the text of the completion.
 
-    Printable characters of Latin-1 stand for their own code; the other bytes, in their order, are
-    written with the characters from 256 on, as GPT-2 does.
+    A token that goes on with an incomplete character has the place of this character.
     """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = sorted(set(range(256)) - set(printable))
-    written_as = [*printable, *(256 + index for index in range(len(others)))]
-    return dict(zip(map(chr, written_as), [*printable, *others], strict=True))
+    detokenizer = incremental_detokenizer(
+        tokenizer,
+        params.skip_special_tokens,
+        params.spaces_between_special_tokens,
+        prompt_token_ids,
+    )
+    offsets, length = [], 0
+    for token_id in token_ids:
+        offsets.append(length + detokenizer.num_broken_by(token_id))
+        length += len(detokenizer.append((token_id,)))
+    return offsets
 
 
-BYTE_ALPHABET = _byte_alphabet()
+def token_texts(tokenizer: Any, token_ids: Iterable[int]) -> dict[int, str]:
+    """The text that each token adds in the middle of a text; U+FFFD for a part of a character."""
+    table = token_bytes(tokenizer)
+    if table is not None:
+        return {token_id: table.text(token_id) for token_id in token_ids}
+    alone = {token_id: tokenizer.decode([token_id]) for token_id in token_ids}
+    # Of no known kind: behind a token that has a text of its own.
+    words = (token_id for token_id, text in alone.items() if text.strip(" \ufffd"))
+    if (word := next(words, None)) is None:
+        return alone
+    texts = {}
+    for token_id, text in alone.items():
+        together = tokenizer.decode([word, token_id])
+        is_added = "\ufffd" not in text and together.startswith(alone[word])
+        texts[token_id] = together[len(alone[word]) :] if is_added else text
+    return texts
 
 
-class TokenBytes(dict[int, bytes]):
-    """The UTF-8 bytes of each id, filled as they are asked for; text is decoded from their sum.
-
-    Args:
-        backend: a `tokenizers.Tokenizer` whose decoder is `ByteLevel`.
-        skip_special_tokens: special tokens are b"".
-    """
-
-    def __init__(self, backend: Any, skip_special_tokens: bool) -> None:
-        super().__init__()
-        self.backend = backend
-        self.skip_special_tokens = skip_special_tokens
-
-    def __missing__(self, token_id: int) -> bytes:
-        token = self.backend.id_to_token(token_id)
-        if token is None:
-            return b""  # not kept: the user may add tokens to the tokenizer
-        if self.skip_special_tokens:
-            added = self.backend.get_added_tokens_decoder().get(token_id)
-            if added is not None and added.special:
-                token = ""
-        try:
-            data = bytes([BYTE_ALPHABET[character] for character in token])
-        except KeyError:  # an added token, written as it is
-            data = token.encode()
-        self[token_id] = data
-        return data
-
-
-# By tokenizer, then by skip_special_tokens.
-_token_bytes: WeakKeyDictionary[Any, dict[bool, TokenBytes]] = WeakKeyDictionary()
-
-
-class ByteLevelDetokenizer:
+class BytesDetokenizer:
     """Adds up the tokens' bytes; at most the 3 bytes of an incomplete character are held back."""
 
-    def __init__(self, token_bytes: TokenBytes) -> None:
-        self._token_bytes = token_bytes
-        self._pending = b""
+    def __init__(self, table: TokenBytes, prompt_token_ids: Sequence[int] = ()) -> None:
+        self._bytes_of = table.__getitem__
+        self._errors = table.errors
+        self._pending = _incomplete_end(table, prompt_token_ids)
+        # At the beginning of the completion's text these are left out: what the prompt's own text
+        # shows for the character that it breaks off in, or the first space of a whole text.
+        self._left_out = self._pending.decode("utf-8", table.errors)
+        if table.strips_prefix_space and not any(map(self._bytes_of, prompt_token_ids)):
+            self._left_out = " "
 
     def append(self, token_ids: Iterable[int]) -> str:
-        table = self._token_bytes
-        data = self._pending + b"".join([table[token_id] for token_id in token_ids])
-        text, num_decoded = utf_8_decode(data, "replace", False)
+        data = self._pending + b"".join(map(self._bytes_of, token_ids))
+        text, num_decoded = utf_8_decode(data, self._errors, False)
         self._pending = data[num_decoded:]
-        return text
+        return self._without_left_out(text) if self._left_out else text
 
     def finish(self) -> str:
         data, self._pending = self._pending, b""
-        return utf_8_decode(data, "replace", True)[0]
+        return self._without_left_out(utf_8_decode(data, self._errors, True)[0])
+
+    def _without_left_out(self, text: str) -> str:
+        if text:
+            text, self._left_out = text.removeprefix(self._left_out), ""
+        return text
+
+    def num_broken_by(self, token_id: int) -> int:
+        data = self._bytes_of(token_id)
+        if not self._pending or not data or self._left_out.strip():
+            return 0
+        try:
+            utf_8_decode(self._pending + data[:1], "strict", False)
+        except UnicodeDecodeError:
+            return len(self._pending.decode("utf-8", self._errors))
+        return 0
 
 
-# ---- any other tokenizer -------------------------------------------------------------------------
+def _incomplete_end(table: TokenBytes, token_ids: Sequence[int]) -> bytes:
+    """The bytes of a character that the ids begin but do not complete."""
+    end = b""
+    for token_id in reversed(token_ids):
+        end = table[token_id] + end
+        if len(end) >= MAX_HELD_TOKENS:
+            break
+    end = end[-MAX_HELD_TOKENS:]
+    return end[utf_8_decode(end, "replace", False)[1] :]
 
 
 class WindowDetokenizer:
-    """Decodes the newest tokens behind those of the last piece, whose text they may depend on.
+    """For a tokenizer of no known kind: decodes the newest tokens behind those before them.
 
-    What ends in U+FFFD may be an incomplete character and is held back for a few tokens. Where the
-    ids are no valid UTF-8, or the decoder changes text that came long before, the pieces may differ
-    from the text of the whole list.
+    What comes before, at first the end of the prompt and then the tokens of the last piece, may
+    change the text. What ends in U+FFFD may be an incomplete character and is held back for a few
+    tokens.
     """
 
     def __init__(
-        self, tokenizer: Any, skip_special_tokens: bool, spaces_between_special_tokens: bool
+        self,
+        tokenizer: Any,
+        skip_special_tokens: bool,
+        spaces_between_special_tokens: bool,
+        prompt_token_ids: Sequence[int] = (),
     ) -> None:
         self._tokenizer = tokenizer
-        self._options = _decode_options(skip_special_tokens, spaces_between_special_tokens)
-        self._context: list[int] = []  # the ids of the last piece
+        # An object of another make need not know these.
+        self._options = {}
+        if skip_special_tokens:
+            self._options["skip_special_tokens"] = True
+        if not spaces_between_special_tokens:
+            self._options["spaces_between_special_tokens"] = False
+        self._prompt: Sequence[int] | None = prompt_token_ids  # until its end is the context
+        self._context: list[int] = []  # the ids of the last piece, or the end of the prompt
         self._context_text = ""
         self._new: list[int] = []  # ids after them
         self._num_held = 0  # of the new ids, those held back for an incomplete character
+        self._left_out = ""  # at the beginning of the completion's text
 
     def append(self, token_ids: Iterable[int]) -> str:
+        if self._prompt is not None:
+            prompt, self._prompt = self._prompt, None
+            try:
+                self._take_prompt(prompt)
+            except Exception:  # ids of a prompt need no text: they are no context then
+                self._set_context([])
+                self._num_held = 0
         return "".join([self._append(token_id) for token_id in token_ids])
+
+    def _take_prompt(self, prompt: Sequence[int]) -> None:
+        """Make the end of the prompt the context: so much of it that it has whole characters.
+
+        The tokens of a character that the prompt breaks off in go before the new ids; what the
+        prompt itself shows for them is left out.
+        """
+        length = PROMPT_WINDOW
+        while True:
+            self._set_context(list(prompt[-length:]))
+            if length >= len(prompt) or (self._context_text and "\ufffd" not in self._context_text):
+                break
+            length *= 8
+        if not self._context_text:
+            self._context = self._context[-PROMPT_WINDOW:]
+        whole, text = self._context, self._context_text
+        while self._context_text.endswith("\ufffd") and self._num_held < MAX_HELD_TOKENS:
+            self._num_held += 1
+            self._set_context(whole[: -self._num_held])
+        self._new = whole[len(self._context) :]
+        self._left_out = text[len(self._context_text) :]
+
+    def _set_context(self, token_ids: list[int]) -> None:
+        self._context = token_ids
+        self._context_text = self._decode(token_ids) if token_ids else ""
 
     def _append(self, token_id: int) -> str:
         self._new.append(token_id)
         text = self._decode(self._context + self._new)
-        if self._context and text == self._context_text:
-            self._new.pop()  # no text: the window need not grow
+        if text == self._context_text and text and len(self._new) > MAX_SILENT_TOKENS:
+            self._new.pop()
             return ""
         if text.endswith("\ufffd") and self._num_held < MAX_HELD_TOKENS:
             self._num_held += 1
@@ -177,13 +245,16 @@ class WindowDetokenizer:
         """What `text`, of the context and the new ids, adds; the new ids become the context."""
         if len(text) <= len(self._context_text):  # no text: these ids alone would be no context
             return ""
-        piece = text[len(self._context_text) :]
-        self._context, self._new, self._num_held = self._new, [], 0
-        self._context_text = self._decode(self._context)
+        piece = text[len(self._context_text) :].removeprefix(self._left_out)
+        self._set_context(self._new)
+        self._new, self._num_held, self._left_out = [], 0, ""
         return piece
 
     def finish(self) -> str:
-        return self._give_out(self._decode(self._context + self._new))
+        return self._give_out(self._decode(self._context + self._new)) if self._new else ""
+
+    def num_broken_by(self, token_id: int) -> int:
+        return 0  # nothing is known about the bytes of a token
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, **self._options)
@@ -203,12 +274,18 @@ class OutputText:
     Args:
         tokenizer: turns ids into text.
         params: `stop`, `min_tokens` and the options of the text.
+        prompt_token_ids: what the completion goes on from; no stop string is looked for in it.
     """
 
-    def __init__(self, tokenizer: Any, params: SamplingParams) -> None:
+    def __init__(
+        self, tokenizer: Any, params: SamplingParams, prompt_token_ids: Sequence[int] = ()
+    ) -> None:
         self.stop_string: str | None = None  # the one that was hit
         self._detokenizer = incremental_detokenizer(
-            tokenizer, params.skip_special_tokens, params.spaces_between_special_tokens
+            tokenizer,
+            params.skip_special_tokens,
+            params.spaces_between_special_tokens,
+            prompt_token_ids,
         )
         self._stop = params.stop or []
         self._is_stop_included = params.include_stop_str_in_output

@@ -138,7 +138,7 @@ def _completion(seq: Sequence, tokenizer: Any) -> CompletionOutput:
 
 def _text(seq: Sequence, token_ids: list[int], tokenizer: Any) -> str:
     if seq.detokenizer is None or tokenizer is None:
-        return decode(tokenizer, token_ids, seq.sampling_params)
+        return decode(tokenizer, token_ids, seq.sampling_params, seq.prompt_token_ids)
     return seq.detokenizer.final_text() if seq.is_finished else seq.detokenizer.text
 
 

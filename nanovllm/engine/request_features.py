@@ -35,7 +35,7 @@ class RequestFeatures:
         if params.stop:
             self._need_tokenizer("stop")
             for seq in request.sequences:
-                seq.detokenizer = OutputText(self.tokenizer, params)
+                seq.detokenizer = OutputText(self.tokenizer, params, seq.prompt_token_ids)
         if params.prompt_logprobs is not None:
             self._check_num_logprobs("prompt_logprobs", params.prompt_logprobs)
         if params.stop_token_ids or params.is_sampled_apart:

@@ -174,5 +174,5 @@ def generate_stream(
     for request in requests:
         if llm.tokenizer is not None and request.params.detokenize:
             for seq in request.sequences:
-                seq.detokenizer = OutputText(llm.tokenizer, request.params)
+                seq.detokenizer = OutputText(llm.tokenizer, request.params, seq.prompt_token_ids)
     return Stream(llm, requests, use_tqdm)

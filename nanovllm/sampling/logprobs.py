@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from nanovllm.engine.detokenizer import token_texts
 from nanovllm.outputs import Logprob
 
 MAX_FLOAT32_LOGITS = 2**24  # in float32 at a time
@@ -109,24 +110,23 @@ def to_logprobs(rows: list[LogprobRow], tokenizer: Any = None) -> list[dict[int,
     """What a user gets for each position: `{token id: Logprob}`, the position's own token first.
 
     Then the k best that differ from it, so k or k + 1 entries. The k best have the ranks 1 to k,
-    another token 1 + the number of tokens that are strictly more probable. Without a tokenizer
-    `decoded_token` is None.
+    another token 1 + the number of tokens that are strictly more probable. `decoded_token` is the
+    text that the token adds in the middle of a text, U+FFFD for a part of a character; None without
+    a tokenizer.
     """
-    texts: dict[int, str | None] = {}
-
-    def entry(token_id: int, logprob: float, rank: int) -> Logprob:
-        if token_id not in texts:
-            texts[token_id] = None if tokenizer is None else tokenizer.decode([token_id])
-        return Logprob(logprob, rank, texts[token_id])
-
+    lists = [(row.token_ids.tolist(), row.logprobs.tolist()) for row in rows]
+    texts: dict[int, str] = {}
+    if tokenizer is not None:
+        distinct = dict.fromkeys(token_id for token_ids, _ in lists for token_id in token_ids)
+        texts = token_texts(tokenizer, distinct)
     positions = []
-    for row in rows:
-        own_id, *best_ids = row.token_ids.tolist()
-        own_logprob, *best_logprobs = row.logprobs.tolist()
-        position = {own_id: entry(own_id, own_logprob, row.rank)}
+    for row, (token_ids, logprobs) in zip(rows, lists, strict=True):
+        own_id, *best_ids = token_ids
+        own_logprob, *best_logprobs = logprobs
+        position = {own_id: Logprob(own_logprob, row.rank, texts.get(own_id))}
         # Among the k best the own token has its place as its rank, so that 1 to k are all there.
         for rank, (token_id, logprob) in enumerate(zip(best_ids, best_logprobs, strict=True), 1):
-            position[token_id] = entry(token_id, logprob, rank)
+            position[token_id] = Logprob(logprob, rank, texts.get(token_id))
         positions.append(position)
     return positions
 

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import nanovllm
 from nanovllm import SamplingParams
 from nanovllm.engine.detokenizer import (
-    ByteLevelDetokenizer,
+    BytesDetokenizer,
     OutputText,
     WindowDetokenizer,
     decode,
@@ -116,7 +116,7 @@ def test_pieces_add_up_to_the_decoded_list(tokenizers, name, skip):
         token_ids = [draw() for draw in drawn]
         expected = tokenizer.decode(token_ids, skip_special_tokens=skip)
         detokenizer = incremental_detokenizer(tokenizer, skip)
-        assert isinstance(detokenizer, ByteLevelDetokenizer)
+        assert isinstance(detokenizer, BytesDetokenizer)
         assert "".join(pieces(detokenizer, token_ids)) == expected, token_ids
         at_once = incremental_detokenizer(tokenizer, skip)
         assert at_once.append(token_ids) + at_once.finish() == expected
@@ -161,8 +161,7 @@ def test_the_window_keeps_the_context_of_spaces(tokenizers, skip):
             words = rng.choices(["the", "a", " ", "she", "中", "🌶️", "  x"], k=rng.randrange(1, 5))
             token_ids += tokenizer.encode(" ".join(words))
             token_ids += rng.choice([[], [tokenizer.eos_token_id], [10**7]])
-        detokenizer = incremental_detokenizer(tokenizer, skip)
-        assert isinstance(detokenizer, WindowDetokenizer)
+        detokenizer = WindowDetokenizer(tokenizer, skip, True)
         expected = tokenizer.decode(token_ids, skip_special_tokens=skip)
         assert "".join(pieces(detokenizer, token_ids)) == expected, token_ids
 
