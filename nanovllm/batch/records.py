@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from nanovllm.engine.detokenizer import token_offsets
+from nanovllm.engine.token_bytes import token_bytes
 from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
@@ -35,8 +37,15 @@ class LineInfo:
     return_token_ids: bool = False
 
 
-def result_record(info: LineInfo, output: RequestOutput, model: str) -> dict[str, Any]:
-    """The record of a completed line; `model` is the name in its body."""
+def result_record(
+    info: LineInfo, output: RequestOutput, model: str, tokenizer: Any = None
+) -> dict[str, Any]:
+    """The record of a completed line.
+
+    Args:
+        model: the name in the record's body.
+        tokenizer: the engine's, for the bytes and offsets of tokens; None: from their texts.
+    """
     suffix = info.record_id.rpartition("_")[2]
     num_prompt = len(output.prompt_token_ids)
     num_completion = sum(len(completion.token_ids) for completion in output.outputs)
@@ -45,7 +54,7 @@ def result_record(info: LineInfo, output: RequestOutput, model: str) -> dict[str
         "object": "chat.completion" if info.is_chat else "text_completion",
         "created": int(time.time()),
         "model": model,
-        "choices": [_choice(info, completion) for completion in output.outputs],
+        "choices": [_choice(info, output, completion, tokenizer) for completion in output.outputs],
         "usage": {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_completion,
@@ -75,7 +84,9 @@ def encode(record: dict[str, Any]) -> bytes:
     return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
-def _choice(info: LineInfo, completion: CompletionOutput) -> dict[str, Any]:
+def _choice(
+    info: LineInfo, output: RequestOutput, completion: CompletionOutput, tokenizer: Any
+) -> dict[str, Any]:
     choice: dict[str, Any] = {"index": completion.index}
     if info.is_chat:
         choice["message"] = {"role": "assistant", "content": completion.text}
@@ -84,8 +95,12 @@ def _choice(info: LineInfo, completion: CompletionOutput) -> dict[str, Any]:
     choice["logprobs"] = None
     if completion.logprobs is not None:
         rows = list(zip(completion.token_ids, completion.logprobs, strict=True))
-        in_shape = _chat_logprobs if info.is_chat else _text_logprobs
-        choice["logprobs"] = in_shape(rows, info.params.logprobs)
+        names = TokenNames(tokenizer if info.params.detokenize else None)
+        if info.is_chat:
+            choice["logprobs"] = _chat_logprobs(rows, info.params.logprobs, names)
+        else:
+            offsets = _offsets(info, output, completion, rows, names)
+            choice["logprobs"] = _text_logprobs(rows, info.params.logprobs, names, offsets)
     choice["finish_reason"] = completion.finish_reason
     choice["stop_reason"] = completion.stop_reason
     if info.return_token_ids:
@@ -93,42 +108,99 @@ def _choice(info: LineInfo, completion: CompletionOutput) -> dict[str, Any]:
     return choice
 
 
-def _chat_logprobs(rows: Rows, num_top: int | None) -> dict[str, Any]:
+class TokenNames:
+    """How the forms of OpenAI write a token.
+
+    Args:
+        tokenizer: None: only the decoded text of a token is known.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._table = None if tokenizer is None else token_bytes(tokenizer)
+
+    def data(self, token_id: int, logprob: Logprob) -> bytes | None:
+        """The token's bytes; None for a part of a character of a tokenizer of no known kind."""
+        if self._table is not None:
+            return self._table[token_id]
+        text = self.text(token_id, logprob)
+        return None if "\ufffd" in text else text.encode("utf-8", "surrogatepass")
+
+    def text(self, token_id: int, logprob: Logprob) -> str:
+        """Its text, in which U+FFFD stands for a part of a character."""
+        text = logprob.decoded_token
+        return f"token_id:{token_id}" if text is None else text
+
+    def unique(self, token_id: int, logprob: Logprob) -> str:
+        r"""Its text; of a part of a character its bytes, as in `bytes:\xf0\x9f`."""
+        if self._table is not None and "\ufffd" in self.text(token_id, logprob):
+            data = self._table[token_id]
+            try:
+                data.decode()
+            except UnicodeDecodeError:
+                return f"bytes:{repr(data)[2:-1]}"
+        return self.text(token_id, logprob)
+
+
+def _chat_logprobs(rows: Rows, num_top: int | None, names: TokenNames) -> dict[str, Any]:
     content = []
     for token_id, items in rows:
         ranked = sorted(items.items(), key=lambda item: -item[1].logprob)
-        entry = _chat_token(token_id, items[token_id])
+        entry = _chat_token(token_id, items[token_id], names)
         top = ranked if num_top == -1 else ranked[:num_top]
-        entry["top_logprobs"] = [_chat_token(key, value) for key, value in top]
+        entry["top_logprobs"] = [_chat_token(key, value, names) for key, value in top]
         content.append(entry)
     return {"content": content}
 
 
-def _chat_token(token_id: int, logprob: Logprob) -> dict[str, Any]:
-    token = _token_text(token_id, logprob)
-    # A token may hold part of a character: its bytes are not those of the decoded text then.
-    whole = "\ufffd" not in token
+def _chat_token(token_id: int, logprob: Logprob, names: TokenNames) -> dict[str, Any]:
+    data = names.data(token_id, logprob)
     return {
-        "token": token,
+        "token": names.text(token_id, logprob),
         "logprob": _finite(logprob.logprob),
-        "bytes": list(token.encode("utf-8", "surrogatepass")) if whole else None,
+        "bytes": None if data is None else list(data),
     }
 
 
-def _text_logprobs(rows: Rows, num_top: int | None) -> dict[str, Any]:
-    tokens = [_token_text(token_id, items[token_id]) for token_id, items in rows]
-    offsets = [0, *itertools.accumulate(map(len, tokens))][: len(tokens)]
+def _text_logprobs(
+    rows: Rows, num_top: int | None, names: TokenNames, offsets: list[int]
+) -> dict[str, Any]:
     return {
-        "tokens": tokens,
+        "tokens": [names.unique(token_id, items[token_id]) for token_id, items in rows],
         "token_logprobs": [_finite(items[token_id].logprob) for token_id, items in rows],
-        "top_logprobs": None
-        if num_top == 0
-        else [
-            {_token_text(key, value): _finite(value.logprob) for key, value in items.items()}
-            for _, items in rows
-        ],
+        "top_logprobs": None if num_top == 0 else [_top(items, names) for _, items in rows],
         "text_offset": offsets,
     }
+
+
+def _top(items: dict[int, Logprob], names: TokenNames) -> dict[str, float | None]:
+    """The form has one place for each text: of tokens that share one the more probable has it."""
+    best: dict[str, float] = {}
+    for token_id, value in items.items():
+        name = names.unique(token_id, value)
+        if name in best and "\ufffd" in name:  # parts of characters, maybe of different ones
+            name = f"token_id:{token_id}"
+        if name not in best or value.logprob > best[name]:
+            best[name] = value.logprob
+    return {name: _finite(logprob) for name, logprob in best.items()}
+
+
+def _offsets(
+    info: LineInfo,
+    output: RequestOutput,
+    completion: CompletionOutput,
+    rows: Rows,
+    names: TokenNames,
+) -> list[int]:
+    """Where each token begins in the text; at its end if a stop string has cut the token off."""
+    if names.tokenizer is None:
+        lengths = (len(names.text(token_id, items[token_id])) for token_id, items in rows)
+        offsets = [0, *itertools.accumulate(lengths)][: len(rows)]
+    else:
+        offsets = token_offsets(
+            names.tokenizer, completion.token_ids, info.params, output.prompt_token_ids
+        )
+    return [min(offset, len(completion.text)) for offset in offsets]
 
 
 def _candidates(items: dict[int, Logprob] | None) -> dict[str, Any] | None:
@@ -143,11 +215,6 @@ def _candidates(items: dict[int, Logprob] | None) -> dict[str, Any] | None:
         }
         for token_id, value in items.items()
     }
-
-
-def _token_text(token_id: int, logprob: Logprob) -> str:
-    text = logprob.decoded_token
-    return f"token_id:{token_id}" if text is None else text
 
 
 def _finite(logprob: float) -> float | None:

@@ -118,6 +118,7 @@ class Run:
         bar: "Bar",
     ) -> None:
         self.llm = llm
+        self.tokenizer = getattr(llm, "tokenizer", None)
         self.options = options
         self.results = results
         self.last_line = last_line
@@ -198,7 +199,8 @@ class Run:
                 if output.error is not None:
                     self._refuse(info, "request_failed", output.error)
                     continue
-                self.results.append(result_record(info, output, self.options.model_name))
+                record = result_record(info, output, self.options.model_name, self.tokenizer)
+                self.results.append(record)
             except (EngineDeadError, OSError):  # OSError: the write failed
                 raise
             except Exception as error:  # as in `_take`
