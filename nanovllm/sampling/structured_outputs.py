@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
+from nanovllm.engine.token_bytes import token_bytes
 from nanovllm.errors import ArgumentError
 from nanovllm.sampling_params import StructuredOutputsParams
 
@@ -89,9 +90,15 @@ class GrammarCompiler:
             raise ArgumentError(
                 "structured outputs need llguidance: pip install 'nanovllm[structured-outputs]'"
             ) from None
+        table = token_bytes(tokenizer)
         try:
-            self._tokenizer = llguidance.hf.from_tokenizer(
-                tokenizer, vocab_size, sorted(end_token_ids)
+            # It encodes what a grammar leaves no choice about: the middle of a text.
+            self._tokenizer = (
+                llguidance.hf.from_tokenizer(tokenizer, vocab_size, sorted(end_token_ids))
+                if table is None
+                else llguidance.LLTokenizer(
+                    table.form_of_encoder(), n_vocab=vocab_size, eos_token=sorted(end_token_ids)
+                )
             )
         except ValueError as error:
             raise ArgumentError(f"structured outputs, tokenizer: {error}") from error
