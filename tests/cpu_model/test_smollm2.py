@@ -106,3 +106,19 @@ def test_chat_knows_the_capital_of_japan(llm):
     assert "named SmolLM" in output.prompt  # the system message of the model's own template
     assert output["text"] == "The capital of Japan is Tokyo.<|im_end|>"
     assert output["finish_reason"] == "stop"
+
+
+def test_texts_of_whole_and_part_characters(llm, model_dir):
+    """Which tokens come is settled by `allowed_token_ids`."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    prompt = tokenizer("Hi 😀 there")["input_ids"]
+    pepper = tokenizer("🌶")["input_ids"]
+    assert len(pepper) > 1
+    for token_id in pepper:
+        params = SamplingParams(allowed_token_ids=[token_id], max_tokens=2, logprobs=1)
+        [output] = llm.generate([prompt], params, use_tqdm=False)
+        whole = tokenizer.decode([*prompt, token_id, token_id])
+        assert tokenizer.decode(prompt) + output["text"] == whole
+        streamed = "".join(item.text for item in llm.generate_stream([prompt], params))
+        assert streamed == output["text"]
+        assert "\ufffd" in output.outputs[0].logprobs[0][token_id].decoded_token
