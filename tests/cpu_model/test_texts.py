@@ -11,7 +11,7 @@ import real_tokenizers
 from engine_checks import tiny_engine
 from tiny_models import edit_config, save_model
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, RequestError, SamplingParams
 from nanovllm.batch.run import main
 from nanovllm.sampling_params import StructuredOutputsParams
 
@@ -175,5 +175,5 @@ def test_a_tokenizer_that_fails_is_named_by_its_own_error(model_dir):
         params = SamplingParams(allowed_token_ids=[98], max_tokens=3)
         assert llm.generate("a", params, use_tqdm=False)[0]["text"] == "bbb"
         params = SamplingParams(allowed_token_ids=[5000], max_tokens=3)
-        with pytest.raises(KeyError, match="no such id"):
+        with pytest.raises(RequestError, match="KeyError: 'no such id'"):
             llm.generate("a", params, use_tqdm=False)
