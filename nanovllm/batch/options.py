@@ -5,10 +5,12 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from nanovllm.batch.parser import Parser
 from nanovllm.config import ALIASES, Config
 from nanovllm.errors import ArgumentError
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
@@ -73,16 +75,15 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         ArgumentError: a file or a default sampling parameter is wrong.
         SystemExit: 2 for anything else, after a message on stderr.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m nanovllm.batch",
         usage="%(prog)s INPUT OUTPUT --model DIR [options]",
         description=DESCRIPTION,
         epilog=EPILOG,
-        allow_abbrev=False,
     )
     add_parameters(parser)
     parser.add_argument("output", metavar="OUTPUT", help="JSON Lines file to append results to")
-    options = options_of(vars(parser.parse_args(arguments)))
+    options = options_of(parser.values_of(sys.argv[1:] if arguments is None else arguments))
     _check_output(options.input_path, options.output_path)
     return options
 
@@ -95,12 +96,16 @@ def add_parameters(parser: argparse.ArgumentParser) -> None:
         "--seed",
         type=int,
         default=0,
+        metavar="N",
         help="a line without a seed gets one from this and its number",
     )
     parser.add_argument("--no-progress", action="store_true", help="draw no bar on stderr")
     engine = parser.add_argument_group("parameters of LLM")
     _add_options(engine, _engine_types())
-    sampling = parser.add_argument_group("sampling parameters of lines that do not set them")
+    sampling = parser.add_argument_group(
+        "sampling parameters of lines that do not set them",
+        "What is not given here is taken from the model's generation_config.json, if it is there.",
+    )
     sampling.add_argument("--return-token-ids", action="store_true", help="add them to the choices")
     _add_options(sampling, _sampling_types())
 
@@ -133,7 +138,9 @@ def structured_outputs(values: dict[str, Any]) -> StructuredOutputsParams:
     known = [f.name for f in fields(StructuredOutputsParams)]
     for name in values:
         if name not in known:
-            raise ArgumentError(f"structured_outputs has no {name!r}; it has {', '.join(known)}")
+            raise ArgumentError(
+                f"structured_outputs has no {name[:100]!r}; it has {', '.join(known)}"
+            )
     return StructuredOutputsParams(**values)
 
 
@@ -184,10 +191,10 @@ def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text[:200]!r} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+        raise argparse.ArgumentTypeError(f"{text[:200]!r} is not a JSON object")
     return value
 
 

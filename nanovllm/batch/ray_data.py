@@ -5,7 +5,6 @@ file of `nanovllm.batch`, so a part that was broken off goes on after its last f
 process reads lines and loads neither torch nor a model.
 """
 
-import argparse
 import glob
 import hashlib
 import itertools
@@ -19,6 +18,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from nanovllm.batch.options import EPILOG, Options, add_parameters, options_of
+from nanovllm.batch.parser import Parser
 from nanovllm.batch.requests import custom_id_of, parse_line
 from nanovllm.batch.result_file import Part, ResultFile, StringSet, read_lines
 from nanovllm.batch.run import Bar, Run, StopSignals, all_done, load_engine, status_of
@@ -87,20 +87,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m nanovllm.batch.ray_data",
         usage="%(prog)s INPUT OUTPUT_DIR --model DIR [options]",
         description=DESCRIPTION,
         epilog=EPILOG,
-        allow_abbrev=False,
     )
     add_parameters(parser)
     parser.add_argument("output", metavar="OUTPUT_DIR", help="folder of the results")
-    parser.add_argument("--num-actors", type=int, default=1, metavar="N", help="engines (1)")
-    parser.add_argument(
-        "--part-lines", type=int, default=4096, metavar="N", help="lines of a part (4096)"
-    )
-    given = vars(parser.parse_args(arguments))
+    parser.add_argument("--num-actors", type=int, default=1, metavar="N", help="engines")
+    parser.add_argument("--part-lines", type=int, default=4096, metavar="N", help="lines of a part")
+    given = parser.values_of(sys.argv[1:] if arguments is None else arguments)
     for name in ("num_actors", "part_lines"):
         check_integer(name, given[name], minimum=1)
     options = options_of(given | _absolute_paths(given))

@@ -1,0 +1,113 @@
+"""`python -m nanovllm.batch --help` and what is said of options that do not exist."""
+
+import re
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+from nanovllm.batch import ray_data
+from nanovllm.batch.options import parse_options
+from nanovllm.batch.parser import num_typing_errors
+from nanovllm.config import DEFAULT_MAX_NUM_BATCHED_TOKENS, Config
+from nanovllm.sampling_params import SamplingParams
+
+# The library keeps special tokens; a batch leaves them out, as OpenAI's does.
+DEFAULTS = {f.name: f.default for f in (*fields(Config), *fields(SamplingParams)) if f.init}
+DEFAULTS |= {"max_num_batched_tokens": DEFAULT_MAX_NUM_BATCHED_TOKENS, "skip_special_tokens": True}
+DEFAULTS |= {"return_token_ids": False, "no_progress": False}
+del DEFAULTS["model"]
+DEFAULTS["seed"] = 0
+
+
+def help_of(call, monkeypatch, capsys):
+    """The help by option, its lines joined."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="^0$"):
+        call(["--help"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    entries = re.split(r"\n  (?=--)", text.partition("exit status")[0])[1:]
+    found = {}
+    for entry in entries:
+        flag, _, rest = entry.partition(" ")
+        paragraph = re.split(r"\n\n|\n\S", rest)[0]
+        found[flag[2:].rstrip(",").replace("-", "_")] = " ".join(paragraph.split())
+    return found
+
+
+def test_every_option_has_words_and_its_default(monkeypatch, capsys):
+    found = help_of(parse_options, monkeypatch, capsys)
+    assert found.keys() == DEFAULTS.keys() | {"model"}
+    for name, default in DEFAULTS.items():
+        assert found[name].endswith(f" (default: {default})"), name
+        words = found[name].removesuffix(f" (default: {default})")
+        words = re.sub(r"^(--[\w-]+,? )?(--[\w-]+ )?([A-Z]+ )?", "", words)
+        assert len(words.split()) >= 2, name
+    assert found["model"] == "DIR model directory"
+    assert "sequences in flight at most" in found["max_num_seqs"]
+    assert "divides the logits" in found["temperature"]
+    assert "may be given several times" in found["stop"]
+    assert all("`" not in text for text in found.values())
+
+
+def test_the_help_of_many_engines(monkeypatch, capsys):
+    found = help_of(ray_data.main, monkeypatch, capsys)
+    assert found.keys() == DEFAULTS.keys() | {"model", "num_actors", "part_lines"}
+    assert found["part_lines"] == "N lines of a part (default: 4096)"
+    assert found["num_actors"] == "N engines (default: 1)"
+
+
+def test_the_help_does_not_load_torch():
+    script = (
+        "import sys; from nanovllm.batch.run import main\n"
+        "try: main(['--help'])\n"
+        "finally: sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("--max-num-seq", "--max-num-seqs"),
+        ("--max_num_seqs", "--max-num-seqs"),
+        ("--topk", "--top-k"),
+        ("--temprature=0", "--temperature"),
+        ("--no-enforce-eagre", "--no-enforce-eager"),
+        ("--block_sise", "--block-size"),
+        ("--something-else", None),
+        ("--max-new-tokens", None),
+    ],
+)
+def test_an_unknown_option_names_the_nearest(given, meant, capsys):
+    with pytest.raises(SystemExit, match="^2$"):
+        parse_options(["in.jsonl", "out.jsonl", "--model", "m", given, "5"])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert f"unrecognized arguments: {given}" in message
+    if meant:
+        assert message.endswith(f"; instead of {given.partition('=')[0]} try {meant}")
+    else:
+        assert "try" not in message
+
+
+def test_a_misspelt_option_that_must_be_given(capsys):
+    with pytest.raises(SystemExit, match="^2$"):
+        parse_options(["in.jsonl", "out.jsonl", "--modle", "m"])
+    message = capsys.readouterr().err
+    assert "the following arguments are required: --model" in message
+    assert "instead of --modle try --model" in message
+
+
+def test_numbers_of_typing_errors():
+    for text, name, number in (
+        ("", "abc", 3),
+        ("abc", "", 3),
+        ("abc", "abc", 0),
+        ("a_c", "a-c", 0),
+        ("kitten", "sitting", 3),
+        ("ab", "ba", 2),
+        ("saturday", "sunday", 3),
+    ):
+        assert num_typing_errors(text, name) == number
