@@ -7,8 +7,11 @@
 import difflib
 import hashlib
 import json
+import math
+import reprlib
+from collections import Counter
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NoReturn
 
 from nanovllm.batch.options import structured_outputs
 from nanovllm.errors import ArgumentError, check_bool, check_integer
@@ -45,11 +48,23 @@ class LineRequest:
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
-    """The JSON object that the line holds."""
+    """The JSON object that the line holds.
+
+    What Python's parser would read as something else is refused: a key that is given twice, NaN and
+    Infinity, a number that a float cannot hold, an encoding other than UTF-8.
+    """
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise LineError("invalid_json", f"the line is not valid JSON: {error}") from None
+        record = json.loads(
+            line.decode("utf-8-sig"),
+            object_pairs_hook=_object,
+            parse_float=_float,
+            parse_constant=_refuse_constant,
+        )
+    except LineError:
+        raise
+    except (ValueError, RecursionError, MemoryError) as error:
+        reason = error if isinstance(error, ValueError) else type(error).__name__
+        raise LineError("invalid_json", f"the line is not valid JSON: {reason}") from None
     if not isinstance(record, dict):
         raise LineError("invalid_json", f"the line must be a JSON object, got {_short(record)}")
     return record
@@ -98,6 +113,25 @@ def seed_of_line(seed: int, number: int) -> int:
     """62 bits for line `number` of a run with `seed`, whatever order the lines run in."""
     digest = hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 2
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise LineError("invalid_json", f"the line has the key {_short(twice)} twice in one object")
+    return values
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise LineError("invalid_json", f"the line has a number beyond a float: {text[:100]}")
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise LineError("invalid_json", f"the line has {name}, which is not JSON")
 
 
 def _body_of(record: dict[str, Any]) -> dict[str, Any]:
@@ -202,5 +236,9 @@ def _check_names(values: dict[str, Any], known: tuple[str, ...]) -> None:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = _REPR.repr(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+_REPR = reprlib.Repr()  # works on a value of any size and depth
+_REPR.maxstring = _REPR.maxother = 110
