@@ -21,7 +21,9 @@ OUTPUT as each finishes. Run the same command again to resume."""
 EPILOG = """\
 exit status: 0 every line has a result; 1 some lines have an error record; 2 a wrong argument, and
 nothing was run; 3 the engine or a write failed; 130, 143 ended by SIGINT, SIGTERM. After 3, 130 and
-143 the results so far are kept, and the same command goes on."""
+143 the results so far are kept, and the same command goes on; so it does when the process was
+killed. A line that kills the process twice gets an error record in the third run: OUTPUT.journal,
+which is gone at the end, says which lines were at work."""
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from nanovllm.batch.journal import Journal, remove_journal
 from nanovllm.batch.options import EPILOG, Options, add_parameters, options_of
 from nanovllm.batch.parser import Parser
 from nanovllm.batch.requests import custom_id_of, parse_line
-from nanovllm.batch.result_file import Part, ResultFile, StringSet, read_lines
+from nanovllm.batch.result_file import Part, ResultFile, StringSet
 from nanovllm.batch.run import Bar, Run, StopSignals, all_done, load_engine, status_of
 from nanovllm.errors import ArgumentError, check_integer
 
@@ -72,8 +73,10 @@ class LLMActor:
             _, last_line = results.count_lines(source, part)
             for custom_id in task.earlier_ids:
                 results.custom_ids.add(custom_id)
-            lines, no_bar = read_lines(source, part), Bar(False, 0, 0)
-            Run(self.llm, self.options, results, lines, last_line, no_bar).work(StopSignals())
+            bar = Bar(False, 0, 0)
+            with Journal(results) as journal:
+                run = Run(self.llm, self.options, results, journal, part, last_line, bar)
+                run.work(StopSignals())
             return {"num_lines": [task.num_lines], "num_errors": [results.num_errors]}
 
 
@@ -175,6 +178,7 @@ class _Plan:
             if num_finished < num_lines:
                 self.tasks.append(Task(part, path, num_lines - num_finished, earlier_ids))
             else:
+                remove_journal(path)
                 self.num_errors += num_errors
         if strangers:
             raise ArgumentError(

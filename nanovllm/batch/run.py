@@ -1,7 +1,7 @@
 """The run: lines are read as the engine finishes others, results written as they come.
 
 At most 2 * max_num_seqs sequences are queued at a time. SIGINT and SIGTERM end the run after the
-step in which they arrive; a second one ends it at once.
+step in which they arrive; a second one ends it at once. Whatever a line raises is its error record.
 """
 
 import signal
@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from nanovllm.batch.journal import Journal, remove_journal
 from nanovllm.batch.options import Options, parse_options
 from nanovllm.batch.records import LineInfo, error_record, result_record
 from nanovllm.batch.requests import (
@@ -25,11 +26,15 @@ from nanovllm.batch.requests import (
     parse_line,
     seed_of_line,
 )
-from nanovllm.batch.result_file import DUPLICATE_CODE, ResultFile, read_lines
+from nanovllm.batch.result_file import DUPLICATE_CODE, WHOLE, Part, ResultFile, read_lines
 from nanovllm.errors import ArgumentError, EngineDeadError
 
 ALL_COMPLETED, SOME_ERRORS, USAGE_ERROR, BROKEN_OFF = 0, 1, 2, 3
 RATE_SECONDS = 2.0  # over which the bar's rates are taken
+# What ends the run, whoever raises it. A panic of a library in Rust is no Exception.
+ENDS_RUN = (EngineDeadError, KeyboardInterrupt, SystemExit, GeneratorExit)
+KILLED_CODE = "killed_the_process"
+MAX_MESSAGE = 1000  # characters of an error record's message
 RESUME = "The results so far are kept: the same command goes on where this ended."
 
 
@@ -61,7 +66,9 @@ def status_of(work: Callable[[], int]) -> int:
         return _end(f"broken off: {error}\n{RESUME}", BROKEN_OFF)
     except KeyboardInterrupt:
         return _end(f"ended at once. {RESUME}", 128 + signal.SIGINT)
-    except Exception:  # a night's results are kept, whatever happened
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException:  # a night's results are kept, whatever happened
         traceback.print_exc()
         return _end(f"broken off. {RESUME}", BROKEN_OFF)
 
@@ -70,18 +77,21 @@ def _run(options: Options, results: ResultFile, make_engine: Callable[..., Any])
     num_lines, last_line = results.count_lines(options.input_path)
     if results.num_finished < num_lines:
         with (
+            Journal(results) as journal,
             make_engine(**options.engine) as llm,
             StopSignals() as signals,
             Bar(options.shows_progress, num_lines, results.num_finished) as bar,
         ):
-            lines = read_lines(options.input_path)
-            Run(llm, options, results, lines, last_line, bar).work(signals)
+            Run(llm, options, results, journal, WHOLE, last_line, bar).work(signals)
+            journal.end()
         num_left = num_lines - results.num_finished
         if signals.received is not None and num_left:
             text = f"ended by {signals.received.name}, {num_left} lines left. {RESUME}"
             return _end(text, 128 + signals.received)
         if num_left:
             raise OSError(f"{options.input_path!r} has lost lines while it was read")
+    else:
+        remove_journal(results.path)
     return all_done(num_lines, results.num_errors)
 
 
@@ -106,14 +116,20 @@ def _end(message: str, status: int) -> int:
 
 
 class Run:
-    """The loop between the input, the engine and the output."""
+    """The loop between the input, the engine and the output.
+
+    Args:
+        part: of the input.
+        last_line: the number of its last line; what is appended meanwhile is left alone.
+    """
 
     def __init__(
         self,
         llm: Any,
         options: Options,
         results: ResultFile,
-        lines: Iterator[tuple[int, bytes]],
+        journal: Journal,
+        part: Part,
         last_line: int,
         bar: "Bar",
     ) -> None:
@@ -121,15 +137,20 @@ class Run:
         self.tokenizer = getattr(llm, "tokenizer", None)
         self.options = options
         self.results = results
+        self.journal = journal
+        self.part = part
         self.last_line = last_line
         self.bar = bar
         # OpenAI's texts hold no special tokens; the library keeps them unless told otherwise.
         model_defaults = llm.get_default_sampling_params()
         values = {name: getattr(model_defaults, name) for name in SAMPLING_NAMES}
         self.defaults = values | {"skip_special_tokens": True} | options.defaults
-        self.lines = lines
         self.pending: dict[int, LineInfo] = {}  # by the engine's id
         self.num_queued = 0  # sequences
+        self.put_off: set[int] = set()  # lines that are taken last
+        self.lines = self._in_order()
+        self.next_line: tuple[int, bytes, bool] | None = None
+        self.is_alone = False  # what is pending is to stay alone
 
     def work(self, signals: "StopSignals") -> None:
         """Until every line has a record, or a signal came."""
@@ -140,42 +161,98 @@ class Run:
             self._feed(signals)
         self.results.flush()
 
-    def _feed(self, signals: "StopSignals") -> None:
-        while self.num_queued < 2 * self.llm.config.max_num_seqs and signals.received is None:
-            number, line = next(self.lines, (self.last_line + 1, b""))
+    def _in_order(self) -> Iterator[tuple[int, bytes, bool]]:
+        """Number and content of the lines without a record, and whether each is taken alone.
+
+        First the suspects of an earlier run's death, last the lines that were put off.
+        """
+        if self.journal.suspects:
+            for number, line in self._unfinished():
+                if number in self.journal.suspects:
+                    yield number, line, True
+        for number, line in self._unfinished():
+            if number not in self.put_off:
+                yield number, line, False
+        if self.put_off:
+            for number, line in self._unfinished():
+                if number in self.put_off:
+                    yield number, line, True
+
+    def _unfinished(self) -> Iterator[tuple[int, bytes]]:
+        for number, line in read_lines(self.options.input_path, self.part):
             if number > self.last_line:
                 return
             if number not in self.results.finished:
-                self._take(number, line)
+                yield number, line
+
+    def _feed(self, signals: "StopSignals") -> None:
+        """Take lines while there is room; nothing is pending beside one that is taken alone."""
+        while self.num_queued < 2 * self.llm.config.max_num_seqs and signals.received is None:
+            if self.pending and self.is_alone:
+                return
+            self.next_line = self.next_line or next(self.lines, None)
+            if self.next_line is None:
+                return
+            number, line, is_alone = self.next_line
+            if self.pending and is_alone:
+                return
+            self.next_line, self.is_alone = None, is_alone
+            self._take(number, line)
 
     def _take(self, number: int, line: bytes) -> None:
-        """Queue a line, or write its error record."""
+        """Queue a line, write its error record, or put it off."""
         info = LineInfo(self.results.record_id(number, line), number)
+        digest = info.record_id.rpartition("_")[2]
+        past = self.journal.history(number, digest)
+        if self.is_alone:
+            self.journal.alone(number)
+        self.journal.take(number, digest)
         try:
+            if past is not None and past.is_unreadable:
+                raise LineError(KILLED_CODE, past.verdict)
             record = parse_line(line)
             custom_id = info.custom_id = custom_id_of(record)
-            if not self.results.custom_ids.add(custom_id):
-                raise LineError(DUPLICATE_CODE, f"an earlier line has custom_id {custom_id!r} too")
+            if number not in self.put_off and not self.results.custom_ids.add(custom_id):
+                raise LineError(
+                    DUPLICATE_CODE, f"an earlier line has custom_id {custom_id[:100]!r} too"
+                )
+            if past is not None and past.verdict:
+                raise LineError(KILLED_CODE, past.verdict)
+            if past is not None and past.strikes and number not in self.put_off:
+                self.put_off.add(number)
+                self.journal.put_off(number)
+                return
             seed = seed_of_line(self.options.seed, number)
             request = as_request(record, self.defaults, self.options.return_token_ids, seed)
             request_id = self._queue(request)
-        except EngineDeadError:
+        except ENDS_RUN as error:
+            if isinstance(error, EngineDeadError):
+                self.journal.put_off(number)
             raise
-        except LineError as error:
-            self._refuse(info, error.code, str(error))
-        except ArgumentError as error:
-            self._refuse(info, "invalid_request", str(error))
-        except Exception as error:  # one odd line must not end the run
-            self._refuse(info, "internal_error", repr(error))
+        except BaseException as error:
+            self._refuse(info, error)
+            self.journal.left(number)
         else:
+            self.journal.queued(number)
             info.params = request.params
             info.is_chat = request.messages is not None
             info.return_token_ids = request.return_token_ids
             self.pending[request_id] = info
             self.num_queued += request.params.n
 
-    def _refuse(self, info: LineInfo, code: str, message: str) -> None:
-        self.results.append(error_record(info, code, message))
+    def _refuse(self, info: LineInfo, error: BaseException) -> None:
+        """Write the error record of a line, whatever it raised."""
+        code = "invalid_request" if isinstance(error, ArgumentError) else "internal_error"
+        if isinstance(error, LineError):
+            code = error.code
+        message = _described(error)
+        try:
+            self.results.append(error_record(info, code, message))
+        except (*ENDS_RUN, OSError):  # OSError: the write failed
+            raise
+        except BaseException:  # no memory for a custom_id of that size
+            info.custom_id = None
+            self.results.append(error_record(info, code, message))
         self.bar.count_line()
 
     def _queue(self, request: LineRequest) -> int:
@@ -190,24 +267,45 @@ class Run:
         return self.llm.add_request(prompt, request.params)
 
     def _step(self) -> None:
+        if self.is_alone:
+            self.journal.step()
         finished, num_tokens = self.llm.step()
         for request_id, _ in finished:
             info = self.pending.pop(request_id)
             self.num_queued -= info.params.n
             try:
-                output = self.llm.get_output(request_id)
-                if output.error is not None:
-                    self._refuse(info, "request_failed", output.error)
-                    continue
-                record = result_record(info, output, self.options.model_name, self.tokenizer)
-                self.results.append(record)
-            except (EngineDeadError, OSError):  # OSError: the write failed
+                record = self._record_of(request_id, info)
+            except ENDS_RUN:
                 raise
-            except Exception as error:  # as in `_take`
-                self._refuse(info, "internal_error", repr(error))
+            except BaseException as error:
+                self._refuse(info, error)
+                continue
+            try:
+                self.results.append(record)
+            except (*ENDS_RUN, OSError):  # OSError: the write failed
+                raise
+            except BaseException as error:
+                self._refuse(info, error)
             else:
                 self.bar.count_line()
         self.bar.count_tokens(num_tokens)
+
+    def _record_of(self, request_id: int, info: LineInfo) -> dict[str, Any]:
+        output = self.llm.get_output(request_id)
+        if output.error is not None:
+            raise LineError("request_failed", output.error)
+        return result_record(info, output, self.options.model_name, self.tokenizer)
+
+
+def _described(error: BaseException) -> str:
+    """What a line raised, as text for its record."""
+    try:
+        text = str(error) if isinstance(error, ArgumentError) else repr(error)
+    except ENDS_RUN:
+        raise
+    except BaseException:
+        text = type(error).__name__
+    return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}..."
 
 
 class StopSignals:

@@ -1,6 +1,8 @@
 """The parts into which nanovllm.batch.ray_data splits an input; no Ray here."""
 
+import faulthandler
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -135,6 +137,30 @@ def test_a_run_goes_on_where_it_was(source, tmp_path, engines, capsys):
     source.write_bytes(b"".join([b'{"custom_id": "z", "prompt": "else"}\n', *LINES[1:]]))
     assert run(source, folder, *options) == 2
     assert "has changed" in capsys.readouterr().err
+
+
+def test_a_line_that_kills_an_actor_is_passed(source, tmp_path, engines):
+    """The file of a part has a journal of its own."""
+    with source.open("ab") as file:
+        file.write(b'\n{"custom_id": "k", "prompt": "die in take: KILL"}\n')
+        file.write(b'{"custom_id": "m", "prompt": "die in step 1: SEGV"}\n')
+    folder, statuses = tmp_path / "out", []
+    while not statuses or statuses[-1] < 0:
+        assert len(statuses) < 8
+        if not (process_id := os.fork()):
+            status = 99
+            try:
+                faulthandler.disable()  # pytest's
+                status = run(source, folder, "--part-lines", "3")
+            finally:
+                os._exit(status)
+        statuses.append(os.waitstatus_to_exitcode(os.waitpid(process_id, 0)[1]))
+    assert statuses[-1] == 1 and len(statuses) == 5  # two deaths of each
+    records = records_of(folder)
+    assert sorted(records) == [1, 3, 4, 5, 6, 7, 8, 9]
+    for line in (8, 9):
+        assert records[line]["error"]["code"] == "killed_the_process"
+    assert not list(folder.glob("*journal*"))
 
 
 def test_actors_may_work_in_another_directory(source, tmp_path, engines, monkeypatch):
