@@ -235,5 +235,6 @@ def read_lines(path: str, part: Part = WHOLE) -> Iterator[tuple[int, bytes]]:
 
 
 def _line_digest(number: int, line: bytes) -> int:
-    digest = hashlib.blake2b(b"%d:%b" % (number, line), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
+    digest = hashlib.blake2b(b"%d:" % number, digest_size=8)
+    digest.update(line)  # not copied: it may be very long
+    return int.from_bytes(digest.digest(), "big")
