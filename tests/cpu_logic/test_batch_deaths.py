@@ -324,7 +324,6 @@ def test_a_stopped_run_leaves_no_journal(tmp_path, number):
             os.kill(os.getpid(), number)
 
     assert run(source, target, StandInEngine(press)) == 128 + number
-    check(target, {}, []) if not records_of(target) else None
     assert not (tmp_path / "out.jsonl.journal").exists()
 
 
