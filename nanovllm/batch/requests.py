@@ -4,6 +4,7 @@
 {"custom_id": ..., "prompt": ..., "temperature": 0.5} or with "sampling_params": {...}
 """
 
+import codecs
 import difflib
 import hashlib
 import json
@@ -55,7 +56,7 @@ def parse_line(line: bytes) -> dict[str, Any]:
     """
     try:
         record = json.loads(
-            line.decode("utf-8-sig"),
+            line.removeprefix(codecs.BOM_UTF8).decode(),
             object_pairs_hook=_object,
             parse_float=_float,
             parse_constant=_refuse_constant,
