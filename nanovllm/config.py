@@ -1,19 +1,32 @@
 """The engine's configuration: the constructor parameters of `LLM`, checked before other work."""
 
-import difflib
 import math
 import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
-from nanovllm.errors import ArgumentError, check_bool, check_choice, check_integer, check_number
+from nanovllm.compat import VLLM_IGNORED, VLLM_ONLY, unknown_option
+from nanovllm.errors import (
+    MAX_INT32,
+    ArgumentError,
+    check_bool,
+    check_choice,
+    check_int32,
+    check_integer,
+    check_number,
+    clamp_int32,
+    shown,
+)
 from nanovllm.hf_config import read_hf_config
+from nanovllm.kernels import row_state
 from nanovllm.models.attention_config import full_attention_limit
 from nanovllm.models.moe_config import check_experts
 from nanovllm.models.quantization_config import has_block_scales
 from nanovllm.models.rope_config import max_positions
+from nanovllm.sampling_params import SAMPLING_FIELDS
 
 if TYPE_CHECKING:
     import torch
@@ -24,44 +37,8 @@ DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")
 QUANTIZATIONS = ("fp8",)
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 16384
+MAX_BYTES = 2**63 - 1
 ALIASES = {"block_size": "kvcache_block_size", "num_gpu_blocks_override": "num_kvcache_blocks"}
-
-# vLLM's constructor parameters that this library does not have: named as such in the error, unless
-# their value is false ("off").
-VLLM_ONLY = frozenset(
-    """allowed_local_media_path allowed_media_domains quantization_config offload_group_size
-    offload_num_in_group offload_prefetch_step offload_params enable_return_routed_experts
-    mm_processor_kwargs limit_mm_per_prompt pooler_config structured_outputs_config profiler_config
-    attention_config logits_processors kv_transfer_config speculative_config spec_method spec_model
-    spec_tokens enable_prompt_embeds long_prefill_token_threshold cudagraph_capture_sizes
-    disable_sliding_window calculate_kv_scales kv_sharing_fast_prefill""".split()
-)
-# Those that scripts pass all the same, with the values that change nothing here; None: all do.
-VLLM_IGNORED: dict[str, tuple[Any, ...] | None] = {
-    "revision": None,
-    "tokenizer_revision": None,
-    "hf_token": None,
-    "download_dir": None,
-    "served_model_name": None,
-    "enable_log_requests": None,
-    "swap_space": None,
-    "compilation_config": None,
-    "max_loras": None,
-    "max_lora_rank": None,
-    "convert": ("auto", "none"),
-    "logprobs_mode": ("raw_logprobs",),
-    "expert_placement_strategy": ("linear",),
-    "cpu_offload_gb": (0,),
-    "pipeline_parallel_size": (1,),
-    "data_parallel_size": (1,),
-    "decode_context_parallel_size": (1,),
-    "model_impl": ("auto",),
-    "config_format": ("auto", "hf"),
-    "distributed_executor_backend": (None, "mp"),
-    "worker_cls": (None, "auto"),
-    "enable_expert_parallel": (False,),
-    "enable_lora": (False,),
-}
 
 
 @dataclass
@@ -111,7 +88,7 @@ class Config:
     eos_token_ids: frozenset[int] = field(init=False, default=frozenset())
 
     @classmethod
-    def from_kwargs(cls, model: str, kwargs: dict[str, Any]) -> "Config":
+    def from_kwargs(cls, model: str | None, kwargs: dict[str, Any]) -> "Config":
         """Config from the keywords of `LLM(...)`; TypeError for one that does not exist."""
         known = {f.name for f in fields(cls) if f.init} | ALIASES.keys()
         arguments: dict[str, Any] = {}
@@ -122,13 +99,13 @@ class Config:
             if name in VLLM_ONLY and not value:
                 continue
             if name not in known:
-                raise TypeError(_unknown_keyword(name, known))
+                raise TypeError(unknown_option(name, known, SAMPLING_FIELDS))
             target = ALIASES.get(name, name)
             if target in arguments:
                 alias = next(a for a, t in ALIASES.items() if t == target)
                 raise TypeError(f"LLM() got {target!r} twice: {alias!r} is another name for it")
             arguments[target] = value
-        return cls(model, **arguments)
+        return cls(model, **arguments)  # type: ignore[arg-type]  # None is refused by name
 
     def __post_init__(self) -> None:
         self._check_ranges()
@@ -138,13 +115,16 @@ class Config:
 
     def _check_ranges(self) -> None:
         if not isinstance(self.model, (str, os.PathLike)):
-            raise ArgumentError(f"model must be the path of a directory, got {self.model!r}")
+            raise ArgumentError(
+                f"model must be the path of a directory, got {shown(self.model)}; to get one: "
+                "hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B"
+            )
         self.model = os.fspath(self.model)
-        self.max_num_seqs = check_integer("max_num_seqs", self.max_num_seqs, minimum=1)
+        self.max_num_seqs = check_int32("max_num_seqs", self.max_num_seqs, minimum=1)
         self.tensor_parallel_size = check_integer(
             "tensor_parallel_size", self.tensor_parallel_size, minimum=1, maximum=8
         )
-        self.kvcache_block_size = check_integer(
+        self.kvcache_block_size = check_int32(
             "kvcache_block_size", self.kvcache_block_size, minimum=1
         )
         if self.kvcache_block_size % 256 != 0:
@@ -157,14 +137,20 @@ class Config:
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, check_integer(name, value, minimum))
-        if self.num_kvcache_blocks == -1:  # nano-vLLM's "let the engine decide"
+        if (self.kv_cache_memory_bytes or 0) > MAX_BYTES:
+            raise ArgumentError(
+                f"kv_cache_memory_bytes must be <= {MAX_BYTES}, "
+                f"got {shown(self.kv_cache_memory_bytes)}"
+            )
+        is_integer = isinstance(self.num_kvcache_blocks, Integral)
+        if is_integer and self.num_kvcache_blocks == -1:  # nano-vLLM's "let the engine decide"
             self.num_kvcache_blocks = None
         if self.num_kvcache_blocks is not None:
-            self.num_kvcache_blocks = check_integer(
+            self.num_kvcache_blocks = check_int32(
                 "num_kvcache_blocks", self.num_kvcache_blocks, minimum=1
             )
         self.seed = check_integer("seed", self.seed, minimum=-(2**63), maximum=2**63 - 1)
-        self.max_logprobs = check_integer("max_logprobs", self.max_logprobs, minimum=-1)
+        self.max_logprobs = clamp_int32("max_logprobs", self.max_logprobs, minimum=-1)
         for name in (
             "disable_custom_all_reduce",
             "enforce_eager",
@@ -183,11 +169,12 @@ class Config:
             "in (0, 1]",
             lambda share: 0 < share <= 1,
         )
-        self.watermark = check_number(
+        watermark = check_number(
             "watermark", self.watermark, "finite and >= 0", lambda n: 0 <= n < math.inf
         )
+        self.watermark = min(watermark, float(MAX_INT32))  # more blocks than there are
         if not isinstance(self.dtype, str):  # a torch.dtype
-            self.dtype = str(self.dtype).removeprefix("torch.")
+            self.dtype = shown(self.dtype).removeprefix("torch.")
         self.dtype = DTYPE_ALIASES.get(self.dtype, self.dtype)
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
@@ -222,6 +209,21 @@ class Config:
                 f"({self.max_model_len}) unless enable_chunked_prefill=True; its default is "
                 f"{DEFAULT_MAX_NUM_BATCHED_TOKENS}"
             )
+        self._check_tables()
+
+    def _check_tables(self) -> None:
+        """Whether positions and places in the row table fit in 32 bits."""
+        if self.max_model_len >= MAX_INT32:
+            raise ArgumentError(f"max_model_len must be < {MAX_INT32}, got {self.max_model_len}")
+        most = (MAX_INT32 - row_state.BLOCK_TABLE) // self.row_width - 1
+        if self.max_num_seqs > most:
+            raise ArgumentError(
+                f"max_num_seqs must be <= {most} with sequences of max_model_len "
+                f"({self.max_model_len}) tokens, got {self.max_num_seqs}"
+            )
+        # All sequences in full are the most that a step computes.
+        most = max(self.max_num_seqs * self.max_model_len, DEFAULT_MAX_NUM_BATCHED_TOKENS)
+        self.max_num_batched_tokens = min(self.max_num_batched_tokens, most, MAX_INT32)
 
     def _check_tensor_parallel(self) -> None:
         size, hf_config = self.tensor_parallel_size, self.hf_config
@@ -258,6 +260,11 @@ class Config:
     def max_blocks_per_seq(self) -> int:
         """Width of a block table: blocks of a sequence of `max_model_len` tokens."""
         return -(-self.max_model_len // self.kvcache_block_size)
+
+    @property
+    def row_width(self) -> int:
+        """Width of a row of the row table."""
+        return row_state.BLOCK_TABLE + self.max_blocks_per_seq
 
     def resolve_device(self) -> "torch.device":
         """The device of rank 0 (rank r has GPU r); ArgumentError if there are too few GPUs."""
@@ -310,13 +317,6 @@ def _check_ignored(name: str, value: Any) -> None:
     allowed = VLLM_IGNORED[name]
     if allowed is not None and value not in allowed:
         raise TypeError(
-            f"LLM() got {name}={value!r}, an option of vLLM that nanovllm does not have; it takes "
-            f"{' or '.join(map(repr, allowed))} alone"
+            f"LLM() got {name}={shown(value)}, an option of vLLM that nanovllm does not have; it "
+            f"takes {' or '.join(map(repr, allowed))} alone"
         )
-
-
-def _unknown_keyword(name: str, known: set[str]) -> str:
-    if name in VLLM_ONLY:
-        return f"LLM() got {name!r}, an option of vLLM that nanovllm does not have"
-    nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]
-    return f"LLM() got an unexpected keyword argument {name!r}; the nearest known is {nearest!r}"

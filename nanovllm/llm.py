@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nanovllm.compat import explain_keywords
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.prompts import check_unsupported
 from nanovllm.entrypoints import (
@@ -23,12 +24,16 @@ from nanovllm.entrypoints.chat import render_prompts
 from nanovllm.errors import ArgumentError
 from nanovllm.outputs import EmbeddingRequestOutput, RequestOutput, ScoringRequestOutput
 from nanovllm.pooling_params import PoolingParams
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import SAMPLING_FIELDS, SamplingParams
 
 
 class LLM(LLMEngine):
     """Offline inference on one model; see `LLMEngine` for the parameters and methods."""
 
+    generate = explain_keywords(SAMPLING_FIELDS)(LLMEngine.generate)
+    add_request = explain_keywords(SAMPLING_FIELDS)(LLMEngine.add_request)
+
+    @explain_keywords(SAMPLING_FIELDS)
     def chat(
         self,
         messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
@@ -84,6 +89,7 @@ class LLM(LLMEngine):
         )
         return self.generate(prompts, sampling_params, use_tqdm)
 
+    @explain_keywords(SAMPLING_FIELDS)
     def enqueue_chat(
         self,
         messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
@@ -118,6 +124,7 @@ class LLM(LLMEngine):
         )
         return self.enqueue(prompts, sampling_params, priority=priority, use_tqdm=use_tqdm)
 
+    @explain_keywords(SAMPLING_FIELDS)
     def generate_stream(
         self,
         prompts: str | list[str] | list[int] | list[list[int]] | list[Any],
@@ -246,6 +253,7 @@ class LLM(LLMEngine):
             raise ArgumentError("there is no tokenizer: skip_tokenizer_init=True left it out")
         return self.tokenizer
 
+    @explain_keywords(SAMPLING_FIELDS)
     def enqueue(
         self,
         prompts: str | list[str] | list[int] | list[list[int]] | list[Any],
@@ -326,10 +334,18 @@ class LLM(LLMEngine):
         return self.config.tensor_parallel_size
 
     def __repr__(self) -> str:
-        """The model's tree of modules, as on rank 0."""
-        if self._finalizer.alive:
-            return repr(self.model_runner.model)
-        return f"LLM(model={self.config.model!r})"
+        """One line; `print(llm.model_runner.model)` shows the model's tree of modules."""
+        if "_finalizer" not in vars(self):
+            return "LLM(not started)"
+        config, num_queued = self.config, len(self._requests.unfinished)
+        if not self._finalizer.alive:
+            return f"LLM(model={config.model!r})"  # nothing else is left of it
+        state = "asleep" if self._asleep else f"{num_queued} requests" if num_queued else "idle"
+        return (
+            f"LLM(model={config.model!r}, dtype={str(config.resolve_dtype())[6:]!r}, "
+            f"device={self.model_runner.device.type!r}, "
+            f"tensor_parallel_size={config.tensor_parallel_size}, state={state!r})"
+        )
 
     def collective_rpc(
         self,
@@ -366,7 +382,10 @@ class LLM(LLMEngine):
         return rpc.collective_rpc(self, method, timeout, args, kwargs)
 
     def apply_model(self, func: Callable[[nn.Module], Any]) -> list[Any]:
-        """`func(model)` on every rank's model; results and errors are those of `collective_rpc`."""
+        """`func(model)` on every rank's model; results and errors are those of `collective_rpc`.
+
+        `llm.apply_model(print)` shows the tree of modules on each.
+        """
         return rpc.apply_model(self, func)
 
     def sleep(self, level: int = 1, mode: str = "abort") -> None:

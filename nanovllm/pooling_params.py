@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from nanovllm.errors import check_bool, check_integer
+from nanovllm.compat import POOLING_NAMES, explain_fields
+from nanovllm.errors import check_bool, check_int32
 
 
 @dataclass
@@ -15,7 +16,7 @@ class PoolingParams:
         use_activation: scale what is kept to length 1; None is True.
 
     Raises:
-        ArgumentError: a value is of the wrong type or below 1.
+        ArgumentError: a value is of the wrong type, below 1 or above 2^31 - 1.
     """
 
     dimensions: int | None = None
@@ -23,6 +24,9 @@ class PoolingParams:
 
     def __post_init__(self) -> None:
         if self.dimensions is not None:
-            self.dimensions = check_integer("dimensions", self.dimensions, minimum=1)
+            self.dimensions = check_int32("dimensions", self.dimensions, minimum=1)
         if self.use_activation is not None:
             check_bool("use_activation", self.use_activation)
+
+
+explain_fields(PoolingParams, POOLING_NAMES, {})

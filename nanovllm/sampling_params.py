@@ -10,7 +10,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any
 
-from nanovllm.errors import ArgumentError, check_bool, check_integer, check_number
+from nanovllm.compat import (
+    SAMPLING_HINTS,
+    SAMPLING_NAMES,
+    SAMPLING_OFF,
+    STRUCTURED_NAMES,
+    explain_fields,
+)
+from nanovllm.errors import (
+    MAX_INT32,
+    ArgumentError,
+    check_bool,
+    check_int32,
+    check_integer,
+    check_number,
+    check_unicode,
+    clamp_int32,
+    shown,
+)
 
 GREEDY_TEMPERATURE = 1e-5  # below this a request is greedy, as in vLLM
 MAX_FLOAT32 = 3.4028234663852886e38  # beyond it a float32, as the device keeps it, is infinite
@@ -67,7 +84,11 @@ class StructuredOutputsParams:
         for name in ("regex", "grammar"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
-                raise ArgumentError(f"{name} must be a string that is not empty, got {value!r}")
+                raise ArgumentError(
+                    f"{name} must be a string that is not empty, got {shown(value)}"
+                )
+            if value is not None:
+                check_unicode(name, value)
 
 
 @dataclass
@@ -78,12 +99,13 @@ class SamplingParams:
         temperature: divides the logits; finite and >= 0. Below 1e-5 (so also 0) is greedy decoding,
             which sets `top_p`, `top_k` and `min_p` to their defaults.
         max_tokens: completion tokens at most, an EOS token counted; >= 1, or None for as many as
-            `max_model_len` allows.
+            `max_model_len` allows; so is any number above that.
         ignore_eos: go on past EOS tokens.
         n: completions of the prompt, 1 to 16384; 1 if greedy.
         top_p: sample among the most probable tokens whose probabilities first reach this sum, in
             (0, 1]; 1 is off.
-        top_k: sample among this many of the most probable tokens; 0 and -1 are off.
+        top_k: sample among this many of the most probable tokens; 0, -1 and any number from the
+            vocabulary's size on are off.
         min_p: sample among tokens of at least this share of the highest probability, in [0, 1].
         seed: keys the draws of this request, whatever runs beside it; 64 bits, completion i of `n`
             has seed + i. None and -1: derived from the engine's seed and the request's number.
@@ -112,6 +134,7 @@ class SamplingParams:
 
     Raises:
         ArgumentError: a value is of the wrong type or outside its range.
+        TypeError: an unknown keyword; the message says what it is called here.
     """
 
     temperature: float = 1.0
@@ -158,7 +181,7 @@ class SamplingParams:
                 f"min_tokens must be <= max_tokens ({self.max_tokens}), got {self.min_tokens}"
             )
         if self.stop and not self.detokenize:
-            raise ArgumentError(f"stop needs detokenize=True, got stop={self.stop!r} without")
+            raise ArgumentError(f"stop needs detokenize=True, got stop={shown(self.stop)} without")
 
     @property
     def is_sampled_apart(self) -> bool:
@@ -187,20 +210,29 @@ class SamplingParams:
         return replace(self)
 
 
-def _integer(minimum: int, maximum: int | None = None) -> Callable[[str, Any], int]:
-    return lambda name, value: check_integer(name, value, minimum, maximum)
-
-
 def _number(limit: str, is_allowed: Callable[[float], bool]) -> Callable[[str, Any], float]:
     return lambda name, value: check_number(name, value, limit, is_allowed)
 
 
+def _check_n(name: str, value: Any) -> int:
+    return check_integer(name, value, 1, MAX_COMPLETIONS)
+
+
 def _check_max_tokens(name: str, value: Any) -> int | None:
-    return None if value is None else check_integer(name, value, minimum=1)
+    return None if value is None else clamp_int32(name, value, minimum=1)
+
+
+def _check_min_tokens(name: str, value: Any) -> int:
+    return clamp_int32(name, value, minimum=0)
 
 
 def _check_top_k(name: str, value: Any) -> int:
-    return max(check_integer(name, value, minimum=-1), 0)
+    return max(clamp_int32(name, value, minimum=-1), 0)
+
+
+def _check_top_p(name: str, value: Any) -> float:
+    top_p = check_number(name, value, "in (0, 1]", lambda p: 0 < p <= 1)
+    return max(top_p, MIN_FLOAT32)  # below it a float32 is 0 on some devices
 
 
 def _check_seed(name: str, value: Any) -> int | None:
@@ -208,21 +240,27 @@ def _check_seed(name: str, value: Any) -> int | None:
     return None if seed == -1 else seed
 
 
+def _check_num_logprobs(name: str, value: Any) -> int:
+    return check_int32(name, value, minimum=-1)
+
+
 def _check_strings(name: str, value: Any) -> list[str]:
-    """A string or strings, none of them empty, as a new list."""
+    """A string or strings of valid Unicode, none of them empty, as a new list."""
     strings = [value] if isinstance(value, str) else _as_list(name, value, "strings")
     for string in strings:
         if not isinstance(string, str) or not string:
-            raise ArgumentError(f"{name} must hold strings that are not empty, got {string!r}")
+            raise ArgumentError(f"{name} must hold strings that are not empty, got {shown(string)}")
+        check_unicode(name, string)
     return strings
 
 
 def _check_token_ids(name: str, value: Any) -> list[int]:
-    """Token ids >= 0 as a new list; the vocabulary's end is not known here."""
+    """Token ids of 0 to 2^31 - 1 as a new list; the vocabulary's end is not known here."""
     token_ids = _as_list(name, value, "token ids")
-    if set(map(type, token_ids)) <= {int} and min(token_ids, default=0) >= 0:  # a fast way for many
+    is_plain = set(map(type, token_ids)) <= {int}  # a fast way for many
+    if is_plain and 0 <= min(token_ids, default=0) <= max(token_ids, default=0) <= MAX_INT32:
         return token_ids
-    return [check_integer(f"{name}: a token id", token_id, minimum=0) for token_id in token_ids]
+    return [check_int32(f"{name}: a token id", token_id, minimum=0) for token_id in token_ids]
 
 
 def _check_allowed_token_ids(name: str, value: Any) -> list[int]:
@@ -235,20 +273,22 @@ def _check_allowed_token_ids(name: str, value: Any) -> list[int]:
 def _check_logit_bias(name: str, value: Any) -> dict[int, float] | None:
     """`{token id: bias}` with biases clamped; None if it is empty."""
     if not isinstance(value, Mapping):
-        raise ArgumentError(f"{name} must be a dict of token ids and biases, got {value!r}")
+        raise ArgumentError(f"{name} must be a dict of token ids and biases, got {shown(value)}")
     biases = {}
     for key, bias in value.items():
-        # JSON has no other keys than strings.
-        is_digits = isinstance(key, str) and key.isascii() and key.isdigit()
-        token_id = check_integer(f"{name}: a token id", int(key) if is_digits else key, minimum=0)
-        bias = check_number(f"{name}[{token_id}]", bias, "finite", math.isfinite)
-        biases[token_id] = max(-MAX_LOGIT_BIAS, min(bias, MAX_LOGIT_BIAS))
+        if not (type(key) is int and 0 <= key <= MAX_INT32):  # there may be one for every token
+            # JSON has no other keys than strings.
+            is_digits = isinstance(key, str) and len(key) <= 20 and key.isascii() and key.isdigit()
+            key = check_int32(f"{name}: a token id", int(key) if is_digits else key, minimum=0)
+        if not (type(bias) is float and abs(bias) <= MAX_LOGIT_BIAS):
+            bias = check_number(f"{name}[{key}]", bias, "finite", math.isfinite)
+        biases[key] = max(-MAX_LOGIT_BIAS, min(bias, MAX_LOGIT_BIAS))
     return biases or None
 
 
 def _check_structured_outputs(name: str, value: Any) -> StructuredOutputsParams:
     if not isinstance(value, StructuredOutputsParams):
-        raise ArgumentError(f"{name} must be a StructuredOutputsParams, got {value!r}")
+        raise ArgumentError(f"{name} must be a StructuredOutputsParams, got {shown(value)}")
     return value
 
 
@@ -258,9 +298,9 @@ def _as_list(name: str, value: Any, items: str) -> list[Any]:
     if not isinstance(value, (str, bytes, Mapping)):
         try:
             return list(value.tolist() if hasattr(value, "tolist") else value)
-        except TypeError:
+        except Exception:  # of many types: an array on another device, or without data
             pass
-    raise ArgumentError(f"{name} must be a list of {items}, got {value!r}")
+    raise ArgumentError(f"{name} must be a list of {items}, got {shown(value)}")
 
 
 def _json_text(schema: Any) -> str:
@@ -269,42 +309,44 @@ def _json_text(schema: Any) -> str:
         schema = schema.model_json_schema()
     if not isinstance(schema, (str, Mapping)):
         raise ArgumentError(
-            f"json must be a JSON schema: a dict, JSON text or a pydantic model, got {schema!r}"
+            "json must be a JSON schema: a dict, JSON text or a pydantic model, got "
+            + shown(schema)
         )
     try:
         text = schema if isinstance(schema, str) else json.dumps(dict(schema), ensure_ascii=False)
         parsed = json.loads(text)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ArgumentError(f"json is not a valid JSON schema: {error}, got {schema!r}") from None
+        raise ArgumentError(
+            f"json is not a valid JSON schema: {str(error)[:200]}, got {shown(schema)}"
+        ) from None
     if not isinstance(parsed, (dict, bool)):
-        raise ArgumentError(f"json must hold a JSON object or a boolean, got {schema!r}")
-    return text
+        raise ArgumentError(f"json must hold a JSON object or a boolean, got {shown(schema)}")
+    return check_unicode("json", text)
 
 
 _penalty = _number("in [-2, 2]", lambda penalty: -2 <= penalty <= 2)
-_num_logprobs = _integer(minimum=-1)
 
 _FIELD_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "temperature": _number("finite and >= 0", lambda t: 0 <= t <= MAX_FLOAT32),
     "max_tokens": _check_max_tokens,
     "ignore_eos": check_bool,
-    "n": _integer(1, MAX_COMPLETIONS),
-    "top_p": _number("in (0, 1]", lambda p: 0 < p <= 1),
+    "n": _check_n,
+    "top_p": _check_top_p,
     "top_k": _check_top_k,
     "min_p": _number("in [0, 1]", lambda p: 0 <= p <= 1),
     "seed": _check_seed,
     "stop": _check_strings,
     "stop_token_ids": _check_token_ids,
     "include_stop_str_in_output": check_bool,
-    "min_tokens": _integer(0),
+    "min_tokens": _check_min_tokens,
     "presence_penalty": _penalty,
     "frequency_penalty": _penalty,
     "repetition_penalty": _number("finite and > 0", lambda p: MIN_FLOAT32 <= p <= MAX_FLOAT32),
     "logit_bias": _check_logit_bias,
     "allowed_token_ids": _check_allowed_token_ids,
     "bad_words": _check_strings,
-    "logprobs": _num_logprobs,
-    "prompt_logprobs": _num_logprobs,
+    "logprobs": _check_num_logprobs,
+    "prompt_logprobs": _check_num_logprobs,
     "detokenize": check_bool,
     "skip_special_tokens": check_bool,
     "spaces_between_special_tokens": check_bool,
@@ -315,3 +357,7 @@ _FIELD_CHECKS: dict[str, Callable[[str, Any], Any]] = {
 _CHECKS = {
     field.name: (field.default, _FIELD_CHECKS[field.name]) for field in fields(SamplingParams)
 }
+SAMPLING_FIELDS = frozenset(_CHECKS)
+
+explain_fields(SamplingParams, SAMPLING_NAMES, SAMPLING_HINTS, SAMPLING_OFF)
+explain_fields(StructuredOutputsParams, STRUCTURED_NAMES, {})

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import os
 
 import torch
 
@@ -90,6 +91,34 @@ def decide_num_blocks(config: Config, tp_size: int, gpu_bytes: int | None) -> in
             f"takes {per_block / 2**20:.1f} MiB; raise {knob}"
         )
     return available // per_block
+
+
+def check_fits(config: Config, device: torch.device) -> None:
+    """ArgumentError for a cache or tables larger than all memory of `device`, in use or not."""
+    if device.type == "cuda":
+        total = torch.cuda.mem_get_info(device)[1]
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    per_block = block_bytes(config, config.tensor_parallel_size)
+    # A row of the row table, and one of logits.
+    per_seq = 4 * config.row_width + (
+        config.resolve_dtype().itemsize
+        * -(-config.hf_config.vocab_size // config.tensor_parallel_size)
+    )
+    for name, unit in (
+        ("kvcache_block_size", per_block // config.kvcache_block_size),
+        ("num_kvcache_blocks", per_block),
+        ("kv_cache_memory_bytes", 1),
+        ("max_num_seqs", per_seq),
+    ):
+        value = getattr(config, name) or 0
+        if value * unit > total:
+            raise ArgumentError(
+                f"{name} must be <= {total // unit}, which takes all {total / 2**30:.0f} GiB of "
+                f"{device.type} memory, got {value}"
+            )
+    if config.kv_cache_memory_bytes is not None:
+        decide_num_blocks(config, config.tensor_parallel_size, None)
 
 
 def available_gpu_bytes(

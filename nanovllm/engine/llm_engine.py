@@ -104,14 +104,13 @@ class LLMEngine:
         EngineDeadError: a tensor-parallel worker died during start-up.
     """
 
-    def __init__(self, model: str, **kwargs: Any) -> None:
+    def __init__(self, model: str | None = None, **kwargs: Any) -> None:
         config = Config.from_kwargs(model, kwargs)
         device = config.resolve_device()
         self.config = config
         # What cannot run is refused before anything is started.
         choose_ops(config, device)
-        if config.kv_cache_memory_bytes is not None:
-            kv_cache.decide_num_blocks(config, config.tensor_parallel_size, None)
+        kv_cache.check_fits(config, device)
         self.tokenizer = load_tokenizer(config)
         ids = eos_token_ids(
             config.model,

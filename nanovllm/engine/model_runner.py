@@ -24,7 +24,6 @@ from nanovllm.engine.step_plan import NONE, POOLED, PlanBuilder, StepPlan
 from nanovllm.engine.transfers import DownloadRing, UploadRing
 from nanovllm.engine.workers import WorkerGroup
 from nanovllm.errors import ArgumentError
-from nanovllm.kernels import row_state
 from nanovllm.kernels.ops import DecodeInputs, Ops, select_ops
 from nanovllm.layers.attention import (
     Attention,
@@ -276,7 +275,7 @@ class ModelRunner:
 
     def _allocate_row_table(self) -> None:
         config = self.config
-        row_width = row_state.BLOCK_TABLE + config.max_blocks_per_seq
+        row_width = config.row_width
         self.row_table = torch.zeros(
             (config.max_num_seqs + 1, row_width), dtype=torch.int32, device=self.device
         )

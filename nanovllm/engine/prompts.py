@@ -5,10 +5,22 @@ from dataclasses import replace
 from numbers import Integral
 from typing import Any, NamedTuple, TypeVar
 
-from nanovllm.errors import ArgumentError, check_bool, check_choice, check_integer
+from nanovllm.errors import (
+    MAX_SHOWN,
+    ArgumentError,
+    check_bool,
+    check_choice,
+    check_integer,
+    check_unicode,
+    clamp_int32,
+    shown,
+)
 from nanovllm.sampling_params import SamplingParams
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids")
+MESSAGES_ARE_FOR_CHAT = (
+    "messages are no prompts: llm.chat(messages, sampling_params) applies the chat template to them"
+)
 TRUNCATIONS = ("longest_first", "only_first", "do_not_truncate")
 TOKENIZATION_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "add_special_tokens": check_bool,
@@ -16,7 +28,7 @@ TOKENIZATION_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "truncation": lambda name, value: (
         value if isinstance(value, bool) else check_choice(name, value, TRUNCATIONS)
     ),
-    "max_length": lambda name, value: check_integer(name, value, minimum=1),
+    "max_length": lambda name, value: clamp_int32(name, value, minimum=1),
 }
 Item = TypeVar("Item")
 Checked = TypeVar("Checked")
@@ -37,7 +49,12 @@ def as_prompt_list(prompts: Any) -> list[Any]:
     try:
         prompts = list(prompts)
     except TypeError:
-        raise ArgumentError(f"prompts must be a list of prompts, got {prompts!r}") from None
+        hint = "; the prompts come before them" if isinstance(prompts, SamplingParams) else ""
+        raise ArgumentError(
+            f"prompts must be a list of prompts, got {shown(prompts)}{hint}"
+        ) from None
+    if _are_messages(prompts):
+        raise ArgumentError(f"{MESSAGES_ARE_FOR_CHAT}, got {shown(prompts)}")
     if prompts and all(isinstance(item, Integral) for item in prompts):
         return [prompts]
     return prompts
@@ -51,7 +68,8 @@ def as_params_list(sampling_params: Any, num_prompts: int) -> list[SamplingParam
         return [sampling_params] * num_prompts
     if not isinstance(sampling_params, (list, tuple)):
         raise ArgumentError(
-            f"sampling_params must be a SamplingParams or a list of them, got {sampling_params!r}"
+            "sampling_params must be a SamplingParams or a list of them, got "
+            + _with_hint(sampling_params)
         )
     if len(sampling_params) != num_prompts:
         raise ArgumentError(
@@ -66,7 +84,7 @@ def as_priority_list(priority: Any, num_prompts: int) -> list[int]:
     if priority is None:
         return [0] * num_prompts
     if not isinstance(priority, (list, tuple)):
-        raise ArgumentError(f"priority must be a list of integers, got {priority!r}")
+        raise ArgumentError(f"priority must be a list of integers, got {shown(priority)}")
     if len(priority) != num_prompts:
         raise ArgumentError(
             f"The lengths of prompts ({num_prompts}) and priority ({len(priority)}) must be the "
@@ -79,15 +97,24 @@ def as_priority_list(priority: Any, num_prompts: int) -> list[int]:
 def check_params(params: Any) -> SamplingParams:
     """A checked copy, which later changes by the caller do not reach."""
     if not isinstance(params, SamplingParams):
-        raise ArgumentError(f"sampling_params must be a SamplingParams, got {params!r}")
+        raise ArgumentError(f"sampling_params must be a SamplingParams, got {_with_hint(params)}")
     return replace(params)
+
+
+def _with_hint(params: Any) -> str:
+    """What stands in the place of a SamplingParams, and what to write instead."""
+    if isinstance(params, Mapping):
+        return f"{shown(params)}; write SamplingParams(**{{...}})"
+    if isinstance(params, str):
+        return f"{shown(params)}; several prompts are one list: generate([...], sampling_params)"
+    return shown(params)
 
 
 def check_unsupported(**arguments: Any) -> None:
     """ArgumentError for the first of vLLM's arguments that is given: there is nothing behind it."""
     for name, value in arguments.items():
         if value is not None:
-            raise ArgumentError(f"{name} is not supported, got {value!r}")
+            raise ArgumentError(f"{name} is not supported, got {shown(value)}")
 
 
 def check_each(name: str, check: Callable[[Item], Checked], items: Sequence[Item]) -> list[Checked]:
@@ -113,12 +140,12 @@ def check_tokenization_kwargs(kwargs: Any) -> dict[str, Any]:
     if kwargs is None:
         return {}
     if not isinstance(kwargs, Mapping):
-        raise ArgumentError(f"tokenization_kwargs must be a dict, got {kwargs!r}")
+        raise ArgumentError(f"tokenization_kwargs must be a dict, got {shown(kwargs)}")
     checked = {}
     for name, value in kwargs.items():
         if name not in TOKENIZATION_CHECKS:
             raise ArgumentError(
-                f"tokenization_kwargs: {name!r} is not supported; supported: "
+                f"tokenization_kwargs: {shown(name)} is not supported; supported: "
                 f"{', '.join(TOKENIZATION_CHECKS)}"
             )
         if value is not None:
@@ -161,37 +188,42 @@ def encode_prompts(
     return check_each("prompts", check, parts)
 
 
+def _are_messages(prompts: Any) -> bool:
+    """Whether it looks like messages for `LLM.chat`, one or a list of them."""
+    if isinstance(prompts, Mapping):
+        return not prompts.keys().isdisjoint(("role", "content", "messages"))
+    return (
+        isinstance(prompts, (list, tuple))
+        and len(prompts) > 0
+        and (isinstance(prompts[0], Mapping) and _are_messages(prompts[0]))
+    )
+
+
 def _split_prompt(prompt: Any) -> tuple[str | None, list[int] | None]:
     """A prompt's text and its ids, as far as they are given: either one, or both."""
     if isinstance(prompt, str):
-        return _check_text(prompt), None
+        return check_unicode("prompt", prompt), None
+    if _are_messages(prompt):
+        raise ArgumentError(f"{MESSAGES_ARE_FOR_CHAT}, got {shown(prompt)}")
     if not isinstance(prompt, Mapping):
         return None, _as_token_ids(prompt)
     given = {name: value for name, value in prompt.items() if value is not None}
-    if unknown := [str(name) for name in given if name not in PROMPT_KEYS]:
+    if unknown := [str(name)[:MAX_SHOWN] for name in given if name not in PROMPT_KEYS]:
         raise ArgumentError(
-            f"prompt has unsupported keys: {', '.join(unknown)}; a prompt dict needs 'prompt' or "
-            "'prompt_token_ids'"
+            f"prompt has unsupported keys: {', '.join(unknown)[:MAX_SHOWN]}; a prompt dict needs "
+            "'prompt' or 'prompt_token_ids'"
         )
     text, token_ids = given.get("prompt"), given.get("prompt_token_ids")
     if text is None and token_ids is None:
         raise ArgumentError(
-            f"a prompt dict needs 'prompt' or 'prompt_token_ids', got {dict(prompt)!r}"
+            f"a prompt dict needs 'prompt' or 'prompt_token_ids', got {shown(dict(prompt))}"
         )
     if text is not None and not isinstance(text, str):
-        raise ArgumentError(f"'prompt' of a prompt dict must be a string, got {text!r}")
+        raise ArgumentError(f"'prompt' of a prompt dict must be a string, got {shown(text)}")
     return (
-        None if text is None else _check_text(text),
+        None if text is None else check_unicode("prompt", text),
         None if token_ids is None else _as_token_ids(token_ids),
     )
-
-
-def _check_text(text: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ArgumentError(f"prompt is not valid Unicode: {error}") from None
-    return text
 
 
 def _tokenize(texts: list[str], tokenizer: Any, kwargs: dict[str, Any]) -> list[list[int]]:
@@ -208,7 +240,7 @@ def _tokenize(texts: list[str], tokenizer: Any, kwargs: dict[str, Any]) -> list[
             return tokenizer(texts, return_attention_mask=False, **kwargs)["input_ids"]
         return [tokenizer.encode(text, **kwargs) for text in texts]
     except Exception as error:  # of many types
-        raise ArgumentError(f"the tokenizer refuses the prompt: {error}") from error
+        raise ArgumentError(f"the tokenizer refuses the prompt: {str(error)[:500]}") from error
 
 
 def _check_ids(token_ids: list[int], vocab_size: int) -> list[int]:
@@ -216,7 +248,9 @@ def _check_ids(token_ids: list[int], vocab_size: int) -> list[int]:
         raise ArgumentError("Prompt cannot be empty")
     if min(token_ids) < 0 or max(token_ids) >= vocab_size:
         bad = next(token for token in token_ids if not 0 <= token < vocab_size)
-        raise ArgumentError(f"token id {bad} is out of the vocabulary: 0 to {vocab_size - 1}")
+        raise ArgumentError(
+            f"token id {shown(bad)} is out of the vocabulary: 0 to {vocab_size - 1}"
+        )
     return token_ids
 
 
@@ -224,7 +258,9 @@ def _without_arrays(prompt: Any) -> Any:
     """An array's or tensor's lists; all else as it is, but for bytes, which are refused."""
     # Bytes are a sequence of integers, but nobody means them as token ids.
     if isinstance(prompt, (bytes, bytearray)):
-        raise ArgumentError(f"a prompt must be a string or a list of token ids, got {prompt!r}")
+        raise ArgumentError(
+            f"a prompt must be a string or a list of token ids, got {shown(prompt)}"
+        )
     return prompt.tolist() if hasattr(prompt, "tolist") else prompt
 
 
@@ -234,11 +270,11 @@ def _as_token_ids(prompt: Any) -> list[int]:
         token_ids = list(prompt)
     except TypeError:
         raise ArgumentError(
-            f"a prompt must be a string or a list of token ids, got {prompt!r}"
+            f"a prompt must be a string or a list of token ids, got {shown(prompt)}"
         ) from None
     if set(map(type, token_ids)) <= {int}:  # a whole night's prompts pass here: no loop in Python
         return token_ids
     for token in token_ids:
         if isinstance(token, bool) or not isinstance(token, Integral):
-            raise ArgumentError(f"a prompt's token ids must be integers, got {token!r}")
+            raise ArgumentError(f"a prompt's token ids must be integers, got {shown(token)}")
     return [int(token) for token in token_ids]

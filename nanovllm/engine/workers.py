@@ -26,7 +26,6 @@ from nanovllm.config import Config
 from nanovllm.engine.step_plan import StepPlan
 from nanovllm.engine.worker_calls import Reply, pack_call, reply_to
 from nanovllm.errors import EngineDeadError
-from nanovllm.kernels import row_state
 from nanovllm.layers.tensor_parallel import TensorParallel
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ class WorkerGroup:
         self.slot_size = StepPlan.max_packed_size(
             config.max_num_seqs,
             config.max_num_batched_tokens,
-            row_state.BLOCK_TABLE + config.max_blocks_per_seq,
+            config.row_width,
         )
         memory = context.RawArray("i", NUM_SLOTS * self.slot_size)
         self.ring = np.frombuffer(memory, dtype=np.int32).reshape(NUM_SLOTS, self.slot_size)

@@ -6,7 +6,7 @@ from typing import Any
 
 from nanovllm.engine.prompts import check_each, check_tokenization_kwargs, encode_prompts
 from nanovllm.engine.tokenizer import read_chat_template
-from nanovllm.errors import ArgumentError, check_bool, check_choice
+from nanovllm.errors import ArgumentError, check_bool, check_choice, shown
 
 CONTENT_FORMATS = ("auto", "string", "openai")
 # What `apply_chat_template` is given otherwise, or would return something else than text for.
@@ -92,7 +92,7 @@ def _check_template_kwargs(kwargs: Any) -> dict[str, Any]:
     if kwargs is None:
         return {}
     if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
-        raise ArgumentError(f"chat_template_kwargs must be a dict of names, got {kwargs!r}")
+        raise ArgumentError(f"chat_template_kwargs must be a dict of names, got {shown(kwargs)}")
     if reserved := sorted(RESERVED_TEMPLATE_KWARGS & kwargs.keys()):
         raise ArgumentError(f"chat_template_kwargs must not have {', '.join(reserved)}")
     return dict(kwargs)
@@ -103,11 +103,11 @@ def _check_tools(tools: Any) -> list[Any] | None:
     if tools is None:
         return None
     if not isinstance(tools, (list, tuple)):
-        raise ArgumentError(f"tools must be a list of dicts or functions, got {tools!r}")
+        raise ArgumentError(f"tools must be a list of dicts or functions, got {shown(tools)}")
 
     def check(tool: Any) -> Any:
         if not isinstance(tool, Mapping) and not callable(tool):
-            raise ArgumentError(f"a tool must be a dict or a function, got {tool!r}")
+            raise ArgumentError(f"a tool must be a dict or a function, got {shown(tool)}")
         return dict(tool) if isinstance(tool, Mapping) else tool
 
     return check_each("tools", check, tools)
@@ -118,15 +118,26 @@ def _as_conversations(messages: Any) -> list[Any]:
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Iterable):
         raise ArgumentError(
             "messages must be a list of messages, dicts with 'role' and 'content', or a list of "
-            f"such lists, got {messages!r}"
+            f"such lists, got {shown(messages)}{_hint(messages)}"
         )
     messages = list(messages)
     return [messages] if messages and isinstance(messages[0], Mapping) else messages
 
 
+def _hint(messages: Any) -> str:
+    """What to write instead of a string or a lone message."""
+    if isinstance(messages, str):
+        text = '[{"role": "user", "content": "..."}]'
+        return f"; write llm.chat({text}), or llm.generate(prompt) without a chat template"
+    return "; a single message goes into a list too" if isinstance(messages, Mapping) else ""
+
+
 def _check_conversation(conversation: Any, content_format: str) -> list[dict[str, Any]]:
     if not isinstance(conversation, (list, tuple)):
-        raise ArgumentError(f"a conversation must be a list of messages, got {conversation!r}")
+        raise ArgumentError(
+            f"a conversation must be a list of messages, got {shown(conversation)}"
+            f"{_hint(conversation)}"
+        )
     if not conversation:
         raise ArgumentError("a conversation needs a message, got none")
     return check_each(
@@ -137,13 +148,13 @@ def _check_conversation(conversation: Any, content_format: str) -> list[dict[str
 def _check_message(message: Any, content_format: str) -> dict[str, Any]:
     """A copy whose content is a string or, in the "openai" format, a list of parts."""
     if not isinstance(message, Mapping):
-        raise ArgumentError(f"a message must be a dict, got {message!r}")
+        raise ArgumentError(f"a message must be a dict, got {shown(message)}")
     role = message.get("role")
     if not isinstance(role, str):
-        raise ArgumentError(f"a message needs a 'role', a string, got {role!r}")
+        raise ArgumentError(f"a message needs a 'role', a string, got {shown(role)}")
     content = message.get("content")
     if content is None and not message.get("tool_calls"):
-        raise ArgumentError(f"a message of role {role!r} needs 'content' (or tool_calls)")
+        raise ArgumentError(f"a message of role {shown(role)} needs 'content' (or tool_calls)")
     texts = _texts(content)
     # Templates ask whether a key is there: None would count as given.
     given = {name: value for name, value in message.items() if value is not None}
@@ -165,9 +176,9 @@ def _with_decoded_arguments(call: Any) -> Any:
     arguments = function["arguments"]
     try:
         decoded = json.loads(arguments or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArgumentError(
-            f"the arguments of a tool call must be JSON, got {arguments!r}: {error}"
+            f"the arguments of a tool call must be JSON, got {shown(arguments)}: {error}"
         ) from error
     return {**call, "function": {**function, "arguments": decoded}}
 
@@ -179,15 +190,18 @@ def _texts(content: Any) -> list[str]:
     if isinstance(content, str):
         return [content]
     if not isinstance(content, (list, tuple)):
-        raise ArgumentError(f"'content' must be a string or a list of text parts, got {content!r}")
+        raise ArgumentError(
+            f"'content' must be a string or a list of text parts, got {shown(content)}"
+        )
     texts = [part.get("text") if _is_text(part) else part for part in content]
     for text in texts:
         if isinstance(text, Mapping):
             raise ArgumentError(
-                f"a content part of type {text.get('type')!r} is not supported; supported: text"
+                f"a content part of type {shown(text.get('type'))} is not supported; supported: "
+                "text"
             )
         if not isinstance(text, str):
-            raise ArgumentError(f"a text part must hold a string, got {text!r}")
+            raise ArgumentError(f"a text part must hold a string, got {shown(text)}")
     return texts
 
 

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable
 from functools import partial
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from nanovllm.engine.prompts import (
 )
 from nanovllm.engine.request import Request, raise_failed
 from nanovllm.entrypoints.rpc import collective_rpc
-from nanovllm.errors import ArgumentError, check_choice, check_integer
+from nanovllm.errors import ArgumentError, check_choice, check_integer, shown
 from nanovllm.outputs import (
     EmbeddingOutput,
     EmbeddingRequestOutput,
@@ -144,7 +145,7 @@ def _embedding_pooler(params: Any, hidden_size: int) -> Callable[[np.ndarray], n
     if params is None:
         params = PoolingParams()
     if not isinstance(params, PoolingParams):
-        raise ArgumentError(f"pooling_params must be a PoolingParams, got {params!r}")
+        raise ArgumentError(f"pooling_params must be a PoolingParams, got {shown(params)}")
     if params.dimensions is not None:
         check_integer("dimensions", params.dimensions, 1, hidden_size)
     normalize = params.use_activation is not False
@@ -168,12 +169,10 @@ def _truncating(llm: "LLM", limit: int | None, kwargs: Any, num_others: int = 0)
             f"max_model_len ({longest}) leaves no room for a text beside the {num_others} tokens "
             "of the question"
         )
-    if limit != -1:
-        limit = check_integer("truncate_prompt_tokens", limit, 1 + num_others, longest)
-    return kwargs | {
-        "truncation": True,
-        "max_length": (longest if limit == -1 else limit) - num_others,
-    }
+    if isinstance(limit, Integral) and limit == -1:
+        limit = longest
+    limit = check_integer("truncate_prompt_tokens", limit, 1 + num_others, longest)
+    return kwargs | {"truncation": True, "max_length": limit - num_others}
 
 
 # ---- scores -----------------------------------------------------------------------------------
@@ -201,11 +200,11 @@ def score(
         if instruction is not None:
             raise ArgumentError(
                 "instruction is for method='reranker'; write it into the queries of an embedding "
-                f"model, got {instruction!r}"
+                f"model, got {shown(instruction)}"
             )
         return _cosines(llm, queries, documents, use_tqdm, truncate_prompt_tokens)
     if not isinstance(instruction, (str, type(None))):
-        raise ArgumentError(f"instruction must be a string, got {instruction!r}")
+        raise ArgumentError(f"instruction must be a string, got {shown(instruction)}")
     pairs = list(zip(queries * (len(documents) // len(queries)), documents, strict=True))
     return _rerank(llm, pairs, instruction or WEB_SEARCH, use_tqdm, truncate_prompt_tokens)
 
@@ -306,11 +305,11 @@ def _cosines(
 def _as_texts(name: str, data: Any) -> list[str]:
     texts = [data] if isinstance(data, str) else data
     if not isinstance(texts, (list, tuple)) or not texts:
-        raise ArgumentError(f"{name} must be a string or a list of strings, got {data!r}")
+        raise ArgumentError(f"{name} must be a string or a list of strings, got {shown(data)}")
 
     def check(text: Any) -> str:
         if not isinstance(text, str):
-            raise ArgumentError(f"a text must be a string, got {text!r}")
+            raise ArgumentError(f"a text must be a string, got {shown(text)}")
         return text
 
     return check_each(name, check, texts)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanovllm.engine.progress import ProgressBar
 from nanovllm.engine.prompts import as_prompt_list
-from nanovllm.errors import ArgumentError, check_integer
+from nanovllm.errors import ArgumentError, check_integer, shown
 from nanovllm.outputs import RequestOutput
 
 if TYPE_CHECKING:
@@ -45,7 +45,12 @@ def wait_for_completion(
 
 def abort_request(llm: "LLMEngine", request_ids: int | str | Iterable[int | str]) -> None:
     """See `LLM.abort_request`."""
-    ids = [request_ids] if isinstance(request_ids, (str, int, Integral)) else list(request_ids)
+    try:
+        ids = [request_ids] if isinstance(request_ids, (str, Integral)) else list(request_ids)
+    except TypeError:
+        raise ArgumentError(
+            f"request_ids must be an id or a list of ids, got {shown(request_ids)}"
+        ) from None
     unfinished = llm._requests.unfinished
     requests = [unfinished.get(_as_request_id(request_id)) for request_id in ids]
     aborted = [request for request in requests if request is not None]
@@ -59,7 +64,7 @@ def get_output(llm: "LLMEngine", request_id: int | str) -> RequestOutput:
     request = llm._requests.find(_as_request_id(request_id))
     if request is None:
         raise ArgumentError(
-            f"there is no request {request_id!r}: an output is kept until step() or "
+            f"there is no request {shown(request_id)}: an output is kept until step() or "
             "wait_for_completion() returns the next finished requests"
         )
     return request.output(llm.tokenizer)
@@ -67,6 +72,7 @@ def get_output(llm: "LLMEngine", request_id: int | str) -> RequestOutput:
 
 def _as_request_id(request_id: Any) -> int:
     """The number of a request, given as that or, as in outputs, as a string."""
-    if isinstance(request_id, str) and request_id.isascii() and request_id.isdigit():
+    is_short = isinstance(request_id, str) and len(request_id) <= 1000  # Python reads 4300 digits
+    if is_short and request_id.isascii() and request_id.isdigit():
         return int(request_id)
     return check_integer("request_id", request_id, minimum=0)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from nanovllm.engine.interrupts import DeferredInterrupt
-from nanovllm.errors import ArgumentError, EngineDeadError, check_number
+from nanovllm.errors import ArgumentError, EngineDeadError, check_number, shown
 
 if TYPE_CHECKING:
     from nanovllm.engine.model_runner import ModelRunner
@@ -25,9 +25,9 @@ def collective_rpc(
     runner, workers = llm.model_runner, llm._workers
     if isinstance(method, str):
         if not callable(getattr(runner, method, None)):
-            raise ArgumentError(f"workers have no method {method!r}")
+            raise ArgumentError(f"workers have no method {shown(method)}")
     elif not callable(method):
-        raise ArgumentError(f"method must be a method's name or a callable, got {method!r}")
+        raise ArgumentError(f"method must be a method's name or a callable, got {shown(method)}")
     if timeout is not None:
         timeout = check_number("timeout", timeout, "seconds > 0", lambda seconds: seconds > 0)
     kwargs = kwargs or {}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from nanovllm.engine.offload import release_memory, restore_kv_cache, restore_weights
 from nanovllm.entrypoints.prefix_cache import reset_prefix_cache
 from nanovllm.entrypoints.rpc import collective_rpc
-from nanovllm.errors import ArgumentError, check_choice, check_integer
+from nanovllm.errors import ArgumentError, check_choice, check_integer, shown
 
 if TYPE_CHECKING:
     from nanovllm.llm import LLM
@@ -57,5 +57,5 @@ def _check_tags(tags: Iterable[str]) -> frozenset[str]:
     given = list(tags) if not isinstance(tags, str) else [tags]
     for tag in given:
         if tag not in TAGS:
-            raise ArgumentError(f"tags must be of {', '.join(TAGS)}, got {tag!r}")
+            raise ArgumentError(f"tags must be of {', '.join(TAGS)}, got {shown(tag)}")
     return frozenset(given)

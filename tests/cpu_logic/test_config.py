@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from nanovllm import ArgumentError
-from nanovllm.config import VLLM_IGNORED, VLLM_ONLY, Config
+from nanovllm.compat import LLM_HINTS, LLM_NAMES, VLLM_IGNORED, VLLM_ONLY
+from nanovllm.config import Config
 
 RAW_CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -161,10 +162,43 @@ def test_unknown_keyword_is_refused_with_the_nearest_one(name, nearest, model):
         Config.from_kwargs(model, {name: 1})
 
 
-@pytest.mark.parametrize("name", ["hf_config", "eos_token_ids", "eos", "zzz", "x"])
+@pytest.mark.parametrize("name", ["hf_config", "eos", "foo", "zzz", "x", ""])
 def test_names_of_internals_and_nonsense_are_unknown_keywords(name, model):
-    with pytest.raises(TypeError, match=f"{name!r}; the nearest known is '"):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument {name!r}; help") as raised:
         Config.from_kwargs(model, {name: 1})
+    assert "nearest" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", sorted(LLM_NAMES))
+def test_another_librarys_name_is_translated(name, model):
+    message = f"unexpected keyword argument {name!r}; the nearest known is {LLM_NAMES[name]!r}"
+    with pytest.raises(TypeError, match=message):
+        Config.from_kwargs(model, {name: 1})
+    with pytest.raises(TypeError, match=message):  # also where the model is what was meant
+        Config.from_kwargs(None, {name: 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("max_tokens", "max_tokens"),
+        ("max_new_tokens", "max_tokens"),
+        ("top_k", "top_k"),
+        ("temperature", "temperature"),
+        ("stop_words", "stop"),
+        ("eos_token_ids", "stop_token_ids"),
+    ],
+)
+def test_a_sampling_parameter_in_the_wrong_place_is_sent_to_the_right_one(name, meant, model):
+    with pytest.raises(TypeError, match=rf"{name!r}, .* into SamplingParams\({meant}=\.\.\.\)"):
+        Config.from_kwargs(model, {name: 1})
+
+
+@pytest.mark.parametrize("name", sorted(LLM_HINTS))
+def test_what_other_libraries_have_and_this_one_does_not_is_said(name, model):
+    with pytest.raises(TypeError) as raised:
+        Config.from_kwargs(model, {name: 1})
+    assert str(raised.value).endswith(f"{name!r}: {LLM_HINTS[name]}")
 
 
 @pytest.mark.parametrize("name", ["quantization_config", "spec_model", "logits_processors"])
@@ -214,7 +248,9 @@ def test_other_names_of_dtypes(dtype, expected, model):
 
 
 def test_no_known_keyword_is_listed_as_vllm_only():
-    assert not (VLLM_ONLY | VLLM_IGNORED.keys()) & {field.name for field in fields(Config)}
+    foreign = VLLM_ONLY | VLLM_IGNORED.keys() | LLM_NAMES.keys() | LLM_HINTS.keys()
+    known = {field.name for field in fields(Config)}
+    assert not foreign & known and set(LLM_NAMES.values()) <= known
 
 
 # Numbers

@@ -1,18 +1,21 @@
 """Ranges and types of SamplingParams."""
 
 import copy
+import inspect
 import json
 import math
 import pickle
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
-from nanovllm import ArgumentError, SamplingParams, StructuredOutputsParams
+from nanovllm import ArgumentError, PoolingParams, SamplingParams, StructuredOutputsParams
+from nanovllm.compat import SAMPLING_HINTS, SAMPLING_NAMES, SAMPLING_OFF
+from nanovllm.errors import nearest, shown
 
 CHOICE = StructuredOutputsParams(choice=["yes", "no"])
 # Every parameter at once.
@@ -229,6 +232,158 @@ def test_only_the_first_three_are_positional():
 def test_unknown_parameters_are_named(name):
     with pytest.raises(TypeError, match=name):
         SamplingParams(**{name: 1})
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLING_NAMES))
+def test_another_librarys_name_is_translated(name):
+    message = f"SamplingParams() got an unexpected keyword argument {name!r}; the nearest known is "
+    with pytest.raises(TypeError) as raised:
+        SamplingParams(**{name: 1})
+    assert str(raised.value) == message + repr(SAMPLING_NAMES[name])
+    assert SAMPLING_NAMES[name] in FULL and name not in FULL
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLING_HINTS))
+def test_what_other_libraries_have_and_this_one_does_not_is_said(name):
+    with pytest.raises(TypeError) as raised:
+        SamplingParams(**{name: 7})
+    assert str(raised.value).endswith(f"argument {name!r}: {SAMPLING_HINTS[name]}")
+    assert name not in FULL
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("topk", "top_k"),
+        ("topK", "top_k"),
+        ("topP", "top_p"),
+        ("temprature", "temperature"),
+        ("max_token", "max_tokens"),
+        ("maxTokens", "max_tokens"),
+        ("top-p", "top_p"),
+        ("temperatrue", "temperature"),
+        ("Temperature", "temperature"),
+        ("stops", "stop"),
+    ],
+)
+def test_a_slip_of_the_pen_is_corrected(typed, meant):
+    with pytest.raises(TypeError, match=f"{typed!r}; the nearest known is {meant!r}$"):
+        SamplingParams(**{typed: 1})
+
+
+@pytest.mark.parametrize("name", ["foo", "x", "", "model", "hf_config", "_", "é" * 1000])
+def test_nothing_is_guessed_where_nothing_is_near(name):
+    with pytest.raises(TypeError, match="; help.nanovllm.SamplingParams. names") as raised:
+        SamplingParams(**{name: 1})
+    assert len(str(raised.value)) < 400
+
+
+def test_vllms_other_parameters_are_taken_with_the_values_that_change_nothing():
+    for name, values in SAMPLING_OFF.items():
+        for value in values:
+            assert SamplingParams(0.5, top_k=3, **{name: value}) == SamplingParams(0.5, top_k=3)
+    with pytest.raises(TypeError, match="top_j"):
+        SamplingParams(best_of=None, top_j=2)
+
+
+def test_explaining_errors_changes_neither_the_signature_nor_errors_of_values():
+    names = list(inspect.signature(SamplingParams).parameters)
+    assert names == [field.name for field in fields(SamplingParams)] == list(FULL)
+    with pytest.raises(ArgumentError, match="top_k must be"):
+        SamplingParams(top_k="a", best_of=None)
+    with pytest.raises(TypeError, match="positional"):
+        SamplingParams(1.0, 64, False, 2, best_of=None)
+
+
+def test_other_parameter_classes_translate_names_too():
+    with pytest.raises(TypeError, match="'normalize'; the nearest known is 'use_activation'"):
+        PoolingParams(normalize=True)
+    with pytest.raises(TypeError, match="'json_schema'; the nearest known is 'json'"):
+        StructuredOutputsParams(json_schema={})
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udfff", "\udc80b"])
+def test_half_a_surrogate_pair_is_refused_wherever_text_is_given(text):
+    for make in (
+        lambda: SamplingParams(stop=text),
+        lambda: SamplingParams(stop=["a", text]),
+        lambda: SamplingParams(bad_words=[text]),
+        lambda: StructuredOutputsParams(choice=["yes", text]),
+        lambda: StructuredOutputsParams(regex=text),
+        lambda: StructuredOutputsParams(grammar=text),
+        lambda: StructuredOutputsParams(json=f'{{"const": "{text}"}}'),
+        lambda: StructuredOutputsParams(json={"const": text}),
+    ):
+        with pytest.raises(ArgumentError, match="is not valid Unicode"):
+            make()
+
+
+class Unspeakable:
+    def __repr__(self):
+        raise RuntimeError("no repr")
+
+
+def nested(depth):
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "x" * 10**6,
+        b"x" * 10**6,
+        list(range(10**5)),
+        {"a": "b" * 10**6},
+        nested(10**5),
+        10**5000,
+        -(10**5000),
+        Unspeakable(),
+        [Unspeakable()],
+        "\ud800" * 1000,
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_messages_quote_200_characters_of_a_value_at_most(value):
+    assert len(shown(value)) <= 200
+    for field in fields(SamplingParams):
+        if isinstance(value, (list, str)) and field.name in ("stop", "bad_words"):
+            continue
+        if type(value) is int and value > 0 and field.name in ("max_tokens", "top_k", "min_tokens"):
+            continue
+        try:
+            SamplingParams(**{field.name: value})
+        except ArgumentError as error:
+            assert len(str(error)) <= 400
+        else:
+            assert field.name in ("stop_token_ids", "allowed_token_ids")  # the list of integers
+
+
+def test_a_short_value_is_quoted_as_it_is():
+    assert (shown("it's"), shown(None), shown(2**64)) == ('"it\'s"', "None", str(2**64))
+    assert shown("x" * 198) == repr("x" * 198)
+    assert shown("x" * 199) == "'" + "x" * 196 + "..."
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("kitten", "sitten"),
+        ("ab", "ba"),
+        ("abcd", "abc"),
+        ("abcd", "abxcdy"),
+        ("", None),
+        ("a", None),
+        ("abc", None),
+        ("abcdefgh", None),
+        ("ktitne", "kitten"),
+    ],
+)
+def test_the_nearest_name_is_at_most_two_letters_away(typed, expected):
+    known = [] if expected is None else [expected]
+    assert nearest(typed, ["entirely", "different", *known]) == expected
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,7 @@ def test_an_engine_can_end_asleep(tiny_dir):
     for level in (1, 2):
         llm = LLM.from_engine_args(arguments)
         assert llm.llm_engine is llm
-        assert "(embed_tokens): VocabParallelEmbedding()" in repr(llm)
+        assert "(embed_tokens): VocabParallelEmbedding()" in repr(llm.model_runner.model)
         llm.sleep(level)
         llm.exit()
         llm.exit()
