@@ -46,7 +46,7 @@ def wait_for_completion(
 def abort_request(llm: "LLMEngine", request_ids: int | str | Iterable[int | str]) -> None:
     """See `LLM.abort_request`."""
     try:
-        ids = [request_ids] if isinstance(request_ids, (str, Integral)) else list(request_ids)
+        ids = [request_ids] if isinstance(request_ids, (str, int, Integral)) else list(request_ids)
     except TypeError:
         raise ArgumentError(
             f"request_ids must be an id or a list of ids, got {shown(request_ids)}"

@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels.ops import Product
-from nanovllm.kernels.triton_launch import await_previous, overlap_options
+from nanovllm.kernels.triton_launch import await_previous, jit, overlap_options
 from nanovllm.kernels.triton_linear import load_summed, parts_of
 
 BLOCK = 1024
 NUM_WARPS = 4
 
 
-@triton.jit
+@jit
 def _silu_and_mul_kernel(
     out,
     gate_up,

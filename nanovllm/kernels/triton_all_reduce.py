@@ -25,10 +25,9 @@ them: what changes from call to call is kept on the device.
 # running. They send before they wait, and every GPU starts them in the order of their rows: the
 # first row that is not done is under way everywhere.
 
-import triton
 import triton.language as tl
 
-from nanovllm.kernels.triton_launch import await_previous, release_next
+from nanovllm.kernels.triton_launch import await_previous, jit, release_next
 from nanovllm.kernels.triton_linear import load_summed
 
 NUM_SLOTS = tl.constexpr(3)
@@ -36,14 +35,14 @@ POLLS_PER_LOOK_AT_ABORT = tl.constexpr(1024)
 MAX_TOKEN_ID = tl.constexpr(0x7FFFFFFF)
 
 
-@triton.jit
+@jit
 def _load_peers(addresses, NUM_RANKS: tl.constexpr, PADDED_RANKS: tl.constexpr):
     """The ranks and their addresses, [PADDED_RANKS, 1]. No kernel writes addresses."""
     rank = tl.arange(0, PADDED_RANKS)[:, None]
     return rank, tl.load(addresses + rank, mask=rank < NUM_RANKS, other=0)
 
 
-@triton.jit
+@jit
 def _send(bits, peers, offset, mask):
     """Write the integers `bits` [N] at elements `offset` [N] of the peers' memory, off `mask` not.
 
@@ -54,7 +53,7 @@ def _send(bits, peers, offset, mask):
     tl.store(pointers, tl.broadcast_to(bits[None, :], pointers.shape), mask=mask)
 
 
-@triton.jit
+@jit
 def _receive(pointers, mask, abort):
     """The integers at `pointers` once none of them is EMPTY, or the host aborts; 0 off `mask`."""
     EMPTY: tl.constexpr = -(2 ** (pointers.dtype.element_ty.primitive_bitwidth - 1))
@@ -71,7 +70,7 @@ def _receive(pointers, mask, abort):
     return bits
 
 
-@triton.jit
+@jit
 def _next_slot(next_slots, channel):
     """The channel's slot of this call, and that of the call before, to be emptied in this one."""
     # Past the multiprocessor's own cache, which may remember an older number.
@@ -79,7 +78,7 @@ def _next_slot(next_slots, channel):
     return slot, (slot + NUM_SLOTS - 1) % NUM_SLOTS
 
 
-@triton.jit
+@jit
 def _to_bits(x, bits_type: tl.constexpr):
     """x's bits as integers, none of them EMPTY: that is -0.0, which is sent as 0.0."""
     EMPTY: tl.constexpr = -(2 ** (bits_type.primitive_bitwidth - 1))
@@ -87,7 +86,7 @@ def _to_bits(x, bits_type: tl.constexpr):
     return tl.where(bits == EMPTY, 0, bits)
 
 
-@triton.jit
+@jit
 def _sum_over_ranks(
     own,  # [PADDED_WIDTH], this rank's row
     column,
@@ -134,7 +133,7 @@ def _sum_over_ranks(
     return total
 
 
-@triton.jit
+@jit
 def all_reduce_kernel(
     out,  # [T, WIDTH]
     x,  # [T, WIDTH], in NUM_PARTS parts
@@ -199,7 +198,7 @@ def all_reduce_kernel(
     tl.store(out + row * WIDTH + column, y.to(dtype), mask=in_row)
 
 
-@triton.jit(do_not_specialize=["first_token_id", "num_held"])
+@jit(do_not_specialize=["first_token_id", "num_held"])
 def embedding_kernel(
     out,  # [T, WIDTH]
     input_ids,  # [T] int32
@@ -248,7 +247,7 @@ def embedding_kernel(
     tl.store(out + channel.to(tl.int64) * WIDTH + column, total, mask=in_row)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@jit(do_not_specialize=["num_rows"])
 def argmax_kernel(
     out,  # [B] int32
     scores,  # [B] float32

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels import ops
-from nanovllm.kernels.triton_launch import await_previous, num_multiprocessors, overlap_options
+from nanovllm.kernels.triton_launch import await_previous, jit, num_multiprocessors, overlap_options
 
 BLOCK_M = 64  # queries of a program
 TILE = 64  # tokens per iteration
@@ -22,7 +22,7 @@ MAX_SPLITS = 8
 FP8_MAX = tl.constexpr(ops.FP8_MAX)
 
 
-@triton.jit(
+@jit(
     do_not_specialize=["num_queries"],
     do_not_specialize_on_alignment=["block_table", "partial", "partial_lse"],
 )

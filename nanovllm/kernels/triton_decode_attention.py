@@ -18,6 +18,7 @@ from nanovllm.kernels.triton_fp8 import unpack_pairs
 from nanovllm.kernels.triton_launch import (
     await_previous,
     await_previous_alone,
+    jit,
     num_multiprocessors,
     overlap_options,
     release_next,
@@ -55,7 +56,7 @@ class DecodePlan(NamedTuple):
     tile: int  # tokens; splits begin at multiples
 
 
-@triton.jit(
+@jit(
     do_not_specialize=["batch_size", "num_items", "target", "num_kv_heads", "min_tiles"],
     do_not_specialize_on_alignment=["context_lens"],
 )
@@ -108,7 +109,7 @@ def _plan_kernel(
     tl.atomic_xchg(arrivals, 0, sem="acq_rel", scope="gpu")
 
 
-@triton.jit
+@jit
 def _merge_splits(
     out,  # [B, Hq, D]
     partial,
@@ -165,7 +166,7 @@ def _merge_splits(
 
 
 # Tables may be slices of one packed buffer: no recompilation for their alignment.
-@triton.jit(
+@jit(
     do_not_specialize=["batch_size", "num_prefix_splits", "stride_table"],
     do_not_specialize_on_alignment=["block_tables"],
 )

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.triton_launch import await_previous, overlap_options
+from nanovllm.kernels.triton_launch import await_previous, jit, overlap_options
 
 NUM_PASSES = 4  # launches of a program for each chunk of each row; a row's last one collects
 CHUNK = 8192
@@ -61,7 +61,7 @@ REFERENCE = tl.constexpr(2 * NUM_PIVOTS.value)
 PARTIAL_SIZE = tl.constexpr(2 * NUM_PIVOTS.value + 1)
 
 
-@triton.jit
+@jit
 def _to_key(value, GRAIN: tl.constexpr):
     """Integers in the order of the floats, neighbours for neighbours of the logits' dtype."""
     bits = value.to(tl.int32, bitcast=True)
@@ -69,18 +69,18 @@ def _to_key(value, GRAIN: tl.constexpr):
     return tl.where(bits < 0, -magnitude, magnitude)
 
 
-@triton.jit
+@jit
 def _from_key(key, GRAIN: tl.constexpr):
     magnitude = (tl.abs(key) << GRAIN).to(tl.float32, bitcast=True)
     return tl.where(key < 0, -magnitude, magnitude)
 
 
-@triton.jit
+@jit
 def _at(vector, index: tl.constexpr):
     return tl.sum(tl.where(tl.arange(0, NUM_PIVOTS) == index, vector, 0))
 
 
-@triton.jit
+@jit
 def _compare(values, pivots, reference, rate):
     """1 for each of values [N] that is >= each pivot [4], and its mass: two float32 [N, 4].
 
@@ -98,7 +98,7 @@ def _compare(values, pivots, reference, rate):
     return tl.reshape(counts, shape), tl.reshape(masses, shape)
 
 
-@triton.jit
+@jit
 def _measure(logits, begin, end, pivots, reference, rate, TILE: tl.constexpr, UNROLL: tl.constexpr):
     """How many of logits[begin:end] are >= each pivot, and their mass: two float32 [4].
 
@@ -117,7 +117,7 @@ def _measure(logits, begin, end, pivots, reference, rate, TILE: tl.constexpr, UN
     return tl.sum(counts, 0), tl.sum(masses, 0)
 
 
-@triton.jit
+@jit
 def _collect(slots, logits, begin, end, lo, hi, TILE: tl.constexpr, UNROLL: tl.constexpr):
     """Copy those of logits[begin:end] in [lo, hi) to slots, in a fixed order; their number."""
     num_inside = tl.zeros([TILE], tl.int32)
@@ -139,7 +139,7 @@ def _collect(slots, logits, begin, end, lo, hi, TILE: tl.constexpr, UNROLL: tl.c
     return tl.sum(num_inside, 0)
 
 
-@triton.jit
+@jit
 def _narrow(bracket, pivots, counts, masses):
     """The bracket, given what lies above the pivots."""
     by_count, target, lo, hi, count_lo, count_hi, mass_lo, mass_hi = bracket
@@ -153,7 +153,7 @@ def _narrow(bracket, pivots, counts, masses):
     return by_count, target, lo, hi, count_lo, count_hi, mass_lo, mass_hi
 
 
-@triton.jit
+@jit
 def _is_open(bracket, top_p, GRAIN: tl.constexpr):
     """Whether the threshold may be higher than lo."""
     by_count, target, lo, hi, count_lo, count_hi, _, _ = bracket
@@ -162,7 +162,7 @@ def _is_open(bracket, top_p, GRAIN: tl.constexpr):
     return has_room & (count_lo - count_hi > 1) & is_needed
 
 
-@triton.jit
+@jit
 def _advance(bracket, top_p, GRAIN: tl.constexpr):
     """Whether the search goes on, and its bracket: if top-k's threshold is found, top-p's."""
     by_count, target, lo, hi, count_lo, count_hi, mass_lo, mass_hi = bracket
@@ -176,7 +176,7 @@ def _advance(bracket, top_p, GRAIN: tl.constexpr):
     return _is_open(bracket, top_p, GRAIN), bracket
 
 
-@triton.jit
+@jit
 def _choose_pivots(bracket, guess, maximum, by_key, GRAIN: tl.constexpr):
     """Pivots strictly between lo and hi, evenly by value, or by key.
 
@@ -195,7 +195,7 @@ def _choose_pivots(bracket, guess, maximum, by_key, GRAIN: tl.constexpr):
     return _from_key(tl.minimum(tl.maximum(key, lo_key + 1), hi_key - 1), GRAIN)
 
 
-@triton.jit
+@jit
 def _load_bracket(record):
     return (
         tl.load(record + BY_COUNT),
@@ -209,7 +209,7 @@ def _load_bracket(record):
     )
 
 
-@triton.jit
+@jit
 def _store_bracket(record, bracket):
     by_count, target, lo, hi, count_lo, count_hi, mass_lo, mass_hi = bracket
     tl.store(record + BY_COUNT, by_count)
@@ -222,7 +222,7 @@ def _store_bracket(record, bracket):
     tl.store(record + MASS_HI, mass_hi)
 
 
-@triton.jit(do_not_specialize_on_alignment=["temperatures", "top_k", "top_p", "min_p"])
+@jit(do_not_specialize_on_alignment=["temperatures", "top_k", "top_p", "min_p"])
 def _start_kernel(
     thresholds,  # [B] float32
     records,  # [B, RECORD_SIZE] float32
@@ -303,7 +303,7 @@ def _start_kernel(
     tl.store(record + STATUS, status)
 
 
-@triton.jit
+@jit
 def _take_in(
     record,  # of the row, before the pass that wrote `partials`
     partials,  # [num_chunks, PARTIAL_SIZE] of the row
@@ -339,7 +339,7 @@ def _take_in(
     return is_open, bracket, maximum
 
 
-@triton.jit(do_not_specialize_on_alignment=["temperatures", "top_p"])
+@jit(do_not_specialize_on_alignment=["temperatures", "top_p"])
 def _pass_kernel(
     thresholds,  # [B] float32
     records,  # [B, RECORD_SIZE] before the pass ahead; in the first pass, before this one
@@ -425,7 +425,7 @@ def _pass_kernel(
         tl.store(partial + REFERENCE, maximum)
 
 
-@triton.jit
+@jit
 def _load_collected(
     collected,  # [num_chunks, CAPACITY] of a row
     num_collected,  # [num_chunks]
@@ -446,7 +446,7 @@ def _load_collected(
     return tl.load(pointers, mask=index < end, other=-INF).to(tl.float32)
 
 
-@triton.jit(do_not_specialize_on_alignment=["temperatures", "top_p"])
+@jit(do_not_specialize_on_alignment=["temperatures", "top_p"])
 def _finish_kernel(
     thresholds,
     records,  # [B, RECORD_SIZE] before the last pass

@@ -5,11 +5,12 @@ memory in that order by one instruction for many, bytes only one by one. So fp8 
 int16 [K, N / 2], and a product with the even columns and one with the odd ones take its place.
 """
 
-import triton
 import triton.language as tl
 
+from nanovllm.kernels.triton_launch import jit
 
-@triton.jit
+
+@jit
 def unpack_pairs(pairs, ASSEMBLY: tl.constexpr):
     """int16 [K, N / 2], two e4m3 numbers each -> float16 (even columns, odd columns)."""
     if ASSEMBLY:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels.ops import FP8_BLOCK, FP8_DTYPE, FP8_MAX, FP8_MIN_AMAX, Product
-from nanovllm.kernels.triton_launch import await_previous, overlap_options
+from nanovllm.kernels.triton_launch import await_previous, jit, overlap_options
 from nanovllm.kernels.triton_tiled_linear import LinearTile, tiled_linear
 
 # Rows of the weight, at most -> tokens, at most -> tile; see tests/gpu/bench_fp8_linear.py. Three
@@ -65,7 +65,7 @@ TORCH_MULTIPLE = 16  # of tokens, so that a column of scales is a multiple of 16
 RAGGED_TILE = LinearTile(128, 128, 128, 8, 4, 1)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@jit(do_not_specialize=["num_rows"])
 def _quantize_kernel(
     values,  # fp8 [num_rows, K]
     scales,  # float32 [ceil(K / GROUP), num_rows]

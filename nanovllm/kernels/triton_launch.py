@@ -8,7 +8,8 @@ earlier kernels are done. Hence `release_next` may come at any time, even before
 next kernel's programs wait for this one's completion, whenever they come.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import triton
@@ -17,7 +18,19 @@ import triton.language as tl
 OVERLAP_LAUNCHES = True  # off for an ablation
 
 
-@triton.jit
+def jit(function: Any = None, **options: Any) -> Any:
+    """`triton.jit`, with fused multiply-adds whatever this version's default is.
+
+    Without them the last bits of results would change with the version.
+    """
+    if function is None:
+        return partial(jit, **options)
+    kernel = triton.jit(function, **options)
+    kernel.run = partial(kernel.run, enable_fp_fusion=True)  # what `kernel[grid](...)` calls
+    return kernel
+
+
+@jit
 def release_next(OVERLAP: tl.constexpr):
     """Let the next kernel's programs come, once all of this kernel's have; they wait for its end.
 
@@ -27,7 +40,7 @@ def release_next(OVERLAP: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
-@triton.jit
+@jit
 def await_previous(OVERLAP: tl.constexpr):
     """Let the next kernel's programs come, then wait for the previous kernel and its memory."""
     release_next(OVERLAP)
@@ -35,7 +48,7 @@ def await_previous(OVERLAP: tl.constexpr):
         tl.extra.cuda.gdc_wait()
 
 
-@triton.jit
+@jit
 def await_previous_alone(OVERLAP: tl.constexpr):
     """Wait for the previous kernel, but let the next one come only when this one has ended.
 

@@ -15,6 +15,7 @@ from nanovllm.kernels.ops import PartialSums, Product
 from nanovllm.kernels.triton_launch import (
     await_previous,
     has_bulk_copies,
+    jit,
     overlap_options,
     release_next,
 )
@@ -33,7 +34,7 @@ MAX_TILED_ROWS = 32768
 SPLIT_LINEAR = True  # off for an ablation
 
 
-@triton.jit
+@jit
 def load_summed(pointers, mask, part_stride, NUM_PARTS: tl.constexpr, dtype: tl.constexpr):
     """What `pointers` show, summed over NUM_PARTS parts if there are several, in `dtype`."""
     x = tl.load(pointers, mask=mask, other=0.0)
@@ -50,7 +51,7 @@ def parts_of(x: Product) -> tuple[torch.Tensor, int, int, torch.dtype]:
     return x, 1, 0, x.dtype
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@jit(do_not_specialize=["num_tokens"])
 def _split_linear_kernel(
     out,  # [T, N], or float32 [parts, T, N]
     x_tiles,  # x [T, K] as tiles of [BLOCK_M, BLOCK_K]; rows past T read as zeros

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from nanovllm.kernels.ops import FP8_BLOCK, FP8_DTYPE, PartialSums, Product
 from nanovllm.kernels.triton_fp8_linear import quantize_rows
-from nanovllm.kernels.triton_launch import await_previous, overlap_options
+from nanovllm.kernels.triton_launch import await_previous, jit, overlap_options
 from nanovllm.kernels.triton_linear import load_summed, parts_of
 from nanovllm.kernels.triton_tiled_linear import along_tokens, multiply_add
 
@@ -72,7 +72,7 @@ def choose_tiles(num_pairs: int, num_experts: int, dtype: torch.dtype) -> Tiles:
 # Routing
 
 
-@triton.jit
+@jit
 def _route_kernel(
     expert_ids,  # [P] int32
     routing_weights,  # [P]
@@ -127,7 +127,7 @@ def _route_kernel(
         tl.store(expert_ids + token * TOP_K + slot, ids, mask=is_slot)
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
+@jit(do_not_specialize=["num_pairs"])
 def _sort_pairs_kernel(
     sorted_pairs,  # [P] int32, by expert
     blocks,  # [number of blocks, 3] int32
@@ -174,7 +174,7 @@ def _sort_pairs_kernel(
         block += 1
 
 
-@triton.jit
+@jit
 def first_block(num_pairs_before, num_experts_before, BLOCK_M: tl.constexpr):
     """Where an expert's blocks begin: no later than those ahead of it can end."""
     return num_pairs_before // BLOCK_M + tl.minimum(num_pairs_before, num_experts_before)
@@ -188,7 +188,7 @@ def num_blocks(num_pairs: int, num_experts: int, block_m: int) -> int:
 # Products
 
 
-@triton.jit(do_not_specialize=["num_tokens", "stride_x_scales"])
+@jit(do_not_specialize=["num_tokens", "stride_x_scales"])
 def _experts_kernel(
     out,  # GATED: [P, WIDTH], sorted; else float32 [TOP_K, T, WIDTH], or [P, WIDTH] by pair
     x,  # GATED: [T, K]; else [P, K], sorted
@@ -297,7 +297,7 @@ def _experts_kernel(
     tl.store(pointers, y.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@jit
 def _sum_experts_kernel(
     out,  # [T, N]
     products,  # [T, TOP_K, N]

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels.ops import Product
-from nanovllm.kernels.triton_launch import await_previous, overlap_options, release_next
+from nanovllm.kernels.triton_launch import await_previous, jit, overlap_options, release_next
 from nanovllm.kernels.triton_linear import load_summed, parts_of
 
 ELEMENTS_PER_PROGRAM = 1024  # short rows share a program until it has this many elements
@@ -20,7 +20,7 @@ MANY_ROWS = 1024
 ELEMENTS_PER_WARP_OF_MANY_ROWS = 1024
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@jit(do_not_specialize=["num_rows"])
 def _rms_norm_kernel(
     out,
     x,

@@ -14,6 +14,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanovllm.kernels import ops
+from nanovllm.kernels.triton_launch import jit
 
 # (BLOCK_M queries, BLOCK_N keys, warps, stages) for a head of up to 128 / 256 elements.
 HOPPER_CONFIGS = {128: (128, 128, 8, 5), 256: (64, 32, 4, 2)}
@@ -26,7 +27,7 @@ FLOAT32_CONFIGS = {128: (32, 32, 8, 1), 256: (32, 16, 8, 1)}
 FP8_MAX = tl.constexpr(ops.FP8_MAX)
 
 
-@triton.jit
+@jit
 def _softmax(scores, running_max, running_sum, scale_log2):
     """A step of the online softmax: scores [BLOCK_M, BLOCK_N] -> p of the same shape.
 
@@ -38,7 +39,7 @@ def _softmax(scores, running_max, running_sum, scale_log2):
     return p, correction, new_max, running_sum * correction + tl.sum(p, axis=1)
 
 
-@triton.jit
+@jit
 def _attend(
     acc,
     running_max,
@@ -109,7 +110,7 @@ def _attend(
     return acc, running_max, running_sum
 
 
-@triton.jit
+@jit
 def _attend_by_bulk_copies(
     acc,
     running_max,
@@ -144,7 +145,7 @@ def _attend_by_bulk_copies(
 
 
 # Tables and lengths may be slices of one packed buffer: no recompilation for their alignment.
-@triton.jit(
+@jit(
     do_not_specialize=["stride_table"],
     do_not_specialize_on_alignment=["block_tables", "cu_seqlens_q", "cu_seqlens_k"],
 )

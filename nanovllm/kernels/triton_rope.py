@@ -12,7 +12,7 @@ import triton.language as tl
 
 from nanovllm.kernels import ops
 from nanovllm.kernels.ops import Product
-from nanovllm.kernels.triton_launch import await_previous, overlap_options, release_next
+from nanovllm.kernels.triton_launch import await_previous, jit, overlap_options, release_next
 from nanovllm.kernels.triton_linear import load_summed, parts_of
 
 FP8_MAX = tl.constexpr(ops.FP8_MAX)
@@ -24,14 +24,14 @@ ELEMENTS_WITH_MANY_TOKENS = 4096
 NUM_WARPS = 4
 
 
-@triton.jit
+@jit
 def _finite(x):
     """x, with 0 for NaN and infinities."""
     return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0).to(x.dtype)
 
 
 # Per-token inputs may be slices of one packed buffer: no recompilation for their alignment.
-@triton.jit(do_not_specialize_on_alignment=["positions", "slot_mapping"])
+@jit(do_not_specialize_on_alignment=["positions", "slot_mapping"])
 def _qk_norm_rope_store_kernel(
     query,  # [T, Hq, D] out
     qkv,  # [T, (Hq + 2 Hkv) * D]

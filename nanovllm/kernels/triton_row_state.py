@@ -13,6 +13,7 @@ from nanovllm.kernels.ops import DecodeInputs
 from nanovllm.kernels.triton_launch import (
     await_previous,
     await_previous_alone,
+    jit,
     overlap_options,
 )
 
@@ -26,7 +27,7 @@ BLOCK_TABLE = tl.constexpr(row_state.BLOCK_TABLE)
 
 
 # Per-row inputs may be slices of one packed buffer: no recompilation for their alignment.
-@triton.jit(do_not_specialize_on_alignment=["rows"])
+@jit(do_not_specialize_on_alignment=["rows"])
 def _gather_kernel(
     row_table,  # [R, BLOCK_TABLE + WIDTH] int32
     rows,  # [B] int32
@@ -99,7 +100,7 @@ def gather_decode_inputs(
     return inputs
 
 
-@triton.jit(
+@jit(
     do_not_specialize=["batch_size", "padding_row"],
     do_not_specialize_on_alignment=["rows", "token_ids", "positions"],
 )

@@ -9,13 +9,13 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.triton_launch import await_previous, overlap_options
+from nanovllm.kernels.triton_launch import await_previous, jit, overlap_options
 
 CHUNK = 4096  # logits per program of stage 1
 NUM_WARPS = 4
 
 
-@triton.jit
+@jit
 def _mix(x):
     """The 32-bit integer hash lowbias32 by Chris Wellons; x is uint32."""
     x ^= x >> 16
@@ -26,7 +26,7 @@ def _mix(x):
     return x
 
 
-@triton.jit
+@jit
 def _log2(x, APPROXIMATE: tl.constexpr):
     """Base-2 logarithm of a positive normal float32, by the hardware's unit if APPROXIMATE."""
     if APPROXIMATE:
@@ -37,7 +37,7 @@ def _log2(x, APPROXIMATE: tl.constexpr):
         return tl.log2(x)
 
 
-@triton.jit
+@jit
 def _arrivals(
     row,
     chunk,
@@ -85,7 +85,7 @@ def _arrivals(
 
 
 # Per-row inputs may be slices of one packed buffer: no recompilation for their alignment.
-@triton.jit(
+@jit(
     do_not_specialize=["first_token_id"],
     do_not_specialize_on_alignment=["temperatures", "seeds", "positions", "thresholds"],
 )
@@ -124,7 +124,7 @@ def _chunk_kernel(
     tl.store(chunk_arrivals + row * tl.num_programs(0) + chunk, earliest)
 
 
-@triton.jit(
+@jit(
     do_not_specialize=["first_token_id", "vocab_size", "num_chunks"],
     do_not_specialize_on_alignment=["temperatures", "seeds", "positions", "thresholds"],
 )

@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanovllm.kernels.ops import FP8_BLOCK, PartialSums, Product
-from nanovllm.kernels.triton_launch import await_previous, num_multiprocessors, overlap_options
+from nanovllm.kernels.triton_launch import await_previous, jit, num_multiprocessors, overlap_options
 
 GROUP_M = 16  # tiles of x that are multiplied side by side with the same weights
 MIN_COLUMNS_PER_PART = 512  # of a split K
@@ -30,7 +30,7 @@ class LinearTile(NamedTuple):
     programs_per_sm: int  # that a split of K aims at where there would be fewer
 
 
-@triton.jit(do_not_specialize=["num_tokens", "blocks_per_part", "stride_x_scales"])
+@jit(do_not_specialize=["num_tokens", "blocks_per_part", "stride_x_scales"])
 def _tiled_linear_kernel(
     out,  # [T, N], or float32 [parts, T, N]
     x_tiles,  # x [M, K] as tiles of [BLOCK_M, BLOCK_K]; what is past M or K reads as zeros
@@ -96,7 +96,7 @@ def _tiled_linear_kernel(
     tl.store(pointers, product.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@jit
 def multiply_add(x, weight, product, SWAPPED: tl.constexpr):
     """product + x @ weight.T, transposed if SWAPPED."""
     if SWAPPED:
@@ -106,7 +106,7 @@ def multiply_add(x, weight, product, SWAPPED: tl.constexpr):
     return product
 
 
-@triton.jit
+@jit
 def along_tokens(values, SWAPPED: tl.constexpr):
     """A value for each token, to go with products of SWAPPED or not; of rows with `not SWAPPED`."""
     return values[None, :] if SWAPPED else values[:, None]
