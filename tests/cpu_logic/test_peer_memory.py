@@ -18,7 +18,7 @@ from nanovllm.kernels.ops import PartialSums, select_ops
 from nanovllm.layers.ipc_memory import share_memory
 from nanovllm.layers.tensor_parallel import TensorParallel
 
-SECONDS = 240
+SECONDS = 1000  # for a machine on which everything is slow
 
 
 @pytest.mark.slow

@@ -66,6 +66,16 @@ def wait_on(runner, rank, seconds):
     return runner.rank
 
 
+RELEASED = threading.Event()
+
+
+def hold(runner, rank):
+    """Answers once the test is over: whoever waits for it waits until pytest's own limit."""
+    if runner.rank == rank:
+        RELEASED.wait()
+    return runner.rank
+
+
 def big(runner, size):
     return bytes([runner.rank]) * size
 
@@ -90,7 +100,9 @@ def ranks(monkeypatch):
         pipe, worker_pipe = Pipe()
         threading.Thread(target=serve, args=(runner, memory, worker_pipe), daemon=True).start()
         group.workers.append(Worker(runner.rank, SimpleNamespace(), pipe, pipe))
+    RELEASED.clear()
     yield group, runners
+    RELEASED.set()
     for worker in group.workers:
         worker.pipe.send_bytes(workers.BELL.pack(0, workers.EXIT))
 
@@ -164,12 +176,10 @@ def test_a_reply_that_cannot_be_read_is_an_error(ranks, monkeypatch):
 
 
 def test_a_timeout_breaks_the_group(ranks):
-    assert call(ranks, wait_on, 1, 0.05, timeout=5) == [0, 1, 2]
-    assert call(ranks, wait_on, 0, 0.3, timeout=0.2) == [0, 1, 2]  # rank 0 is not broken off
-    start = time.monotonic()
+    assert call(ranks, wait_on, 1, 0.05, timeout=300) == [0, 1, 2]
+    assert call(ranks, wait_on, 0, 1.0, timeout=0.2) == [0, 1, 2]  # rank 0 is not broken off
     with pytest.raises(TimeoutError, match="rank 2"):
-        call(ranks, wait_on, 2, 0.6, timeout=0.1)
-    assert time.monotonic() - start < 0.5
+        call(ranks, hold, 2, timeout=0.1)
     assert ranks[0].is_broken
 
 
@@ -184,10 +194,8 @@ def test_a_worker_that_has_died_breaks_the_group(ranks):
 def test_a_worker_that_dies_during_a_call_is_noticed(ranks):
     group, _ = ranks
     threading.Timer(0.1, lambda: setattr(group, "_death", "rank 2 was killed")).start()
-    start = time.monotonic()
     with pytest.raises(EngineDeadError, match="rank 2 was killed"):
-        call(ranks, wait_on, 2, 1.0)
-    assert time.monotonic() - start < 0.8
+        call(ranks, hold, 2)
 
 
 def test_messages_are_plain_pickles(ranks):

@@ -30,7 +30,7 @@ def run_script(*command, **environment):
         capture_output=True,
         text=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=1000,
     )
     assert process.returncode == 0, process.stderr
     return process
