@@ -1,0 +1,48 @@
+"""What the package says of itself."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import nanovllm
+
+tomllib = pytest.importorskip("tomllib", reason="of Python 3.11 and later")
+
+REPO = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))
+LINK = re.compile(r"\]\(([^)]+)\)|<(?:a|img)[^>]+(?:href|src)=\"([^\"]+)\"")
+
+
+def test_links_of_the_long_description_work_off_the_repository():
+    text = (REPO / PROJECT["project"]["readme"]).read_text(encoding="utf-8")
+    links = [first or second for first, second in LINK.findall(text)]
+    assert links
+    assert all(link.startswith("https://") for link in links), links
+
+
+def test_links_between_the_repositorys_files_lead_somewhere():
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        for link, _ in LINK.findall((REPO / name).read_text(encoding="utf-8")):
+            path = link.partition("#")[0]
+            assert link.startswith("https://") or not path or (REPO / path).exists(), link
+
+
+def test_type_checkers_find_the_types():
+    assert (Path(nanovllm.__file__).parent / "py.typed").read_text() == ""
+    assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"]["nanovllm"]
+
+
+def test_classifiers_readme_and_the_declared_range_name_the_same_pythons():
+    lowest, end = map(int, re.findall(r"3\.(\d+)", PROJECT["project"]["requires-python"]))
+    prefix = "Programming Language :: Python :: 3."
+    named = [c[len(prefix) :] for c in PROJECT["project"]["classifiers"] if c.startswith(prefix)]
+    assert named == [str(minor) for minor in range(lowest, end)]
+    for name in ("README.md", "PACKAGE.md"):
+        assert f"Python 3.{lowest} to 3.{end - 1}" in (REPO / name).read_text(encoding="utf-8")
+
+
+def test_the_changelog_knows_this_version():
+    text = (REPO / "CHANGELOG.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## \[(.+?)\]", text, re.MULTILINE)
+    assert headings[0] == "Unreleased" and nanovllm.__version__ in headings
