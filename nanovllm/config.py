@@ -146,9 +146,15 @@ class Config:
         if is_integer and self.num_kvcache_blocks == -1:  # nano-vLLM's "let the engine decide"
             self.num_kvcache_blocks = None
         if self.num_kvcache_blocks is not None:
-            self.num_kvcache_blocks = check_int32(
+            self.num_kvcache_blocks = check_integer(
                 "num_kvcache_blocks", self.num_kvcache_blocks, minimum=1
             )
+            if self.num_kvcache_blocks > MAX_INT32:
+                raise ArgumentError(
+                    f"num_kvcache_blocks must be <= {MAX_INT32}, got "
+                    f"{shown(self.num_kvcache_blocks)}; lower num_kvcache_blocks, or leave it out: "
+                    "as memory allows"
+                )
         self.seed = check_integer("seed", self.seed, minimum=-(2**63), maximum=2**63 - 1)
         self.max_logprobs = clamp_int32("max_logprobs", self.max_logprobs, minimum=-1)
         for name in (

@@ -96,7 +96,7 @@ def decide_num_blocks(config: Config, tp_size: int, gpu_bytes: int | None) -> in
 def check_fits(config: Config, device: torch.device) -> None:
     """ArgumentError for a cache or tables larger than all memory of `device`, in use or not."""
     if device.type == "cuda":
-        total = torch.cuda.mem_get_info(device)[1]
+        total = torch.cuda.get_device_properties(device).total_memory
     else:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     per_block = block_bytes(config, config.tensor_parallel_size)
@@ -115,7 +115,7 @@ def check_fits(config: Config, device: torch.device) -> None:
         if value * unit > total:
             raise ArgumentError(
                 f"{name} must be <= {total // unit}, which takes all {total / 2**30:.0f} GiB of "
-                f"{device.type} memory, got {value}"
+                f"{device.type} memory, got {value}; lower {name}"
             )
     if config.kv_cache_memory_bytes is not None:
         decide_num_blocks(config, config.tensor_parallel_size, None)
