@@ -11,6 +11,8 @@ from nanovllm.engine.request import Request
 from nanovllm.errors import ArgumentError
 from nanovllm.sampling_params import SamplingParams
 
+MAX_BAD_WORD_TABLE = 2**22  # int32: 16 MiB for each request
+
 
 class RequestFeatures:
     """Checks against the model, and what stop strings, bad words and grammars are turned into.
@@ -51,6 +53,7 @@ class RequestFeatures:
         if params.bad_words:
             self._need_tokenizer("bad_words")
             bad_word_ids = encode_bad_words(params.bad_words, self.tokenizer, vocab_size)
+            self._check_table(params, bad_word_ids)
             for seq in request.sequences:
                 seq.bad_word_ids = bad_word_ids
         if params.structured_outputs is not None:
@@ -68,6 +71,19 @@ class RequestFeatures:
                 self.tokenizer, self.config.hf_config.vocab_size, end_token_ids
             )
         return self._compiler.compile(params.structured_outputs)
+
+    def _check_table(self, params: SamplingParams, bad_word_ids: list[list[int]]) -> None:
+        """Each step compares the newest tokens with a table, as wide as the longest word."""
+        width = max(map(len, bad_word_ids))
+        height = len(bad_word_ids)
+        if params.min_tokens:
+            height += len(self.config.eos_token_ids) + len(params.stop_token_ids or ())
+        if width * height > MAX_BAD_WORD_TABLE:
+            raise ArgumentError(
+                f"bad_words must take at most {MAX_BAD_WORD_TABLE} tokens if all words (with "
+                "min_tokens, all end tokens too) are as long as the longest, got "
+                f"{height} * {width}"
+            )
 
     def _check_num_logprobs(self, name: str, value: int) -> None:
         limit = self.config.max_logprobs

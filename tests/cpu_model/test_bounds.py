@@ -344,6 +344,31 @@ def test_long_lists_are_compared_with_the_vocabulary(llm, alone, params, message
     assert generate(llm, PROMPTS, NEIGHBOURS) == alone
 
 
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"bad_words": ["a"] * 10**6}, "bad_words must hold at most 10000 strings, got 1000000"),
+        ({"stop": ["a"] * 10001}, "stop must hold at most 10000 strings, got 10001"),
+        ({"bad_words": ["fox"] * 3000 + ["the fox jumps over " * 300]}, r"bad_words must take at"),
+        (
+            {
+                "bad_words": ["the fox jumps over " * 300],
+                "min_tokens": 1,
+                "stop_token_ids": list(range(VOCAB_SIZE)) * 12,
+            },
+            r"bad_words must take at most \d+ tokens if all .*, got \d+ \* \d+",
+        ),
+    ],
+    ids=["bad_words", "stop", "a long word", "end tokens"],
+)
+def test_words_that_would_take_the_memory_and_time_of_others_are_refused(
+    llm, alone, params, message
+):
+    with pytest.raises(ArgumentError, match=message):
+        llm.generate(PROMPTS, SamplingParams(**params), use_tqdm=False)
+    assert generate(llm, PROMPTS, NEIGHBOURS) == alone
+
+
 def test_long_lists_of_known_ids_and_empty_ones_run(llm, alone):
     many = list(range(VOCAB_SIZE)) * 2604  # a million
     params = [
