@@ -5,7 +5,7 @@ What needs torch is imported on first use: `from nanovllm import SamplingParams`
 
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.errors import ArgumentError, EngineDeadError, RequestError
+from nanovllm.errors import ArgumentError, EngineDeadError, EngineUseError, RequestError
 from nanovllm.outputs import (
     CompletionOutput,
     EmbeddingOutput,
@@ -31,6 +31,7 @@ __all__ = [
     "EmbeddingOutput",
     "EmbeddingRequestOutput",
     "EngineDeadError",
+    "EngineUseError",
     "Logprob",
     "PoolingParams",
     "RequestError",

@@ -56,6 +56,7 @@ class Config:
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
     disable_custom_all_reduce: bool = False
+    worker_timeout: float = 8.0
     enforce_eager: bool = False
     kvcache_block_size: int = 256
     num_kvcache_blocks: int | None = None
@@ -179,6 +180,12 @@ class Config:
             "watermark", self.watermark, "finite and >= 0", lambda n: 0 <= n < math.inf
         )
         self.watermark = min(watermark, float(MAX_INT32))  # more blocks than there are
+        self.worker_timeout = check_number(
+            "worker_timeout",
+            self.worker_timeout,
+            "seconds between 1 and 86400",
+            lambda seconds: 1 <= seconds <= 86400,
+        )
         if not isinstance(self.dtype, str):  # a torch.dtype
             self.dtype = shown(self.dtype).removeprefix("torch.")
         self.dtype = DTYPE_ALIASES.get(self.dtype, self.dtype)

@@ -25,6 +25,13 @@ class EngineDeadError(RuntimeError):
     """
 
 
+class EngineUseError(RuntimeError):
+    """An engine was used in two threads at once, inside its own step, or in a forked process.
+
+    The call was not made, and the engine goes on where it is.
+    """
+
+
 class RequestError(RuntimeError):
     """A request failed while it ran; all others of the same call have been completed.
 
@@ -55,7 +62,7 @@ def is_fault(error: BaseException) -> bool:
 
     Failures in Rust code reach Python as PanicException, which is no `Exception`.
     """
-    return not isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
+    return not isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit, EngineUseError))
 
 
 def shown(value: object) -> str:

@@ -1,6 +1,7 @@
 """What the tests call on every rank: pickled by name, so it lives in a module of its own."""
 
 import os
+import time
 
 import torch
 
@@ -18,6 +19,28 @@ def sum_of_ranks(worker):
 def fail_on_rank(worker, rank):
     if worker.rank == rank:
         raise KeyError(f"injected on rank {rank}")
+
+
+def sleep_on_rank(worker, rank, seconds):
+    if worker.rank == rank:
+        time.sleep(seconds)
+    return worker.rank
+
+
+def make_steps_slow(worker, seconds):
+    def execute(plan):
+        time.sleep(seconds)
+        return type(worker).execute(worker, plan)
+
+    worker.execute = execute
+
+
+def on_announcement():
+    """What `announce` calls; a test may put another function in its place."""
+
+
+def announce(worker):
+    on_announcement()
 
 
 def end_on_rank(worker, rank):

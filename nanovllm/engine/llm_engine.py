@@ -55,6 +55,9 @@ class LLMEngine:
         tensor_parallel_size: ranks that share the model, 1 to 8; each has a process. Default 1.
         disable_custom_all_reduce: sum over the ranks by NCCL alone instead of, for few rows, in
             memory that the GPUs share. Default False.
+        worker_timeout: seconds, 1 to 86400, that a rank may keep rank 0 waiting in a step before
+            the engine gives it up. Both compute the same, so this is not the length of a step.
+            Raise it where a CPU is so overloaded that one rank falls behind. Default 8.
         enforce_eager: no CUDA graphs (and no torch.compile, which only `attention_backend="torch"`
             uses on CUDA). Default False.
         kvcache_block_size (block_size): tokens per KV block, a multiple of 256. Default 256.
@@ -149,11 +152,14 @@ class LLMEngine:
             return ModelRunner(self.config, device, TensorParallel())
         try:
             assert workers.tp is not None
-            return ModelRunner(self.config, device, workers.tp, workers.agree, workers)
+            runner = ModelRunner(self.config, device, workers.tp, workers.agree, workers)
+            workers.expects_answers = False  # the start-up is over
+            return runner
         except BaseException as error:
             # A rank that fails takes the collectives of the others with it: name the first.
             is_own = isinstance(error, ArgumentError) or not isinstance(error, Exception)
             cause = None if is_own else workers.wait_for_death(1.0)
+            workers.is_broken = True  # they may be anywhere
             workers.close()
             if cause:
                 raise EngineDeadError(cause) from error

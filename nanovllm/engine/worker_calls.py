@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from nanovllm.engine.worker_process import unpickle
 from nanovllm.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def reply_to(runner: "ModelRunner", packed_call: bytes) -> bytes:
     """Make a packed call on this rank; the packed reply."""
 
     def call() -> Any:
-        method, args, kwargs = pickle.loads(packed_call)
+        method, args, kwargs = unpickle(packed_call)
         return runner.call(method, *args, **kwargs)
 
     return Reply.of(call).pack(runner.rank)

@@ -1,42 +1,50 @@
-"""Tensor-parallel worker processes: how rank 0 starts them, feeds them plans and learns of a death.
+"""Tensor-parallel workers: how rank 0 starts them, feeds them plans and learns of a death.
 
-Plans travel through an anonymous shared-memory ring (no name, so nothing can collide or stay
-behind); a pipe to each worker rings the bell and brings the acknowledgement back. Calls, which are
-rare and of any size, travel through the pipe, in order with the plans.
+Plans travel through an anonymous shared-memory ring; a pipe to each worker rings the bell and
+brings the acknowledgement back. Calls, which are rare and of any size, travel through the pipe, in
+order with the plans.
 """
 
 import math
 import os
 import pickle
+import queue
 import signal
+import socket
 import struct
+import subprocess
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import connection, get_context, parent_process
-from typing import TYPE_CHECKING, Any, NoReturn
+from functools import partial
+from multiprocessing import connection
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from nanovllm.config import Config
+from nanovllm.engine.ownership import bind_to_process
 from nanovllm.engine.step_plan import StepPlan
 from nanovllm.engine.worker_calls import Reply, pack_call, reply_to
+from nanovllm.engine.worker_process import SharedMemory, check_script, map_memory, start_process
 from nanovllm.errors import EngineDeadError
 from nanovllm.layers.tensor_parallel import TensorParallel
 
 if TYPE_CHECKING:
     from nanovllm.engine.model_runner import ModelRunner
 
+T = TypeVar("T")
 NUM_SLOTS = 4  # plans that may wait unread
 BELL = struct.Struct("<qq")  # sequence number, int32 words; a negative size is one of the below
 EXIT = -1
 CALL = -2  # the next message is a packed call, which is answered by a packed reply
 JOIN_SECONDS = 5.0
 POLL_SECONDS = 0.2
+PLAN = 1 << 20  # more than a plan has sums over the ranks
+PROGRESS_STRIDE = 8  # int64 numbers: a rank's progress has a cache line of its own
 
 
 @dataclass
@@ -44,10 +52,15 @@ class Worker:
     """Rank 0's end of one worker."""
 
     rank: int
-    process: Any
+    process: "subprocess.Popen[bytes]"
     pipe: connection.Connection  # bells and acknowledgements, before that the start-up dialogue
-    errors: connection.Connection  # a traceback, if the worker fails
+    errors: connection.Connection  # the time and the traceback, if the worker fails
     num_unread: int = 0  # plans sent and not acknowledged
+    progress: int = 0  # when the monitor last looked
+    silent_seconds: float = 0.0  # since it last did what rank 0 waits for
+
+    def __str__(self) -> str:
+        return f"tensor-parallel rank {self.rank} (pid {self.process.pid})"
 
 
 class WorkerGroup:
@@ -59,56 +72,54 @@ class WorkerGroup:
 
     Raises:
         EngineDeadError: a worker died during start-up.
+        RuntimeError: this process is importing the user's script, see `check_script`.
     """
 
     def __init__(self, config: Config, device_type: str) -> None:
-        context = get_context("spawn")
+        check_script()
         size = config.tensor_parallel_size
         self.slot_size = StepPlan.max_packed_size(
             config.max_num_seqs,
             config.max_num_batched_tokens,
             config.row_width,
         )
-        memory = context.RawArray("i", NUM_SLOTS * self.slot_size)
-        self.ring = np.frombuffer(memory, dtype=np.int32).reshape(NUM_SLOTS, self.slot_size)
+        memory = SharedMemory(Progress.num_bytes(size) + 4 * NUM_SLOTS * self.slot_size)
+        self.progress, self.ring = _divide(memory.buffer, size)
         self.num_sent = 0
         self.workers: list[Worker] = []
         self.tp: TensorParallel | None = None
         self.is_broken = False  # the ranks are out of step, and may wait for each other for ever
+        self.expects_answers = True  # to more than plans: in the start-up, and in a call
+        self._timeout = config.worker_timeout
         self._death: str | None = None
         self._is_closing = False
         self._lock = threading.Lock()
-        # Port 0: the system picks a free one.
-        self._store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
+        self._store: dist.TCPStore | None = _start_store(size)
+        port = self._store.port
+        started: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+        def start(rank: int) -> Worker:
+            name, arguments = f"nanovllm-rank-{rank}", (rank, config, device_type, port)
+            return Worker(rank, *start_process(name, memory, _worker_main, *arguments))
+
+        self._monitor = threading.Thread(
+            target=self._watch, args=(start, range(1, size), started), daemon=True
+        )
+        self._monitor.start()
         try:
-            for rank in range(1, size):
-                pipe, worker_pipe = context.Pipe()
-                errors, worker_errors = context.Pipe(duplex=False)
-                process = context.Process(
-                    target=_worker_main,
-                    args=(
-                        rank,
-                        config,
-                        device_type,
-                        self._store.port,
-                        memory,
-                        worker_pipe,
-                        worker_errors,
-                    ),
-                    name=f"nanovllm-rank-{rank}",
-                    daemon=True,
-                )
-                process.start()
-                # With our copies closed, the end of a process closes its pipes for the other side.
-                worker_pipe.close()
-                worker_errors.close()
-                self.workers.append(Worker(rank, process, pipe, errors))
-            self._monitor = threading.Thread(target=self._watch, daemon=True)
-            self._monitor.start()
+            error = started.get()
+            if error is not None:
+                raise error
+            memory.close_file()
             for worker in self.workers:
-                self._receive(worker)  # "ready": imported and connected to the store
-            self.tp = _connect(0, config, self._store, _device(0, device_type))
+                self._receive(worker)  # "ready": everything is imported
+            device = _device(0, device_type)
+            self.tp = self._interruptible(lambda: _connect(0, config, port, device))
+            self.tp.on_collective = partial(self.progress.enter_collective, 0)
+            self.tp.while_waiting = self._raise_if_dead
+            bind_to_process(self, self.tp)
         except BaseException:
+            self.is_broken = True
             self.close()
             raise
 
@@ -131,6 +142,7 @@ class WorkerGroup:
                 worker.num_unread -= 1
         self.ring[self.num_sent % NUM_SLOTS, : len(packed)] = packed
         bell = BELL.pack(self.num_sent, len(packed))
+        self.progress.begin(0, self.num_sent)
         self.num_sent += 1
         for worker in self.workers:
             self._post(worker, bell)
@@ -163,6 +175,7 @@ class WorkerGroup:
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         try:
             self.check()
+            self.expects_answers = True
             for worker in self.workers:
                 while worker.num_unread:  # acknowledgements come before the reply
                     self._receive(worker)
@@ -176,10 +189,17 @@ class WorkerGroup:
         except BaseException:
             self.is_broken = True
             raise
+        finally:
+            self.progress.end(0, self.num_sent - 1)  # the call may have entered collectives
+            self.expects_answers = False
         return [reply.unwrap() for reply in replies]
 
     def check(self) -> None:
-        """EngineDeadError if a worker has died."""
+        """EngineDeadError if a worker has died. Rank 0 itself has done its part of all plans."""
+        self._raise_if_dead()
+        self.progress.end(0, self.num_sent - 1)
+
+    def _raise_if_dead(self) -> None:
         if self._death is not None:
             raise EngineDeadError(self._death)
 
@@ -197,22 +217,45 @@ class WorkerGroup:
         """
         with self._lock:
             self._is_closing = True
+        try:
+            if self._death is None and not self.is_broken:
+                self._ask_to_exit()
+        finally:  # a second Ctrl-C ends the kindness
+            self._kill()
+            self._monitor.join(JOIN_SECONDS)  # it reaps them
+            for worker in self.workers:
+                worker.pipe.close()
+            self.workers.clear()
+            if self.tp is not None:
+                self.tp.close()
+            self._store = None
+
+    def _ask_to_exit(self) -> None:
         for worker in self.workers:
             try:
                 worker.pipe.send_bytes(BELL.pack(self.num_sent, EXIT))
             except OSError:
                 pass  # it is dead already
-        is_healthy = self._death is None and not self.is_broken
-        deadline = time.monotonic() + (JOIN_SECONDS if is_healthy else 0.0)
+        self._monitor.join(JOIN_SECONDS)
+
+    def _kill(self) -> None:
         for worker in self.workers:
-            worker.process.join(max(0.0, deadline - time.monotonic()))
-            if worker.process.is_alive():
-                worker.process.kill()
-                worker.process.join()
-            worker.pipe.close()
-        self.workers.clear()
-        if self.tp is not None:
-            self.tp.close()
+            worker.process.kill()
+
+    def _interruptible(self, function: Callable[[], T]) -> T:
+        """`function()`, which may wait in C++, where neither Ctrl-C nor a death would end it."""
+        outcomes: queue.SimpleQueue[Reply] = queue.SimpleQueue()
+        threading.Thread(target=lambda: outcomes.put(Reply.of(function)), daemon=True).start()
+        while True:
+            try:
+                return outcomes.get(timeout=POLL_SECONDS).unwrap()
+            except queue.Empty:
+                self._raise_if_dead()
+            except Exception as error:  # perhaps because a worker has failed
+                cause = self.wait_for_death(1.0)
+                if cause:
+                    raise EngineDeadError(cause) from error
+                raise
 
     def _post(self, worker: Worker, message: bytes) -> None:
         try:
@@ -232,7 +275,7 @@ class WorkerGroup:
                     return worker.pipe.recv_bytes()
             except (EOFError, OSError):
                 self._raise_death(worker)
-            self.check()
+            self._raise_if_dead()
             if time.monotonic() >= deadline:
                 raise TimeoutError(f"tensor-parallel rank {worker.rank} has not answered in time")
 
@@ -241,43 +284,172 @@ class WorkerGroup:
         cause = self.wait_for_death(JOIN_SECONDS)
         raise EngineDeadError(cause or f"tensor-parallel rank {worker.rank} closed its pipe")
 
-    def _watch(self) -> None:
-        """Monitor thread: on a worker's death, record the cause and break the collectives."""
-        workers = list(self.workers)
-        ended = connection.wait([worker.process.sentinel for worker in workers])
+    # ---- the monitor thread -------------------------------------------------------------------
+
+    def _watch(
+        self,
+        start: Callable[[int], Worker],
+        ranks: range,
+        started: "queue.SimpleQueue[BaseException | None]",
+    ) -> None:
+        """Start the workers, and stay until they are gone: they are killed when this thread ends.
+
+        If one of them dies, or does not do what rank 0 waits for, the cause is recorded and all
+        are killed, which breaks the collectives.
+        """
+        try:
+            for rank in ranks:
+                self.workers.append(start(rank))
+        except BaseException as error:
+            started.put(error)
+        else:
+            started.put(None)
+        if self._is_closing:  # Ctrl-C came meanwhile
+            self._kill()
+        watched = {worker.errors: worker for worker in self.workers}
+        last_look = time.monotonic()
+        while watched:
+            ready = connection.wait(list(watched), POLL_SECONDS)
+            ended = [
+                w for w in watched.values() if w.errors in ready or w.process.poll() is not None
+            ]
+            # While this process itself is stopped or suspended, no time passes.
+            now = time.monotonic()
+            seconds, last_look = min(now - last_look, 2 * POLL_SECONDS), now
+            if self._death is None and not self._is_closing:
+                cause = _cause_of_death(ended) if ended else self._cause_of_silence(seconds)
+                if cause is not None:
+                    self._die(cause)
+            for worker in ended:
+                worker.process.wait()
+                worker.errors.close()
+                del watched[worker.errors]
+
+    def _cause_of_silence(self, seconds: float) -> str | None:
+        """What keeps rank 0 waiting too long, if anything; `seconds` after the last look."""
+        for worker in list(self.workers):
+            progress = self.progress.of(worker.rank)
+            is_stopped = _is_stopped(worker.process.pid)
+            # The start-up and a call may take a rank as long as they like, while it runs.
+            is_late = is_stopped if self.expects_answers else progress < self.progress.of(0)
+            has_moved, worker.progress = progress != worker.progress, progress
+            worker.silent_seconds += seconds
+            if has_moved or not is_late:
+                worker.silent_seconds = 0.0
+            if worker.silent_seconds >= self._timeout:
+                state = "is stopped (SIGSTOP) and " if is_stopped else ""
+                return (
+                    f"{worker} {state}has not answered for {self._timeout:g} s; worker_timeout "
+                    "says how long to wait"
+                )
+        return None
+
+    def _die(self, cause: str) -> None:
         with self._lock:
             if self._is_closing:
                 return
-            dead = next(worker for worker in workers if worker.process.sentinel in ended)
-            self._death = _cause_of_death(dead)
+            self._death = cause
+        self._kill()
         # Rank 0 may be blocked in a collective that will never end.
         if self.tp is not None:
             self.tp.abort()
+        self._store = None
+
+
+def _cause_of_death(ended: list[Worker]) -> str:
+    """Why the first of these workers failed, whose end may have made others fail."""
+    causes = []
+    for worker in ended:
+        seconds, text = 0.0, None  # one that is killed leaves no word, and no word comes first
+        try:
+            if worker.errors.poll():
+                seconds, text = worker.errors.recv()
+        except (EOFError, OSError):
+            pass  # it wrote nothing
+        if text is not None:
+            causes.append((seconds, f"{worker} failed:\n{text}"))
+            continue
+        try:
+            exitcode = worker.process.wait(JOIN_SECONDS)
+        except subprocess.TimeoutExpired:
+            causes.append((seconds, f"{worker} closed its pipe"))
+            continue
+        if exitcode < 0:
+            causes.append((seconds, f"{worker} was killed by {signal.Signals(-exitcode).name}"))
+        else:
+            causes.append((seconds, f"{worker} exited with code {exitcode}"))
+    return min(causes)[1]
 
 
 def _device(rank: int, device_type: str) -> torch.device:
     return torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
 
 
-def _connect(rank: int, config: Config, store: dist.Store, device: torch.device) -> TensorParallel:
+def _connect(rank: int, config: Config, port: int, device: torch.device) -> TensorParallel:
+    # Rank 0 too is only a client here, so that closing the store ends its waits.
     size, hidden_size = config.tensor_parallel_size, config.hf_config.hidden_size
+    store = dist.TCPStore("127.0.0.1", port, size, is_master=False)
     dtype = config.resolve_dtype()
     shares_memory = not config.disable_custom_all_reduce
     return TensorParallel.connect(rank, size, store, device, hidden_size, dtype, shares_memory)
 
 
-def _cause_of_death(worker: Worker) -> str:
-    worker.process.join()
-    exitcode = worker.process.exitcode
-    where = f"tensor-parallel rank {worker.rank} (pid {worker.process.pid})"
+def _start_store(size: int) -> dist.TCPStore:
+    """Where the ranks meet. By itself a store listens on all interfaces, so it gets a socket."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))  # the system picks a free port
+        listener.listen()
+        port = listener.getsockname()[1]
+        return dist.TCPStore(
+            "127.0.0.1",
+            port,
+            size,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),  # the store closes it
+        )
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a child of this process is stopped, as by SIGSTOP; False where nobody can tell."""
+    if not hasattr(os, "waitid"):
+        return False
     try:
-        if worker.errors.poll():
-            return f"{where} failed:\n{worker.errors.recv()}"
-    except (EOFError, OSError):
-        pass  # it wrote nothing
-    if exitcode is not None and exitcode < 0:
-        return f"{where} was killed by {signal.Signals(-exitcode).name}"
-    return f"{where} exited with code {exitcode}"
+        return os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return False
+
+
+class Progress:
+    """How far each rank has got with the plans, in shared memory; a rank writes its own number.
+
+    The number of a plan begun is its place, counted from 1, times PLAN, and 1 more for each sum
+    over the ranks that has been entered since.
+    """
+
+    def __init__(self, buffer: Any) -> None:
+        self._numbers = memoryview(buffer).cast("q")
+
+    @staticmethod
+    def num_bytes(size: int) -> int:
+        """Of `size` ranks."""
+        return size * PROGRESS_STRIDE * 8
+
+    def of(self, rank: int) -> int:
+        """The rank's number."""
+        return self._numbers[rank * PROGRESS_STRIDE]
+
+    def begin(self, rank: int, plan: int) -> None:
+        """The rank has taken up the plan of this number, counted from 0."""
+        self._numbers[rank * PROGRESS_STRIDE] = (plan + 1) * PLAN
+
+    def end(self, rank: int, plan: int) -> None:
+        """The rank has done its part of this plan, and of all before."""
+        self._numbers[rank * PROGRESS_STRIDE] = (plan + 2) * PLAN - 1
+
+    def enter_collective(self, rank: int) -> None:
+        """The rank waits for the others from now on."""
+        self._numbers[rank * PROGRESS_STRIDE] += 1
 
 
 def _worker_main(
@@ -285,74 +457,57 @@ def _worker_main(
     config: Config,
     device_type: str,
     port: int,
-    memory: Any,
-    pipe: connection.Connection,
-    errors: connection.Connection,
-) -> None:
-    # Ctrl-C reaches the whole process group; rank 0 alone decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    try:
-        _serve(rank, config, device_type, port, memory, pipe)
-        status = 0
-    except (EOFError, BrokenPipeError):
-        status = 1  # rank 0 is gone
-    except BaseException:
-        errors.send(traceback.format_exc())
-        status = 1
-    # At once: nothing is to be saved, and the usual way out waits for device work and for peers.
-    os._exit(status)
-
-
-def _exit_with_parent() -> None:
-    """Watchdog thread: a rank blocked in a collective must not outlive rank 0."""
-    parent = parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
-
-
-def _serve(
-    rank: int,
-    config: Config,
-    device_type: str,
-    port: int,
-    memory: Any,
+    memory: int,
     pipe: connection.Connection,
 ) -> None:
     from nanovllm.engine.model_runner import ModelRunner
 
+    size = config.tensor_parallel_size
     device = _device(rank, device_type)
     if device_type == "cuda":
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.tensor_parallel_size))
-    store = dist.TCPStore("127.0.0.1", port, config.tensor_parallel_size, is_master=False)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
     pipe.send("ready")
-    tp = _connect(rank, config, store, device)
+    tp = _connect(rank, config, port, device)
+    progress, ring = _divide(map_memory(memory), size)
+    tp.on_collective = partial(progress.enter_collective, rank)
 
     def agree(num_blocks: int) -> int:
         pipe.send(num_blocks)
         return pipe.recv()
 
     runner = ModelRunner(config, device, tp, agree)
-    _run_plans(runner, memory, pipe)
+    _run_plans(runner, progress, ring, pipe)
     if device_type == "cuda":
         torch.cuda.synchronize(device)  # other ranks may still wait for what this one sends
 
 
-def _run_plans(runner: "ModelRunner", memory: Any, pipe: connection.Connection) -> None:
-    ring = np.frombuffer(memory, dtype=np.int32).reshape(NUM_SLOTS, -1)
+def _divide(buffer: Any, size: int) -> tuple[Progress, np.ndarray]:
+    """The two parts of the shared memory: each rank's progress, and the ring of plans."""
+    end = Progress.num_bytes(size)
+    ring = np.frombuffer(buffer, dtype=np.int32, offset=end).reshape(NUM_SLOTS, -1)
+    return Progress(memoryview(buffer)[:end]), ring
+
+
+def _run_plans(
+    runner: "ModelRunner", progress: Progress, ring: np.ndarray, pipe: connection.Connection
+) -> None:
     expected = 0
+    progress.end(runner.rank, expected - 1)
     while True:
         number, size = BELL.unpack(pipe.recv_bytes())
         if size == EXIT:
             return
         if size == CALL:
-            pipe.send_bytes(reply_to(runner, pipe.recv_bytes()))
+            reply = reply_to(runner, pipe.recv_bytes())
+            progress.end(runner.rank, expected - 1)
+            pipe.send_bytes(reply)
             continue
         assert number == expected, f"plan {number} arrived, {expected} was next"
         expected += 1
+        progress.begin(runner.rank, number)
         plan = StepPlan.unpack(ring[number % NUM_SLOTS, :size].copy())
         pipe.send(None)  # the slot is free
         runner.execute(plan)
+        progress.end(runner.rank, number)

@@ -4,7 +4,9 @@ Few rows, those of a decode step, go through memory that the GPUs share (kernels
 few microseconds a sum; many rows through NCCL, which also serves where GPUs cannot share memory.
 """
 
+import os
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from nanovllm.kernels.peer_memory import PeerMemory
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+POLL_TIME = timedelta(seconds=0.2)
+NO_TIMEOUT = timedelta(days=1000)
 ABORT_SECONDS = 5.0
 MAX_TOKEN_ID = 0x7FFFFFFF
 
@@ -33,6 +37,10 @@ class TensorParallel:
         size: number of ranks.
         group: an all-reduce backend of these ranks (`connect` makes one); None for one rank.
         peers: memory that the ranks share, if they can.
+
+    Attributes:
+        on_collective: called for each collective on the CPU, before the host waits for it.
+        while_waiting: called now and then during that wait; it may raise.
     """
 
     def __init__(
@@ -47,6 +55,8 @@ class TensorParallel:
         self.group = group
         self.peers = peers
         self._ipc_memory: IpcMemory | None = None
+        self.on_collective: Callable[[], None] = _nothing
+        self.while_waiting: Callable[[], None] = _nothing
 
     @classmethod
     def connect(
@@ -68,6 +78,9 @@ class TensorParallel:
             shares_memory: whether few rows go through memory that the GPUs share.
         """
         if device.type == "cuda":
+            if not dist.is_initialized():
+                # All ranks are on this host. A group of the caller's own may reach further.
+                os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
             nccl: Any = dist.ProcessGroupNCCL
             options = nccl.Options()
             options._timeout = COLLECTIVE_TIMEOUT
@@ -80,7 +93,10 @@ class TensorParallel:
         options = gloo._Options()
         options._devices = [gloo.create_device(hostname="127.0.0.1")]
         options._timeout = COLLECTIVE_TIMEOUT
-        return cls(rank, size, gloo(dist.PrefixStore("gloo", store), rank, size, options))
+        group = gloo(dist.PrefixStore("gloo", store), rank, size, options)
+        # From here on rank 0 decides how long to wait. It may be stopped itself, for hours.
+        group._set_default_timeout(NO_TIMEOUT)
+        return cls(rank, size, group)
 
     def _share_memory(
         self, store: dist.Store, device: torch.device, width: int, dtype: torch.dtype
@@ -156,18 +172,38 @@ class TensorParallel:
         if self.size == 1:
             return logits
         parts = [torch.empty_like(logits) for _ in range(self.size)]
-        self.group.allgather([parts], [logits.contiguous()]).wait()
+        self._finish(self.group.allgather([parts], [logits.contiguous()]), logits.is_cuda)
         return torch.cat(parts, dim=1)
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Make every rank's tensor, of one shape and dtype, that of rank 0."""
         if self.size > 1:
-            self.group.broadcast([tensor], dist.BroadcastOptions()).wait()
+            work = self.group.broadcast([tensor], dist.BroadcastOptions())
+            self._finish(work, tensor.is_cuda)
 
     def _reduce(self, tensor: torch.Tensor, op: Any) -> None:
         options = dist.AllreduceOptions()
         options.reduceOp = op
-        self.group.allreduce([tensor], options).wait()
+        self._finish(self.group.allreduce([tensor], options), tensor.is_cuda)
+
+    def _finish(self, work: Any, is_cuda: bool) -> None:
+        """Wait for a collective: on CUDA the stream does. On the CPU the host waits piece by piece.
+
+        So Ctrl-C and `while_waiting` can end a wait for a rank that does not come.
+        """
+        if is_cuda:
+            work.wait()
+            return
+        self.on_collective()
+        while True:
+            try:
+                work.wait(POLL_TIME)
+                return
+            except RuntimeError:
+                if work.is_completed():
+                    work.wait()  # it has failed, or has come this moment
+                    return
+            self.while_waiting()
 
     def abort(self) -> None:
         """Leave the group at once, breaking off what is in flight. Any thread may call it, again.
@@ -190,6 +226,10 @@ class TensorParallel:
         memory, self._ipc_memory, self.peers = self._ipc_memory, None, None
         if memory is not None:
             memory.close()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _num_rows(x: Product) -> int:

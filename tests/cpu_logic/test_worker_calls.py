@@ -3,7 +3,7 @@
 import pickle
 import threading
 import time
-from multiprocessing import Pipe, RawArray
+from multiprocessing import Pipe
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +12,7 @@ import pytest
 from nanovllm.engine import workers
 from nanovllm.engine.step_plan import StepPlan
 from nanovllm.engine.worker_calls import RemoteTraceback
-from nanovllm.engine.workers import NUM_SLOTS, Worker, WorkerGroup
+from nanovllm.engine.workers import NUM_SLOTS, Progress, Worker, WorkerGroup
 from nanovllm.errors import ArgumentError, EngineDeadError
 
 SLOT_SIZE = 64
@@ -80,9 +80,9 @@ def big(runner, size):
     return bytes([runner.rank]) * size
 
 
-def serve(runner, memory, pipe):
+def serve(runner, progress, ring, pipe):
     try:
-        workers._run_plans(runner, memory, pipe)
+        workers._run_plans(runner, progress, ring, pipe)
     except (EOFError, OSError):
         pass  # the test is over
 
@@ -92,13 +92,14 @@ def ranks(monkeypatch):
     """A group of three ranks, and their runners."""
     monkeypatch.setattr(StepPlan, "unpack", staticmethod(lambda packed: packed.tolist()))
     group = WorkerGroup.__new__(WorkerGroup)
-    memory = RawArray("i", NUM_SLOTS * SLOT_SIZE)
-    group.ring = np.frombuffer(memory, dtype=np.int32).reshape(NUM_SLOTS, SLOT_SIZE)
+    memory = bytearray(Progress.num_bytes(3) + 4 * NUM_SLOTS * SLOT_SIZE)
+    group.progress, group.ring = workers._divide(memory, 3)
     group.num_sent, group.is_broken, group._death, group.workers = 0, False, None, []
     runners = [Runner(rank) for rank in range(3)]
     for runner in runners[1:]:
         pipe, worker_pipe = Pipe()
-        threading.Thread(target=serve, args=(runner, memory, worker_pipe), daemon=True).start()
+        arguments = runner, group.progress, group.ring, worker_pipe
+        threading.Thread(target=serve, args=arguments, daemon=True).start()
         group.workers.append(Worker(runner.rank, SimpleNamespace(), pipe, pipe))
     RELEASED.clear()
     yield group, runners

@@ -1,6 +1,5 @@
 """What the tests of this folder share: prompts, small engines, scripts, what must hold after."""
 
-import multiprocessing
 import os
 import random
 import subprocess
@@ -85,15 +84,22 @@ def check_nothing_is_held(llm: LLM) -> None:
 # ---- processes ------------------------------------------------------------------------------
 
 
+def worker_processes() -> list[tuple[int, int]]:
+    """(rank, pid) of the tensor-parallel workers that this process has, of all its engines."""
+    found = []
+    for pid in descendants(os.getpid()):
+        try:
+            arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        prefix = "nanovllm-rank-"
+        found += [(int(a.removeprefix(prefix)), pid) for a in arguments if a.startswith(prefix)]
+    return found
+
+
 def worker_pids() -> dict[int, int]:
     """Rank -> pid of the tensor-parallel workers of this process (of one engine)."""
-    prefix = "nanovllm-rank-"
-    children = multiprocessing.active_children()
-    return {
-        int(child.name.removeprefix(prefix)): child.pid
-        for child in children
-        if child.name.startswith(prefix)
-    }
+    return dict(worker_processes())
 
 
 def is_running(pid: int) -> bool:
@@ -127,6 +133,24 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
+def listeners(*pids: int) -> list[str]:
+    """The local addresses, in hexadecimal, of TCP sockets on which these processes listen."""
+    sockets = set()
+    for pid in pids or (os.getpid(),):
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                sockets.add(os.readlink(descriptor))
+            except FileNotFoundError:
+                continue
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+                found.append(fields[1])
+    return sorted(found)
+
+
 def shared_memory_files() -> set[str]:
     """Names under /dev/shm that look like ours or Python's; other programs' are left out."""
     prefixes = ("nanovllm", "psm_", "pym-", "sem.", "torch_")
@@ -146,10 +170,11 @@ def script_environment(**changes: str) -> dict[str, str]:
     return os.environ | settings | changes
 
 
-def start_script(path: Path, *arguments: str) -> subprocess.Popen:
+def start_script(path: Path, *arguments: str, cwd: Path | None = None) -> subprocess.Popen:
     """A Python script in a process group of its own; stdout and stderr are one pipe of text."""
     return subprocess.Popen(
         [sys.executable, str(path), *arguments],
+        cwd=cwd,
         env=script_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

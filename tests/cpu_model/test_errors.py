@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -16,6 +15,7 @@ from engine_checks import (
     random_prompts,
     tiny_engine,
     token_ids,
+    worker_processes,
 )
 from tiny_models import VOCAB_SIZE, edit_config, reference_greedy, save_model
 
@@ -229,14 +229,14 @@ BAD_ARGUMENTS = [
 def test_wrong_constructor_arguments(tiny_dir, arguments, kind, message):
     with pytest.raises(kind, match=message):
         tiny_engine(tiny_dir, **arguments)
-    assert not multiprocessing.active_children()
+    assert not worker_processes()
 
 
 @pytest.mark.parametrize("model", ["Qwen/Qwen3-0.6B", "", "~/huggingface/Qwen3-0.6B", None, 5])
 def test_the_model_must_be_a_directory(model):
     with pytest.raises(ArgumentError, match="model"):
         LLM(model, tensor_parallel_size=2)
-    assert not multiprocessing.active_children()
+    assert not worker_processes()
 
 
 @pytest.fixture

@@ -3,8 +3,12 @@
 import json
 import os
 import signal
+import threading
+import time
 
+import hanging_workers
 import pytest
+import rank_functions
 from engine_checks import (
     check_nothing_is_held,
     descendants,
@@ -16,6 +20,7 @@ from engine_checks import (
     start_script,
     tiny_engine,
     wait_until,
+    worker_pids,
 )
 from tiny_models import reference_greedy
 
@@ -148,6 +153,57 @@ def test_a_process_that_does_not_handle_the_signal(tiny_dir, reference, setting)
         assert signal.getsignal(signal.SIGINT) is setting
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+# ---- a rank that does not come ----------------------------------------------------------------
+
+
+def press_when(condition, times):
+    """Send SIGINT to this process as soon as the condition holds, and again."""
+
+    def press():
+        wait_until(condition, 60)
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
+
+    threading.Thread(target=press).start()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["step", "call", "exit"])
+def test_a_second_signal_ends_the_wait_for_a_rank_that_is_stopped(tiny_dir, monkeypatch, place):
+    llm = tiny_engine(tiny_dir, tensor_parallel_size=2, worker_timeout=3600)
+    generate(llm, PROMPTS, greedy(3))
+    [pid] = worker_pids().values()
+    os.kill(pid, signal.SIGSTOP)
+    progress = llm._workers.progress
+    begun = threading.Event()
+    calls = {
+        "step": lambda: llm.generate(PROMPTS, greedy(3), use_tqdm=False),
+        "call": lambda: llm.collective_rpc(rank_functions.announce),
+        "exit": lambda: begun.set() or llm.exit(),
+    }
+    monkeypatch.setattr(rank_functions, "on_announcement", begun.set)
+    if place == "step":
+        press_when(lambda: progress.of(0) > progress.of(1), 2)
+    else:
+        press_when(begun.is_set, 1 if place == "exit" else 2)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        calls[place]()
+    assert time.monotonic() - start < 10
+    llm.exit()
+    wait_until(lambda: not is_running(pid))
+
+
+@pytest.mark.slow
+def test_a_signal_while_the_workers_start(tiny_dir, monkeypatch):
+    monkeypatch.setattr("nanovllm.engine.workers._worker_main", hanging_workers.hang_in_start)
+    press_when(worker_pids, 1)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_engine(tiny_dir, tensor_parallel_size=2)
+    assert not worker_pids()
 
 
 # ---- a script at a terminal -------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Several ranks (gloo, on the CPU) give the tokens of transformers, and leave nothing behind."""
 
 import gc
-import multiprocessing
 import os
 import shutil
 
@@ -18,6 +17,7 @@ from engine_checks import (
     tiny_engine,
     wait_until,
     worker_pids,
+    worker_processes,
 )
 from tiny_models import VOCAB_SIZE, edit_config, reference_greedy, save_model
 
@@ -198,11 +198,11 @@ def test_nothing_is_left_of_an_engine(model_dir, prompts, reference, two_ranks, 
 
     `two_ranks` is there first, with the descriptors that a process opens once.
     """
-    files, children = shared_memory_files(), set(multiprocessing.active_children())
+    files, workers = shared_memory_files(), set(worker_processes())
     descriptors = len(os.listdir("/proc/self/fd"))
     llm = tiny_engine(model_dir, tensor_parallel_size=2, kvcache_block_size=512)
-    [worker] = set(multiprocessing.active_children()) - children
-    assert is_running(worker.pid)
+    [(_, pid)] = set(worker_processes()) - workers
+    assert is_running(pid)
     assert generate(llm, prompts, greedy(MAX_TOKENS)) == reference
     if way == "exit":
         llm.add_request(prompts[0], greedy(100))
@@ -211,12 +211,9 @@ def test_nothing_is_left_of_an_engine(model_dir, prompts, reference, two_ranks, 
         llm.exit()
     del llm
     gc.collect()
-    pid = worker.pid
     assert not is_running(pid)
-    assert set(multiprocessing.active_children()) == children
+    assert set(worker_processes()) == workers
     wait_until(lambda: shared_memory_files() <= files)
-    del worker
-    gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= descriptors + 2
 
 
@@ -237,7 +234,7 @@ def test_a_wrong_number_of_ranks_starts_no_process(
     def start(*args):
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", start)
+    monkeypatch.setattr("subprocess.Popen", start)
     shutil.copytree(model_dir, tmp_path / "m")
     edit_config(tmp_path / "m", **changes)
     with pytest.raises(ArgumentError, match=message):
@@ -247,7 +244,7 @@ def test_a_wrong_number_of_ranks_starts_no_process(
 def test_a_model_that_cannot_be_loaded_leaves_no_process(model_dir, tmp_path):
     shutil.copytree(model_dir, tmp_path / "m")
     os.remove(tmp_path / "m" / "model.safetensors")
-    children = set(multiprocessing.active_children())
+    workers = set(worker_processes())
     with pytest.raises(ArgumentError, match=r"safetensors"):
         tiny_engine(tmp_path / "m", tensor_parallel_size=2)
-    assert set(multiprocessing.active_children()) == children
+    assert set(worker_processes()) == workers

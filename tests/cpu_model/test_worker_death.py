@@ -1,17 +1,21 @@
-"""A rank that dies is named within seconds, nothing hangs, and nothing is left behind."""
+"""A rank that dies or does not answer is named within seconds, and nothing is left behind."""
 
 import os
 import signal
+import subprocess
 import threading
 import time
 
 import failing_workers
+import hanging_workers
 import pytest
+import rank_functions
 from engine_checks import (
     descendants,
     generate,
     greedy,
     is_running,
+    listeners,
     random_prompts,
     read_until,
     shared_memory_files,
@@ -31,11 +35,12 @@ LIMIT_SECONDS = 10
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left():
-    files = shared_memory_files()
+    files, sockets = shared_memory_files(), listeners()
     assert not worker_pids()
     yield
     assert not worker_pids()
     wait_until(lambda: shared_memory_files() <= files)
+    wait_until(lambda: listeners() == sockets)
 
 
 def check_dead(llm, message):
@@ -148,6 +153,78 @@ def test_a_step_that_fails_on_rank_0_ends_the_workers(tiny_dir, monkeypatch):
     assert time.monotonic() - start < LIMIT_SECONDS
     wait_until(lambda: not is_running(pid))
     check_dead(llm, "injected in rank 0")
+
+
+# ---- a rank that neither dies nor answers ------------------------------------------------------
+
+
+@pytest.fixture
+def two_ranks(tiny_dir):
+    """An engine that has run, and by now gives a rank up after a second."""
+    llm = tiny_engine(tiny_dir, tensor_parallel_size=2)
+    generate(llm, PROMPTS, greedy(3))
+    llm._workers._timeout = 1.0
+    yield llm
+    llm.exit()
+
+
+def check_is_given_up(llm, pid, call, state):
+    start = time.monotonic()
+    message = rf"rank 1 \(pid {pid}\) {state}has not answered for 1 s; worker_timeout says"
+    with pytest.raises(EngineDeadError, match=message):
+        call()
+    assert time.monotonic() - start < LIMIT_SECONDS
+    assert not is_running(pid)
+    check_dead(llm, message)
+
+
+@pytest.mark.parametrize("is_called", [True, False])
+def test_a_rank_that_is_stopped(two_ranks, is_called):
+    [pid] = worker_pids().values()
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(2)  # nobody asks it anything yet
+    calls = {
+        True: lambda: two_ranks.collective_rpc(rank_functions.echo_rank),
+        False: lambda: two_ranks.generate(PROMPTS, greedy(3)),
+    }
+    check_is_given_up(two_ranks, pid, calls[is_called], r"is stopped \(SIGSTOP\) and ")
+
+
+def test_a_rank_whose_step_hangs(two_ranks):
+    [pid] = worker_pids().values()
+    two_ranks.collective_rpc(hanging_workers.sleep_in_the_next_step, args=(1,))
+    check_is_given_up(two_ranks, pid, lambda: two_ranks.generate(PROMPTS, greedy(3)), "")
+
+
+def test_a_rank_that_is_stopped_while_it_starts(tiny_dir, monkeypatch):
+    monkeypatch.setattr("nanovllm.engine.workers._worker_main", hanging_workers.hang_in_start)
+    stopped = []
+
+    def stop():
+        wait_until(worker_pids, 60)
+        stopped.extend(worker_pids().values())
+        os.kill(stopped[0], signal.SIGSTOP)
+
+    threading.Thread(target=stop).start()
+    with pytest.raises(EngineDeadError, match=r"is stopped \(SIGSTOP\) and has not answered"):
+        tiny_engine(tiny_dir, tensor_parallel_size=2, worker_timeout=1)
+    assert not is_running(stopped[0])
+
+
+def test_long_steps_long_calls_and_a_stop_of_all_ranks_are_no_silence(tiny_dir, two_ranks):
+    llm, prompt = two_ranks, PROMPTS[0]
+    [expected] = reference_greedy(tiny_dir, [prompt], 3)
+    llm.collective_rpc(rank_functions.make_steps_slow, args=(1.5,))
+    assert generate(llm, [prompt], greedy(2)) == [expected[:2]]
+    llm.collective_rpc(rank_functions.make_steps_slow, args=(0,))
+    assert llm.collective_rpc(rank_functions.sleep_on_rank, args=(1, 2.5)) == [0, 1]
+    [pid] = worker_pids().values()
+    processes = f"{os.getpid()} {pid}"
+    script = f"kill -STOP {processes}; sleep 3; kill -CONT {processes}"
+    with subprocess.Popen(["sh", "-c", script]) as stopping:  # as Ctrl-Z and fg do
+        while stopping.poll() is None:
+            assert generate(llm, [prompt], greedy(3)) == [expected]
+    assert generate(llm, [prompt], greedy(3)) == [expected]
 
 
 SCRIPT = """

@@ -1,0 +1,119 @@
+"""Who may use an engine: one thread at a time, in the process that made it."""
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from ctypes import py_object, pythonapi
+from functools import wraps
+from types import FunctionType
+from typing import Any, TypeVar
+from weakref import WeakSet
+
+from nanovllm.errors import EngineUseError
+
+C = TypeVar("C", bound=type)
+
+
+class Owner:
+    """Lets one thread into an engine, as often as it likes, and refuses the others meanwhile."""
+
+    def __init__(self) -> None:
+        self.is_stepping = False  # the engine is half-changed, and takes no call but `exit`
+        self._pid = os.getpid()
+        self._holder: dict[None, tuple[int, str]] = {}  # the thread that is inside, and its call
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether this process is a fork of the one that made the engine."""
+        return self._pid != os.getpid()
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether this thread is."""
+        holder = self._holder.get(None)
+        return holder is not None and holder[0] == threading.get_ident()
+
+    def enter(self, call: str) -> bool:
+        """Let this thread in; whether it was outside, and has to `leave`.
+
+        Raises:
+            EngineUseError: another thread is inside, or a step, or this is another process.
+        """
+        if self._pid != os.getpid():
+            raise EngineUseError(
+                f"{call}() was called in process {os.getpid()}, but the engine belongs to process "
+                f'{self._pid}: use it there, or make a new LLM in a process started by "spawn"'
+            )
+        own = threading.get_ident(), call
+        holder = self._holder.setdefault(None, own)  # at once: no thread can come between
+        if holder[0] != own[0]:
+            raise EngineUseError(
+                f"{call}() was called in thread {_thread_name(own[0])!r} while {holder[1]}() runs "
+                f"in thread {_thread_name(holder[0])!r}: one thread at a time may use an engine "
+                "(hold a lock of your own around your calls)"
+            )
+        if self.is_stepping and call != "exit":
+            raise EngineUseError(
+                f"{call}() was called from inside a step of the engine, perhaps by a signal "
+                "handler: call it between two steps"
+            )
+        return holder is own
+
+    def leave(self) -> None:
+        """Let other threads in again."""
+        self._holder.clear()
+
+
+def one_thread_at_a_time(free: Iterable[str]) -> Callable[[C], C]:
+    """Class decorator: `Owner.enter` before each public method of an engine but the `free` ones."""
+
+    def decorate(cls: C) -> C:
+        for name, method in list(vars(cls).items()):
+            if isinstance(method, FunctionType) and not name.startswith("_") and name not in free:
+                setattr(cls, name, _exclusive(method))
+        return cls
+
+    return decorate
+
+
+def _exclusive(method: Callable[..., Any]) -> Callable[..., Any]:
+    name = method.__name__
+
+    @wraps(method)
+    def exclusive(self: Any, *args: Any, **kwargs: Any) -> Any:
+        is_outermost = self._owner.enter(name)
+        try:
+            if self._abandoned:
+                self._abort_abandoned()
+            return method(self, *args, **kwargs)
+        finally:
+            if is_outermost:
+                self._owner.leave()
+
+    return exclusive
+
+
+def _thread_name(ident: int) -> str:
+    names = (thread.name for thread in threading.enumerate() if thread.ident == ident)
+    return next(names, str(ident))
+
+
+# ---- a forked child ---------------------------------------------------------------------------
+
+_bound: WeakSet[Any] = WeakSet()
+
+
+def bind_to_process(*objects: Any) -> None:
+    """Never destroy these objects in a forked child.
+
+    Their destructors would wait for threads, talk to devices or end workers that are the parent's.
+    """
+    _bound.update(objects)
+
+
+def _keep_alive() -> None:
+    for bound in list(_bound):
+        pythonapi.Py_IncRef(py_object(bound))
+
+
+os.register_at_fork(after_in_child=_keep_alive)

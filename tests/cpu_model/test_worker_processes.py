@@ -1,0 +1,162 @@
+"""Workers start without the user's script, listen to nobody else, and end with rank 0."""
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+from engine_checks import (
+    descendants,
+    generate,
+    greedy,
+    is_running,
+    listeners,
+    random_prompts,
+    read_until,
+    start_script,
+    tiny_engine,
+    wait_until,
+    worker_pids,
+)
+from tiny_models import reference_greedy
+
+pytestmark = pytest.mark.slow
+PROMPTS = random_prompts((5, 300), seed=95)
+ORPHAN_SECONDS = 5
+LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+
+
+# ---- sockets ----------------------------------------------------------------------------------
+
+
+def test_ranks_listen_on_the_loopback_only_and_not_after_the_end(tiny_dir):
+    before = listeners()
+    with tiny_engine(tiny_dir, tensor_parallel_size=2) as llm:
+        generate(llm, PROMPTS, greedy(3))
+        found = listeners(os.getpid(), *worker_pids().values())
+        assert len(found) > len(before)
+        assert {address.rpartition(":")[0] for address in found} <= LOOPBACK
+    assert listeners() == before
+
+
+# ---- the user's script ------------------------------------------------------------------------
+
+
+def run_script(folder, text, *arguments):
+    """The exit status and the output's lines, of a script that runs in the folder above."""
+    path = folder / "script.py"
+    path.write_text(text)
+    with start_script(path, *arguments, cwd=folder.parent) as process:
+        try:
+            output, _ = process.communicate(timeout=240)
+        finally:
+            process.kill()
+    return process.returncode, output.splitlines()
+
+
+UNGUARDED = """
+import sys
+from engine_checks import generate, greedy, tiny_engine
+print("the script runs", flush=True)
+
+class Doubled:
+    def __init__(self, number):
+        self.number = 2 * number
+
+def double_rank(worker, number):
+    return Doubled(worker.rank + number.number)
+
+{guard}
+    llm = tiny_engine(sys.argv[1], tensor_parallel_size=2)
+    print(generate(llm, [[1, 2, 3]], greedy(3)), flush=True)
+    if sys.argv[2] == "call":
+        results = llm.collective_rpc(double_rank, args=(Doubled(5),))
+        print([result.number for result in results], flush=True)
+    llm.exit()
+"""
+
+
+def test_without_a_guard_what_the_script_defines_cannot_be_sent_and_the_guard_is_named(
+    tiny_dir, tmp_path
+):
+    status, lines = run_script(tmp_path, UNGUARDED.format(guard="if True:"), str(tiny_dir), "call")
+    assert status == 1
+    assert 'if __name__ == "__main__":' in lines[-1], lines
+    assert lines.count("the script runs") == 2
+
+
+def test_with_a_guard_what_the_script_defines_can_be_sent(tiny_dir, tmp_path):
+    text = UNGUARDED.format(guard='if __name__ == "__main__":')
+    status, lines = run_script(tmp_path, text, str(tiny_dir), "call")
+    assert status == 0, lines
+    assert lines[0] == "the script runs"
+    assert lines[-1] == "[20, 22]"
+
+
+def test_a_process_that_imports_an_unguarded_script_names_the_guard(tiny_dir, monkeypatch):
+    """One that the user's script has started by multiprocessing."""
+    process = multiprocessing.current_process()
+    monkeypatch.setattr(process, "_inheriting", True, raising=False)
+    with pytest.raises(RuntimeError, match='put .* under `if __name__ == "__main__":`'):
+        tiny_engine(tiny_dir, tensor_parallel_size=2)
+
+
+def test_a_script_needs_no_guard_and_files_beside_it_replace_no_module(tiny_dir, tmp_path):
+    for name in ("signal", "ctypes", "nanovllm", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('the wrong file')")
+    folder = tmp_path / "scripts"
+    folder.mkdir()
+    status, lines = run_script(folder, UNGUARDED.format(guard="if True:"), str(tiny_dir), "no")
+    expected = str(reference_greedy(tiny_dir, [[1, 2, 3]], 3))
+    assert (status, lines) == (0, ["the script runs", expected]), lines
+
+
+# ---- rank 0 is killed -------------------------------------------------------------------------
+
+KILLED = """
+import sys
+import hanging_workers
+from engine_checks import greedy, tiny_engine
+from nanovllm.engine import workers
+
+model, place = sys.argv[1:]
+if place in ("start", "load"):
+    workers._worker_main = getattr(hanging_workers, "hang_in_" + place)
+llm = tiny_engine(model, tensor_parallel_size=2)
+if place == "collective":
+    llm.model_runner.execute = lambda plan: hanging_workers.hang()
+    llm.generate([[1, 2, 3]], greedy(3), use_tqdm=False)
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "is_stopped"),
+    [("start", False), ("load", True), ("collective", False)],
+)
+def test_workers_do_not_outlive_a_rank_0_that_is_killed(tiny_dir, tmp_path, place, is_stopped):
+    """Wherever they are: hanging with Python's lock held, waiting for rank 0, or stopped."""
+    path = tmp_path / "script.py"
+    path.write_text(KILLED)
+    with start_script(path, str(tiny_dir), place) as process:
+        pids = []
+        try:
+            read_until(process, "hangs")
+            pids = descendants(process.pid)
+            assert pids
+            if is_stopped:
+                os.kill(pids[0], signal.SIGSTOP)
+            process.kill()
+            wait_until(lambda: not any(map(is_running, pids)), ORPHAN_SECONDS)
+        finally:
+            for pid in filter(is_running, pids):
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_a_worker_that_has_just_been_started_does_not_outlive_rank_0(tiny_dir, tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(KILLED)
+    with start_script(path, str(tiny_dir), "idle") as process:
+        wait_until(lambda: descendants(process.pid), 120)
+        pids = descendants(process.pid)
+        process.kill()
+        wait_until(lambda: not any(map(is_running, pids)), ORPHAN_SECONDS)
