@@ -8,6 +8,7 @@ from torch import nn
 
 from nanovllm.compat import explain_keywords
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.ownership import one_thread_at_a_time
 from nanovllm.engine.prompts import check_unsupported
 from nanovllm.entrypoints import (
     metrics,
@@ -27,6 +28,9 @@ from nanovllm.pooling_params import PoolingParams
 from nanovllm.sampling_params import SAMPLING_FIELDS, SamplingParams
 
 
+@one_thread_at_a_time(
+    free=["get_tokenizer", "get_default_sampling_params", "get_world_size", "shutdown"]
+)
 class LLM(LLMEngine):
     """Offline inference on one model; see `LLMEngine` for the parameters and methods."""
 

@@ -1,11 +1,12 @@
 """The engine: takes requests, steps the scheduler and the model in turn, returns completions."""
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager, suppress
 from copy import copy
 from time import perf_counter
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -15,6 +16,7 @@ from nanovllm.engine.generation_config import default_sampling_params, eos_token
 from nanovllm.engine.interrupts import DeferredInterrupt
 from nanovllm.engine.isolation import Isolation
 from nanovllm.engine.model_runner import LaunchedStep, ModelRunner, choose_ops
+from nanovllm.engine.ownership import Owner, bind_to_process, one_thread_at_a_time
 from nanovllm.engine.progress import ProgressBar
 from nanovllm.engine.prompts import (
     as_params_list,
@@ -39,6 +41,7 @@ from nanovllm.sampling_params import SamplingParams
 StepOutput = tuple[list[tuple[int, list[int]]], int]
 
 
+@one_thread_at_a_time(free=["exit"])
 class LLMEngine:
     """Offline inference on one model.
 
@@ -98,7 +101,9 @@ class LLMEngine:
         runner ("auto", "generate" or "pooling"), enable_sleep_mode, disable_log_stats: vLLM's; they
             change nothing: pooling, sleep and metrics are always there.
 
-    An engine has no lock: use it from one thread at a time.
+    Use an engine from one thread at a time: a call while another thread is inside raises an
+    EngineUseError. It belongs to the process that made it: in a forked child its methods raise that
+    error too (`exit` does nothing), and it can be neither copied nor pickled.
 
     Raises:
         ArgumentError: a value is wrong; before any process is started or GPU memory taken, except
@@ -127,7 +132,8 @@ class LLMEngine:
             config.model, config.generation_config, config.override_generation_config
         )
         self._request_features = RequestFeatures(config, self.tokenizer)
-        self._workers = None
+        self._owner = Owner()
+        self._workers: WorkerGroup | None = None
         if config.tensor_parallel_size > 1:
             self._workers = WorkerGroup(_for_workers(config), device.type)
         self.model_runner = self._start_model_runner(device)
@@ -137,14 +143,16 @@ class LLMEngine:
         self._step_seqs: list[Sequence] | None = None  # of what is launched or committed just now
         self._requests = RequestTable()
         self._isolation = Isolation(self._requests, self.scheduler)
-        self._is_stepping = False
-        self._abandoned: list[Request] = []  # to be aborted after the step
+        self._abandoned: deque[Request] = deque()  # to be aborted as soon as possible
         self._step_seconds = 0.0  # spent on launching the last committed step and waiting for it
         self._next_request_id = 0
         self._asleep: frozenset[str] = frozenset()  # what `LLM.sleep` has switched off
         self._cause_of_death = "the engine was ended by exit()"
         # Not bound to self, so that dropping the engine releases everything.
-        self._finalizer = weakref.finalize(self, _release, self.model_runner, self._workers)
+        self._finalizer = weakref.finalize(
+            self, _release, self._owner, self.model_runner, self._workers
+        )
+        bind_to_process(self.model_runner)
 
     def _start_model_runner(self, device: torch.device) -> ModelRunner:
         workers = self._workers
@@ -284,15 +292,14 @@ class LLMEngine:
 
         A failure in it that some request may have caused is that request's end, and not raised.
         """
-        self._is_stepping = True
+        self._owner.is_stepping = True
         try:
             yield
         except BaseException as error:
             self._recover(error)
         finally:
-            self._is_stepping = False
-            abandoned, self._abandoned = self._abandoned, []
-            self._abort(abandoned)
+            self._owner.is_stepping = False
+            self._abort_abandoned()
 
     def _step_synchronous(self) -> int:
         launched = self._launch(in_flight=False)
@@ -368,11 +375,27 @@ class LLMEngine:
     # ---- errors and the end -------------------------------------------------------------------
 
     def exit(self) -> None:
-        """End the workers and release all memory. May be called again."""
-        self._finalizer()
-        self._abort(list(self._requests.unfinished.values()))
-        self._in_flight = None
-        self._requests.clear()
+        """End the workers and release all memory. May be called again.
+
+        In a forked child it does nothing.
+        """
+        if self._owner.is_foreign:
+            return
+        is_outermost = self._owner.enter("exit")
+        try:
+            self._finalizer()
+            self._abort(list(self._requests.unfinished.values()))
+            self._in_flight = None
+            self._requests.clear()
+        finally:
+            if is_outermost:
+                self._owner.leave()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"a {type(self).__name__} cannot be pickled or copied, as it holds a model and perhaps "
+            "processes: make a new one where it is needed, or pass prompts and outputs"
+        )
 
     def __enter__(self) -> "LLMEngine":
         return self
@@ -458,14 +481,21 @@ class LLMEngine:
         self._drop_dead_step()
 
     def _abandon(self, requests: list[Request]) -> None:
-        """`_abort`, also from a finalizer that the garbage collector runs in mid-step.
+        """`_abort`, or leave it to the next call if this thread is outside, or in mid-step.
 
-        Nor are outputs kept: many streams whose requests are aborted take no more memory than one.
+        The garbage collector may call it anywhere, as the finalizer of a stream. Outputs are not
+        kept: many streams whose requests are aborted take no more memory than one.
         """
-        self._requests.forget(requests)
-        if self._is_stepping:
-            self._abandoned += requests
-        else:
+        if self._owner.is_foreign:
+            return
+        self._abandoned += requests
+        if self._owner.is_inside and not self._owner.is_stepping:
+            self._abort_abandoned()
+
+    def _abort_abandoned(self) -> None:
+        requests = [self._abandoned.popleft() for _ in range(len(self._abandoned))]
+        if requests:
+            self._requests.forget(requests)
             self._abort(requests)
 
     def _recover(self, error: BaseException) -> None:
@@ -531,7 +561,9 @@ def _for_workers(config: Config) -> Config:
     return config
 
 
-def _release(model_runner: ModelRunner, workers: WorkerGroup | None) -> None:
+def _release(owner: Owner, model_runner: ModelRunner, workers: WorkerGroup | None) -> None:
+    if owner.is_foreign:  # a forked child ends: everything is its parent's
+        return
     model_runner.drop_graphs()
     if workers is not None:
         workers.close()

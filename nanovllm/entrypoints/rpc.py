@@ -36,7 +36,8 @@ def collective_rpc(
         if workers is None:
             return [runner.call(method, *args, **kwargs)]
         try:
-            return workers.call(runner, method, tuple(args), kwargs, timeout)
+            with llm._stepping():  # the ranks are busy: a function may not call the engine
+                return workers.call(runner, method, tuple(args), kwargs, timeout)
         except BaseException as error:
             if workers.is_broken:
                 is_death = isinstance(error, EngineDeadError)

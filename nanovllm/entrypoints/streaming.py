@@ -7,7 +7,7 @@ are what is new since the last look.
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from nanovllm.engine.detokenizer import OutputText
 from nanovllm.engine.progress import ProgressBar
@@ -62,6 +62,7 @@ class Stream(Iterator[StreamOutput]):
     ) -> None:
         # Neither of these refers to the stream: it is freed as soon as it is dropped.
         own_ids: set[int] = set()
+        self._owner = llm._owner
         self._items = _items(llm, requests, own_ids, use_tqdm)
         self._finalizer = weakref.finalize(self, llm._abandon, requests)
         self._finalizer.atexit = False
@@ -71,20 +72,40 @@ class Stream(Iterator[StreamOutput]):
                 own_ids.add(request.request_id)
             llm._requests.claim(own_ids)
         except BaseException:
-            self.close()
+            self._end()
             raise
 
     def __next__(self) -> StreamOutput:
+        is_outermost = self._owner.enter("generate_stream")
         try:
             return next(self._items)
         except BaseException:
-            self.close()
+            self._end()
             raise
+        finally:
+            if is_outermost:
+                self._owner.leave()
 
     def close(self) -> None:
-        """End the unfinished requests; there are no more items. May be called again."""
+        """End the unfinished requests; there are no more items. May be called again.
+
+        In a forked child it does nothing.
+        """
+        if self._owner.is_foreign:
+            return
+        is_outermost = self._owner.enter("close")
+        try:
+            self._end()
+        finally:
+            if is_outermost:
+                self._owner.leave()
+
+    def _end(self) -> None:
         self._finalizer()
         self._items.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a stream cannot be pickled or copied: its engine works on it")
 
     def __enter__(self) -> "Stream":
         return self
