@@ -564,6 +564,8 @@ def _for_workers(config: Config) -> Config:
 def _release(owner: Owner, model_runner: ModelRunner, workers: WorkerGroup | None) -> None:
     if owner.is_foreign:  # a forked child ends: everything is its parent's
         return
+    if workers is not None and workers.is_broken:
+        model_runner.tp.stop_waiting()  # what is in flight may wait for a rank that does not come
     model_runner.drop_graphs()
     if workers is not None:
         workers.close()

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterable
 from ctypes import py_object, pythonapi
 from functools import wraps
+from threading import get_ident
 from types import FunctionType
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -13,25 +14,27 @@ from nanovllm.errors import EngineUseError
 
 C = TypeVar("C", bound=type)
 
+_pid = os.getpid()
+
 
 class Owner:
     """Lets one thread into an engine, as often as it likes, and refuses the others meanwhile."""
 
     def __init__(self) -> None:
         self.is_stepping = False  # the engine is half-changed, and takes no call but `exit`
-        self._pid = os.getpid()
+        self._pid = _pid
         self._holder: dict[None, tuple[int, str]] = {}  # the thread that is inside, and its call
 
     @property
     def is_foreign(self) -> bool:
         """Whether this process is a fork of the one that made the engine."""
-        return self._pid != os.getpid()
+        return self._pid != _pid
 
     @property
     def is_inside(self) -> bool:
         """Whether this thread is."""
         holder = self._holder.get(None)
-        return holder is not None and holder[0] == threading.get_ident()
+        return holder is not None and holder[0] == get_ident()
 
     def enter(self, call: str) -> bool:
         """Let this thread in; whether it was outside, and has to `leave`.
@@ -39,12 +42,12 @@ class Owner:
         Raises:
             EngineUseError: another thread is inside, or a step, or this is another process.
         """
-        if self._pid != os.getpid():
+        if self._pid != _pid:
             raise EngineUseError(
-                f"{call}() was called in process {os.getpid()}, but the engine belongs to process "
+                f"{call}() was called in process {_pid}, but the engine belongs to process "
                 f'{self._pid}: use it there, or make a new LLM in a process started by "spawn"'
             )
-        own = threading.get_ident(), call
+        own = get_ident(), call
         holder = self._holder.setdefault(None, own)  # at once: no thread can come between
         if holder[0] != own[0]:
             raise EngineUseError(
@@ -111,9 +114,11 @@ def bind_to_process(*objects: Any) -> None:
     _bound.update(objects)
 
 
-def _keep_alive() -> None:
+def _become_foreign() -> None:
+    global _pid
+    _pid = os.getpid()
     for bound in list(_bound):
         pythonapi.Py_IncRef(py_object(bound))
 
 
-os.register_at_fork(after_in_child=_keep_alive)
+os.register_at_fork(after_in_child=_become_foreign)

@@ -25,6 +25,8 @@ from typing import Any
 
 WATCH_SECONDS = 0.5
 PR_SET_PDEATHSIG = 1
+# The last place to look, should the others be relative to a folder that has been left.
+PACKAGE_FOLDER = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 # The module search path comes first, so that a file of the working directory replaces no module.
 COMMAND = """import sys
 sys.path[:] = {path!r}
@@ -101,7 +103,7 @@ def start_process(
         os.fsdecode(spawn.get_executable()),
         *subprocess._args_from_interpreter_flags(),  # type: ignore[attr-defined]
         "-c",
-        COMMAND.format(path=[str(path) for path in preparation["sys_path"]]),
+        COMMAND.format(path=[*map(str, preparation["sys_path"]), PACKAGE_FOLDER]),
         name,
         str(os.getpid()),
         *map(str, descriptors),

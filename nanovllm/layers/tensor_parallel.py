@@ -205,15 +205,19 @@ class TensorParallel:
                     return
             self.while_waiting()
 
+    def stop_waiting(self) -> None:
+        """Let kernels that wait for a rank in shared memory go on, with any numbers."""
+        peers = self.peers
+        if peers is not None:
+            peers.abort.fill_(1)
+
     def abort(self) -> None:
         """Leave the group at once, breaking off what is in flight. Any thread may call it, again.
 
         NCCL does not let go of a communicator while a CUDA graph that uses it exists: drop the
         graphs first. Should one be left, this gives up after some seconds instead of hanging.
         """
-        peers = self.peers
-        if peers is not None:
-            peers.abort.fill_(1)  # kernels that wait for a rank that is gone stop waiting
+        self.stop_waiting()
         group, self.group = self.group, None
         if group is not None:
             aborting = threading.Thread(target=group.abort, daemon=True)

@@ -133,24 +133,6 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-def listeners(*pids: int) -> list[str]:
-    """The local addresses, in hexadecimal, of TCP sockets on which these processes listen."""
-    sockets = set()
-    for pid in pids or (os.getpid(),):
-        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-            try:
-                sockets.add(os.readlink(descriptor))
-            except FileNotFoundError:
-                continue
-    found = []
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
-                found.append(fields[1])
-    return sorted(found)
-
-
 def shared_memory_files() -> set[str]:
     """Names under /dev/shm that look like ours or Python's; other programs' are left out."""
     prefixes = ("nanovllm", "psm_", "pym-", "sem.", "torch_")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -218,6 +219,10 @@ BAD_ARGUMENTS = [
     ({"attention_backend": "xformers"}, ArgumentError, "xformers"),
     ({"load_format": "pt"}, ArgumentError, "load_format"),
     ({"seed": 2**63}, ArgumentError, "seed"),
+    *[
+        ({"worker_timeout": value}, ArgumentError, "worker_timeout must be seconds between 1 and")
+        for value in (0, -1, 0.5, 86401, math.inf, math.nan, 10**400, "8", None, True)
+    ],
     ({"seed": 1.5}, ArgumentError, "seed"),
     ({"max_model_length": 5}, TypeError, "max_model_length.*max_model_len"),
     ({"hf_config": None}, TypeError, "hf_config"),

@@ -15,7 +15,6 @@ from engine_checks import (
     generate,
     greedy,
     is_running,
-    listeners,
     random_prompts,
     read_until,
     shared_memory_files,
@@ -24,6 +23,7 @@ from engine_checks import (
     wait_until,
     worker_pids,
 )
+from sockets import listeners
 from tiny_models import reference_greedy
 
 from nanovllm import EngineDeadError

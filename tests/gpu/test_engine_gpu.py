@@ -5,12 +5,14 @@ import itertools
 import os
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import worker_without_memory
+from sockets import are_on_the_loopback, listeners
 from tiny_models import VOCAB_SIZE, edit_config, reference_greedy, save_model
 
 from nanovllm import LLM, EngineDeadError, SamplingParams
@@ -334,6 +336,64 @@ def test_a_killed_worker_is_named_within_ten_seconds(model_dir):
         llm.generate([[1]], greedy(1))
     with small_engine(model_dir) as fresh:
         assert len(fresh.generate([[1]], greedy(3), use_tqdm=False)[0]["token_ids"]) == 3
+
+
+@pytest.mark.two_gpus
+@pytest.mark.parametrize("shares_memory", [True, False])
+def test_a_rank_that_is_stopped_is_named(model_dir, prompts, shares_memory):
+    """Whether rank 0's kernels wait in shared memory or in NCCL."""
+    llm = small_engine(
+        model_dir, tensor_parallel_size=2, disable_custom_all_reduce=not shares_memory
+    )
+    llm.generate(prompts, greedy(), use_tqdm=False)
+    llm._workers._timeout = 2.0
+    start = time.monotonic()
+    os.kill(llm._workers.workers[0].process.pid, signal.SIGSTOP)
+    with pytest.raises(EngineDeadError, match="rank 1.*is stopped"):
+        llm.generate(prompts, greedy(), use_tqdm=False)
+    assert time.monotonic() - start < 20
+    with small_engine(model_dir) as fresh:
+        assert len(fresh.generate([[1]], greedy(3), use_tqdm=False)[0]["token_ids"]) == 3
+
+
+@pytest.mark.two_gpus
+@pytest.mark.parametrize("length", [1, 600])
+@pytest.mark.parametrize("shares_memory", [True, False])
+def test_a_second_ctrl_c_ends_a_step_whose_other_rank_is_stopped(model_dir, length, shares_memory):
+    llm = small_engine(
+        model_dir,
+        tensor_parallel_size=2,
+        disable_custom_all_reduce=not shares_memory,
+        worker_timeout=3600,
+    )
+    llm.generate([[1]], greedy(), use_tqdm=False)
+    os.kill(llm._workers.workers[0].process.pid, signal.SIGSTOP)
+    progress = llm._workers.progress
+
+    def press():
+        while progress.of(0) <= progress.of(1):
+            time.sleep(0.05)
+        for _ in range(2):
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(random_prompts([length]), greedy(), use_tqdm=False)
+    assert time.monotonic() - start < 20
+    with small_engine(model_dir) as fresh:
+        assert len(fresh.generate([[1]], greedy(3), use_tqdm=False)[0]["token_ids"]) == 3
+
+
+@pytest.mark.two_gpus
+def test_ranks_listen_on_the_loopback_only_and_not_after_the_end(model_dir, prompts):
+    before = listeners()
+    with small_engine(model_dir, tensor_parallel_size=2) as llm:
+        llm.generate(prompts, greedy(), use_tqdm=False)
+        found = listeners(os.getpid(), llm._workers.workers[0].process.pid)
+        assert are_on_the_loopback(found), found
+    assert are_on_the_loopback(sorted(set(listeners()) - set(before)))
 
 
 @pytest.mark.two_gpus
