@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager, suppress
 from copy import copy
+from threading import get_ident
 from time import perf_counter
 from typing import Any, NoReturn
 
@@ -381,15 +382,15 @@ class LLMEngine:
         """
         if self._owner.is_foreign:
             return
-        is_outermost = self._owner.enter("exit")
+        visit = get_ident(), "exit"
         try:
+            self._owner.enter(visit)
             self._finalizer()
             self._abort(list(self._requests.unfinished.values()))
             self._in_flight = None
             self._requests.clear()
         finally:
-            if is_outermost:
-                self._owner.leave()
+            self._owner.leave(visit)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(

@@ -14,6 +14,8 @@ from nanovllm.errors import EngineUseError
 
 C = TypeVar("C", bound=type)
 
+Visit = tuple[int, str]  # the thread, and its call by name
+
 _pid = os.getpid()
 
 
@@ -23,7 +25,7 @@ class Owner:
     def __init__(self) -> None:
         self.is_stepping = False  # the engine is half-changed, and takes no call but `exit`
         self._pid = _pid
-        self._holder: dict[None, tuple[int, str]] = {}  # the thread that is inside, and its call
+        self._holder: dict[None, Visit] = {}  # the outermost visit of the thread that is inside
 
     @property
     def is_foreign(self) -> bool:
@@ -36,22 +38,22 @@ class Owner:
         holder = self._holder.get(None)
         return holder is not None and holder[0] == get_ident()
 
-    def enter(self, call: str) -> bool:
-        """Let this thread in; whether it was outside, and has to `leave`.
+    def enter(self, visit: Visit) -> None:
+        """Let this thread in; `leave` with the same visit, whatever happens.
 
         Raises:
             EngineUseError: another thread is inside, or a step, or this is another process.
         """
+        ident, call = visit
         if self._pid != _pid:
             raise EngineUseError(
                 f"{call}() was called in process {_pid}, but the engine belongs to process "
                 f'{self._pid}: use it there, or make a new LLM in a process started by "spawn"'
             )
-        own = get_ident(), call
-        holder = self._holder.setdefault(None, own)  # at once: no thread can come between
-        if holder[0] != own[0]:
+        holder = self._holder.setdefault(None, visit)  # at once: no thread can come between
+        if holder[0] != ident:
             raise EngineUseError(
-                f"{call}() was called in thread {_thread_name(own[0])!r} while {holder[1]}() runs "
+                f"{call}() was called in thread {_thread_name(ident)!r} while {holder[1]}() runs "
                 f"in thread {_thread_name(holder[0])!r}: one thread at a time may use an engine "
                 "(hold a lock of your own around your calls)"
             )
@@ -60,11 +62,11 @@ class Owner:
                 f"{call}() was called from inside a step of the engine, perhaps by a signal "
                 "handler: call it between two steps"
             )
-        return holder is own
 
-    def leave(self) -> None:
-        """Let other threads in again."""
-        self._holder.clear()
+    def leave(self, visit: Visit) -> None:
+        """Let other threads in again, unless this visit is part of an earlier one."""
+        if self._holder.get(None) is visit:
+            self._holder.clear()
 
 
 def one_thread_at_a_time(free: Iterable[str]) -> Callable[[C], C]:
@@ -84,14 +86,14 @@ def _exclusive(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(method)
     def exclusive(self: Any, *args: Any, **kwargs: Any) -> Any:
-        is_outermost = self._owner.enter(name)
+        visit = get_ident(), name
         try:
+            self._owner.enter(visit)
             if self._abandoned:
                 self._abort_abandoned()
             return method(self, *args, **kwargs)
         finally:
-            if is_outermost:
-                self._owner.leave()
+            self._owner.leave(visit)
 
     return exclusive
 

@@ -7,6 +7,7 @@ are what is new since the last look.
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nanovllm.engine.detokenizer import OutputText
@@ -76,15 +77,19 @@ class Stream(Iterator[StreamOutput]):
             raise
 
     def __next__(self) -> StreamOutput:
-        is_outermost = self._owner.enter("generate_stream")
+        visit = get_ident(), "generate_stream"
+        try:
+            self._owner.enter(visit)
+            return self._next()
+        finally:
+            self._owner.leave(visit)
+
+    def _next(self) -> StreamOutput:
         try:
             return next(self._items)
         except BaseException:
             self._end()
             raise
-        finally:
-            if is_outermost:
-                self._owner.leave()
 
     def close(self) -> None:
         """End the unfinished requests; there are no more items. May be called again.
@@ -93,12 +98,12 @@ class Stream(Iterator[StreamOutput]):
         """
         if self._owner.is_foreign:
             return
-        is_outermost = self._owner.enter("close")
+        visit = get_ident(), "close"
         try:
+            self._owner.enter(visit)
             self._end()
         finally:
-            if is_outermost:
-                self._owner.leave()
+            self._owner.leave(visit)
 
     def _end(self) -> None:
         self._finalizer()

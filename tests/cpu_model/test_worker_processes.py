@@ -68,25 +68,30 @@ def double_rank(worker, number):
 {guard}
     llm = tiny_engine(sys.argv[1], tensor_parallel_size=2)
     print(generate(llm, [[1, 2, 3]], greedy(3)), flush=True)
-    if sys.argv[2] == "call":
-        results = llm.collective_rpc(double_rank, args=(Doubled(5),))
-        print([result.number for result in results], flush=True)
+    results = llm.collective_rpc(double_rank, args=(Doubled(5),))
+    print([result.number for result in results], flush=True)
     llm.exit()
 """
 
 
-def test_without_a_guard_what_the_script_defines_cannot_be_sent_and_the_guard_is_named(
-    tiny_dir, tmp_path
-):
-    status, lines = run_script(tmp_path, UNGUARDED.format(guard="if True:"), str(tiny_dir), "call")
+def test_a_script_needs_a_guard_only_for_what_it_sends_to_the_workers(tiny_dir, tmp_path):
+    """Files beside it, in the folder where it runs, replace no module in a worker."""
+    for name in ("signal", "ctypes", "nanovllm", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('the wrong file')")
+    folder = tmp_path / "scripts"
+    folder.mkdir()
+    status, lines = run_script(folder, UNGUARDED.format(guard="if True:"), str(tiny_dir))
+    expected = str(reference_greedy(tiny_dir, [[1, 2, 3]], 3))
+    assert lines[:2] == ["the script runs", expected], lines
+    # Only for the call a worker imports the script, which would make another engine.
+    assert lines.count("the script runs") == 2
     assert status == 1
     assert 'if __name__ == "__main__":' in lines[-1], lines
-    assert lines.count("the script runs") == 2
 
 
 def test_with_a_guard_what_the_script_defines_can_be_sent(tiny_dir, tmp_path):
     text = UNGUARDED.format(guard='if __name__ == "__main__":')
-    status, lines = run_script(tmp_path, text, str(tiny_dir), "call")
+    status, lines = run_script(tmp_path, text, str(tiny_dir))
     assert status == 0, lines
     assert lines[0] == "the script runs"
     assert lines[-1] == "[20, 22]"
@@ -100,40 +105,27 @@ def test_a_process_that_imports_an_unguarded_script_names_the_guard(tiny_dir, mo
         tiny_engine(tiny_dir, tensor_parallel_size=2)
 
 
-def test_a_script_needs_no_guard_and_files_beside_it_replace_no_module(tiny_dir, tmp_path):
-    for name in ("signal", "ctypes", "nanovllm", "torch"):
-        (tmp_path / f"{name}.py").write_text("raise ImportError('the wrong file')")
-    folder = tmp_path / "scripts"
-    folder.mkdir()
-    status, lines = run_script(folder, UNGUARDED.format(guard="if True:"), str(tiny_dir), "no")
-    expected = str(reference_greedy(tiny_dir, [[1, 2, 3]], 3))
-    assert (status, lines) == (0, ["the script runs", expected]), lines
-
-
 # ---- rank 0 is killed -------------------------------------------------------------------------
 
 KILLED = """
 import sys
 import hanging_workers
-from engine_checks import greedy, tiny_engine
+from engine_checks import tiny_engine
 from nanovllm.engine import workers
 
 model, place = sys.argv[1:]
-if place in ("start", "load"):
+if place != "anywhere":
     workers._worker_main = getattr(hanging_workers, "hang_in_" + place)
-llm = tiny_engine(model, tensor_parallel_size=2)
-if place == "collective":
-    llm.model_runner.execute = lambda plan: hanging_workers.hang()
-    llm.generate([[1, 2, 3]], greedy(3), use_tqdm=False)
+tiny_engine(model, tensor_parallel_size=2)
 """
 
 
 @pytest.mark.parametrize(
     ("place", "is_stopped"),
-    [("start", False), ("load", True), ("collective", False)],
+    [("start", False), ("load", True)],
 )
 def test_workers_do_not_outlive_a_rank_0_that_is_killed(tiny_dir, tmp_path, place, is_stopped):
-    """Wherever they are: hanging with Python's lock held, waiting for rank 0, or stopped."""
+    """Also if they hang with Python's lock held, or are stopped."""
     path = tmp_path / "script.py"
     path.write_text(KILLED)
     with start_script(path, str(tiny_dir), place) as process:
@@ -154,7 +146,7 @@ def test_workers_do_not_outlive_a_rank_0_that_is_killed(tiny_dir, tmp_path, plac
 def test_a_worker_that_has_just_been_started_does_not_outlive_rank_0(tiny_dir, tmp_path):
     path = tmp_path / "script.py"
     path.write_text(KILLED)
-    with start_script(path, str(tiny_dir), "idle") as process:
+    with start_script(path, str(tiny_dir), "anywhere") as process:
         wait_until(lambda: descendants(process.pid), 120)
         pids = descendants(process.pid)
         process.kill()
