@@ -162,7 +162,7 @@ class LLMEngine:
         try:
             assert workers.tp is not None
             runner = ModelRunner(self.config, device, workers.tp, workers.agree, workers)
-            workers.expects_answers = False  # the start-up is over
+            workers.finish_start()
             return runner
         except BaseException as error:
             # A rank that fails takes the collectives of the others with it: name the first.

@@ -130,6 +130,12 @@ class WorkerGroup:
             worker.pipe.send(smallest)
         return smallest
 
+    def finish_start(self) -> None:
+        """Wait until every worker takes plans."""
+        for worker in self.workers:
+            self._receive(worker)
+        self.expects_answers = False
+
     def send(self, packed: np.ndarray) -> None:
         """Send a packed plan to every worker; waits only if the ring is full.
 
@@ -478,6 +484,7 @@ def _worker_main(
         return pipe.recv()
 
     runner = ModelRunner(config, device, tp, agree)
+    pipe.send("serving")
     _run_plans(runner, progress, ring, pipe)
     if device_type == "cuda":
         torch.cuda.synchronize(device)  # other ranks may still wait for what this one sends
