@@ -1,0 +1,108 @@
+"""Reads the files of a model directory, of which nothing is trusted.
+
+Every file that is read must be a regular one, since a FIFO or a device would be waited for, and of
+bounded size. JSON must be an object of bounded depth.
+"""
+
+import json
+import os
+import stat
+from typing import Any
+
+from nanovllm.errors import ArgumentError, shown
+
+MAX_JSON_BYTES = 16 << 20
+MAX_VOCABULARY_BYTES = 64 << 20  # of tokenizer.json and its like
+MAX_DEPTH = 64
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+
+
+def is_file(path: str) -> bool:
+    """Whether `path` is there; ArgumentError if it is and cannot be read as a file.
+
+    A symbolic link is followed: the caches of hubs consist of them. One that leads nowhere is an
+    error.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        raise ArgumentError(f"cannot read {path}: {error}") from error
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise ArgumentError(f"cannot read {path}: {error}") from error
+    if not stat.S_ISREG(mode):
+        raise ArgumentError(f"cannot read {path}: it is {_kind(mode)}, not a file")
+    return True
+
+
+def _kind(mode: int) -> str:
+    kinds = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"))
+    return next((kind for is_kind, kind in kinds if is_kind(mode)), "a device")
+
+
+def read_bytes(path: str, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """The content of a file; ArgumentError if it cannot be read or has more than `max_bytes`."""
+    if not is_file(path):
+        raise ArgumentError(f"cannot read {path}: there is no such file")
+    try:
+        # Should a FIFO take the file's place meanwhile: it is not waited for.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            content = file.read(max_bytes + 1)
+    except OSError as error:
+        raise ArgumentError(f"cannot read {path}: {error}") from error
+    if len(content) > max_bytes:
+        raise ArgumentError(f"cannot read {path}: it has more than {max_bytes} bytes")
+    check_lfs_pointer(content, path)
+    return content
+
+
+def check_lfs_pointer(content: bytes, path: str) -> None:
+    """ArgumentError if `content`, the first bytes of a file, is what git leaves in its place."""
+    if content.startswith(LFS_POINTER):
+        raise ArgumentError(
+            f"{path} is a git-lfs pointer, not the file itself: run 'git lfs pull' in its directory"
+        )
+
+
+def read_text(path: str, max_bytes: int = MAX_JSON_BYTES) -> str:
+    """The content of a UTF-8 file; ArgumentError as of `read_bytes`, or if it is no UTF-8."""
+    try:
+        return read_bytes(path, max_bytes).decode()
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"cannot read {path}: it is not UTF-8: {error.reason}") from error
+
+
+def read_json(path: str) -> Any:
+    """What a JSON file holds; ArgumentError if it is damaged, too large or nested too deeply."""
+    try:
+        text = read_bytes(path).decode()
+        value = json.loads(text)
+    except ArgumentError:
+        raise
+    except ValueError as error:
+        raise ArgumentError(f"{path} is not valid JSON: {error}") from error
+    except RecursionError:
+        raise ArgumentError(f"{path} is nested more than {MAX_DEPTH} deep") from None
+    _check_depth(value, path)
+    return value
+
+
+def read_json_object(path: str) -> dict[str, Any]:
+    """The object that a JSON file holds; ArgumentError if it holds something else."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ArgumentError(f"{path} must hold a JSON object, got {shown(value)}")
+    return value
+
+
+def _check_depth(value: Any, path: str) -> None:
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(MAX_DEPTH):
+        if not level:
+            return
+        children = (c for v in level for c in (v.values() if isinstance(v, dict) else v))
+        level = [child for child in children if isinstance(child, (dict, list))]
+    raise ArgumentError(f"{path} is nested more than {MAX_DEPTH} deep")
