@@ -23,6 +23,7 @@ from nanovllm.errors import (
 from nanovllm.hf_config import read_hf_config
 from nanovllm.kernels import row_state
 from nanovllm.models.attention_config import full_attention_limit
+from nanovllm.models.config_fields import MAX_POSITIONS
 from nanovllm.models.moe_config import check_experts
 from nanovllm.models.quantization_config import has_block_scales
 from nanovllm.models.rope_config import max_positions
@@ -111,6 +112,7 @@ class Config:
     def __post_init__(self) -> None:
         self._check_ranges()
         self.hf_config = read_hf_config(self.model, self.hf_overrides)
+        self.model = os.path.abspath(self.model)  # `os.chdir` does not move it
         self._check_lengths()
         self._check_tensor_parallel()
 
@@ -120,7 +122,7 @@ class Config:
                 f"model must be the path of a directory, got {shown(self.model)}; to get one: "
                 "hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B"
             )
-        self.model = os.fspath(self.model)
+        self.model = os.fsdecode(self.model)
         self.max_num_seqs = check_int32("max_num_seqs", self.max_num_seqs, minimum=1)
         self.tensor_parallel_size = check_integer(
             "tensor_parallel_size", self.tensor_parallel_size, minimum=1, maximum=8
@@ -204,6 +206,7 @@ class Config:
 
     def _check_lengths(self) -> None:
         longest = max_positions(self.hf_config)
+        check_integer("the model's longest sequence", longest, 1, MAX_POSITIONS)
         budget_follows = self.max_num_batched_tokens is None and self.max_model_len is None
         self.max_model_len = min(self.max_model_len or longest, longest)
         limit = full_attention_limit(self.hf_config)
@@ -240,16 +243,11 @@ class Config:
 
     def _check_tensor_parallel(self) -> None:
         size, hf_config = self.tensor_parallel_size, self.hf_config
-        for name in (
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "intermediate_size",
-        ):
-            check_integer(f"the model's {name}", getattr(hf_config, name), minimum=1)
         if getattr(hf_config, "head_dim", None) is None:
             hf_config.head_dim = hf_config.hidden_size // hf_config.num_attention_heads
         check_integer("the model's head_dim", hf_config.head_dim, minimum=1)
+        if hf_config.head_dim % 2 != 0:
+            raise ArgumentError(f"the model's head_dim must be even, got {hf_config.head_dim}")
         num_kv_heads = hf_config.num_key_value_heads
         if hf_config.num_attention_heads % num_kv_heads != 0:
             raise ArgumentError(

@@ -9,6 +9,7 @@ MAX_SHOWN = 200  # characters of a value in a message
 MAX_TYPING_ERRORS = 2  # between what somebody wrote and the name that is suggested
 
 
+
 class ArgumentError(ValueError, AssertionError):
     """A wrong argument: the message names the value and the limit.
 
@@ -99,6 +100,12 @@ def _typing_errors(typed: str, meant: str) -> int:
                 cost = min(cost, last[j - 2] + 1)
             row.append(cost)
     return row[-1]
+
+
+def shown_error(error: BaseException) -> str:
+    """A library's error for a message, whose text may quote a value in full."""
+    text = str(error)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
 
 def check_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:

@@ -1,12 +1,13 @@
 """Reads a model's config.json, with the user's changes to it, and refuses what cannot run."""
 
 import difflib
-import json
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.errors import ArgumentError
+from nanovllm.errors import ArgumentError, shown, shown_error
+from nanovllm.model_files import is_file, read_json_object
+from nanovllm.models.config_fields import check_fields
 from nanovllm.models.registry import check_supported
 
 if TYPE_CHECKING:
@@ -16,10 +17,16 @@ if TYPE_CHECKING:
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
 # What config.json may hold beside the fields of the family's configuration.
 OTHER_FIELDS = ("torch_dtype", "quantization_config")
+GGUF = (
+    "GGUF files are not supported: give the directory of the model that they were made of, with "
+    "config.json and *.safetensors"
+)
 
 
 def read_hf_config(model: str, overrides: Any = None) -> "PretrainedConfig":
-    """The configuration of a model directory.
+    """The configuration of a model directory, made of what was read of config.json and checked.
+
+    Nothing reads the file a second time, and fields that nothing here uses are left out.
 
     Args:
         model: path of the directory.
@@ -34,54 +41,101 @@ def read_hf_config(model: str, overrides: Any = None) -> "PretrainedConfig":
             or with different values under two names of one field.
     """
     if not (overrides is None or callable(overrides) or isinstance(overrides, Mapping)):
-        raise ArgumentError(f"hf_overrides must be a dict or a callable, got {overrides!r}")
+        raise ArgumentError(f"hf_overrides must be a dict or a callable, got {shown(overrides)}")
     where, raw = _read_config_json(model)
     fields = overrides if isinstance(overrides, Mapping) else {}
     if fields:
         where += " with hf_overrides"
-        _check_fields(fields, raw)
+        _check_names(fields, raw)
         raw = _override(raw, fields)
-    check_supported(raw, where)
-    from transformers import AutoConfig, PretrainedConfig
+    checked = _check(raw, where)
+    config_class = _config_class(raw)
+    assert config_class is not None
+    from transformers import PretrainedConfig
 
     try:
-        hf_config = AutoConfig.for_model(**raw) if fields else AutoConfig.from_pretrained(model)
+        hf_config = config_class(**checked)
     except Exception as error:  # its validators raise many types
-        raise ArgumentError(f"{where} is refused by transformers: {error}") from error
+        raise ArgumentError(f"{where} is refused by transformers: {shown_error(error)}") from error
     if callable(overrides):
         hf_config = overrides(hf_config)
         if not isinstance(hf_config, PretrainedConfig):
-            raise ArgumentError(f"hf_overrides must return a PretrainedConfig, got {hf_config!r}")
+            raise ArgumentError(
+                f"hf_overrides must return a PretrainedConfig, got {shown(hf_config)}"
+            )
         if not isinstance(hf_config.rope_parameters, dict):
             raise ArgumentError(
                 "hf_overrides must leave rope_parameters a dict (no scaling: rope_type 'default' "
-                f"and rope_theta), got {hf_config.rope_parameters!r}"
+                f"and rope_theta), got {shown(hf_config.rope_parameters)}"
             )
     # As transformers' models do: an entry beside the rope parameters may replace one of them.
     hf_config.standardize_rope_params()
     if callable(overrides):
-        check_supported(hf_config.to_dict(), f"{where} with hf_overrides")
+        _check(hf_config.to_dict(), f"{where} with hf_overrides")
     return hf_config
+
+
+def _check(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """The fields for the family's configuration; ArgumentError if one of them is not supported."""
+    check_supported(raw, where)
+    config_class = _config_class(raw)
+    assert config_class is not None  # `check_supported` knows the model_type
+    has_experts = hasattr(config_class(), "num_experts_per_tok")
+    newest = dict(raw)
+    for name, stored in config_class.attribute_map.items():
+        if stored in newest:  # of two names, the one that transformers stores wins
+            newest[name] = newest.pop(stored)
+    return check_fields(newest, where, has_experts)
 
 
 def _read_config_json(model: str) -> tuple[str, dict[str, Any]]:
     """The path of the file and what it holds."""
     if not os.path.isdir(model):
         raise ArgumentError(
-            f"model must be an existing local directory, got {model!r} (nothing is downloaded, and "
-            "'~' is not expanded: use os.path.expanduser)"
+            f"model must be an existing local directory, got {model!r} ({_why_no_directory(model)})"
         )
     path = os.path.join(model, "config.json")
-    if not os.path.isfile(path):
-        raise ArgumentError(f"model directory {model!r} holds no config.json")
+    if not is_file(path):
+        raise ArgumentError(f"model directory {model!r} holds no config.json{_what_it_is(model)}")
+    return path, read_json_object(path)
+
+
+def _why_no_directory(model: str) -> str:
+    if model.lower().endswith(".gguf"):
+        return GGUF
+    if os.path.isfile(model):
+        return f"it is a file: give its directory, {os.path.dirname(os.path.abspath(model))!r}"
+    return "nothing is downloaded, and '~' is not expanded: use os.path.expanduser"
+
+
+def _what_it_is(model: str) -> str:
+    """What a directory without config.json may be, and what to give instead."""
     try:
-        with open(path, encoding="utf-8") as file:
-            raw = json.load(file)
-    except ValueError as error:
-        raise ArgumentError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ArgumentError(f"{path} must hold a JSON object, got {raw!r}")
-    return path, raw
+        names = sorted(os.listdir(model))
+    except OSError as error:
+        raise ArgumentError(f"cannot read {model}: {error}") from error
+    if any(name.lower().endswith(".gguf") for name in names):
+        return f": {GGUF}"
+    if "adapter_config.json" in names:
+        return ": it is an adapter (LoRA), which is not supported: merge it into its model first"
+    if os.path.isdir(os.path.join(model, "snapshots")):
+        snapshots = _snapshots(model)
+        where = " or ".join(map(repr, snapshots[:2])) or "one, but it has none: download it again"
+        return f": it is the cache of a hub; give the directory of a snapshot: {where}"
+    cached = [name for name in names if name.startswith("models--")]
+    if cached:
+        snapshots = [path for name in cached for path in _snapshots(os.path.join(model, name))]
+        where = " or ".join(map(repr, snapshots[:2])) or "none is there"
+        return f": it is the cache of a hub; give the directory of a model's snapshot: {where}"
+    return ""
+
+
+def _snapshots(cache: str) -> list[str]:
+    """The snapshots of a model in a hub's cache, newest first."""
+    folder = os.path.join(cache, "snapshots")
+    paths = [os.path.join(folder, name) for name in os.listdir(folder)]
+    found = [path for path in paths if os.path.isfile(os.path.join(path, "config.json"))]
+    return sorted(found, key=os.path.getmtime, reverse=True)
 
 
 def _config_class(raw: Mapping[str, Any]) -> "type[PretrainedConfig] | None":
@@ -93,7 +147,7 @@ def _config_class(raw: Mapping[str, Any]) -> "type[PretrainedConfig] | None":
     return None
 
 
-def _check_fields(fields: Mapping[str, Any], raw: dict[str, Any]) -> None:
+def _check_names(fields: Mapping[str, Any], raw: dict[str, Any]) -> None:
     """ArgumentError for a field that is in neither config.json nor the family's configuration."""
     config_class = _config_class({**raw, **fields})
     default = config_class() if config_class else None
@@ -103,8 +157,8 @@ def _check_fields(fields: Mapping[str, Any], raw: dict[str, Any]) -> None:
         known = sorted({*raw, *(default.to_dict() if default else {})})
         [nearest] = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
         raise ArgumentError(
-            f"hf_overrides: the model's configuration has no field {name!r}; the nearest is "
-            f"{nearest!r}"
+            f"hf_overrides: the model's configuration has no field {shown(name)}; the nearest is "
+            f"{shown(nearest)}"
         )
 
 
@@ -135,7 +189,7 @@ def _check_same(fields: Mapping[str, Any], name: str, other_name: str) -> None:
     if fields[name] != fields[other_name]:
         raise ArgumentError(
             f"hf_overrides: {name!r} and {other_name!r} are names of one field, with different "
-            f"values: {fields[name]!r} and {fields[other_name]!r}"
+            f"values: {shown(fields[name])} and {shown(fields[other_name])}"
         )
 
 
@@ -161,7 +215,7 @@ def _rope_parameters(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
         if fields.get(key, {}) is None:
             rope["rope_type"] = "default"
         elif not isinstance(fields.get(key, {}), Mapping):
-            raise ArgumentError(f"{where}: {key} must be an object, got {fields[key]!r}")
+            raise ArgumentError(f"{where}: {key} must be an object, got {shown(fields[key])}")
     given = dict(fields.get("rope_scaling") or fields.get("rope_parameters") or {})
     if "type" in given:
         older = given.pop("type")

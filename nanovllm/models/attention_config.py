@@ -6,7 +6,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.errors import ArgumentError, check_integer
+from nanovllm.errors import ArgumentError, check_integer, shown
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -20,7 +20,7 @@ def check_attention(raw_config: Mapping[str, Any], path: str) -> None:
     layer_types = raw_config.get("layer_types") or []
     if not isinstance(layer_types, list) or any(t != "full_attention" for t in layer_types):
         raise ArgumentError(
-            f"{path}: layer_types {layer_types!r} is not supported; supported: full_attention"
+            f"{path}: layer_types {shown(layer_types)} is not supported; supported: full_attention"
         )
 
 
@@ -29,7 +29,7 @@ def _check_dual_chunk(fields: Any, path: str) -> None:
         return
     where = f"{path}: dual_chunk_attention_config"
     if not isinstance(fields, Mapping):
-        raise ArgumentError(f"{where} must be an object, got {fields!r}")
+        raise ArgumentError(f"{where} must be an object, got {shown(fields)}")
     check_integer(f"{where}: chunk_size", fields.get("chunk_size"), minimum=2)
     maximum = fields["chunk_size"] - 1
     check_integer(f"{where}: local_size", fields.get("local_size"), minimum=1, maximum=maximum)

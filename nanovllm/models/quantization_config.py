@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from nanovllm.errors import ArgumentError
+from nanovllm.errors import ArgumentError, shown
 
 # Of "fp8": what the fields must be, None standing for what is left out.
 FP8_FIELDS: dict[str, tuple[Any, ...]] = {
@@ -27,18 +27,18 @@ def check_quantization(raw_config: Mapping[str, Any], path: str) -> None:
         fields = value if isinstance(value, Mapping) else {}
         method = fields.get("quant_method", "unnamed")
         if name != "quantization_config" or method != "fp8":
-            raise ArgumentError(f"{path}: {name} {method!r} is not supported")
+            raise ArgumentError(f"{path}: {name} {shown(method)} is not supported")
         for field, supported in FP8_FIELDS.items():
             if fields.get(field) not in supported:
                 raise ArgumentError(
-                    f"{path}: quantization_config 'fp8' with {field} {fields.get(field)!r} is not "
-                    f"supported; supported: {supported[0]!r}"
+                    f"{path}: quantization_config 'fp8' with {field} "
+                    f"{shown(fields.get(field))} is not supported; supported: {supported[0]!r}"
                 )
         for module in fields.get("modules_to_not_convert") or []:
             if str(module).endswith("_proj"):  # the embedding, norms and routers never are
                 raise ArgumentError(
-                    f"{path}: quantization_config 'fp8' whose modules_to_not_convert has {module!r}"
-                    " is not supported"
+                    f"{path}: quantization_config 'fp8' whose modules_to_not_convert has "
+                    f"{shown(module)} is not supported"
                 )
 
 

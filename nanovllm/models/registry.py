@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.errors import ArgumentError
+from nanovllm.errors import MAX_SHOWN, ArgumentError, shown
 from nanovllm.models.attention_config import check_attention
 from nanovllm.models.quantization_config import check_quantization
 from nanovllm.models.rope_config import check_rope
@@ -24,7 +24,13 @@ ARCHITECTURES = {
 }
 # What changes a model's results and no family here implements: `is_causal` if it is false; fields,
 # also those with a word in their names, unless they are false, null, 0 or empty; factors beside 1.
-UNSUPPORTED_FIELDS = ("use_sliding_window", "use_mrope", "rope_interleaved", "alibi")
+UNSUPPORTED_FIELDS = (
+    "use_sliding_window",
+    "use_mrope",
+    "rope_interleaved",
+    "alibi",
+    "per_layer_config",
+)
 UNSUPPORTED_WORDS = ("softcap", "soft_cap")
 FACTORS = (
     "logit_scale",
@@ -46,12 +52,19 @@ def check_supported(raw_config: Mapping[str, Any], path: str) -> None:
     check_rope(raw_config, path)
     for name, value in raw_config.items():
         if _is_unsupported(name, value):
-            raise ArgumentError(f"{path}: {name}={json.dumps(value)} is not supported")
+            raise ArgumentError(f"{path}: {name}={_as_json(value)} is not supported")
     check_attention(raw_config, path)
     check_quantization(raw_config, path)
     hidden_act = raw_config.get("hidden_act", "silu")
     if hidden_act != "silu":
-        raise ArgumentError(f"{path}: hidden_act {hidden_act!r} is not supported; supported: silu")
+        raise ArgumentError(
+            f"{path}: hidden_act {shown(hidden_act)} is not supported; supported: silu"
+        )
+
+
+def _as_json(value: Any) -> str:
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
 
 def _is_unsupported(name: str, value: Any) -> bool:
@@ -69,15 +82,21 @@ def _check_family(raw_config: Mapping[str, Any], path: str) -> None:
     name = _first_supported(architectures)
     if name is None:
         raise ArgumentError(
-            f"{path}: architectures {architectures} is not supported; "
+            f"{path}: architectures {_shown_names(architectures)} is not supported; "
             f"supported: {', '.join(ARCHITECTURES)}"
         )
     model_type, expected = raw_config.get("model_type"), ARCHITECTURES[name][0]
     if model_type != expected:
         raise ArgumentError(
-            f"{path}: architectures {architectures} with model_type {model_type!r} is not "
+            f"{path}: architectures {_shown_names(architectures)} with model_type "
+            f"{shown(model_type)} is not "
             f"supported; the model_type of {name} is {expected!r}"
         )
+
+
+def _shown_names(architectures: Any) -> str:
+    is_short = isinstance(architectures, str) and len(architectures) <= MAX_SHOWN
+    return architectures if is_short else shown(architectures)
 
 
 def _first_supported(architectures: Any) -> str | None:

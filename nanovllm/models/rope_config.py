@@ -8,7 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.errors import ArgumentError, check_bool, check_integer, check_number
+from nanovllm.errors import ArgumentError, check_bool, check_integer, check_number, shown
+from nanovllm.models.config_fields import MAX_POSITIONS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -34,6 +35,9 @@ ROPE_TYPES: dict[str, tuple[set[str], set[str]]] = {
         },
     ),
 }
+# Beyond these, numbers overflow on the way to an angle.
+MAX_BASE = 1e30
+SMALLEST, LARGEST = 1e-9, 1e9
 # "finetuned" tells how a checkpoint came about, and nothing of how to compute.
 COMMON_FIELDS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
 
@@ -48,7 +52,7 @@ def check_rope(raw_config: Mapping[str, Any], path: str) -> None:
         rope = raw_config.get(key)
         if rope is not None:
             if not isinstance(rope, Mapping):
-                raise ArgumentError(f"{path}: {key} must be an object, got {rope!r}")
+                raise ArgumentError(f"{path}: {key} must be an object, got {shown(rope)}")
             _check_common(rope, f"{path}: {key}")
             rope_type = _check_type(rope, f"{path}: {key}")
             if name in ROPE_TYPES[rope_type][1]:  # null is not its default
@@ -60,9 +64,12 @@ def _check_common(fields: Mapping[str, Any], where: str) -> None:
     if "rope_theta" in fields:
         named, limit = f"{where}: rope_theta", "finite and > 1"
         check_number(named, fields["rope_theta"], limit, lambda x: 1 < x < math.inf)
+        check_number(named, fields["rope_theta"], f"<= {MAX_BASE}", lambda x: x <= MAX_BASE)
     rotary_factor = fields.get("partial_rotary_factor")
     if rotary_factor is not None and rotary_factor != 1:
-        raise ArgumentError(f"{where}: partial_rotary_factor {rotary_factor!r} is not supported")
+        raise ArgumentError(
+            f"{where}: partial_rotary_factor {shown(rotary_factor)} is not supported"
+        )
 
 
 def _check_type(rope: Mapping[str, Any], where: str) -> str:
@@ -70,9 +77,10 @@ def _check_type(rope: Mapping[str, Any], where: str) -> str:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
         raise ArgumentError(
-            f"{where} of type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
+            f"{where} of type {shown(rope_type)} is not supported; supported: "
+            f"{', '.join(ROPE_TYPES)}"
         )
-    where = f"{where} of type {rope_type!r}"
+    where = f"{where} of type {shown(rope_type)}"
     required, optional = ROPE_TYPES[rope_type]
     given = {name: value for name, value in rope.items() if value is not None}
     for name in sorted(required - given.keys()):
@@ -87,10 +95,14 @@ def _check_type(rope: Mapping[str, Any], where: str) -> str:
             check_bool(named, value)
         elif name == "original_max_position_embeddings":
             check_integer(named, value, minimum=1)
+            check_integer(named, value, 1, MAX_POSITIONS)
         elif name == "factor":
             check_number(named, value, "finite and >= 1", lambda x: 1 <= x < math.inf)
         else:
             check_number(named, value, "finite and > 0", lambda x: 0 < x < math.inf)
+        if name not in ("truncate", "original_max_position_embeddings"):
+            limit = f"between {SMALLEST} and {LARGEST}"
+            check_number(named, value, limit, lambda x: SMALLEST <= x <= LARGEST)
     if rope_type == "llama3" and given["low_freq_factor"] >= given["high_freq_factor"]:
         raise ArgumentError(
             f"{where}: low_freq_factor ({given['low_freq_factor']}) must be < high_freq_factor "

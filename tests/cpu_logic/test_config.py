@@ -660,7 +660,7 @@ def without_rope_parameters(hf_config):
             {"num_hiden_layers": 2},
             "no field 'num_hiden_layers'; the nearest is 'num_hidden_layers'",
         ),
-        ({"vocab_size": "many"}, "with hf_overrides is refused by transformers"),
+        ({"vocab_size": "many"}, "with hf_overrides: the model's vocab_size must be an integer"),
         ({"num_attention_heads": 0}, "num_attention_heads must be >= 1, got 0|refused by transf"),
         ({"num_hidden_layers": 0}, "the model's num_hidden_layers must be >= 1, got 0"),
         ({"model_type": ["qwen3"]}, r"with model_type \['qwen3'\] is not supported"),
