@@ -104,7 +104,11 @@ def _typing_errors(typed: str, meant: str) -> int:
 
 def shown_error(error: BaseException) -> str:
     """A library's error for a message, whose text may quote a value in full."""
-    text = str(error)
+    return cut(str(error))
+
+
+def cut(text: str) -> str:
+    """The first MAX_SHOWN characters of a text that is longer."""
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
 

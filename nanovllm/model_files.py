@@ -45,21 +45,27 @@ def _kind(mode: int) -> str:
 
 def read_bytes(path: str, max_bytes: int = MAX_JSON_BYTES) -> bytes:
     """The content of a file; ArgumentError if it cannot be read or has more than `max_bytes`."""
+    content = read_start(path, max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ArgumentError(f"cannot read {path}: it has more than {max_bytes} bytes")
+    return content
+
+
+def read_start(path: str, num_bytes: int) -> bytes:
+    """The first bytes of a file of any size; ArgumentError as of `read_bytes`."""
     if not is_file(path):
         raise ArgumentError(f"cannot read {path}: there is no such file")
     try:
         # Should a FIFO take the file's place meanwhile: it is not waited for.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            content = file.read(max_bytes + 1)
+            content = file.read(num_bytes)
     except OSError as error:
         raise ArgumentError(f"cannot read {path}: {error}") from error
-    if len(content) > max_bytes:
-        raise ArgumentError(f"cannot read {path}: it has more than {max_bytes} bytes")
-    check_lfs_pointer(content, path)
+    _check_lfs_pointer(content, path)
     return content
 
 
-def check_lfs_pointer(content: bytes, path: str) -> None:
+def _check_lfs_pointer(content: bytes, path: str) -> None:
     """ArgumentError if `content`, the first bytes of a file, is what git leaves in its place."""
     if content.startswith(LFS_POINTER):
         raise ArgumentError(
@@ -83,9 +89,13 @@ def read_json(path: str) -> Any:
     except ArgumentError:
         raise
     except ValueError as error:
-        raise ArgumentError(f"{path} is not valid JSON: {error}") from error
+        raise ArgumentError(
+            f"cannot read {path}: {_name(path)} is not valid JSON: {error}"
+        ) from error
     except RecursionError:
-        raise ArgumentError(f"{path} is nested more than {MAX_DEPTH} deep") from None
+        raise ArgumentError(
+            f"cannot read {path}: it is nested more than {MAX_DEPTH} deep"
+        ) from None
     _check_depth(value, path)
     return value
 
@@ -94,8 +104,14 @@ def read_json_object(path: str) -> dict[str, Any]:
     """The object that a JSON file holds; ArgumentError if it holds something else."""
     value = read_json(path)
     if not isinstance(value, dict):
-        raise ArgumentError(f"{path} must hold a JSON object, got {shown(value)}")
+        raise ArgumentError(
+            f"cannot read {path}: {_name(path)} must hold a JSON object, got {shown(value)}"
+        )
     return value
+
+
+def _name(path: str) -> str:
+    return os.path.basename(path)
 
 
 def _check_depth(value: Any, path: str) -> None:
@@ -105,4 +121,4 @@ def _check_depth(value: Any, path: str) -> None:
             return
         children = (c for v in level for c in (v.values() if isinstance(v, dict) else v))
         level = [child for child in children if isinstance(child, (dict, list))]
-    raise ArgumentError(f"{path} is nested more than {MAX_DEPTH} deep")
+    raise ArgumentError(f"cannot read {path}: it is nested more than {MAX_DEPTH} deep")

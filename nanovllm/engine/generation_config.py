@@ -1,11 +1,11 @@
 """What a model's generation_config.json says: default sampling parameters and ids that end."""
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
-from nanovllm.errors import ArgumentError, check_bool
+from nanovllm.errors import ArgumentError, check_bool, shown
+from nanovllm.model_files import is_file, read_json_object
 from nanovllm.sampling_params import SamplingParams
 
 # Its sampling parameters by our names; all else in the file is not ours.
@@ -49,29 +49,32 @@ def default_sampling_params(
 def eos_token_ids(
     model_dir: str, tokenizer: Any, generation_config: str = "auto", fallback: Any = None
 ) -> frozenset[int]:
-    """Ids that end a completion: the tokenizer's, and all in generation_config.json.
+    """Ids that end a completion: the tokenizer's, and those of the generation config.
+
+    Without a generation_config.json that is made of config.json, as in transformers.
 
     Args:
         model_dir: the model's directory.
         tokenizer: one with `eos_token_id`, or None.
         generation_config: as in `default_sampling_params`, but "vllm" reads `model_dir`'s as well.
-        fallback: config.json's eos_token_id (an id, a list of them or None), where neither of the
-            two names any.
+        fallback: config.json's eos_token_id (an id, a list of them or None). It also counts where
+            there is a generation_config.json, but neither that nor the tokenizer names any.
 
     Raises:
         ArgumentError: the file is damaged or its ids are not integers.
     """
     path = _path(model_dir, generation_config)
-    listed = _as_ids(_read(path).get("eos_token_id"), path)
-    ids = [*_as_ids(getattr(tokenizer, "eos_token_id", None), "tokenizer"), *listed]
-    return frozenset(ids or _as_ids(fallback, "config.json"))
+    of_config = _as_ids(fallback, "config.json")
+    of_tokenizer = _as_ids(getattr(tokenizer, "eos_token_id", None), "tokenizer")
+    listed = _as_ids(_read(path).get("eos_token_id"), path) if is_file(path) else of_config
+    return frozenset([*of_tokenizer, *listed] or of_config)
 
 
 def _as_ids(listed: Any, source: str) -> list[int]:
     """An id, a list of them or None as a list without None."""
     ids = listed if isinstance(listed, list) else [listed]
     if not all(token_id is None or type(token_id) is int for token_id in ids):
-        raise ArgumentError(f"{source}: eos_token_id must be integers, got {ids!r}")
+        raise ArgumentError(f"{source}: eos_token_id must be integers, got {shown(ids)}")
     return [token_id for token_id in ids if token_id is not None]
 
 
@@ -82,26 +85,17 @@ def _path(model_dir: str, generation_config: str) -> str:
         path = os.path.join(generation_config, "generation_config.json")
     except TypeError:
         path = ""
-    if not os.path.isfile(path):
+    if not path or not is_file(path):
         raise ArgumentError(
             'generation_config must be "auto", "vllm" or the path of a directory with a '
-            f"generation_config.json, got {generation_config!r}"
+            f"generation_config.json, got {shown(generation_config)}"
         )
     return path
 
 
 def _read(path: str) -> dict[str, Any]:
     """The file's object; {} if there is no file."""
-    if not os.path.isfile(path):
-        return {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except (OSError, ValueError) as error:
-        raise ArgumentError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ArgumentError(f"cannot read {path}: it must hold a JSON object, got {content!r}")
-    return content
+    return read_json_object(path) if is_file(path) else {}
 
 
 def _override_values(override: Any) -> dict[str, Any]:
@@ -110,7 +104,7 @@ def _override_values(override: Any) -> dict[str, Any]:
     if unknown or not isinstance(override, Mapping):
         raise ArgumentError(
             f"override_generation_config must be a dict with keys out of {', '.join(known)}, "
-            f"got {override!r}"
+            f"got {shown(override)}"
         )
     return _sampling_values(override, "override_generation_config")
 

@@ -36,6 +36,7 @@ from nanovllm.engine.tokenizer import load_tokenizer
 from nanovllm.engine.workers import WorkerGroup
 from nanovllm.errors import ArgumentError, EngineDeadError, describe, is_fault
 from nanovllm.layers.tensor_parallel import TensorParallel
+from nanovllm.models.size import check_size
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
@@ -133,6 +134,7 @@ class LLMEngine:
             config.model, config.generation_config, config.override_generation_config
         )
         self._request_features = RequestFeatures(config, self.tokenizer)
+        check_size(config, device)
         self._owner = Owner()
         self._workers: WorkerGroup | None = None
         if config.tensor_parallel_size > 1:

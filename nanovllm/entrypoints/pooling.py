@@ -4,7 +4,6 @@ The question for rerankers is that of Qwen3-Reranker's model card (Zhang et al. 
 2506.05176).
 """
 
-import json
 import os
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +21,7 @@ from nanovllm.engine.prompts import (
 from nanovllm.engine.request import Request, raise_failed
 from nanovllm.entrypoints.rpc import collective_rpc
 from nanovllm.errors import ArgumentError, check_choice, check_integer, shown
+from nanovllm.model_files import is_file, read_json, read_json_object
 from nanovllm.outputs import (
     EmbeddingOutput,
     EmbeddingRequestOutput,
@@ -104,20 +104,33 @@ def _pooling_folder(model_dir: str) -> str:
     """Where sentence-transformers keeps how to pool; ArgumentError for modules that we lack."""
     path = os.path.join(model_dir, "modules.json")
     folder = "1_Pooling"
-    if os.path.isfile(path):
-        try:
-            with open(path, encoding="utf-8") as file:
-                modules = [(str(m["type"]).rpartition(".")[2], m["path"]) for m in json.load(file)]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ArgumentError(f"cannot read {path}: {error!r}") from error
-        for name, module_path in modules:
-            if name not in MODULES:
+    if is_file(path):
+        modules = read_json(path)
+        if not isinstance(modules, list):
+            raise ArgumentError(f"{path} must hold a list of modules, got {shown(modules)}")
+        for module in modules:
+            kind, module_path = _module(module, path)
+            if kind not in MODULES:
                 raise ArgumentError(
-                    f"{path}: module {name!r} is not supported; supported: {', '.join(MODULES)}"
+                    f"{path}: module {shown(kind)} is not supported; supported: "
+                    f"{', '.join(MODULES)}"
                 )
-            if name == "Pooling":
+            if kind == "Pooling":
                 folder = module_path
     return os.path.join(model_dir, folder)
+
+
+def _module(module: Any, path: str) -> tuple[str, str]:
+    """The class and the folder of an entry of modules.json."""
+    fields = module if isinstance(module, dict) else {}
+    kind, folder = fields.get("type"), fields.get("path")
+    if not isinstance(kind, str) or not isinstance(folder, str):
+        raise ArgumentError(f"{path}: a module needs a type and a path, got {shown(module)}")
+    if os.path.isabs(folder) or ".." in folder.split("/") or "\0" in folder:
+        raise ArgumentError(
+            f"{path}: a module's path must be in the model's directory: {shown(folder)}"
+        )
+    return kind.rpartition(".")[2], folder
 
 
 def _check_pooling_mode(path: str) -> None:
@@ -125,19 +138,16 @@ def _check_pooling_mode(path: str) -> None:
 
     Older versions have a field for each mode; newer ones `pooling_mode`, whose default is "mean".
     """
-    if not os.path.isfile(path):
+    if not is_file(path):
         return
-    try:
-        with open(path, encoding="utf-8") as file:
-            fields = json.load(file)
-        mode = fields.get("pooling_mode", [])
-    except (OSError, ValueError, AttributeError) as error:
-        raise ArgumentError(f"cannot read {path}: {error}") from error
+    fields = read_json_object(path)
+    mode = fields.get("pooling_mode", [])
     modes = list(mode) if isinstance(mode, list) else [mode]
     modes += [n.removeprefix(MODE) for n, v in fields.items() if n.startswith(MODE) and v is True]
     if {str(mode) for mode in modes} != {LAST_TOKEN}:
         raise ArgumentError(
-            f"{path}: pooling {modes or 'mean'} is not supported; supported: last token"
+            f"{path}: pooling {shown(modes) if modes else 'mean'} is not supported; supported: "
+            "last token"
         )
 
 

@@ -1,18 +1,18 @@
 """Fills a model's parameters from safetensors files or with random numbers; none is left out."""
 
-import json
+import math
 import os
 import zlib
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
-from nanovllm.errors import ArgumentError
-from nanovllm.kernels.ops import FP8_DTYPE
+from nanovllm.errors import ArgumentError, cut, shown, shown_error
 from nanovllm.layers.weights import Parameter, Shard
+from nanovllm.model_files import is_file, read_json_object, read_start
 from nanovllm.models.fp8_checkpoint import SCALES_SUFFIX, DequantizedCheckpoint
 
 MAX_NAMES_IN_ERROR = 8
@@ -21,7 +21,7 @@ LM_HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 COMPARED_ROWS = 8192  # of the vocabulary at a time
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-WEIGHT_DTYPES = (*FLOAT_DTYPES, FP8_DTYPE)
+WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64", "F8_E4M3")  # by their names in the files
 # What `load_tensor` has been asked for: mixtures of experts have tens of thousands of tensors.
 _EXPECTED: "WeakKeyDictionary[nn.Module, dict[str, tuple[Parameter, Shard]]]" = WeakKeyDictionary()
 
@@ -57,46 +57,56 @@ class SafetensorsCheckpoint:
         file_names, index = self._choose_files()
         for file_name in file_names:
             path = os.path.join(directory, file_name)
+            read_start(path, 64)  # refuses what is no file of its own
             try:
                 self._handles[file_name] = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise ArgumentError(f"cannot read {path}: {error}") from error
+            except Exception as error:  # of the file's header or of the memory map
+                raise ArgumentError(f"cannot read {path}: {shown_error(error)}") from error
             for name in self._handles[file_name].keys():  # noqa: SIM118 (not a dict)
                 if index.get(name, file_name) != file_name:
                     continue
                 other = self._files.setdefault(name, file_name)
                 if other != file_name:
                     raise ArgumentError(
-                        f"tensor {name!r} is in both {other} and {file_name} of {directory!r}"
+                        f"tensor {shown(name)} is in both {other} and {file_name} of {directory!r}"
                     )
         self.is_bare = "embed_tokens.weight" in self._files
 
     def _choose_files(self) -> tuple[list[str], dict[str, str]]:
         """The files to read, and which tensor is in which of them where an index says so."""
-        found = sorted(n for n in os.listdir(self.directory) if n.endswith(".safetensors"))
+        try:
+            names = sorted(os.listdir(self.directory))
+        except OSError as error:
+            raise ArgumentError(f"cannot read {self.directory}: {error}") from error
+        found = [name for name in names if name.endswith(".safetensors")]
         if SINGLE_FILE in found:
             return [SINGLE_FILE], {}
         if index := self._read_index():
             return sorted(set(index.values())), index
         if not found:
+            others = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf"))]
             raise ArgumentError(
                 f"model directory {self.directory!r} holds no *.safetensors file "
                 "(load_format='dummy' runs on random weights)"
+                + (f"; {shown(others[0])} is of a kind that is not read" if others else "")
+                + ("; save_pretrained of transformers converts it" if others else "")
             )
         return found, {}
 
     def _read_index(self) -> dict[str, str]:
         """Tensor name -> file name; {} if there is no index."""
         path = os.path.join(self.directory, "model.safetensors.index.json")
-        if not os.path.isfile(path):
+        if not is_file(path):
             return {}
-        try:
-            with open(path, encoding="utf-8") as file:
-                index = dict(json.load(file)["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ArgumentError(f"cannot read {path}: {error!r}") from error
-        if not all(isinstance(name, str) for name in index.values()):
-            raise ArgumentError(f"cannot read {path}: weight_map must hold names of files")
+        index = read_json_object(path).get("weight_map")
+        if not isinstance(index, dict) or not index:
+            raise ArgumentError(f"cannot read {path}: it has no weight_map, or an empty one")
+        for name in index.values():
+            if not isinstance(name, str) or not name or os.path.basename(name) != name:
+                raise ArgumentError(
+                    f"cannot read {path}: weight_map must hold names of files in its directory, "
+                    f"got {shown(name)}"
+                )
         return index
 
     def names(self) -> set[str]:
@@ -105,21 +115,39 @@ class SafetensorsCheckpoint:
             return set(self._files)
         return {name if name == LM_HEAD else f"model.{name}" for name in self._files}
 
+    def num_weights(self) -> int:
+        """The numbers of all tensors together."""
+        return sum(
+            math.prod(self._handles[file_name].get_slice(name).get_shape())
+            for name, file_name in self._files.items()
+        )
+
     def shape(self, name: str) -> tuple[int, ...]:
-        """See `Checkpoint`."""
-        return tuple(self._slice(name).get_shape())
+        """See `Checkpoint`; ArgumentError if the numbers are not floating-point ones."""
+        tensor = self._slice(name)
+        if tensor.get_dtype() not in WEIGHT_DTYPES:
+            raise ArgumentError(
+                f"tensor {shown(name)} of {self.directory!r} is {_dtype(tensor)}; supported: "
+                f"{', '.join(WEIGHT_DTYPES)}"
+            )
+        return tuple(tensor.get_shape())
 
     def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
-        """See `Checkpoint`; ArgumentError if the numbers are not floating-point ones."""
-        part = self._slice(name)[index]
-        if part.dtype not in WEIGHT_DTYPES:
-            raise ArgumentError(f"tensor {name!r} of {self.directory!r} is {part.dtype}")
-        return part
+        """See `Checkpoint`; its shape was asked for before."""
+        return self._slice(name)[index]
 
     def _slice(self, name: str):
         if self.is_bare:
             name = name.removeprefix("model.")
         return self._handles[self._files[name]].get_slice(name)
+
+
+def _dtype(tensor: Any) -> str:
+    """The dtype of a slice of a file, by torch's name if torch has it."""
+    try:
+        return str(tensor[:0].dtype)
+    except Exception:
+        return tensor.get_dtype()
 
 
 class DummyCheckpoint:
@@ -237,16 +265,18 @@ def _settle_lm_head(
             return False
     elif LM_HEAD in names:
         if EMBEDDING in names:
-            _check_tied(checkpoint, expected[EMBEDDING][1].source[0], where)
+            _check_tied(checkpoint, expected[EMBEDDING][1], where)
         else:  # saved once, by the other name
             expected[LM_HEAD] = expected.pop(EMBEDDING)
     return True
 
 
-def _check_tied(checkpoint: Checkpoint, rows: slice, where: str) -> None:
-    """ArgumentError if these rows of the LM head differ from those of the embedding."""
-    num_rows, width = checkpoint.shape(EMBEDDING)
-    same = checkpoint.shape(LM_HEAD) == (num_rows, width)
+def _check_tied(checkpoint: Checkpoint, shard: Shard, where: str) -> None:
+    """ArgumentError if the LM head differs from the embedding, in the shard's rows."""
+    if checkpoint.shape(EMBEDDING) != shard.full_shape:
+        return  # which is refused later
+    rows, (_, width) = shard.source[0], shard.full_shape
+    same = checkpoint.shape(LM_HEAD) == shard.full_shape
     for start in range(rows.start, rows.stop, COMPARED_ROWS) if same else ():
         part = slice(start, min(start + COMPARED_ROWS, rows.stop)), slice(0, width)
         same = same and torch.equal(
@@ -273,7 +303,7 @@ def _check_names(expected, found: set[str], where: str) -> None:
 
 def shortened(names: list[str]) -> str:
     """The names for an error message, the first few of them."""
-    shown = names[:MAX_NAMES_IN_ERROR]
+    first = names[:MAX_NAMES_IN_ERROR]
     if len(names) > MAX_NAMES_IN_ERROR:
-        shown.append(f"and {len(names) - MAX_NAMES_IN_ERROR} more")
-    return ", ".join(shown)
+        first.append(f"and {len(names) - MAX_NAMES_IN_ERROR} more")
+    return ", ".join(cut(name) for name in first)

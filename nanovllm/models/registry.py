@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.errors import MAX_SHOWN, ArgumentError, shown
+from nanovllm.errors import MAX_SHOWN, ArgumentError, cut, shown
 from nanovllm.models.attention_config import check_attention
 from nanovllm.models.quantization_config import check_quantization
 from nanovllm.models.rope_config import check_rope
@@ -63,8 +63,7 @@ def check_supported(raw_config: Mapping[str, Any], path: str) -> None:
 
 
 def _as_json(value: Any) -> str:
-    text = json.dumps(value, default=repr)
-    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+    return cut(json.dumps(value, default=repr))
 
 
 def _is_unsupported(name: str, value: Any) -> bool:

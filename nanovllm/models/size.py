@@ -1,0 +1,66 @@
+"""Whether there is memory for a model, and whether its files hold what its config asks for."""
+
+import os
+import resource
+from typing import TYPE_CHECKING
+
+import torch
+
+from nanovllm.config import Config
+from nanovllm.errors import ArgumentError
+from nanovllm.models.loader import SafetensorsCheckpoint
+from nanovllm.models.moe_config import is_sparse
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+SMALL = 2**26  # weights: what does not fit its files is named by the tensor then
+
+
+def check_size(config: Config, device: torch.device) -> None:
+    """ArgumentError if the model cannot be held, or is larger than its files.
+
+    Raised before anything of the size that config.json asks for is allocated.
+    """
+    needed = num_weights(config.hf_config)
+    if config.load_format == "auto":
+        found = SafetensorsCheckpoint(config.model).num_weights()
+        if needed > max(found, SMALL):
+            raise ArgumentError(
+                f"model directory {config.model!r} does not fit its config, which asks for at "
+                f"least {needed} weights: the *.safetensors files hold {found}"
+            )
+    weight_bytes = 1 if config.fp8_scales else config.resolve_dtype().itemsize
+    table = 2 * 4 * config.max_model_len * config.hf_config.head_dim  # of rotations, and its angles
+    num_bytes = needed * weight_bytes // config.tensor_parallel_size + table
+    available = _memory(device)
+    if num_bytes > available:
+        raise ArgumentError(
+            f"no memory for the model: its config asks for {needed} weights and "
+            f"{config.max_model_len} positions, {num_bytes / 2**30:.1f} GiB a rank; there are "
+            f"{available / 2**30:.1f} GiB"
+        )
+
+
+def num_weights(hf_config: "PretrainedConfig") -> int:
+    """The weights of the model's matrices; an LM head, biases and norms are left out."""
+    hidden_size = hf_config.hidden_size
+    heads = 2 * (hf_config.num_attention_heads + hf_config.num_key_value_heads)
+    dense = 3 * hf_config.intermediate_size * hidden_size
+    total = hf_config.vocab_size * hidden_size
+    for index in range(hf_config.num_hidden_layers):
+        total += heads * hf_config.head_dim * hidden_size
+        if hasattr(hf_config, "mlp_only_layers") and is_sparse(hf_config, index):
+            total += 3 * hf_config.num_experts * hf_config.moe_intermediate_size * hidden_size
+        else:
+            total += dense
+    return total
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes that the device has, or that this process may have."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return installed if limit == resource.RLIM_INFINITY else min(installed, limit)
