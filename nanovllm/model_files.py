@@ -116,7 +116,7 @@ def _name(path: str) -> str:
 
 def _check_depth(value: Any, path: str) -> None:
     level = [value] if isinstance(value, (dict, list)) else []
-    for _ in range(MAX_DEPTH):
+    for _ in range(MAX_DEPTH + 1):
         if not level:
             return
         children = (c for v in level for c in (v.values() if isinstance(v, dict) else v))
