@@ -96,8 +96,8 @@ def check_agreement(tokenizer: Any, fields: Mapping[str, Any], path: str) -> Non
         raise ArgumentError(
             f"{path} and the class {type(tokenizer).__name__} that transformers made of it encode "
             f"{shown(probe)} differently, to {len(expected)} and {len(found)} tokens; update "
-            "transformers, or set tokenizer_class in tokenizer_config.json to "
-            "PreTrainedTokenizerFast"
+            "transformers, or give the tokenizer itself: "
+            "tokenizer=PreTrainedTokenizerFast(tokenizer_file=...)"
         )
 
 

@@ -6,8 +6,10 @@ from typing import Any
 
 from nanovllm.engine.prompts import check_each, check_tokenization_kwargs, encode_prompts
 from nanovllm.engine.tokenizer import read_chat_template
-from nanovllm.errors import ArgumentError, check_bool, check_choice, shown
+from nanovllm.entrypoints.time_limit import TimeLimit
+from nanovllm.errors import ArgumentError, check_bool, check_choice, shown, shown_error
 
+TEMPLATE_SECONDS = 10.0  # for one conversation
 CONTENT_FORMATS = ("auto", "string", "openai")
 # What `apply_chat_template` is given otherwise, or would return something else than text for.
 RESERVED_TEMPLATE_KWARGS = frozenset(
@@ -58,9 +60,13 @@ def render_prompts(
 
     def render(conversation: Any) -> str:
         checked = _check_conversation(conversation, chat_template_content_format)
-        return _apply_template(llm.tokenizer, checked, options)
+        return _apply_template(llm.tokenizer, checked, options, limit)
 
-    texts = check_each("conversations", render, _as_conversations(messages))
+    limit = TimeLimit(TEMPLATE_SECONDS)
+    try:
+        texts = check_each("conversations", render, _as_conversations(messages))
+    finally:
+        limit.close()
     encode_kwargs = {"add_special_tokens": False, **check_tokenization_kwargs(tokenization_kwargs)}
     vocab_size = llm.config.hf_config.vocab_size
     return [
@@ -69,13 +75,19 @@ def render_prompts(
     ]
 
 
-def _apply_template(tokenizer: Any, conversation: list[dict], options: dict[str, Any]) -> str:
+def _apply_template(
+    tokenizer: Any, conversation: list[dict], options: dict[str, Any], limit: TimeLimit
+) -> str:
     try:
-        return tokenizer.apply_chat_template(conversation, tokenize=False, **options)
+        with limit.running():
+            return tokenizer.apply_chat_template(conversation, tokenize=False, **options)
     except ImportError:  # jinja2 is missing or too old
         raise
+    except TimeoutError as error:
+        raise ArgumentError(f"the chat template takes more than {limit.seconds} s") from error
     except Exception as error:  # a template raises what it likes
-        raise ArgumentError(f"the chat template refuses the conversation: {error}") from error
+        reason = shown_error(error)
+        raise ArgumentError(f"the chat template refuses the conversation: {reason}") from error
 
 
 def _choose_template(llm: Any, chat_template: Any) -> str | None:

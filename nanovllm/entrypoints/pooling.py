@@ -106,8 +106,10 @@ def _pooling_folder(model_dir: str) -> str:
     folder = "1_Pooling"
     if is_file(path):
         modules = read_json(path)
+        if modules == {}:
+            modules = []  # it names none
         if not isinstance(modules, list):
-            raise ArgumentError(f"{path} must hold a list of modules, got {shown(modules)}")
+            raise ArgumentError(f"cannot read {path}: it must hold a list, got {shown(modules)}")
         for module in modules:
             kind, module_path = _module(module, path)
             if kind not in MODULES:
@@ -125,7 +127,9 @@ def _module(module: Any, path: str) -> tuple[str, str]:
     fields = module if isinstance(module, dict) else {}
     kind, folder = fields.get("type"), fields.get("path")
     if not isinstance(kind, str) or not isinstance(folder, str):
-        raise ArgumentError(f"{path}: a module needs a type and a path, got {shown(module)}")
+        raise ArgumentError(
+            f"cannot read {path}: a module needs a type and a path, got {shown(module)}"
+        )
     if os.path.isabs(folder) or ".." in folder.split("/") or "\0" in folder:
         raise ArgumentError(
             f"{path}: a module's path must be in the model's directory: {shown(folder)}"

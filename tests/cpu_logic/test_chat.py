@@ -1,5 +1,7 @@
 """Conversations become the prompts that transformers' own apply_chat_template gives."""
 
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -315,3 +317,46 @@ def test_arguments_of_tool_calls_may_be_json_text(llm):
     call["function"]["arguments"] = "{"
     with pytest.raises(ArgumentError, match="arguments of a tool call must be JSON, got '{'"):
         render_prompts(llm, [USER, message], chat_template=template)
+
+
+# What a template may do
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro again() %}{% for i in range(99999) %}{{ again() }}{% endfor %}{% endmacro %}"
+        "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
+    ],
+)
+def test_a_template_without_end_is_ended(body, llm, monkeypatch):
+    monkeypatch.setattr("nanovllm.entrypoints.chat.TEMPLATE_SECONDS", 0.3)
+    num_threads = threading.active_count()
+    with pytest.raises(ArgumentError, match="the chat template takes more than 0.3 s"):
+        render_prompts(llm, [USER], chat_template=body)
+    deadline = time.monotonic() + 30
+    while threading.active_count() > num_threads and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == num_threads  # the watching thread is gone
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{{ raise_exception('no' * 5000) }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ cycler.__init__.__globals__.os.system('echo ran') }}",
+        "{% include '/etc/passwd' %}",
+        "{% for i in range(10**9) %}{% endfor %}",
+        "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
+        "{{ 1 / 0 }}",
+        "{% if %}",
+        "{{ " + "(" * 5000 + ")" * 5000 + " }}",
+    ],
+)
+def test_a_template_that_tries_what_it_may_not_is_refused_in_few_words(body, llm):
+    with pytest.raises(ArgumentError, match="the chat template refuses") as raised:
+        render_prompts(llm, [USER], chat_template=body)
+    assert len(str(raised.value)) < 500
