@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.errors import ArgumentError, shown, shown_error
-from nanovllm.model_files import is_file, read_json_object
+from nanovllm.model_files import is_file, list_directory, read_json_object
 from nanovllm.models.config_fields import check_fields
 from nanovllm.models.registry import check_supported
 
@@ -92,7 +92,8 @@ def _read_config_json(model: str) -> tuple[str, dict[str, Any]]:
     """The path of the file and what it holds."""
     if not os.path.isdir(model):
         raise ArgumentError(
-            f"model must be an existing local directory, got {model!r} ({_why_no_directory(model)})"
+            f"model must be an existing local directory, got {shown(model)} "
+            f"({_why_no_directory(model)})"
         )
     path = os.path.join(model, "config.json")
     if not is_file(path):
@@ -110,10 +111,7 @@ def _why_no_directory(model: str) -> str:
 
 def _what_it_is(model: str) -> str:
     """What a directory without config.json may be, and what to give instead."""
-    try:
-        names = sorted(os.listdir(model))
-    except OSError as error:
-        raise ArgumentError(f"cannot read {model}: {error}") from error
+    names = list_directory(model)
     if any(name.lower().endswith(".gguf") for name in names):
         return f": {GGUF}"
     if "adapter_config.json" in names:
@@ -133,7 +131,7 @@ def _what_it_is(model: str) -> str:
 def _snapshots(cache: str) -> list[str]:
     """The snapshots of a model in a hub's cache, newest first."""
     folder = os.path.join(cache, "snapshots")
-    paths = [os.path.join(folder, name) for name in os.listdir(folder)]
+    paths = [os.path.join(folder, name) for name in list_directory(folder)]
     found = [path for path in paths if os.path.isfile(os.path.join(path, "config.json"))]
     return sorted(found, key=os.path.getmtime, reverse=True)
 

@@ -9,7 +9,7 @@ import os
 import stat
 from typing import Any
 
-from nanovllm.errors import ArgumentError, shown
+from nanovllm.errors import MAX_SHOWN, ArgumentError, shown
 
 MAX_JSON_BYTES = 16 << 20
 MAX_VOCABULARY_BYTES = 64 << 20  # of tokenizer.json and its like
@@ -28,13 +28,13 @@ def is_file(path: str) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError) as error:
-        raise ArgumentError(f"cannot read {path}: {error}") from error
+        raise ArgumentError(f"cannot read {_shown(path)}: {error}") from error
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
-        raise ArgumentError(f"cannot read {path}: {error}") from error
+        raise ArgumentError(f"cannot read {_shown(path)}: {error}") from error
     if not stat.S_ISREG(mode):
-        raise ArgumentError(f"cannot read {path}: it is {_kind(mode)}, not a file")
+        raise ArgumentError(f"cannot read {_shown(path)}: it is {_kind(mode)}, not a file")
     return True
 
 
@@ -47,20 +47,28 @@ def read_bytes(path: str, max_bytes: int = MAX_JSON_BYTES) -> bytes:
     """The content of a file; ArgumentError if it cannot be read or has more than `max_bytes`."""
     content = read_start(path, max_bytes + 1)
     if len(content) > max_bytes:
-        raise ArgumentError(f"cannot read {path}: it has more than {max_bytes} bytes")
+        raise ArgumentError(f"cannot read {_shown(path)}: it has more than {max_bytes} bytes")
     return content
+
+
+def list_directory(path: str) -> list[str]:
+    """The names in a directory, sorted; ArgumentError if it cannot be read."""
+    try:
+        return sorted(os.listdir(path))
+    except (OSError, ValueError) as error:
+        raise ArgumentError(f"cannot read {_shown(path)}: {error}") from error
 
 
 def read_start(path: str, num_bytes: int) -> bytes:
     """The first bytes of a file of any size; ArgumentError as of `read_bytes`."""
     if not is_file(path):
-        raise ArgumentError(f"cannot read {path}: there is no such file")
+        raise ArgumentError(f"cannot read {_shown(path)}: there is no such file")
     try:
         # Should a FIFO take the file's place meanwhile: it is not waited for.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             content = file.read(num_bytes)
     except OSError as error:
-        raise ArgumentError(f"cannot read {path}: {error}") from error
+        raise ArgumentError(f"cannot read {_shown(path)}: {error}") from error
     _check_lfs_pointer(content, path)
     return content
 
@@ -69,7 +77,8 @@ def _check_lfs_pointer(content: bytes, path: str) -> None:
     """ArgumentError if `content`, the first bytes of a file, is what git leaves in its place."""
     if content.startswith(LFS_POINTER):
         raise ArgumentError(
-            f"{path} is a git-lfs pointer, not the file itself: run 'git lfs pull' in its directory"
+            f"{_shown(path)} is a git-lfs pointer, not the file itself: run 'git lfs pull' in "
+            "its directory"
         )
 
 
@@ -78,7 +87,9 @@ def read_text(path: str, max_bytes: int = MAX_JSON_BYTES) -> str:
     try:
         return read_bytes(path, max_bytes).decode()
     except UnicodeDecodeError as error:
-        raise ArgumentError(f"cannot read {path}: it is not UTF-8: {error.reason}") from error
+        raise ArgumentError(
+            f"cannot read {_shown(path)}: it is not UTF-8: {error.reason}"
+        ) from error
 
 
 def read_json(path: str) -> Any:
@@ -90,11 +101,11 @@ def read_json(path: str) -> Any:
         raise
     except ValueError as error:
         raise ArgumentError(
-            f"cannot read {path}: {_name(path)} is not valid JSON: {error}"
+            f"cannot read {_shown(path)}: {os.path.basename(path)} is not valid JSON: {error}"
         ) from error
     except RecursionError:
         raise ArgumentError(
-            f"cannot read {path}: it is nested more than {MAX_DEPTH} deep"
+            f"cannot read {_shown(path)}: it is nested more than {MAX_DEPTH} deep"
         ) from None
     _check_depth(value, path)
     return value
@@ -105,13 +116,16 @@ def read_json_object(path: str) -> dict[str, Any]:
     value = read_json(path)
     if not isinstance(value, dict):
         raise ArgumentError(
-            f"cannot read {path}: {_name(path)} must hold a JSON object, got {shown(value)}"
+            f"cannot read {_shown(path)}: {os.path.basename(path)} must hold a JSON object, got "
+            f"{shown(value)}"
         )
     return value
 
 
-def _name(path: str) -> str:
-    return os.path.basename(path)
+def _shown(path: str) -> str:
+    """A path for a message: its beginning and its end, if it is long."""
+    half = MAX_SHOWN // 2 - 2
+    return path if len(path) <= MAX_SHOWN else f"{path[:half]}...{path[-half:]}"
 
 
 def _check_depth(value: Any, path: str) -> None:
@@ -121,4 +135,4 @@ def _check_depth(value: Any, path: str) -> None:
             return
         children = (c for v in level for c in (v.values() if isinstance(v, dict) else v))
         level = [child for child in children if isinstance(child, (dict, list))]
-    raise ArgumentError(f"cannot read {path}: it is nested more than {MAX_DEPTH} deep")
+    raise ArgumentError(f"cannot read {_shown(path)}: it is nested more than {MAX_DEPTH} deep")

@@ -5,7 +5,7 @@ import tempfile
 from typing import Any
 
 from nanovllm.config import Config
-from nanovllm.engine.tokenizer_check import check_agreement, read_fields
+from nanovllm.engine.tokenizer_check import PROBE, check_agreement, read_fields
 from nanovllm.engine.tokenizer_files import TOKENIZER_JSON, copy_files, has_vocabulary
 from nanovllm.errors import ArgumentError, cut, shown, shown_error
 from nanovllm.model_files import MAX_VOCABULARY_BYTES, is_file, read_json_object, read_text
@@ -40,8 +40,8 @@ def load_tokenizer(config: Config) -> Any:
     path = os.fsdecode(given)
     if not os.path.isdir(path):
         raise ArgumentError(
-            f"tokenizer must be an existing local directory, got {path!r} (nothing is downloaded, "
-            "and '~' is not expanded: use os.path.expanduser)"
+            f"tokenizer must be an existing local directory, got {shown(path)} "
+            "(nothing is downloaded, and '~' is not expanded: use os.path.expanduser)"
         )
     return _load(os.path.abspath(path), "tokenizer", config)
 
@@ -63,6 +63,7 @@ def _load(path: str, kind: str, config: Config) -> Any:
             tokenizer = _from_pretrained(source, model_config, config.trust_remote_code)
             if len(tokenizer) <= 1:  # transformers makes up an empty one where files are missing
                 raise ArgumentError(f"{kind} directory {path!r} holds no tokenizer")
+            tokenizer.decode(tokenizer.encode(PROBE))  # fails here, if at all, and not in a request
             if fields is not None and not config.trust_remote_code:
                 check_agreement(tokenizer, fields, json_path)
         except (ArgumentError, KeyboardInterrupt, SystemExit):

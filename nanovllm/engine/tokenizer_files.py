@@ -15,6 +15,7 @@ from nanovllm.errors import ArgumentError, shown
 from nanovllm.model_files import (
     MAX_VOCABULARY_BYTES,
     is_file,
+    list_directory,
     read_bytes,
     read_json_object,
     read_text,
@@ -148,7 +149,7 @@ def _templates(source: str) -> list[str]:
     names = [TEMPLATE] if is_file(os.path.join(source, TEMPLATE)) else []
     folder = os.path.join(source, MORE_TEMPLATES)
     if os.path.isdir(folder):
-        for name in sorted(os.listdir(folder)):
+        for name in list_directory(folder):
             if name.endswith(".jinja") and is_file(os.path.join(folder, name)):
                 names.append(os.path.join(MORE_TEMPLATES, name))
     return names

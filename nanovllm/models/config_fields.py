@@ -41,7 +41,13 @@ BOOLS = (
 )
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 DTYPE_FIELDS = ("dtype", "torch_dtype")
-STRINGS = ("tokenizer_class", "transformers_version")  # else left out
+# Left out unless they are of this type: little depends on them.
+KINDS = {
+    "tokenizer_class": str,
+    "transformers_version": str,
+    "bos_token_id": int,
+    "pad_token_id": int,
+}
 # What other modules check.
 OTHERS = (
     "architectures",
@@ -103,7 +109,7 @@ def check_fields(raw: Mapping[str, Any], path: str, has_experts: bool) -> dict[s
             checked[name] = _check_dtype(where, value)
         elif name in ("rope_parameters", "rope_scaling") and isinstance(value, Mapping):
             checked[name] = {key: entry for key, entry in value.items() if entry is not None}
-        elif name in OTHERS or (name in STRINGS and isinstance(value, str)):
+        elif name in OTHERS or type(value) is KINDS.get(name):
             checked[name] = value
     _check_layers(checked, path)
     return checked

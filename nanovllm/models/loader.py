@@ -12,7 +12,7 @@ from torch import nn
 
 from nanovllm.errors import ArgumentError, cut, shown, shown_error
 from nanovllm.layers.weights import Parameter, Shard
-from nanovllm.model_files import is_file, read_json_object, read_start
+from nanovllm.model_files import is_file, list_directory, read_json_object, read_start
 from nanovllm.models.fp8_checkpoint import SCALES_SUFFIX, DequantizedCheckpoint
 
 MAX_NAMES_IN_ERROR = 8
@@ -74,10 +74,7 @@ class SafetensorsCheckpoint:
 
     def _choose_files(self) -> tuple[list[str], dict[str, str]]:
         """The files to read, and which tensor is in which of them where an index says so."""
-        try:
-            names = sorted(os.listdir(self.directory))
-        except OSError as error:
-            raise ArgumentError(f"cannot read {self.directory}: {error}") from error
+        names = list_directory(self.directory)
         found = [name for name in names if name.endswith(".safetensors")]
         if SINGLE_FILE in found:
             return [SINGLE_FILE], {}
