@@ -9,7 +9,7 @@ import os
 import stat
 from typing import Any
 
-from nanovllm.errors import MAX_SHOWN, ArgumentError, shown
+from nanovllm.errors import MAX_SHOWN, ArgumentError, shown, shown_error
 
 MAX_JSON_BYTES = 16 << 20
 MAX_VOCABULARY_BYTES = 64 << 20  # of tokenizer.json and its like
@@ -28,11 +28,11 @@ def is_file(path: str) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError) as error:
-        raise ArgumentError(f"cannot read {_shown(path)}: {error}") from error
+        raise ArgumentError(f"cannot read {_shown(path)}: {_reason(error)}") from error
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
-        raise ArgumentError(f"cannot read {_shown(path)}: {error}") from error
+        raise ArgumentError(f"cannot read {_shown(path)}: {_reason(error)}") from error
     if not stat.S_ISREG(mode):
         raise ArgumentError(f"cannot read {_shown(path)}: it is {_kind(mode)}, not a file")
     return True
@@ -56,7 +56,7 @@ def list_directory(path: str) -> list[str]:
     try:
         return sorted(os.listdir(path))
     except (OSError, ValueError) as error:
-        raise ArgumentError(f"cannot read {_shown(path)}: {error}") from error
+        raise ArgumentError(f"cannot read {_shown(path)}: {_reason(error)}") from error
 
 
 def read_start(path: str, num_bytes: int) -> bytes:
@@ -68,7 +68,7 @@ def read_start(path: str, num_bytes: int) -> bytes:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             content = file.read(num_bytes)
     except OSError as error:
-        raise ArgumentError(f"cannot read {_shown(path)}: {error}") from error
+        raise ArgumentError(f"cannot read {_shown(path)}: {_reason(error)}") from error
     _check_lfs_pointer(content, path)
     return content
 
@@ -120,6 +120,10 @@ def read_json_object(path: str) -> dict[str, Any]:
             f"{shown(value)}"
         )
     return value
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or shown_error(error)
 
 
 def _shown(path: str) -> str:

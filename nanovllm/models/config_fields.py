@@ -12,7 +12,7 @@ from nanovllm.errors import ArgumentError, check_bool, check_integer, check_numb
 MAX_SIZE = 2**31 - 1  # of a dimension
 MAX_LAYERS = 1024
 MAX_EXPERTS = 4096
-MAX_POSITIONS = 2**27  # whose rotations are a table
+MAX_POSITIONS = 2**24  # whose rotations are a table
 # Smallest and largest value. Those of NULLABLE may be null, which is "derived" or "none".
 INTEGERS: dict[str, tuple[int, int]] = {
     "vocab_size": (1, MAX_SIZE),

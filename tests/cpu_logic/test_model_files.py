@@ -261,3 +261,9 @@ def test_replacements_that_grow_a_text_without_end_are_refused():
 def test_a_tokenizer_json_that_is_none_is_refused(text):
     with refused("tokenizer.json"):
         read_fields(text, "tokenizer.json")
+
+
+def test_a_long_path_is_quoted_in_short(tmp_path):
+    with refused("File name too long") as raised:
+        read_bytes("x" * 5000)
+    assert len(str(raised.value)) < 300
