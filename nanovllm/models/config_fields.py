@@ -102,7 +102,8 @@ def check_fields(raw: Mapping[str, Any], path: str, has_experts: bool) -> dict[s
             check_integer(where, value, minimum)
             checked[name] = check_integer(where, value, minimum, maximum)
         elif name in NUMBERS:
-            checked[name] = check_number(where, value, "finite and >= 0", _is_finite)
+            check_number(where, value, "finite and >= 0", _is_finite)
+            checked[name] = value  # an integer may be refused by transformers
         elif name in BOOLS:
             checked[name] = check_bool(where, value)
         elif name in DTYPE_FIELDS:
