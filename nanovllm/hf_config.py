@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.errors import ArgumentError, shown, shown_error
+from nanovllm.errors import ArgumentError, cut, shown, shown_error
 from nanovllm.model_files import is_file, list_directory, read_json_object
 from nanovllm.models.config_fields import check_fields
 from nanovllm.models.registry import check_supported
@@ -150,10 +150,12 @@ def _check_names(fields: Mapping[str, Any], raw: dict[str, Any]) -> None:
     config_class = _config_class({**raw, **fields})
     default = config_class() if config_class else None
     for name in fields:
+        if not isinstance(name, str):
+            raise ArgumentError(f"hf_overrides must have names of fields, got {shown(name)}")
         if name in raw or name in (*ROPE_FIELDS, *OTHER_FIELDS) or hasattr(default, name):
             continue
         known = sorted({*raw, *(default.to_dict() if default else {})})
-        [nearest] = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
+        [nearest] = difflib.get_close_matches(cut(name), known, n=1, cutoff=0.0)
         raise ArgumentError(
             f"hf_overrides: the model's configuration has no field {shown(name)}; the nearest is "
             f"{shown(nearest)}"

@@ -71,6 +71,7 @@ def copy_files(
     """
     settings = _object(source, SETTINGS)
     if not trust_remote_code:
+        _check_class(model_config, os.path.join(source, "config.json"))
         _check_class(settings, os.path.join(source, SETTINGS))
     decoder = settings.get("added_tokens_decoder")
     if isinstance(decoder, Mapping):

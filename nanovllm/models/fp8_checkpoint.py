@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nanovllm.errors import ArgumentError
+from nanovllm.errors import ArgumentError, shown
 from nanovllm.kernels.ops import FP8_BLOCK, FP8_DTYPE
 from nanovllm.kernels.torch_ops import dequantize_weight
 from nanovllm.layers.fp8_weights import blocks_of
@@ -50,8 +50,9 @@ class DequantizedCheckpoint:
             needed = tuple(blocks_of(slice(0, size)).stop for size in shape)
             if found != needed:
                 raise ArgumentError(
-                    f"tensor {name!r} has shape {list(found)}, but {weight!r} of shape "
-                    f"{list(shape)} has {list(needed)} blocks of {FP8_BLOCK} x {FP8_BLOCK}"
+                    f"tensor {shown(name)} has shape {shown(list(found))}, but {shown(weight)} of "
+                    f"shape {shown(list(shape))} has {shown(list(needed))} blocks of "
+                    f"{FP8_BLOCK} x {FP8_BLOCK}"
                 )
 
     def names(self) -> set[str]:

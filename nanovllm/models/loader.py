@@ -224,7 +224,7 @@ def load_model(model: nn.Module, directory: str, load_format: str, std: float = 
     for name, (_, shard) in expected.items():
         if checkpoint.shape(name) != shard.full_shape:
             raise ArgumentError(
-                f"{where}: tensor {name!r} has shape {list(checkpoint.shape(name))}, "
+                f"{where}: tensor {name!r} has shape {shown(list(checkpoint.shape(name)))}, "
                 f"the config asks for {list(shard.full_shape)}"
             )
     for name, (parameter, shard) in expected.items():

@@ -52,7 +52,7 @@ def check_supported(raw_config: Mapping[str, Any], path: str) -> None:
     check_rope(raw_config, path)
     for name, value in raw_config.items():
         if _is_unsupported(name, value):
-            raise ArgumentError(f"{path}: {name}={_as_json(value)} is not supported")
+            raise ArgumentError(f"{path}: {cut(name)}={_as_json(value)} is not supported")
     check_attention(raw_config, path)
     check_quantization(raw_config, path)
     hidden_act = raw_config.get("hidden_act", "silu")

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.errors import ArgumentError, check_bool, check_integer, check_number, shown
+from nanovllm.errors import ArgumentError, check_bool, check_integer, check_number, cut, shown
 from nanovllm.models.config_fields import MAX_POSITIONS
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _check_type(rope: Mapping[str, Any], where: str) -> str:
         if name in COMMON_FIELDS:
             continue
         if name not in required | optional:
-            raise ArgumentError(f"{where}: {name} is not supported")
+            raise ArgumentError(f"{where}: {cut(name)} is not supported")
         named = f"{where}: {name}"
         if name == "truncate":
             check_bool(named, value)

@@ -266,3 +266,42 @@ def test_a_long_path_is_quoted_in_short(tmp_path):
     with refused("File name too long") as raised:
         read_bytes("x" * 5000)
     assert len(str(raised.value)) < 300
+
+
+LONG = "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architectures": [LONG]},
+        {"architectures": LONG},
+        {"model_type": LONG},
+        {"hidden_act": LONG},
+        {"layer_types": [LONG]},
+        {f"{LONG}softcap": LONG},
+        {"rope_scaling": {"rope_type": LONG}},
+        {"rope_scaling": {"rope_type": "default", LONG: 1}},
+        {"rope_scaling": LONG},
+        {"partial_rotary_factor": LONG},
+        {"quantization_config": {"quant_method": LONG}},
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": LONG}},
+        {"dual_chunk_attention_config": LONG},
+        {"eos_token_id": LONG},
+        {"vocab_size": LONG},
+        {"torch_dtype": LONG},
+        {"logit_scale": LONG},
+    ],
+)
+def test_long_values_are_quoted_in_short(changes, tmp_path):
+    with refused("config.json") as raised:
+        Config(write_config(tmp_path, **changes))
+    assert len(str(raised.value)) < 700
+    with refused("hf_overrides|config.json") as raised:
+        Config(write_config(tmp_path), hf_overrides=changes)
+    assert len(str(raised.value)) < 700
+
+
+def test_names_in_overrides_are_strings(tmp_path):
+    with refused("hf_overrides must have names of fields, got 5"):
+        Config(write_config(tmp_path), hf_overrides={5: 1})

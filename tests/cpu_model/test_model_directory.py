@@ -205,6 +205,15 @@ def test_no_code_of_a_directory_runs_and_nobody_is_asked(
     assert not ran.exists()
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("value", ["AutoTokenizer", "AutoModel", "pipeline", "utils", "Trainer"])
+def test_a_tokenizer_class_is_one(name, value, model_dir):
+    path = model_dir / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": value}))
+    with pytest.raises(ArgumentError, match=f"{name}: tokenizer_class '{value}' is no tokenizer"):
+        tiny_engine(model_dir)
+
+
 def test_trusted_code_of_a_directory_makes_the_tokenizer(model_dir):
     (model_dir / "code.py").write_text(
         "from transformers import PreTrainedTokenizerFast\n"
