@@ -311,7 +311,10 @@ def _as_list(name: str, value: Any, items: str) -> list[Any]:
 def _json_text(schema: Any) -> str:
     """A JSON schema (dict, text or pydantic model class) as JSON text."""
     if isinstance(schema, type) and hasattr(schema, "model_json_schema"):
-        schema = schema.model_json_schema()
+        try:
+            schema = schema.model_json_schema()
+        except Exception as error:  # a field of the model has no JSON schema
+            raise ArgumentError(f"json: {shown(schema)} has none: {shown_error(error)}") from error
     if not isinstance(schema, (str, Mapping)):
         raise ArgumentError(
             "json must be a JSON schema: a dict, JSON text or a pydantic model, got "
