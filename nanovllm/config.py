@@ -82,6 +82,7 @@ class Config:
     generation_config: str = "auto"
     override_generation_config: dict[str, Any] | None = None
     max_logprobs: int = 20
+    structured_outputs_timeout: float = 10.0
     scheduling_policy: str = "fcfs"
     runner: str = "auto"
     enable_sleep_mode: bool = False
@@ -187,6 +188,12 @@ class Config:
             self.worker_timeout,
             "seconds between 1 and 86400",
             lambda seconds: 1 <= seconds <= 86400,
+        )
+        self.structured_outputs_timeout = check_number(
+            "structured_outputs_timeout",
+            self.structured_outputs_timeout,
+            "seconds, > 0 and <= 86400",
+            lambda seconds: 0 < seconds <= 86400,
         )
         if not isinstance(self.dtype, str):  # a torch.dtype
             self.dtype = shown(self.dtype).removeprefix("torch.")

@@ -27,6 +27,7 @@ from nanovllm.errors import (
     check_unicode,
     clamp_int32,
     shown,
+    shown_error,
 )
 
 GREEDY_TEMPERATURE = 1e-5  # below this a request is greedy, as in vLLM

@@ -99,6 +99,8 @@ class LLMEngine:
         override_generation_config: keys of a generation_config.json that win over the file's.
         max_logprobs: the most `logprobs` and `prompt_logprobs` may ask for; -1: no limit. Default
             20.
+        structured_outputs_timeout: seconds that a schema, regex, choice list or grammar may take to
+            compile; a request whose takes longer is refused. Default 10.
         scheduling_policy: "fcfs", or "priority": by the requests' `priority`. Default "fcfs".
         runner ("auto", "generate" or "pooling"), enable_sleep_mode, disable_log_stats: vLLM's; they
             change nothing: pooling, sleep and metrics are always there.

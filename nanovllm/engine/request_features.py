@@ -68,7 +68,10 @@ class RequestFeatures:
 
             end_token_ids = {i for i in self.config.eos_token_ids if i < len(self.tokenizer)}
             self._compiler = GrammarCompiler(
-                self.tokenizer, self.config.hf_config.vocab_size, end_token_ids
+                self.tokenizer,
+                self.config.hf_config.vocab_size,
+                end_token_ids,
+                self.config.structured_outputs_timeout,
             )
         return self._compiler.compile(params.structured_outputs)
 

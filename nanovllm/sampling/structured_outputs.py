@@ -3,17 +3,29 @@
 llguidance does the matching: unlike xgrammar it depends on nothing, compiles a schema in 1 to 3 ms
 (xgrammar: up to 500) and masks a row in 5 to 20 us (a regex with long bounded repeats: 170).
 Compiled once for equal parameters; each sequence advances a `Grammar` of its own.
+
+What is asked for comes from anywhere, and llguidance can crash or compute for ever. So sizes are
+bounded, and all but small common schemas, regexes and choices are tried in a process of their own
+before they are compiled here.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from nanovllm.engine.token_bytes import token_bytes
-from nanovllm.errors import ArgumentError
+from nanovllm.errors import MAX_SHOWN, ArgumentError, shown
+from nanovllm.sampling.grammar_process import TrialProcess
+from nanovllm.sampling.grammar_text import EBNF_RULE, check_lark, check_regex, plain_ebnf
+from nanovllm.sampling.json_schema import check_schema
+from nanovllm.sampling.unique_keys import QuoteTokens, UniqueKeys
 from nanovllm.sampling_params import StructuredOutputsParams
 
 if TYPE_CHECKING:
@@ -21,14 +33,35 @@ if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher
 
 MAX_COMPILED = 256  # distinct structured outputs of which the compiled form is kept
-EBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
+MAX_LARGE_COMPILED = 8  # of those of more than LARGE characters, which may take megabytes each
+LARGE = 20_000
+MAX_CHARACTERS = 4_000_000  # of a schema, a regex, a grammar or all choices together
+MAX_CHOICE = 10_000  # characters of one choice
+MAX_PLAIN_REGEX = 300  # characters of a regex that is not tried first
+MAX_STEP_SHARE = 0.05  # of the time limit, for one step of a grammar
+LIMITS = {"verbose_errors": False}
+# JSON strings without \\uXXXX, so that each string has one spelling and each text is Unicode.
+JSON_OPTIONS: Any = {"json_allowed_escapes": 'nrbtf\\"'}
 
 
 class Grammar:
-    """How far one sequence's text has come in its grammar."""
+    """How far one sequence's text has come in its grammar.
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    Nothing is raised while it advances: what goes wrong is its `error`, which ends it.
+
+    Args:
+        matcher: llguidance's, in the same state.
+        end_row: [words] int32, the bitmask that allows the end tokens alone.
+        keys: of the text's JSON objects, if they could be repeated.
+    """
+
+    def __init__(
+        self, matcher: LLMatcher, end_row: np.ndarray, keys: UniqueKeys | None = None
+    ) -> None:
         self._matcher = matcher
+        self._end_row = end_row
+        self._keys = keys
+        self._failure: str | None = None  # then the matcher is used no more
 
     def fill_bitmask(self, bitmask: torch.Tensor, index: int) -> None:
         """Write which token ids may come next to `bitmask[index]`.
@@ -42,22 +75,55 @@ class Grammar:
         """
         assert bitmask.is_contiguous() and 0 <= index < bitmask.shape[0]
         row_bytes = bitmask.shape[1] * bitmask.element_size()
-        self._matcher.unsafe_compute_mask_ptr(bitmask.data_ptr() + index * row_bytes, row_bytes)
+        if self._failure is None:
+            try:
+                address = bitmask.data_ptr() + index * row_bytes
+                self._matcher.unsafe_compute_mask_ptr(address, row_bytes)
+            except BaseException as error:
+                self._fail(error)
+        self._finish_row(bitmask, index)
+
+    def _finish_row(self, bitmask: torch.Tensor, index: int) -> None:
+        """What the matcher does not know, in the row that it filled."""
+        if self._failure is None and self._keys is None:
+            return
+        row = bitmask[index].numpy()
+        if self._failure is None and self._keys is not None:
+            self._keys.forbid(row)
+            if not row.any():
+                self._failure = "no token can follow: each would repeat a key of the object"
+        if self._failure is not None:
+            row[:] = self._end_row
 
     def accept(self, token_id: int) -> None:
         """Advance by one token. One that is not allowed, as when `allowed_token_ids` or `bad_words`
         leave none of the allowed tokens, sets `error` and so ends the grammar."""
-        self._matcher.consume_token(token_id)
+        if self._failure is not None:
+            return
+        try:
+            self._matcher.consume_token(token_id)
+        except BaseException as error:
+            self._fail(error)
+        if self._keys is not None:
+            self._keys.accept(token_id)
+
+    def _fail(self, error: BaseException) -> None:
+        """Note a failure of llguidance. Its panics derive from BaseException alone."""
+        if not isinstance(error, Exception) and not _is_panic(error):
+            raise error  # Ctrl-C
+        self._failure = f"llguidance failed: {shown(str(error))}"
 
     @property
     def is_terminated(self) -> bool:
         """Whether nothing but an end token may follow: the text is complete, or see `error`."""
-        return self._matcher.is_stopped()
+        return self._failure is not None or self._matcher.is_stopped()
 
     @property
     def error(self) -> str | None:
         """Why the text is not and cannot become complete: no token of the vocabulary can follow, a
         token was not allowed, or the grammar is too complex; None while all is well."""
+        if self._failure is not None:
+            return self._failure
         if not self._matcher.is_error():
             return None
         message = self._matcher.get_error().partition("\n")[0]  # the parser's state follows
@@ -65,7 +131,25 @@ class Grammar:
 
     def fork(self) -> Grammar:
         """An independent copy in the same state; takes about a microsecond."""
-        return Grammar(self._matcher.deep_copy())
+        keys = self._keys and self._keys.fork()
+        return Grammar(self._matcher.deep_copy(), self._end_row, keys)
+
+
+class Source(NamedTuple):
+    """What llguidance is to compile.
+
+    Args:
+        kind: the field of the parameters that was set.
+        text: llguidance's form of it; of a grammar in EBNF its text.
+        is_plain: whether it need not be tried first.
+        has_free_names: whether it is JSON whose objects could repeat a key.
+    """
+
+    kind: str
+    text: str
+    is_plain: bool = False
+    has_free_names: bool = False
+    is_ebnf: bool = False
 
 
 class GrammarCompiler:
@@ -78,55 +162,116 @@ class GrammarCompiler:
         vocab_size: of the model; ids beyond the tokenizer's are never allowed.
         end_token_ids: every id of the tokenizer that ends a text; allowed only where the text is
             complete.
+        timeout: seconds that one compilation may take.
 
     Raises:
         ArgumentError: llguidance is not installed or cannot use the tokenizer.
     """
 
-    def __init__(self, tokenizer: Any, vocab_size: int, end_token_ids: Collection[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        vocab_size: int,
+        end_token_ids: Collection[int],
+        timeout: float = 10.0,
+    ) -> None:
         try:
             import llguidance.hf
         except ImportError:
             raise ArgumentError(
                 "structured outputs need llguidance: pip install 'nanovllm[structured-outputs]'"
             ) from None
+        self._vocab_size = vocab_size
+        self._end_token_ids = sorted(end_token_ids)
         table = token_bytes(tokenizer)
         try:
             # It encodes what a grammar leaves no choice about: the middle of a text.
             self._tokenizer = (
-                llguidance.hf.from_tokenizer(tokenizer, vocab_size, sorted(end_token_ids))
+                llguidance.hf.from_tokenizer(tokenizer, vocab_size, self._end_token_ids)
                 if table is None
                 else llguidance.LLTokenizer(
-                    table.form_of_encoder(), n_vocab=vocab_size, eos_token=sorted(end_token_ids)
+                    table.form_of_encoder(), n_vocab=vocab_size, eos_token=self._end_token_ids
                 )
             )
         except ValueError as error:
             raise ArgumentError(f"structured outputs, tokenizer: {error}") from error
+        self._timeout = timeout
+        self._end_row = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
+        for token_id in self._end_token_ids:
+            self._end_row[token_id // 32] |= np.uint32(1 << token_id % 32)
+        self._end_row = self._end_row.view(np.int32)
+        self._trials = TrialProcess(functools.partial(self._trial_setup, tokenizer))
         self._compiled = functools.lru_cache(MAX_COMPILED)(self._compile)
+        self._large_compiled = functools.lru_cache(MAX_LARGE_COMPILED)(self._compile)
 
     def compile(self, params: StructuredOutputsParams) -> Grammar:
         """A grammar at its start, from the cache if equal `params` were compiled before.
 
         Raises:
-            ArgumentError: malformed, not supported (JSON schema keywords too), or such that no text
-                satisfies it.
+            ArgumentError: malformed, not supported (JSON schema keywords too), too large, not
+                compiled in time, or such that no text satisfies it.
         """
-        return self._compiled(params).fork()
+        size = _check_size(params)
+        compiled = (self._large_compiled if size > LARGE else self._compiled)(params)
+        if isinstance(compiled, str):
+            raise ArgumentError(compiled)
+        return compiled.fork()
 
-    def _compile(self, params: StructuredOutputsParams) -> Grammar:
+    def _compile(self, params: StructuredOutputsParams) -> Grammar | str:
+        """The grammar or, to be kept as well, why there is none."""
+        try:
+            with _panics_named():
+                return self._compile_source(_llguidance_source(params))
+        except ArgumentError as error:
+            return str(error)
+
+    def _compile_source(self, source: Source) -> Grammar:
         from llguidance import LLMatcher, LLParserLimits
 
-        limits = LLParserLimits(verbose_errors=False)
-        kind, source = _llguidance_source(params)
-        matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=limits)
+        text = source.text if source.is_plain else self._try(source)
+        limits = LLParserLimits(**LIMITS)
+        matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=limits)
         if matcher.is_error():
-            raise ArgumentError(f"structured outputs, {kind}: {matcher.get_error().strip()}")
+            raise _refused(source.kind, matcher.get_error())
         matcher.compute_bitmask()  # only this finds out that no token can come first
         if matcher.is_error():
+            message = matcher.get_error()
+            if message.startswith("NoExtension"):
+                message = "no text of this vocabulary satisfies it"
+            raise _refused(source.kind, message)
+        keys = UniqueKeys(self._quote_tokens) if source.has_free_names else None
+        return Grammar(matcher, self._end_row, keys)
+
+    def _try(self, source: Source) -> str:
+        """Compile in the other process; what is to be compiled here, or ArgumentError."""
+        kind = "ebnf" if source.is_ebnf else source.kind
+        job = {"kind": kind, "source": source.text, "limits": LIMITS}
+        answer = self._trials.try_grammar(job, self._timeout, source.kind)
+        if "error" in answer:
+            raise _refused(source.kind, answer["error"])
+        if answer["slowest"] > MAX_STEP_SHARE * self._timeout:
             raise ArgumentError(
-                f"structured outputs, {kind}: no text of this vocabulary satisfies it"
+                f"structured outputs, {source.kind}: a single token takes "
+                f"{answer['slowest']:.2f} s, more than {MAX_STEP_SHARE} of "
+                f"structured_outputs_timeout ({self._timeout:g} s)"
             )
-        return Grammar(matcher)
+        return answer["source"]
+
+    def _trial_setup(self, tokenizer: Any) -> dict[str, Any]:
+        backend = copy(tokenizer.backend_tokenizer)
+        backend.no_padding()
+        backend.no_truncation()
+        return {
+            "tokenizer": backend.to_str(),
+            "vocab_size": self._vocab_size,
+            "end_token_ids": self._end_token_ids,
+        }
+
+    @functools.cached_property
+    def _quote_tokens(self) -> QuoteTokens:
+        decode, is_special = self._tokenizer.decode_bytes, self._tokenizer.is_special_token
+        ids = range(self._tokenizer.vocab_size)
+        return QuoteTokens({i: decode([i]) for i in ids if not is_special(i)})
 
 
 def fill_bitmasks(grammars: Sequence[Grammar], bitmask: torch.Tensor) -> None:
@@ -135,9 +280,24 @@ def fill_bitmasks(grammars: Sequence[Grammar], bitmask: torch.Tensor) -> None:
         grammars[0].fill_bitmask(bitmask, 0)
         return
     assert bitmask.is_contiguous() and len(grammars) <= bitmask.shape[0]
-    matchers = [(grammar._matcher, index) for index, grammar in enumerate(grammars)]
+    matchers = [
+        (grammar._matcher, index)
+        for index, grammar in enumerate(grammars)
+        if grammar._failure is None
+    ]
     row_bytes = bitmask.shape[1] * bitmask.element_size()
-    _executor().unsafe_compute_mask_ptr(matchers, bitmask.data_ptr(), row_bytes, bitmask.shape[0])
+    try:
+        _executor().unsafe_compute_mask_ptr(
+            matchers, bitmask.data_ptr(), row_bytes, bitmask.shape[0]
+        )
+    except BaseException as error:
+        if not isinstance(error, Exception) and not _is_panic(error):
+            raise
+        for index, grammar in enumerate(grammars):  # finds out whose failure it is
+            grammar.fill_bitmask(bitmask, index)
+        return
+    for index, grammar in enumerate(grammars):
+        grammar._finish_row(bitmask, index)
 
 
 @functools.cache
@@ -147,27 +307,76 @@ def _executor() -> LLExecutor:
     return LLExecutor()
 
 
-def _llguidance_source(params: StructuredOutputsParams) -> tuple[str, str]:
-    """The field that `params` set, and llguidance's form of it, most of it not checked yet."""
+def _check_size(params: StructuredOutputsParams) -> int:
+    """The characters of what is asked for; ArgumentError if they are too many."""
+    if params.choice is not None:
+        size = sum(map(len, params.choice))
+        longest = max(params.choice, key=len)
+        if len(longest) > MAX_CHOICE:
+            raise ArgumentError(
+                f"structured outputs, choice: a choice may have {MAX_CHOICE} characters, got "
+                f"{len(longest)}: {shown(longest)}"
+            )
+    else:
+        text = params.json or params.regex or params.grammar or ""
+        assert isinstance(text, str)
+        size = len(text)
+    if size > MAX_CHARACTERS:
+        kind = next(n for n in ("json", "regex", "choice", "grammar") if getattr(params, n))
+        raise ArgumentError(
+            f"structured outputs, {kind}: at most {MAX_CHARACTERS} characters, got {size}"
+        )
+    return size
+
+
+def _llguidance_source(params: StructuredOutputsParams) -> Source:
+    """The field that `params` set, and llguidance's form of it."""
     from llguidance import LLMatcher
-    from llguidance.gbnf_to_lark import gbnf_to_lark
 
     if params.json is not None:
         assert isinstance(params.json, str)
+        schema = check_schema(params.json)
         try:
-            return "json", LLMatcher.grammar_from_json_schema(params.json)
+            text = LLMatcher.grammar_from_json_schema(schema.text, overrides=JSON_OPTIONS)
         except ValueError as error:  # no JSON, or no schema
-            raise ArgumentError(f"structured outputs, json: {error}") from error
+            raise _refused("json", str(error)) from error
+        return Source("json", text, schema.is_plain, schema.has_free_names)
     if params.regex is not None:
-        return "regex", LLMatcher.grammar_from_regex(params.regex)
+        check_regex(params.regex, "regex")
+        text = LLMatcher.grammar_from_regex(params.regex)
+        return Source("regex", text, len(params.regex) <= MAX_PLAIN_REGEX)
     if params.choice is not None:
-        return "choice", LLMatcher.grammar_from_regex("|".join(map(re.escape, params.choice)))
+        text = LLMatcher.grammar_from_regex("|".join(map(re.escape, params.choice)))
+        return Source("choice", text, sum(map(len, params.choice)) <= LARGE)
     if params.grammar is None:
-        return "json_object", LLMatcher.grammar_from_json_schema({"type": "object"})
-    lark = params.grammar
-    if EBNF_RULE.search(lark):
-        try:
-            lark = gbnf_to_lark(lark)
-        except Exception as error:  # it raises nothing more specific
-            raise ArgumentError(f"structured outputs, grammar: {error}") from error
-    return "grammar", LLMatcher.grammar_from_lark(lark)
+        text = LLMatcher.grammar_from_json_schema({"type": "object"}, overrides=JSON_OPTIONS)
+        return Source("json_object", text, is_plain=True, has_free_names=True)
+    if EBNF_RULE.search(params.grammar):
+        return Source("grammar", plain_ebnf(params.grammar), is_ebnf=True)
+    check_lark(params.grammar)
+    return Source("grammar", LLMatcher.grammar_from_lark(params.grammar))
+
+
+def _refused(kind: str, message: str) -> ArgumentError:
+    message = message.strip()
+    if len(message) > MAX_SHOWN:  # it may quote all of what was given
+        message = f"{message[:100]}...{message[-97:]}"
+    return ArgumentError(f"structured outputs, {kind}: {message}")
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether it is what pyo3 makes of a panic in Rust: no Exception, and of no public class."""
+    return type(error).__name__ == "PanicException"
+
+
+@contextmanager
+def _panics_named() -> Iterator[None]:
+    """A panic of llguidance as an ArgumentError."""
+    try:
+        yield
+    except BaseException as error:
+        if not _is_panic(error):
+            raise
+        raise ArgumentError(
+            f"structured outputs: llguidance failed: {shown(str(error))}"
+        ) from error
