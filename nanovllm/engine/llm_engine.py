@@ -393,6 +393,7 @@ class LLMEngine:
             self._abort(list(self._requests.unfinished.values()))
             self._in_flight = None
             self._requests.clear()
+            self._request_features.close()
         finally:
             self._owner.leave(visit)
 

@@ -43,6 +43,12 @@ class RequestFeatures:
         if params.stop_token_ids or params.is_sampled_apart:
             self._prepare_sampling(request)
 
+    def close(self) -> None:
+        """Release what requests needed; the next one that needs it makes it anew."""
+        if self._compiler is not None:
+            self._compiler.close()
+            self._compiler = None
+
     def _prepare_sampling(self, request: Request) -> None:
         from nanovllm.sampling.vocabulary import check_against_vocab, encode_bad_words
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -181,7 +182,6 @@ class GrammarCompiler:
             raise ArgumentError(
                 "structured outputs need llguidance: pip install 'nanovllm[structured-outputs]'"
             ) from None
-        self._vocab_size = vocab_size
         self._end_token_ids = sorted(end_token_ids)
         table = token_bytes(tokenizer)
         try:
@@ -200,9 +200,11 @@ class GrammarCompiler:
         for token_id in self._end_token_ids:
             self._end_row[token_id // 32] |= np.uint32(1 << token_id % 32)
         self._end_row = self._end_row.view(np.int32)
-        self._trials = TrialProcess(functools.partial(self._trial_setup, tokenizer))
-        self._compiled = functools.lru_cache(MAX_COMPILED)(self._compile)
-        self._large_compiled = functools.lru_cache(MAX_LARGE_COMPILED)(self._compile)
+        setup = functools.partial(_trial_setup, tokenizer, vocab_size, self._end_token_ids)
+        self._trials = TrialProcess(setup)
+        # The least recently used first; what a value is, `_compile` says.
+        self._compiled: OrderedDict[StructuredOutputsParams, Grammar | str] = OrderedDict()
+        self._large_compiled: OrderedDict[StructuredOutputsParams, Grammar | str] = OrderedDict()
 
     def compile(self, params: StructuredOutputsParams) -> Grammar:
         """A grammar at its start, from the cache if equal `params` were compiled before.
@@ -211,8 +213,14 @@ class GrammarCompiler:
             ArgumentError: malformed, not supported (JSON schema keywords too), too large, not
                 compiled in time, or such that no text satisfies it.
         """
-        size = _check_size(params)
-        compiled = (self._large_compiled if size > LARGE else self._compiled)(params)
+        is_large = _check_size(params) > LARGE
+        cache = self._large_compiled if is_large else self._compiled
+        if params not in cache:
+            cache[params] = self._compile(params)
+            if len(cache) > (MAX_LARGE_COMPILED if is_large else MAX_COMPILED):
+                cache.popitem(last=False)
+        cache.move_to_end(params)
+        compiled = cache[params]
         if isinstance(compiled, str):
             raise ArgumentError(compiled)
         return compiled.fork()
@@ -257,15 +265,9 @@ class GrammarCompiler:
             )
         return answer["source"]
 
-    def _trial_setup(self, tokenizer: Any) -> dict[str, Any]:
-        backend = copy(tokenizer.backend_tokenizer)
-        backend.no_padding()
-        backend.no_truncation()
-        return {
-            "tokenizer": backend.to_str(),
-            "vocab_size": self._vocab_size,
-            "end_token_ids": self._end_token_ids,
-        }
+    def close(self) -> None:
+        """End the other process; the next grammar that needs it starts it again."""
+        self._trials.close()
 
     @functools.cached_property
     def _quote_tokens(self) -> QuoteTokens:
@@ -305,6 +307,18 @@ def _executor() -> LLExecutor:
     from llguidance import LLExecutor
 
     return LLExecutor()
+
+
+def _trial_setup(tokenizer: Any, vocab_size: int, end_token_ids: list[int]) -> dict[str, Any]:
+    """What the other process builds the same vocabulary from."""
+    backend = copy(tokenizer.backend_tokenizer)
+    backend.no_padding()
+    backend.no_truncation()
+    return {
+        "tokenizer": backend.to_str(),
+        "vocab_size": vocab_size,
+        "end_token_ids": end_token_ids,
+    }
 
 
 def _check_size(params: StructuredOutputsParams) -> int:

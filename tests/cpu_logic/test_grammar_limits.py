@@ -483,6 +483,20 @@ def test_the_other_process_ends_with_the_engine(tmp_path):
         time.sleep(0.05)
 
 
+def test_the_other_process_ends_with_its_compiler():
+    tokenizer = AutoTokenizer.from_pretrained(AUSTEN)
+    for end in (GrammarCompiler.close, None):
+        compiler = GrammarCompiler(tokenizer, 4096, {0, 2})
+        compiler.compile(StructuredOutputsParams(regex="a" * 301))
+        trial = compiler._trials._process
+        assert trial.poll() is None
+        if end:
+            end(compiler)
+        else:
+            del compiler  # nothing else holds it, so nothing waits for a garbage collection
+        assert trial.poll() is not None
+
+
 def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
