@@ -122,7 +122,7 @@ def check_schema(text: str) -> CheckedSchema:
     return CheckedSchema(
         text,
         has_free_names=walk.has_free_names,
-        is_plain=walk.is_plain and walk.num_schemas <= 300 and len(text) <= 20_000,
+        is_plain=walk.is_plain and len(walk.schemas) <= 300 and len(text) <= 20_000,
     )
 
 
@@ -133,7 +133,7 @@ class _Walk:
         self.root = root
         self.pending: list[tuple[Any, str]] = [(root, "")]
         self.seen: set[int] = set()
-        self.num_schemas = 0
+        self.schemas: list[tuple[dict[str, Any], str]] = []  # each with its place
         self.has_free_names = False
         self.is_plain = True
         self.intersects = ""  # a place where schemas are intersected
@@ -152,7 +152,7 @@ class _Walk:
                 raise _refuse(path, f"a schema is an object or a boolean, got {shown(schema)}")
             if id(schema) not in self.seen:
                 self.seen.add(id(schema))
-                self.num_schemas += 1
+                self.schemas.append((schema, path))
                 self._visit(schema, path)
         if self.intersects and self.needs_single:
             what, path = self.needs_single[0]
@@ -161,6 +161,7 @@ class _Walk:
             )
         if self.has_ids and self.has_pointers:
             raise _refuse("", "$ref as a path cannot be followed in a schema with an inner $id")
+        self._check_ends()
         self._check_bounds()
         if self.intersects and len(self.multiples) > 1:
             scale = 10 ** max(-int(_exponent(multiple)) for multiple in self.multiples)
@@ -224,6 +225,10 @@ class _Walk:
                 raise _refuse(path, f"$ref {shown(reference)} must begin with #")
             return
         self.has_pointers = True
+        self.pending.append((self._target(reference, path), reference))
+
+    def _target(self, reference: str, path: str) -> Any:
+        """What a JSON pointer names."""
         target: Any = self.root
         for part in unquote(reference[2:]).split("/"):
             part = part.replace("~1", "/").replace("~0", "~")
@@ -233,7 +238,55 @@ class _Walk:
                 target = target[part]
             except (KeyError, IndexError, TypeError):
                 raise _refuse(path, f"$ref {shown(reference)} names nothing") from None
-        self.pending.append((target, reference))
+        return target
+
+    def _check_ends(self) -> None:
+        """Refuse schemas whose every value holds another of the same: no text of them ends."""
+        waiting: dict[int, list[dict[str, Any]]] = {}  # by what may let them end
+        ending: set[int] = set()
+        pending = [schema for schema, _ in reversed(self.schemas)]
+        while pending:
+            schema = pending.pop()
+            if id(schema) in ending:
+                continue
+            for alternatives in self._needs(schema):
+                if not any(id(other) in ending for other in alternatives):
+                    for other in alternatives:
+                        waiting.setdefault(id(other), []).append(schema)
+                    break
+            else:
+                ending.add(id(schema))
+                pending += waiting.pop(id(schema), [])
+        for schema, path in self.schemas:
+            if id(schema) not in ending:
+                raise _refuse(path, "no text of it ends, as it always holds another of its kind")
+
+    def _needs(self, schema: dict[str, Any]) -> Iterable[list[dict[str, Any]]]:
+        """Lists of schemas; a value of `schema` holds values of one of each list, or more."""
+        reference = schema.get("$ref", "")
+        if reference == "#" or reference.startswith("#/"):
+            target = self.root if reference == "#" else self._target(reference, "")
+            yield from _needed([target])
+        for item in schema.get("allOf", ()):
+            yield from _needed([item])
+        for key in ("anyOf", "oneOf"):
+            if key in schema:
+                yield from _needed(schema[key])
+        if schema.get("type") == "object":
+            properties = schema.get("properties", {})
+            others = schema.get("additionalProperties", True)
+            for name in schema.get("required", ()):
+                yield from _needed([properties.get(name, others)])
+            if schema.get("minProperties"):
+                patterns = schema.get("patternProperties", {})
+                yield from _needed([*properties.values(), *patterns.values(), others])
+        elif schema.get("type") == "array":
+            first = schema.get("prefixItems", [])
+            others = schema.get("items", True)
+            if isinstance(others, list):
+                first, others = others, schema.get("additionalItems", True)
+            for index in range(min(schema.get("minItems", 0), len(first) + 1)):
+                yield from _needed([first[index] if index < len(first) else others])
 
     def _note_intersection(self, schema: dict[str, Any], applicators: set[str]) -> None:
         beside = [key for key in schema if key in CONSTRAINTS]
@@ -372,6 +425,12 @@ def _check_root(root: dict[str, Any]) -> None:
             "may hold whitespace_flexible, and item_separator, key_separator and "
             f"whitespace_pattern that leave the text JSON, got {shown({name: value})}",
         )
+
+
+def _needed(schemas: list[Any]) -> Iterable[list[dict[str, Any]]]:
+    """None of them are needed if one is a boolean, which holds no other schema."""
+    if all(isinstance(schema, dict) for schema in schemas):
+        yield schemas
 
 
 def _may_be_object(schema: dict[str, Any]) -> bool:

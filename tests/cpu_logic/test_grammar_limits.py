@@ -145,6 +145,24 @@ def test_a_completion_is_what_the_schema_says_or_the_schema_is_refused(vocabular
     assert values and all(map(holds, values))
 
 
+def test_a_schema_that_may_hold_itself_is_taken(vocabulary):
+    tree = {
+        **OBJECT,
+        "properties": {"n": DIGIT, "next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}},
+        "required": ["n", "next"],
+        "additionalProperties": False,
+    }
+    for schema in (
+        tree,
+        {"type": "array", "items": {"$ref": "#"}},
+        {**OBJECT, "additionalProperties": {"$ref": "#"}},
+        {"type": ["array", "null"], "items": {"$ref": "#"}, "minItems": 1},
+        {"type": "array", "items": {"$ref": "#"}, "prefixItems": [True], "minItems": 1},
+    ):
+        vocabulary.compile(json=schema)
+    assert vocabulary.takes(vocabulary.compile(json=tree), '{"n":1,"next":{"n":2,"next":null}}')
+
+
 @pytest.mark.parametrize("number", ["9007199254740991", "-9007199254740991", "0.1", "1e15", "-1.5"])
 def test_a_number_that_a_float_holds_is_exact(vocabulary, number):
     for schema in (f'{{"const": {number}}}', f'{{"enum": [{number}, "x"]}}'):
@@ -229,7 +247,21 @@ REFUSED = [
     ({"json": {"$ref": "#/$defs/a"}}, "names nothing"),
     ({"json": {"$ref": "#/a/0", "a": [{"const": -(2**63)}]}}, "const"),
     ({"json": {"$ref": "file:///etc/hosts"}}, "hosts"),
+    # What no text can end.
     ({"json": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}}, "no text"),
+    (
+        {
+            "json": {
+                "$ref": "#/$defs/a",
+                "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/b"}]}, "b": {"$ref": "#/$defs/a"}},
+            }
+        },
+        "no text",
+    ),
+    ({"json": {**OBJECT, "properties": {"a": {"$ref": "#"}}, "required": ["a"]}}, "no text"),
+    ({"json": {**OBJECT, "additionalProperties": {"$ref": "#"}, "minProperties": 1}}, "no text"),
+    ({"json": {"type": "array", "items": {"$ref": "#"}, "minItems": 1}}, "no text"),
+    ({"json": {**OBJECT, "properties": {"a": {"anyOf": [{"$ref": "#/properties/a"}]}}}}, "no text"),
     ({"json": '{"const": ' + "[" * 121 + "]" * 121 + "}"}, "120 levels"),
     # Patterns that dialects read in two ways.
     ({"json": {"type": "string", "pattern": "[a&&b]"}}, "&&"),
