@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from nanovllm.errors import ArgumentError, shown
 
 EBNF_RULE = re.compile(r"^[^\S\n]*[\w-]+\s*::=", re.MULTILINE)
-# Pieces of a grammar in Lark's form, in which the rest has no string, regex or comment.
+# Pieces of a grammar in Lark's form, in which the rest has no string, regex or comment. One that is
+# not closed is a piece as well, so that reading stays linear.
 LARK_PIECES = re.compile(
-    r'"(?:\\.|[^"\\\n])*"i?|/(?![/*])(?:\\.|[^/\\\n])+/[imslux]*|(?://|#)[^\n]*', re.DOTALL
+    r'"(?:\\.|[^"\\\n])*(?:"i?)?|/(?![/*])(?:\\.|[^/\\\n])+(?P<end>/)?|(?://|#)[^\n]*', re.DOTALL
 )
 LARK_REFUSED = {
     re.compile(r"%json\b"): "%json: give the schema as json",
@@ -24,12 +25,11 @@ LARK_REFUSED = {
     re.compile(r"\bstop\w*\s*="): "stop=: write suffix= or lazy",
 }
 COUNT = re.compile(r"(?<!\\)\{\d+(,\d*)?\}\Z")
-# Classes and escapes outside of them.
-REGEX_CLASSES = re.compile(
-    r"\[\^?\]?(?:\\.|[^\]\\])*\]|\\(?:x\{\w*\}|u\{\w*\}|x\w\w|u\w{4}|U\w{8}|.)|\x00", re.DOTALL
-)
+ESCAPE = r"\\(?:x\{\w*\}|u\{\w*\}|x\w\w|u\w{4}|U\w{8}|.)"
+# Classes, and escapes outside of them. A class that is not closed is one as well.
+REGEX_CLASSES = re.compile(rf"\[\^?\]?(?:\\.|[^\]\\])*\]?|{ESCAPE}|\x00", re.DOTALL)
+CLASS_ITEM = re.compile(rf"(?P<item>{ESCAPE}|[^\\])(?P<range>-(?!\]))?", re.DOTALL)
 NUL = re.compile(r"\x00|\\(?:x00|u0000|U0{8}|[xuU]\{0+\})")
-NUL_RANGE = re.compile(rf"((?:^|[^\\])(?:\\\\)*)(?:{NUL.pattern})-(?!\])")
 CONTROL_CLASS = re.compile(
     r"\\P|\\p\{\^|\\p[Cc]|\\p\{[^}]*[=:]|(?i:\\p\{[ _-]*(?:c|cc|other|control|cntrl)[ _-]*\})"
 )
@@ -83,16 +83,22 @@ def quotable_regex(pattern: str, name: str) -> str:
         position = piece.end()
         text = piece[0]
         if text.startswith("[^"):
-            first = "\\" if text[2] in "]-" else ""  # a literal at the start only
-            pieces.append(f"[^\\x00{first}{text[2:]}")
+            first = "\\" if text[2:3] in ("]", "-") else ""  # a literal at the start only
+            text = f"[^\\x00{first}{text[2:]}"
         elif text.startswith("["):
-            pieces.append(NUL_RANGE.sub(r"\1\\x01-", text))
-        else:
-            pieces.append(text)
-        if not text.startswith("[^") and NUL.search(pieces[-1]):
+            text = "".join(map(_without_nul, CLASS_ITEM.finditer(text)))
+        if NUL.fullmatch(text):
             raise _unclear(name, pattern, "NUL, which no JSON string holds")
+        pieces.append(text)
     pieces.append(pattern[position:])
     return "".join(pieces)
+
+
+def _without_nul(item: re.Match[str]) -> str:
+    """An item of a class, that of a range from NUL as from the next character."""
+    if not NUL.fullmatch(item["item"]):
+        return item[0]
+    return "\\x01-" if item["range"] else ""
 
 
 def check_lark(grammar: str) -> None:
@@ -102,8 +108,8 @@ def check_lark(grammar: str) -> None:
     for piece in LARK_PIECES.finditer(grammar):
         code.append(grammar[end : piece.start()])
         end = piece.end()
-        if piece[0].startswith("/") and not piece[0].startswith("//"):
-            check_regex(piece[0][1 : piece[0].rindex("/")], "grammar")
+        if piece["end"]:
+            check_regex(piece[0][1:-1], "grammar")
     code.append(grammar[end:])
     rest = " ".join(code)
     for pattern, message in LARK_REFUSED.items():

@@ -23,6 +23,7 @@ from nanovllm.sampling.grammar_text import check_regex, quotable_regex
 MAX_DEPTH = 120  # nested lists and objects; llguidance reads 127 at most
 MAX_INTEGER = 2**53 - 1  # beyond it a float, which llguidance computes with, skips integers
 MAX_COUNT = 2**31 - 1  # of minLength and the like
+MAX_PATTERN = 100_000  # characters
 ENOUGH_NAMES = 2**15  # a pattern of fewer property names could run out of them
 MAX_MULTIPLE = 5_000  # digits of multipleOf as an integer; llguidance has states for each rest
 
@@ -165,8 +166,11 @@ class _Walk:
         self._check_bounds()
         if self.intersects and len(self.multiples) > 1:
             scale = 10 ** max(-int(_exponent(multiple)) for multiple in self.multiples)
-            if math.prod(int(multiple * scale) for multiple in self.multiples) > MAX_MULTIPLE:
-                raise _refuse("", f"the product of all multipleOf must be at most {MAX_MULTIPLE}")
+            product = 1
+            for multiple in self.multiples:
+                product *= int(multiple * scale)
+                if product > MAX_MULTIPLE:
+                    raise _refuse("", f"all multipleOf together must be at most {MAX_MULTIPLE}")
 
     def _check_bounds(self) -> None:
         """llguidance lets an exclusive bound itself through if it is an integer and the other one
@@ -354,6 +358,8 @@ class _Walk:
 
     @staticmethod
     def _quotable(pattern: str, path: str) -> str:
+        if len(pattern) > MAX_PATTERN:
+            raise _refuse(path, f"at most {MAX_PATTERN} characters, got {len(pattern)}")
         check_regex(pattern, f"json: {path}", has_sets=False)
         return quotable_regex(pattern, f"json: {path}")
 

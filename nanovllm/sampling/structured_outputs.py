@@ -12,6 +12,7 @@ before they are compiled here.
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
@@ -36,9 +37,11 @@ if TYPE_CHECKING:
 MAX_COMPILED = 256  # distinct structured outputs of which the compiled form is kept
 MAX_LARGE_COMPILED = 8  # of those of more than LARGE characters, which may take megabytes each
 LARGE = 20_000
-MAX_CHARACTERS = 4_000_000  # of a schema, a regex, a grammar or all choices together
+MAX_CHARACTERS = 2_000_000  # of a schema, a regex, a grammar or all choices together
 MAX_CHOICE = 10_000  # characters of one choice
 MAX_PLAIN_REGEX = 300  # characters of a regex that is not tried first
+MAX_PLAIN_COUNT = 10_000  # the product of its counts
+COUNT = re.compile(r"(?:\{|(?<=\d,))([1-9]\d*)")  # of a repetition
 MAX_STEP_SHARE = 0.05  # of the time limit, for one step of a grammar
 LIMITS = {"verbose_errors": False}
 # JSON strings without \\uXXXX, so that each string has one spelling and each text is Unicode.
@@ -358,7 +361,9 @@ def _llguidance_source(params: StructuredOutputsParams) -> Source:
     if params.regex is not None:
         check_regex(params.regex, "regex")
         text = LLMatcher.grammar_from_regex(params.regex)
-        return Source("regex", text, len(params.regex) <= MAX_PLAIN_REGEX)
+        counts = [int(count) for count in COUNT.findall(params.regex[:MAX_PLAIN_REGEX])]
+        is_plain = len(params.regex) <= MAX_PLAIN_REGEX and math.prod(counts) <= MAX_PLAIN_COUNT
+        return Source("regex", text, is_plain)
     if params.choice is not None:
         text = LLMatcher.grammar_from_regex("|".join(map(re.escape, params.choice)))
         return Source("choice", text, sum(map(len, params.choice)) <= LARGE)

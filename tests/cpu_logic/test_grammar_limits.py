@@ -125,6 +125,7 @@ RULES = [
     ({"type": "string", "pattern": '^[^"\\\\]{1,3}$'}, lambda x: not set('"\\') & set(x)),
     ({"type": "string", "pattern": "^[^]-]{1,3}$"}, lambda x: not set("]-") & set(x)),
     ({"type": "string", "pattern": "^[\\x00-\\x1f]$"}, lambda x: x < " "),
+    ({"type": "string", "pattern": "^[\\\\x00]$"}, lambda x: x in "\\x0"),
     ({"type": "string", "pattern": "^a|b$", "maxLength": 4}, lambda x: x[0] == "a" or x[-1] == "b"),
     ({"allOf": [{"pattern": "^a"}, {"type": "string", "maxLength": 3}]}, lambda x: x[0] == "a"),
 ]
@@ -283,8 +284,9 @@ REFUSED = [
     ({"grammar": 'a ::= "x"'}, "root"),
     ({"grammar": 'root ::= "a"{3,2}'}, "range"),
     # Sizes.
-    ({"regex": "a" * 4_000_001}, "4000000"),
+    ({"regex": "a" * 2_000_001}, "2000000"),
     ({"choice": ["a", "b" * 10_001]}, "10000"),
+    ({"json": {"patternProperties": {"a" * 100_001: {}}}}, "100000"),
 ]
 
 
@@ -331,6 +333,33 @@ def test_a_grammar_is_read_as_it_is_written(vocabulary, grammar, pattern):
     generator = random.Random(2)
     texts = [vocabulary.draw(start.fork(), generator) for _ in range(12)]
     assert any(texts) and all(re.fullmatch(pattern, text) for text in texts if text is not None)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"json": {"type": "string", "pattern": "[" * 99_000}},
+        {"json": {"type": "string", "pattern": "[" + "\\\\" * 49_000}},
+        {"json": {"type": "string", "pattern": "(a" * 49_000}},
+        {"regex": "[" * 300_000},
+        {"grammar": 'start: "' + '\\"' * 300_000},
+        {"grammar": "start: /" + "\\/" * 300_000},
+        {"grammar": "start: missing" + "\n" * 300_000},
+        {"grammar": "root ::= " + "[" * 300_000},
+        {"grammar": "root ::= x" + "\n" * 300_000},
+    ],
+)
+def test_a_malformed_text_is_read_in_linear_time(vocabulary, params):
+    start = time.monotonic()
+    with pytest.raises(ArgumentError):
+        vocabulary.compile(**params)
+    assert time.monotonic() - start < 60  # a quadratic way takes minutes
+
+
+def test_a_count_that_texts_cannot_reach_is_refused(vocabulary):
+    for pattern in ("a{1000000000}", "((a{1000}){1000}){1000}"):
+        with pytest.raises(ArgumentError, match="regex: not even short texts"):
+            vocabulary.compile(regex=pattern)
 
 
 def test_many_choices_and_special_characters(vocabulary):
