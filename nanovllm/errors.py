@@ -9,7 +9,6 @@ MAX_SHOWN = 200  # characters of a value in a message
 MAX_TYPING_ERRORS = 2  # between what somebody wrote and the name that is suggested
 
 
-
 class ArgumentError(ValueError, AssertionError):
     """A wrong argument: the message names the value and the limit.
 

@@ -314,11 +314,13 @@ def _executor() -> LLExecutor:
 
 def _trial_setup(tokenizer: Any, vocab_size: int, end_token_ids: list[int]) -> dict[str, Any]:
     """What the other process builds the same vocabulary from."""
-    backend = copy(tokenizer.backend_tokenizer)
-    backend.no_padding()
-    backend.no_truncation()
+    table = token_bytes(tokenizer)
+    if table is None:
+        backend = copy(tokenizer.backend_tokenizer)
+        backend.no_padding()
+        backend.no_truncation()
     return {
-        "tokenizer": backend.to_str(),
+        "tokenizer": backend.to_str() if table is None else table.form_of_encoder(),
         "vocab_size": vocab_size,
         "end_token_ids": end_token_ids,
     }
