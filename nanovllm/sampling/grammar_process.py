@@ -73,13 +73,16 @@ class TrialProcess:
         if self._process is not None and self._owner[0] == owner[0]:
             self.close()
         # Linux ends it with the thread that starts it, so another thread starts its own.
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", str(SCRIPT)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for the engine
-        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", str(SCRIPT)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for the engine
+            )
+        except OSError as error:
+            raise RuntimeError(f"the process that tries grammars did not start: {error}") from error
         self._owner = owner
         self._read = b""
         assert self._process.stdin is not None

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from nanovllm.errors import ArgumentError, shown
 
 EBNF_RULE = re.compile(r"^[^\S\n]*[\w-]+\s*::=", re.MULTILINE)
-# Pieces of a grammar in Lark's form, in which the rest has no string, regex or comment. One that is
-# not closed is a piece as well, so that reading stays linear.
+# Pieces of a grammar in Lark's form; the rest has no string, regex, token or comment in it. One
+# that is not closed is a piece as well, so that reading stays linear.
 LARK_PIECES = re.compile(
-    r'"(?:\\.|[^"\\\n])*(?:"i?)?|/(?![/*])(?:\\.|[^/\\\n])+(?P<end>/)?|(?://|#)[^\n]*', re.DOTALL
+    r'"(?:\\.|[^"\\\n])*(?:"i?)?|/(?![/*])(?:\\.|[^/\\\n])+(?P<end>/)?|<[^>\n]*>?|(?://|#)[^\n]*',
+    re.DOTALL,
 )
 LARK_REFUSED = {
     re.compile(r"%json\b"): "%json: give the schema as json",

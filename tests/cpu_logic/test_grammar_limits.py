@@ -273,6 +273,7 @@ REFUSED = [
     ({"regex": "(ab)*+c"}, "possessive"),
     # Grammars.
     ({"grammar": 'start: %json {"const": 1}'}, "%json"),
+    ({"grammar": 'start: <a#b> %json {"const": 1}'}, "%json"),
     ({"grammar": 'start: r\nr[stop="b"]: /[ab]*/'}, "stop="),
     ({"grammar": "start: r\nr[temperature=0.5]: /a/"}, "temperature="),
     ({"grammar": "start: @other"}, "@"),
@@ -542,6 +543,16 @@ def test_the_other_process_ends_with_the_engine(tmp_path):
     while is_alive(trial_pid):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_process_that_does_not_start_is_named(monkeypatch):
+    compiler = GrammarCompiler(AutoTokenizer.from_pretrained(AUSTEN), 4096, {0, 2})
+    for executable in ("/no/such/python", "/bin/false"):
+        monkeypatch.setattr(sys, "executable", executable)
+        with pytest.raises(RuntimeError, match="the process that tries grammars did not start"):
+            compiler.compile(StructuredOutputsParams(regex="a" * 301))
+    monkeypatch.undo()
+    assert compiler.compile(StructuredOutputsParams(regex="a" * 301)).error is None
 
 
 def test_the_other_process_ends_with_its_compiler():
