@@ -35,15 +35,17 @@ def collective_rpc(
     with DeferredInterrupt():
         if workers is None:
             return [runner.call(method, *args, **kwargs)]
+        llm._owner.is_stepping = True  # the ranks are busy: a function may not call the engine
         try:
-            with llm._stepping():  # the ranks are busy: a function may not call the engine
-                return workers.call(runner, method, tuple(args), kwargs, timeout)
+            return workers.call(runner, method, tuple(args), kwargs, timeout)
         except BaseException as error:
             if workers.is_broken:
                 is_death = isinstance(error, EngineDeadError)
                 llm._cause_of_death = str(error) if is_death else f"a call failed: {error!r}"
                 llm.exit()
             raise
+        finally:
+            llm._owner.is_stepping = False
 
 
 def apply_model(llm: "LLM", func: Callable[[nn.Module], Any]) -> list[Any]:

@@ -20,7 +20,7 @@ from engine_checks import (
 from tiny_models import VOCAB_SIZE, reference_greedy, save_model
 from transformers import Qwen3ForCausalLM
 
-from nanovllm import ArgumentError, EngineDeadError
+from nanovllm import ArgumentError, EngineDeadError, EngineUseError
 
 pytestmark = pytest.mark.slow
 MAX_TOKENS = 8
@@ -78,6 +78,14 @@ def test_results_of_every_rank_in_order(llm):
     counts = llm.apply_model(rank_functions.num_parameters)
     assert len(counts) == llm.get_world_size() == 2
     assert counts[0] == counts[1] == rank_functions.num_parameters(llm.model_runner.model)
+
+
+def test_a_call_may_not_call_the_engine(llm, references, monkeypatch):
+    """The other ranks are busy with the same call."""
+    monkeypatch.setattr(rank_functions, "on_announcement", llm.step)
+    with pytest.raises(EngineUseError, match=r"step\(\) was called from inside a step"):
+        llm.collective_rpc(rank_functions.call_engine)
+    check_generates(llm, references[0])
 
 
 def test_calls_between_steps(llm, references):
