@@ -245,6 +245,14 @@ METHOD_HINTS = {
 }
 
 
+def is_one_of(value: Any, values: Collection[Any]) -> bool:
+    """`value in values`, False for what cannot be compared, such as an array."""
+    try:
+        return any(value is other or bool(value == other) for other in values)
+    except Exception:
+        return False
+
+
 def unexpected(
     owner: str,
     name: str,
@@ -319,9 +327,7 @@ def explain_fields(
             if not unknown:
                 raise
             for name in unknown:
-                if not any(
-                    kwargs[name] is v or kwargs[name] == v for v in (off or {}).get(name, ())
-                ):
+                if not is_one_of(kwargs[name], (off or {}).get(name, ())):
                     message = unexpected(cls.__name__, name, known, names, hints)
                     raise TypeError(message) from None
             construct(self, *args, **{name: kwargs[name] for name in kwargs if name in known})

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
-from nanovllm.compat import VLLM_IGNORED, VLLM_ONLY, unknown_option
+from nanovllm.compat import VLLM_IGNORED, VLLM_ONLY, is_one_of, unknown_option
 from nanovllm.errors import (
     MAX_INT32,
     ArgumentError,
@@ -99,7 +99,7 @@ class Config:
             if name in VLLM_IGNORED:
                 _check_ignored(name, value)
                 continue
-            if name in VLLM_ONLY and not value:
+            if name in VLLM_ONLY and _is_false(value):
                 continue
             if name not in known:
                 raise TypeError(unknown_option(name, known, SAMPLING_FIELDS))
@@ -328,12 +328,19 @@ class Config:
         return self.resolve_dtype() if self.kv_cache_dtype == "auto" else FP8_DTYPE
 
 
+def _is_false(value: Any) -> bool:
+    try:
+        return not value
+    except Exception:  # an array is neither
+        return False
+
+
 def _check_ignored(name: str, value: Any) -> None:
     if name == "swap_space":
         message = "swap_space changes nothing: preempted requests are computed anew"
         warnings.warn(message, DeprecationWarning, stacklevel=4)
     allowed = VLLM_IGNORED[name]
-    if allowed is not None and value not in allowed:
+    if allowed is not None and not is_one_of(value, allowed):
         raise TypeError(
             f"LLM() got {name}={shown(value)}, an option of vLLM that nanovllm does not have; it "
             f"takes {' or '.join(map(repr, allowed))} alone"

@@ -208,7 +208,9 @@ def _split_prompt(prompt: Any) -> tuple[str | None, list[int] | None]:
     if not isinstance(prompt, Mapping):
         return None, _as_token_ids(prompt)
     given = {name: value for name, value in prompt.items() if value is not None}
-    if unknown := [str(name)[:MAX_SHOWN] for name in given if name not in PROMPT_KEYS]:
+    if unknown := [
+        name if isinstance(name, str) else shown(name) for name in given if name not in PROMPT_KEYS
+    ]:
         raise ArgumentError(
             f"prompt has unsupported keys: {', '.join(unknown)[:MAX_SHOWN]}; a prompt dict needs "
             "'prompt' or 'prompt_token_ids'"

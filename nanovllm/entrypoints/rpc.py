@@ -50,6 +50,8 @@ def collective_rpc(
 
 def apply_model(llm: "LLM", func: Callable[[nn.Module], Any]) -> list[Any]:
     """See `LLM.apply_model`."""
+    if not callable(func):
+        raise ArgumentError(f"func must be a callable, got {shown(func)}")
     return collective_rpc(llm, _apply_to_model, args=(func,))
 
 

@@ -54,7 +54,10 @@ def wake_up(llm: "LLM", tags: Iterable[str] | None = None) -> bool:
 
 
 def _check_tags(tags: Iterable[str]) -> frozenset[str]:
-    given = list(tags) if not isinstance(tags, str) else [tags]
+    try:
+        given = list(tags) if not isinstance(tags, str) else [tags]
+    except TypeError:
+        raise ArgumentError(f"tags must be of {', '.join(TAGS)}, got {shown(tags)}") from None
     for tag in given:
         if tag not in TAGS:
             raise ArgumentError(f"tags must be of {', '.join(TAGS)}, got {shown(tag)}")

@@ -247,6 +247,16 @@ def test_other_names_of_dtypes(dtype, expected, model):
             Config(model, dtype=wrong)
 
 
+@pytest.mark.parametrize("name", [*sorted(VLLM_ONLY), "cpu_offload_gb", "enable_lora"])
+@pytest.mark.parametrize(
+    "value", [np.array([1, 2]), 10**5000, "x" * 10**6], ids=["array", "int", "str"]
+)
+def test_values_of_any_kind_are_refused_for_options_of_vllm(name, value, model):
+    with pytest.raises(TypeError, match="an option of vLLM that nanovllm does not have") as raised:
+        Config.from_kwargs(model, {name: value})
+    assert len(str(raised.value)) < 500
+
+
 def test_no_known_keyword_is_listed_as_vllm_only():
     foreign = VLLM_ONLY | VLLM_IGNORED.keys() | LLM_NAMES.keys() | LLM_HINTS.keys()
     known = {field.name for field in fields(Config)}

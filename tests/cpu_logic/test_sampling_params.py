@@ -282,6 +282,8 @@ def test_vllms_other_parameters_are_taken_with_the_values_that_change_nothing():
     for name, values in SAMPLING_OFF.items():
         for value in values:
             assert SamplingParams(0.5, top_k=3, **{name: value}) == SamplingParams(0.5, top_k=3)
+    with pytest.raises(TypeError, match="best_of"):
+        SamplingParams(best_of=np.array([1, 2]))
     with pytest.raises(TypeError, match="top_j"):
         SamplingParams(best_of=None, top_j=2)
 
