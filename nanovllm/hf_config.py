@@ -1,11 +1,11 @@
 """Reads a model's config.json, with the user's changes to it, and refuses what cannot run."""
 
-import difflib
 import os
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.errors import ArgumentError, cut, shown, shown_error
+from nanovllm.errors import ArgumentError, cut, nearest, shown, shown_error
 from nanovllm.model_files import is_file, list_directory, read_json_object
 from nanovllm.models.config_fields import check_fields
 from nanovllm.models.registry import check_supported
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
 # What config.json may hold beside the fields of the family's configuration.
 OTHER_FIELDS = ("torch_dtype", "quantization_config")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 GGUF = (
     "GGUF files are not supported: give the directory of the model that they were made of, with "
     "config.json and *.safetensors"
@@ -106,7 +107,10 @@ def _why_no_directory(model: str) -> str:
         return GGUF
     if os.path.isfile(model):
         return f"it is a file: give its directory, {os.path.dirname(os.path.abspath(model))!r}"
-    return "nothing is downloaded, and '~' is not expanded: use os.path.expanduser"
+    why = "nothing is downloaded, and '~' is not expanded: use os.path.expanduser"
+    if HUB_NAME.fullmatch(model):
+        why += f"; to get it: hf download {model} --local-dir {model.rpartition('/')[2]}"
+    return why
 
 
 def _what_it_is(model: str) -> str:
@@ -155,10 +159,10 @@ def _check_names(fields: Mapping[str, Any], raw: dict[str, Any]) -> None:
         if name in raw or name in (*ROPE_FIELDS, *OTHER_FIELDS) or hasattr(default, name):
             continue
         known = sorted({*raw, *(default.to_dict() if default else {})})
-        [nearest] = difflib.get_close_matches(cut(name), known, n=1, cutoff=0.0)
+        guess = nearest(cut(name), known)
         raise ArgumentError(
-            f"hf_overrides: the model's configuration has no field {shown(name)}; the nearest is "
-            f"{shown(nearest)}"
+            f"hf_overrides: the model's configuration has no field {shown(name)}"
+            + (f"; the nearest is {guess!r}" if guess else "")
         )
 
 

@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
+from nanovllm.compat import SAMPLING_NAMES
 from nanovllm.config import DEFAULT_MAX_NUM_BATCHED_TOKENS, Config
+from nanovllm.errors import nearest
 from nanovllm.sampling_params import SamplingParams
 
 NEXT_ENTRY = re.compile(r"\n {4}(?=\S)")  # of "Args:"
@@ -25,7 +27,6 @@ OWN_DEFAULTS = {
     "max_num_batched_tokens": DEFAULT_MAX_NUM_BATCHED_TOKENS,
     "skip_special_tokens": True,
 }
-MAX_TYPING_ERRORS = 2
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,9 +63,11 @@ class Parser(argparse.ArgumentParser):
         for argument in self._arguments:
             flag = argument.partition("=")[0][:100]
             if flag.startswith("--") and flag not in (*known, "--"):
-                nearest = min(known, key=lambda name: num_typing_errors(flag, name))
-                if num_typing_errors(flag, nearest) <= MAX_TYPING_ERRORS:
-                    message += f"; instead of {flag} try {nearest}"
+                plain = flag[2:].replace("_", "-")
+                name = SAMPLING_NAMES.get(plain.replace("-", "_"), "").replace("_", "-")
+                meant = f"--{name}" if name else nearest(f"--{plain}", known)
+                if meant in known:
+                    message += f"; instead of {flag} try {meant}"
         super().error(message)
 
 
@@ -95,14 +98,3 @@ def _first_sentences(documentation: str) -> dict[str, str]:
             for name in re.sub(r" \([^()]*\)", "", match[1]).split(", "):
                 words[name] = sentence[0] if sentence else ""
     return words
-
-
-def num_typing_errors(text: str, name: str) -> int:
-    """Letters to insert, remove or replace; "_" is as good as "-"."""
-    text = text.replace("_", "-")
-    row = list(range(len(name) + 1))
-    for i, letter in enumerate(text, 1):
-        previous, row[0] = row[0], i
-        for j, other in enumerate(name, 1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (letter != other))
-    return row[-1]

@@ -5,7 +5,6 @@
 """
 
 import codecs
-import difflib
 import hashlib
 import json
 import math
@@ -15,7 +14,8 @@ from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 from nanovllm.batch.options import structured_outputs
-from nanovllm.errors import ArgumentError, check_bool, check_integer
+from nanovllm.compat import SAMPLING_NAMES as FOREIGN_NAMES
+from nanovllm.errors import ArgumentError, check_bool, check_integer, nearest
 from nanovllm.sampling_params import SamplingParams
 
 KIND_OF_URL = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}
@@ -232,8 +232,9 @@ def _constraint_of(response_format: Any) -> dict[str, Any] | None:
 def _check_names(values: dict[str, Any], known: tuple[str, ...]) -> None:
     for name, value in values.items():
         if name not in known and value is not None:
-            [nearest] = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.0)
-            raise ArgumentError(f"unknown parameter {_short(name)}; the nearest known: {nearest}")
+            guess = FOREIGN_NAMES.get(name.lower()) or nearest(name[:100], known)
+            hint = f"; the nearest known: {guess}" if guess in known else ""
+            raise ArgumentError(f"unknown parameter {_short(name)}{hint}")
 
 
 def _short(value: Any) -> str:

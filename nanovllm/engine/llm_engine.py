@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager, suppress
 from copy import copy
+from ctypes import py_object, pythonapi
 from threading import get_ident
 from time import perf_counter
 from typing import Any, NoReturn
@@ -516,36 +517,47 @@ class LLMEngine:
             if self._workers is not None:
                 self._die(f"a tensor-parallel step was broken off: {error!r}")
             raise error
-        cause = self._cause_of_failure(error)
-        if cause is not None:
+        cause = self._rank_failure(error)
+        lost_device = None if cause else self._device_failure()
+        if cause or lost_device:
             self._isolation.restart()
-            self._die(cause)
-            raise EngineDeadError(cause) from error
+            self._die(cause or lost_device, is_device_lost=cause is None)
+            raise EngineDeadError(self._cause_of_death) from error
         seqs = self._step_seqs
         self._isolation.fail(error, self._requests.sequences() if seqs is None else seqs)
 
-    def _cause_of_failure(self, error: BaseException) -> str | None:
-        """Why the engine cannot go on after `error`; None: it can."""
-        if self._workers is not None:
-            cause = self._workers.wait_for_death(1.0) if self.model_runner.is_mid_step else None
-            if isinstance(error, EngineDeadError):
-                return cause or str(error)
-            if self.model_runner.is_mid_step:
-                return cause or f"a tensor-parallel step failed: {error!r}"
+    def _rank_failure(self, error: BaseException) -> str | None:
+        """Why the ranks cannot go on after `error`; None: they are in step, or there is but one."""
+        if self._workers is None:
+            return None
+        is_mid_step = self.model_runner.is_mid_step
+        cause = self._workers.wait_for_death(1.0) if is_mid_step else None
+        if isinstance(error, EngineDeadError):
+            return cause or str(error)
+        return cause or (f"a tensor-parallel step failed: {error!r}" if is_mid_step else None)
+
+    def _device_failure(self) -> str | None:
+        """How a kernel has failed, after which nothing runs on this GPU; None: it works."""
         if self.model_runner.is_cuda:
             try:
                 torch.cuda.synchronize(self.model_runner.device)
-            except Exception as device_error:  # a kernel has failed: nothing runs there any more
-                return f"the GPU failed: {describe(device_error)}"
+            except Exception as error:
+                return f"the GPU failed: {describe(error)}"
         return None
 
-    def _die(self, cause: str) -> None:
+    def _die(self, cause: str | None, is_device_lost: bool = False) -> None:
         """End the engine, whose ranks are out of step or whose device is lost."""
-        self._cause_of_death = cause
+        self._cause_of_death = cause or ""
         if self._workers is not None:
             self._workers.is_broken = True
-        with suppress(RuntimeError):  # a GPU that failed refuses to give memory back
-            self.exit()
+        if is_device_lost:
+            # torch ends the process when memory of a GPU that failed is given back: it never is.
+            self._finalizer.detach()
+            pythonapi.Py_IncRef(py_object(self))
+            if self._workers is not None:
+                with suppress(Exception):
+                    self._workers.close()
+        self.exit()
 
     def _check_ready(self) -> None:
         """EngineDeadError if the engine has ended."""

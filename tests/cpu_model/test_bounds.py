@@ -38,7 +38,7 @@ VALUES = [
 
 def show(value: Any) -> str:
     try:
-        return repr(value)[:40]
+        return "an object" if type(value) is object else repr(value)[:40]
     except ValueError:
         return "int of 5001 digits"
 

@@ -236,8 +236,8 @@ def test_an_error_in_a_step_leaves_the_engine_usable(model_dir, prompts, referen
             return execute(plan)
 
         monkeypatch.setattr(llm.model_runner, "execute", fail_once)
-        with pytest.raises(torch.cuda.OutOfMemoryError):
-            llm.generate(prompts, greedy(), use_tqdm=False)
+        assert token_ids(llm.generate(prompts, greedy(), use_tqdm=False)) == reference
+        assert len(calls) > 5
         check_all_free(llm)
         assert token_ids(llm.generate(prompts, greedy(), use_tqdm=False)) == reference
 
