@@ -36,6 +36,7 @@ MIN_FLOAT32 = 1.1754943508222875e-38  # smallest normal one
 MAX_LOGIT_BIAS = 100.0
 MAX_COMPLETIONS = 16384
 MAX_STRINGS = 10000  # each is looked for after every token
+MAX_CHOICES = 100000
 
 
 @dataclass(frozen=True)
@@ -249,9 +250,10 @@ def _check_num_logprobs(name: str, value: Any) -> int:
 def _check_strings(name: str, value: Any) -> list[str]:
     """A string or strings of valid Unicode, none of them empty, as a new list."""
     strings = [value] if isinstance(value, str) else _as_list(name, value, "strings")
-    if len(strings) > MAX_STRINGS:
+    limit = MAX_CHOICES if name == "choice" else MAX_STRINGS
+    if len(strings) > limit:
         raise ArgumentError(
-            f"{name} must hold at most {MAX_STRINGS} strings, got {len(strings)}: {shown(strings)}"
+            f"{name} must hold at most {limit} strings, got {len(strings)}: {shown(strings)}"
         )
     for string in strings:
         if not isinstance(string, str) or not string:

@@ -123,7 +123,6 @@ class LLMEngine:
         self.config = config
         # What cannot run is refused before anything is started.
         choose_ops(config, device)
-        kv_cache.check_fits(config, device)
         self.tokenizer = load_tokenizer(config)
         ids = eos_token_ids(
             config.model,
@@ -138,6 +137,7 @@ class LLMEngine:
         )
         self._request_features = RequestFeatures(config, self.tokenizer)
         check_size(config, device)
+        kv_cache.check_fits(config, device)
         self._owner = Owner()
         self._workers: WorkerGroup | None = None
         if config.tensor_parallel_size > 1:

@@ -291,11 +291,26 @@ def test_no_known_keyword_is_listed_as_vllm_only():
         ({"gpu_memory_utilization": -0.1}, r"gpu_memory_utilization must be in .* got -0.1"),
         ({"gpu_memory_utilization": float("nan")}, "gpu_memory_utilization must be in .* got nan"),
         ({"gpu_memory_utilization": "0.9"}, "gpu_memory_utilization must be in .* got '0.9'"),
-        ({"structured_outputs_timeout": 0}, "structured_outputs_timeout must be finite and > 0"),
-        ({"structured_outputs_timeout": -1.0}, "structured_outputs_timeout must be finite and > 0"),
-        ({"structured_outputs_timeout": float("inf")}, "structured_outputs_timeout must be finite"),
-        ({"structured_outputs_timeout": float("nan")}, "structured_outputs_timeout must be finite"),
-        ({"structured_outputs_timeout": None}, "structured_outputs_timeout must be finite and > 0"),
+        (
+            {"structured_outputs_timeout": 0},
+            "structured_outputs_timeout must be seconds, > 0",
+        ),
+        (
+            {"structured_outputs_timeout": -1.0},
+            "structured_outputs_timeout must be seconds, > 0",
+        ),
+        (
+            {"structured_outputs_timeout": float("inf")},
+            "structured_outputs_timeout must be seconds, > 0",
+        ),
+        (
+            {"structured_outputs_timeout": float("nan")},
+            "structured_outputs_timeout must be seconds, > 0",
+        ),
+        (
+            {"structured_outputs_timeout": None},
+            "structured_outputs_timeout must be seconds, > 0",
+        ),
         ({"watermark": -0.1}, "watermark must be finite and >= 0, got -0.1"),
         ({"watermark": float("nan")}, "watermark must be finite and >= 0, got nan"),
         ({"watermark": float("inf")}, "watermark must be finite and >= 0, got inf"),

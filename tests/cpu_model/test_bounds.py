@@ -142,6 +142,8 @@ CONFIG = {
     "gpu_memory_utilization": number(lambda share: 0 < share <= 1),
     "tensor_parallel_size": integer(1, 1),
     "disable_custom_all_reduce": boolean,
+    "worker_timeout": number(lambda seconds: 1 <= seconds <= 86400),
+    "structured_outputs_timeout": number(lambda seconds: 0 < seconds <= 86400),
     "enforce_eager": boolean,
     "kvcache_block_size": nothing,
     "num_kvcache_blocks": or_none(
