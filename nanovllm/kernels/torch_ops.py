@@ -310,7 +310,7 @@ def decode_attention(
             query[part].unflatten(1, (num_kv_heads, -1)),  # [b, Hkv, G, D]
             keys.transpose(1, 2),
             values.transpose(1, 2),
-            attn_mask=visible[:, None, None, :],
+            attn_mask=None if min(lens[part]) == max(lens[part]) else visible[:, None, None, :],
             scale=scale,
         ).flatten(1, 2)
         out[part] = attended.masked_fill(length.unsqueeze(2) == 0, 0)
