@@ -76,11 +76,13 @@ class CheckedSchema:
     Args:
         text: its JSON text for llguidance.
         has_free_names: whether objects may have properties that the schema does not name.
+        has_name_patterns: whether patterns say which.
         is_plain: whether it is of the common kind that surely compiles quickly.
     """
 
     text: str
     has_free_names: bool
+    has_name_patterns: bool
     is_plain: bool
 
 
@@ -123,6 +125,7 @@ def check_schema(text: str) -> CheckedSchema:
     return CheckedSchema(
         text,
         has_free_names=walk.has_free_names,
+        has_name_patterns=walk.has_name_patterns,
         is_plain=walk.is_plain and len(walk.schemas) <= 300 and len(text) <= 20_000,
     )
 
@@ -135,7 +138,7 @@ class _Walk:
         self.pending: list[tuple[Any, str]] = [(root, "")]
         self.seen: set[int] = set()
         self.schemas: list[tuple[dict[str, Any], str]] = []  # each with its place
-        self.has_free_names = False
+        self.has_free_names = self.has_name_patterns = False
         self.is_plain = True
         self.intersects = ""  # a place where schemas are intersected
         self.needs_single: list[tuple[str, str]] = []  # what cannot be intersected, and where
@@ -381,6 +384,7 @@ class _Walk:
             self.has_free_names = True
         if patterns and isinstance(patterns, dict):
             self.is_plain = False
+            self.has_name_patterns = True
             self.needs_single.append(("patternProperties", path))
             schema["patternProperties"] = {
                 self._quotable(pattern, f"{path}/patternProperties"): value

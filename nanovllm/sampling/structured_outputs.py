@@ -27,7 +27,7 @@ from nanovllm.errors import MAX_SHOWN, ArgumentError, shown
 from nanovllm.sampling.grammar_process import TrialProcess
 from nanovllm.sampling.grammar_text import EBNF_RULE, check_lark, check_regex, plain_ebnf
 from nanovllm.sampling.json_schema import check_schema
-from nanovllm.sampling.unique_keys import QuoteTokens, UniqueKeys
+from nanovllm.sampling.unique_keys import QuoteTokens, UniqueKeys, clear_bits
 from nanovllm.sampling_params import StructuredOutputsParams
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ MAX_PLAIN_REGEX = 300  # characters of a regex that is not tried first
 MAX_PLAIN_COUNT = 10_000  # the product of its counts
 COUNT = re.compile(r"(?:\{|(?<=\d,))([1-9]\d*)")  # of a repetition
 MAX_STEP_SHARE = 0.05  # of the time limit, for one step of a grammar
+MAX_PROBES = (
+    1000  # beginnings of keys that are looked at to find out whether a token has any after it
+)
 LIMITS = {"verbose_errors": False}
 # JSON strings without \\uXXXX, so that each string has one spelling and each text is Unicode.
 JSON_OPTIONS: Any = {"json_allowed_escapes": 'nrbtf\\"'}
@@ -94,10 +97,36 @@ class Grammar:
         row = bitmask[index].numpy()
         if self._failure is None and self._keys is not None:
             self._keys.forbid(row)
+            if self._keys.may_run_out:
+                ends = [i for i in self._keys.along(row) if self._is_dead_end(i)]
+                clear_bits(row, np.array(ends, dtype=np.int64))
             if not row.any():
                 self._failure = "no token can follow: each would repeat a key of the object"
         if self._failure is not None:
             row[:] = self._end_row
+
+    def _is_dead_end(self, token_id: int) -> bool:
+        """Whether after this token nothing is left but to repeat a key."""
+        pending = [(self, token_id)]
+        seen: set[tuple[int, bytes]] = set()
+        while pending and len(seen) < MAX_PROBES:
+            before, next_id = pending.pop()
+            after = before.fork()
+            after.accept(next_id)
+            if after.error is not None:
+                return False
+            assert after._keys is not None
+            if (place := after._keys.place) in seen:
+                continue
+            seen.add(place)
+            row = np.frombuffer(after._matcher.compute_bitmask(), dtype=np.int32).copy()
+            after._keys.forbid(row)
+            along = after._keys.along(row)
+            clear_bits(row, np.array(along, dtype=np.int64))
+            if row.any():
+                return False
+            pending += [(after, other) for other in along]
+        return not pending
 
     def accept(self, token_id: int) -> None:
         """Advance by one token. One that is not allowed, as when `allowed_token_ids` or `bad_words`
@@ -147,12 +176,14 @@ class Source(NamedTuple):
         text: llguidance's form of it; of a grammar in EBNF its text.
         is_plain: whether it need not be tried first.
         has_free_names: whether it is JSON whose objects could repeat a key.
+        has_name_patterns: whether a part of a key may allow few keys only.
     """
 
     kind: str
     text: str
     is_plain: bool = False
     has_free_names: bool = False
+    has_name_patterns: bool = False
     is_ebnf: bool = False
 
 
@@ -250,7 +281,9 @@ class GrammarCompiler:
             if message.startswith("NoExtension"):
                 message = "no text of this vocabulary satisfies it"
             raise _refused(source.kind, message)
-        keys = UniqueKeys(self._quote_tokens) if source.has_free_names else None
+        keys = None
+        if source.has_free_names:
+            keys = UniqueKeys(self._quote_tokens, source.has_name_patterns)
         return Grammar(matcher, self._end_row, keys)
 
     def _try(self, source: Source) -> str:
@@ -359,7 +392,9 @@ def _llguidance_source(params: StructuredOutputsParams) -> Source:
             text = LLMatcher.grammar_from_json_schema(schema.text, overrides=JSON_OPTIONS)
         except ValueError as error:  # no JSON, or no schema
             raise _refused("json", str(error)) from error
-        return Source("json", text, schema.is_plain, schema.has_free_names)
+        return Source(
+            "json", text, schema.is_plain, schema.has_free_names, schema.has_name_patterns
+        )
     if params.regex is not None:
         check_regex(params.regex, "regex")
         text = LLMatcher.grammar_from_regex(params.regex)

@@ -629,3 +629,33 @@ def test_a_limit_that_the_shortest_texts_exceed_is_an_error_of_the_grammar(vocab
     alternatives = "|".join(f'"v{i}"' for i in range(3000))
     with pytest.raises(ArgumentError, match="grammar: not even short texts: .*2000"):
         vocabulary.compile(grammar=f"start: {alternatives}")
+
+
+@pytest.mark.parametrize("letter", [b"a", b"c", b"0"])
+@pytest.mark.parametrize(
+    ("pattern", "is_closed"),
+    [
+        ("^[ab]{16}$", True),
+        ("^(ab|c+)$", True),
+        (r"^\d{4}-\d{2}-\d{2}$", True),
+        ("^(a{60}|c{1,30}|[0-9]{9})x?$", True),
+        ("^([ab]{2}|[0-9]{1,20})$", False),
+    ],
+)
+def test_a_key_that_is_begun_can_be_ended_as_another(vocabulary, pattern, is_closed, letter):
+    """Always the token that goes on with the same letter, so that keys come again."""
+    schema = {**COMPACT, **OBJECT, "patternProperties": {pattern: DIGIT}, "minProperties": 4}
+    schema |= {"maxProperties": 4, "additionalProperties": DIGIT if not is_closed else False}
+    grammar = vocabulary.compile(json=schema)
+    text = b""
+    while not grammar.is_terminated:
+        token_id = max(
+            vocabulary.allowed(grammar),
+            key=lambda i: (vocabulary.texts[i] == b'"', vocabulary.texts[i].count(letter)),
+        )
+        grammar.accept(token_id)
+        text += vocabulary.texts[token_id]
+    assert grammar.error is None, text
+    value = json.loads(text, object_pairs_hook=without_repeated_keys)
+    assert len(value) == 4
+    assert not is_closed or all(re.search(pattern, key) for key in value)
