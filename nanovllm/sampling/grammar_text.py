@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from nanovllm.errors import ArgumentError, shown
 
 EBNF_RULE = re.compile(r"^[^\S\n]*[\w-]+\s*::=", re.MULTILINE)
+EBNF_COMMENT = re.compile(r"#[^\n]*")
+EBNF_BLANKS = re.compile(r"(?:\s|#[^\n]*)+")
 # Pieces of a grammar in Lark's form; the rest has no string, regex, token or comment in it. One
 # that is not closed is a piece as well, so that reading stays linear.
 LARK_PIECES = re.compile(
@@ -121,7 +123,8 @@ def check_lark(grammar: str) -> None:
 def plain_ebnf(grammar: str) -> str:
     """An EBNF grammar in the part of the notation that llguidance's converter reads rightly.
 
-    Escapes become the characters they stand for, `.` any character at all, comments nothing.
+    Escapes become the characters they stand for, `.` any character at all, comments nothing. A line
+    that begins with `|` belongs to the one before it.
 
     Raises:
         ArgumentError: an escape, a string or a class is malformed, or a rule is there twice.
@@ -138,9 +141,10 @@ def _ebnf_pieces(grammar: str) -> Iterator[str]:
     position = 0
     while position < len(grammar):
         char = grammar[position]
-        if char == "#":
-            end = grammar.find("\n", position)
-            position = len(grammar) if end < 0 else end
+        if blanks := EBNF_BLANKS.match(grammar, position):
+            position = blanks.end()
+            goes_on = grammar.startswith("|", position)  # the rule, on the next line
+            yield " " if goes_on else EBNF_COMMENT.sub("", blanks[0])
         elif char == '"':
             chars, position = _ebnf_chars(grammar, position + 1, '"')
             yield '"' + "".join(_ebnf_escaped(char, '"\\') for char, _ in chars) + '"'
@@ -170,7 +174,7 @@ def _ebnf_chars(grammar: str, position: int, end: str) -> tuple[list[tuple[str, 
             digits = grammar[position : position + HEX_LENGTHS[char]]
             position += HEX_LENGTHS[char]
             code = int(digits, 16) if re.fullmatch("[0-9a-fA-F]+", digits) else -1
-            if len(digits) != HEX_LENGTHS[char] or not 0 < code <= 0x10FFFF or _is_lone(code):
+            if len(digits) != HEX_LENGTHS[char] or not 0 <= code <= 0x10FFFF or _is_lone(code):
                 raise _wrong_ebnf(f"\\{char}{digits} is no character")
             chars.append((chr(code), True))
         elif char and char in 'nrt"\\[]':

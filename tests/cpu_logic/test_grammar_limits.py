@@ -325,6 +325,8 @@ def test_a_lone_surrogate_and_values_without_a_short_repr_are_named(kind):
         ("root ::= .", "(?s:.)"),
         ('root ::= (\n"a" |\n"b" # c\n){2,3} "c"?', "[ab]{2,3}c?"),
         ('root ::= root "a" | "b"', "ba*"),
+        ('  root ::= "a" # x\n\n  # y\n  | "b"\r\n\t| c\n  c ::= "|\\n|"', "a|b|\\|\n\\|"),
+        (r'root ::= [^"\\\x7F\x00-\x1F]+ "\x00"', r'[^"\\\x7F\x00-\x1F]+\x00'),
         ('start: "//" /[\\/]a/ // "c"\n | "stop=" # "d"', "///a|stop="),
         ('start: "a"~2..3 "%json"', "aa+%json"),
     ],
@@ -348,6 +350,7 @@ def test_a_grammar_is_read_as_it_is_written(vocabulary, grammar, pattern):
         {"grammar": "start: missing" + "\n" * 300_000},
         {"grammar": "root ::= " + "[" * 300_000},
         {"grammar": "root ::= x" + "\n" * 300_000},
+        {"grammar": "root ::= x" + "\n#|" * 300_000},
     ],
 )
 def test_a_malformed_text_is_read_in_linear_time(vocabulary, params):
