@@ -18,6 +18,8 @@ from nanovllm.errors import ArgumentError
 
 SCRIPT = Path(__file__).with_name("grammar_trial.py")
 START_LIMIT = 120.0  # seconds; it reads the vocabulary, which takes about one
+# Somebody else ended it, or the system for want of memory: it may be no fault of the grammar.
+KILLED = (-signal.SIGKILL, -signal.SIGTERM)
 
 
 class TrialProcess:
@@ -47,24 +49,28 @@ class TrialProcess:
             ArgumentError: it takes longer than `limit` seconds, crashed or ran out of memory.
         """
         with self._lock:
-            try:
-                self._start()
-                answer = self._ask({**job, "limit": limit / 2}, limit / 2)
-            except BaseException:  # Ctrl-C too: an answer that nobody waits for is never read
-                self.close()
-                raise
-            if answer is None:
+            for is_last in (False, True):
+                try:
+                    self._start()
+                    answer = self._ask({**job, "limit": limit / 2}, limit / 2)
+                except BaseException:  # Ctrl-C too: an answer that nobody waits for is never read
+                    self.close()
+                    raise
+                if answer is not None:
+                    return answer
                 code = self._end()
                 if code in (None, -signal.SIGALRM):
                     raise ArgumentError(
                         f"structured outputs, {kind}: compiling it takes longer than "
                         f"structured_outputs_timeout ({limit:g} s)"
                     )
-                raise ArgumentError(
-                    f"structured outputs, {kind}: too deep or too large for llguidance, which "
-                    f"crashed on it in a process of its own ({_code_name(code)})"
-                )
-            return answer
+                if code not in KILLED or is_last:
+                    break
+            assert code is not None
+            raise ArgumentError(
+                f"structured outputs, {kind}: too deep or too large for llguidance, which "
+                f"crashed on it in a process of its own ({_code_name(code)})"
+            )
 
     def _start(self) -> None:
         owner = (os.getpid(), threading.get_ident())

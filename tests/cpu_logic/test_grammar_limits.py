@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -515,6 +516,19 @@ def test_a_time_limit_ends_what_would_take_for_ever(params):
     assert time.monotonic() - start < 30  # seconds of slack for a loaded machine
     assert trial.poll() is not None and compiler._trials._process is None
     assert compiler.compile(StructuredOutputsParams(regex="b" * 301)).error is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_grammar_is_tried_again_when_the_other_process_was_killed(number):
+    compiler = GrammarCompiler(AutoTokenizer.from_pretrained(AUSTEN), 4096, {0, 2}, timeout=120)
+    compiler.compile(StructuredOutputsParams(regex="a" * 301))  # starts the process
+    trial = compiler._trials._process
+    os.kill(trial.pid, signal.SIGSTOP)  # so that it is there when the next grammar comes
+    threading.Timer(0.3, trial.send_signal, [number]).start()
+    threading.Timer(0.4, trial.send_signal, [signal.SIGCONT]).start()
+    assert compiler.compile(StructuredOutputsParams(regex="b" * 301)).error is None
+    assert compiler._trials._process is not trial
+    compiler.close()
 
 
 def test_the_other_process_ends_with_the_engine(tmp_path):
