@@ -36,7 +36,7 @@ MIN_FLOAT32 = 1.1754943508222875e-38  # smallest normal one
 MAX_LOGIT_BIAS = 100.0
 MAX_COMPLETIONS = 16384
 MAX_STRINGS = 10000  # each is looked for after every token
-MAX_CHOICES = 100000
+MAX_CHOICES = 2_000_000  # as many as the characters of all choices may be
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ class StructuredOutputsParams:
         if self.json is not None:
             object.__setattr__(self, "json", _json_text(self.json))
         if self.choice is not None:
-            object.__setattr__(self, "choice", tuple(_check_strings("choice", self.choice)))
+            choices = _check_strings("choice", self.choice, MAX_CHOICES)
+            object.__setattr__(self, "choice", tuple(choices))
             if not self.choice:
                 raise ArgumentError("choice must hold at least one string, got none")
         for name in ("regex", "grammar"):
@@ -247,13 +248,12 @@ def _check_num_logprobs(name: str, value: Any) -> int:
     return check_int32(name, value, minimum=-1)
 
 
-def _check_strings(name: str, value: Any) -> list[str]:
+def _check_strings(name: str, value: Any, most: int = MAX_STRINGS) -> list[str]:
     """A string or strings of valid Unicode, none of them empty, as a new list."""
     strings = [value] if isinstance(value, str) else _as_list(name, value, "strings")
-    limit = MAX_CHOICES if name == "choice" else MAX_STRINGS
-    if len(strings) > limit:
+    if len(strings) > most:
         raise ArgumentError(
-            f"{name} must hold at most {limit} strings, got {len(strings)}: {shown(strings)}"
+            f"{name} must hold at most {most} strings, got {len(strings)}: {shown(strings)}"
         )
     for string in strings:
         if not isinstance(string, str) or not string:
