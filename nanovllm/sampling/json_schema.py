@@ -297,6 +297,9 @@ class _Walk:
 
     def _note_intersection(self, schema: dict[str, Any], applicators: set[str]) -> None:
         beside = [key for key in schema if key in CONSTRAINTS]
+        items = schema.get("allOf")
+        if beside == ["allOf"] and isinstance(items, list) and len(items) == 1:
+            return  # a schema that is named so that it may have a default, as of pydantic 1
         if "allOf" in schema:
             self.intersects = "allOf"
             self.is_plain = False

@@ -86,6 +86,12 @@ def without_repeated_keys(pairs):
 
 # What a schema says, as Python. Whether a completion is right is judged by these alone.
 OBJECT = {"type": "object"}
+NAMED_BY_PATTERN = {
+    **OBJECT,
+    "patternProperties": {"^[ab]{16}$": DIGIT},
+    "additionalProperties": False,
+    "maxProperties": 2,
+}
 RULES = [
     ({"type": "number", "exclusiveMinimum": 5, "maximum": 9}, lambda x: 5 < x <= 9),
     ({"type": "number", "exclusiveMinimum": 4.5, "maximum": 5.5}, lambda x: 4.5 < x <= 5.5),
@@ -128,6 +134,15 @@ RULES = [
     ({"type": "string", "pattern": "^[\\x00-\\x1f]$"}, lambda x: x < " "),
     ({"type": "string", "pattern": "^[\\\\x00]$"}, lambda x: x in "\\x0"),
     ({"type": "string", "pattern": "^a|b$", "maxLength": 4}, lambda x: x[0] == "a" or x[-1] == "b"),
+    (
+        {
+            "$defs": {"named": NAMED_BY_PATTERN},
+            **OBJECT,
+            "properties": {"x": {"allOf": [{"$ref": "#/$defs/named"}], "default": {}}},
+            "additionalProperties": False,
+        },
+        lambda x: all(len(k) == 16 and y in range(10) for k, y in x.get("x", {}).items()),
+    ),
     ({"allOf": [{"pattern": "^a"}, {"type": "string", "maxLength": 3}]}, lambda x: x[0] == "a"),
 ]
 
