@@ -49,10 +49,7 @@ class RequestError(RuntimeError):
 
 def describe(error: BaseException) -> str:
     """The error's type and message in one short line."""
-    try:
-        message = " ".join(str(error).split())
-    except Exception:  # an exception class of a user's
-        message = ""
+    message = " ".join(_text(error).split())
     name = type(error).__name__
     return f"{name}: {message[:200]}" if message else name
 
@@ -65,11 +62,23 @@ def is_fault(error: BaseException) -> bool:
     return not isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit, EngineUseError))
 
 
+def _text(error: BaseException) -> str:
+    """`str(error)`, "" if that fails, as it may for an exception class of a user's."""
+    try:
+        return str(error)
+    except BaseException as failure:
+        if not is_fault(failure):
+            raise
+        return ""
+
+
 def shown(value: object) -> str:
     """`repr(value)` for a message: 200 characters at most, whatever `value` is."""
     try:
         text = repr(value[:MAX_SHOWN] if isinstance(value, (str, bytes)) else value)
-    except Exception:  # no repr, one too deep, or an int of more digits than Python writes
+    except BaseException as error:  # no repr, or an int of more digits than Python writes
+        if not is_fault(error):
+            raise
         text = f"<{type(value).__name__}>"
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
 
@@ -103,7 +112,7 @@ def _typing_errors(typed: str, meant: str) -> int:
 
 def shown_error(error: BaseException) -> str:
     """A library's error for a message, whose text may quote a value in full."""
-    return cut(str(error))
+    return cut(_text(error)) or type(error).__name__
 
 
 def cut(text: str) -> str:

@@ -9,6 +9,7 @@ from torch import nn
 from nanovllm.compat import explain_keywords
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.ownership import one_thread_at_a_time
+from nanovllm.engine.progress import check_use_tqdm
 from nanovllm.engine.prompts import check_unsupported
 from nanovllm.entrypoints import (
     metrics,
@@ -22,7 +23,7 @@ from nanovllm.entrypoints import (
     weight_update,
 )
 from nanovllm.entrypoints.chat import render_prompts
-from nanovllm.errors import ArgumentError
+from nanovllm.errors import ArgumentError, shown
 from nanovllm.outputs import EmbeddingRequestOutput, RequestOutput, ScoringRequestOutput
 from nanovllm.pooling_params import PoolingParams
 from nanovllm.sampling_params import SAMPLING_FIELDS, SamplingParams
@@ -274,6 +275,7 @@ class LLM(LLMEngine):
         Arguments and errors are those of `generate`; `use_tqdm` is accepted, nothing takes long.
         """
         check_unsupported(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        check_use_tqdm(use_tqdm)
         return request_queue.enqueue(self, prompts, sampling_params, priority, tokenization_kwargs)
 
     def wait_for_completion(
@@ -322,6 +324,11 @@ class LLM(LLMEngine):
     @classmethod
     def from_engine_args(cls, engine_args: Any) -> "LLM":
         """An engine whose parameters are the attributes of an object, `model` among them."""
+        if not hasattr(engine_args, "__dict__"):
+            hint = "; a dict goes into LLM(**{...})" if isinstance(engine_args, dict) else ""
+            raise ArgumentError(
+                f"engine_args must be an object with attributes, got {shown(engine_args)}{hint}"
+            )
         return cls(**vars(engine_args))
 
     def shutdown(self) -> None:

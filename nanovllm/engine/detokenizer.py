@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from nanovllm.engine.token_bytes import TokenBytes, token_bytes
+from nanovllm.errors import is_fault
 from nanovllm.sampling_params import SamplingParams
 
 MAX_HELD_TOKENS = 3  # of an incomplete character: one of UTF-8 has 4 bytes at most
@@ -200,7 +201,9 @@ class WindowDetokenizer:
             prompt, self._prompt = self._prompt, None
             try:
                 self._take_prompt(prompt)
-            except Exception:  # ids of a prompt need no text: they are no context then
+            except BaseException as error:  # a prompt's ids need no text: they are no context
+                if not is_fault(error):
+                    raise
                 self._set_context([])
                 self._num_held = 0
         return "".join([self._append(token_id) for token_id in token_ids])

@@ -19,7 +19,7 @@ from nanovllm.engine.interrupts import DeferredInterrupt
 from nanovllm.engine.isolation import Isolation
 from nanovllm.engine.model_runner import LaunchedStep, ModelRunner, choose_ops
 from nanovllm.engine.ownership import Owner, bind_to_process, one_thread_at_a_time
-from nanovllm.engine.progress import ProgressBar
+from nanovllm.engine.progress import ProgressBar, check_use_tqdm
 from nanovllm.engine.prompts import (
     as_params_list,
     as_priority_list,
@@ -221,6 +221,7 @@ class LLMEngine:
         `step` returns those that finished.
         """
         check_unsupported(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        check_use_tqdm(use_tqdm)
         self._check_awake()
         requests = self._new_requests(
             as_prompt_list(prompts), sampling_params, priority, tokenization_kwargs

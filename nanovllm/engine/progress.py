@@ -6,7 +6,18 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from nanovllm.errors import ArgumentError, shown
+
 REDRAW_SECONDS = 0.1
+
+
+def check_use_tqdm(use_tqdm: Any) -> None:
+    """ArgumentError if `use_tqdm` is nothing that a `ProgressBar` takes."""
+    if not (callable(use_tqdm) or use_tqdm is None or isinstance(use_tqdm, (bool, int))):
+        raise ArgumentError(
+            "use_tqdm must be True, False or a callable that makes a progress bar, got "
+            + shown(use_tqdm)
+        )
 
 
 class ProgressBar:

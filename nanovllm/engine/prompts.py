@@ -13,7 +13,9 @@ from nanovllm.errors import (
     check_integer,
     check_unicode,
     clamp_int32,
+    is_fault,
     shown,
+    shown_error,
 )
 from nanovllm.sampling_params import SamplingParams
 
@@ -240,9 +242,11 @@ def _tokenize(texts: list[str], tokenizer: Any, kwargs: dict[str, Any]) -> list[
     try:
         if len(texts) > 1 and getattr(tokenizer, "is_fast", False):
             return tokenizer(texts, return_attention_mask=False, **kwargs)["input_ids"]
-        return [tokenizer.encode(text, **kwargs) for text in texts]
-    except Exception as error:  # of many types
-        raise ArgumentError(f"the tokenizer refuses the prompt: {str(error)[:500]}") from error
+        return [_as_token_ids(tokenizer.encode(text, **kwargs)) for text in texts]
+    except BaseException as error:  # of many types
+        if not is_fault(error):
+            raise
+        raise ArgumentError(f"the tokenizer refuses the prompt: {shown_error(error)}") from error
 
 
 def _check_ids(token_ids: list[int], vocab_size: int) -> list[int]:
@@ -263,7 +267,14 @@ def _without_arrays(prompt: Any) -> Any:
         raise ArgumentError(
             f"a prompt must be a string or a list of token ids, got {shown(prompt)}"
         )
-    return prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if not hasattr(prompt, "tolist"):
+        return prompt
+    try:
+        return prompt.tolist()
+    except Exception as error:  # of many types: it has no data, or is on a device that failed
+        raise ArgumentError(
+            f"a prompt must be a string or a list of token ids, got {shown(prompt)}"
+        ) from error
 
 
 def _as_token_ids(prompt: Any) -> list[int]:

@@ -110,8 +110,9 @@ class Sequence:
         if not is_fault(error):
             raise error
         if self.error is None:
-            self.error = error.with_traceback(None)
-            error.__cause__ = error.__context__ = None
+            self.error = error
+            for name in ("__traceback__", "__cause__", "__context__"):
+                BaseException.__setattr__(error, name, None)  # its class may forbid it
 
     @property
     def num_tokens(self) -> int:

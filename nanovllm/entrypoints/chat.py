@@ -1,13 +1,20 @@
 """Chat: turns conversations into prompts with a chat template."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from nanovllm.engine.prompts import check_each, check_tokenization_kwargs, encode_prompts
 from nanovllm.engine.tokenizer import read_chat_template
 from nanovllm.entrypoints.time_limit import TimeLimit
-from nanovllm.errors import ArgumentError, check_bool, check_choice, shown, shown_error
+from nanovllm.errors import (
+    ArgumentError,
+    check_bool,
+    check_choice,
+    is_fault,
+    shown,
+    shown_error,
+)
 
 TEMPLATE_SECONDS = 10.0  # for one conversation
 CONTENT_FORMATS = ("auto", "string", "openai")
@@ -85,7 +92,9 @@ def _apply_template(
         raise
     except TimeoutError as error:
         raise ArgumentError(f"the chat template takes more than {limit.seconds} s") from error
-    except Exception as error:  # a template raises what it likes
+    except BaseException as error:  # a template raises what it likes
+        if not is_fault(error):
+            raise
         reason = shown_error(error)
         raise ArgumentError(f"the chat template refuses the conversation: {reason}") from error
 
@@ -127,13 +136,17 @@ def _check_tools(tools: Any) -> list[Any] | None:
 
 def _as_conversations(messages: Any) -> list[Any]:
     """The conversations as a list; a list of dicts is one conversation."""
-    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Iterable):
+    try:
+        if isinstance(messages, (str, Mapping)):
+            raise TypeError
+        conversations = list(messages)
+    except TypeError:
         raise ArgumentError(
             "messages must be a list of messages, dicts with 'role' and 'content', or a list of "
             f"such lists, got {shown(messages)}{_hint(messages)}"
-        )
-    messages = list(messages)
-    return [messages] if messages and isinstance(messages[0], Mapping) else messages
+        ) from None
+    is_single = conversations and isinstance(conversations[0], Mapping)
+    return [conversations] if is_single else conversations
 
 
 def _hint(messages: Any) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nanovllm.engine.progress import check_use_tqdm
 from nanovllm.engine.prompts import (
     as_prompt_list,
     check_each,
@@ -92,6 +93,7 @@ def _pool(
     priority: list[int] | None = None,
 ) -> list[Request]:
     """The finished requests; their sequences' `pooled` is what `pooler` made of [hidden_size]."""
+    check_use_tqdm(use_tqdm)
     llm._check_awake()
     nothing = SamplingParams(temperature=0, max_tokens=1)  # is sampled
     requests = llm._new_requests(prompts, nothing, priority, tokenization_kwargs, pooler)

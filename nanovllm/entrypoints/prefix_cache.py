@@ -2,12 +2,15 @@
 
 from typing import TYPE_CHECKING
 
+from nanovllm.errors import check_bool
+
 if TYPE_CHECKING:
     from nanovllm.llm import LLM
 
 
 def reset_prefix_cache(llm: "LLM", reset_running_requests: bool = False) -> bool:
     """See `LLM.reset_prefix_cache`."""
+    check_bool("reset_running_requests", reset_running_requests)
     llm._check_ready()
     if reset_running_requests:
         llm._settle()

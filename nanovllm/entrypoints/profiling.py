@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from nanovllm.entrypoints.rpc import collective_rpc
-from nanovllm.errors import ArgumentError
+from nanovllm.errors import ArgumentError, shown
 
 if TYPE_CHECKING:
     from nanovllm.engine.model_runner import ModelRunner
@@ -18,6 +18,8 @@ DEFAULT_PREFIX = "nanovllm-trace"
 
 def start_profile(llm: "LLM", profile_prefix: str | None = None) -> None:
     """See `LLM.start_profile`."""
+    if not isinstance(profile_prefix, (str, os.PathLike, type(None))):
+        raise ArgumentError(f"profile_prefix must be a path, got {shown(profile_prefix)}")
     prefix = os.fspath(profile_prefix or DEFAULT_PREFIX)
     # A relative prefix starts at vLLM's folder for traces, if that is set; made absolute here, so
     # that it does not matter where the process has moved to when the trace is written.

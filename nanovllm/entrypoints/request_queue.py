@@ -5,7 +5,7 @@ from numbers import Integral
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.engine.progress import ProgressBar
+from nanovllm.engine.progress import ProgressBar, check_use_tqdm
 from nanovllm.engine.prompts import as_prompt_list
 from nanovllm.errors import ArgumentError, check_integer, shown
 from nanovllm.outputs import RequestOutput
@@ -30,6 +30,7 @@ def wait_for_completion(
     llm: "LLMEngine", use_tqdm: bool | Callable[..., Any]
 ) -> list[RequestOutput]:
     """See `LLM.wait_for_completion`."""
+    check_use_tqdm(use_tqdm)
     llm._check_ready()
     # Those that a loop over `scheduler` and `model_runner` has finished are the engine's all the
     # same; nobody else would deliver them.

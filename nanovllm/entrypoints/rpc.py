@@ -30,7 +30,11 @@ def collective_rpc(
         raise ArgumentError(f"method must be a method's name or a callable, got {shown(method)}")
     if timeout is not None:
         timeout = check_number("timeout", timeout, "seconds > 0", lambda seconds: seconds > 0)
-    kwargs = kwargs or {}
+    if not isinstance(args, (tuple, list)):
+        raise ArgumentError(f"args must be a tuple of arguments, got {shown(args)}")
+    kwargs = {} if kwargs is None else kwargs
+    if not isinstance(kwargs, dict) or not all(isinstance(name, str) for name in kwargs):
+        raise ArgumentError(f"kwargs must be a dict of names and values, got {shown(kwargs)}")
     llm._settle()
     with DeferredInterrupt():
         if workers is None:

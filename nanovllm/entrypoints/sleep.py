@@ -59,6 +59,6 @@ def _check_tags(tags: Iterable[str]) -> frozenset[str]:
     except TypeError:
         raise ArgumentError(f"tags must be of {', '.join(TAGS)}, got {shown(tags)}") from None
     for tag in given:
-        if tag not in TAGS:
+        if not isinstance(tag, str) or tag not in TAGS:
             raise ArgumentError(f"tags must be of {', '.join(TAGS)}, got {shown(tag)}")
     return frozenset(given)

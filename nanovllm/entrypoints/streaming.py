@@ -11,7 +11,7 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nanovllm.engine.detokenizer import OutputText
-from nanovllm.engine.progress import ProgressBar
+from nanovllm.engine.progress import ProgressBar, check_use_tqdm
 from nanovllm.engine.prompts import as_prompt_list
 from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Sequence
@@ -194,6 +194,7 @@ def generate_stream(
     tokenization_kwargs: dict[str, Any] | None = None,
 ) -> Stream:
     """See `LLM.generate_stream`."""
+    check_use_tqdm(use_tqdm)
     requests = llm._new_requests(
         as_prompt_list(prompts), sampling_params, priority, tokenization_kwargs
     )

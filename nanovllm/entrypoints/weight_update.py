@@ -7,7 +7,7 @@ import torch
 
 from nanovllm.entrypoints.prefix_cache import reset_prefix_cache
 from nanovllm.entrypoints.rpc import collective_rpc
-from nanovllm.errors import ArgumentError
+from nanovllm.errors import ArgumentError, shown
 from nanovllm.models.loader import (
     FLOAT_DTYPES,
     LM_HEAD,
@@ -32,6 +32,10 @@ def load_weights(llm: "LLM", weights: Iterable[tuple[str, torch.Tensor]]) -> set
         )
     if isinstance(weights, Mapping):
         weights = weights.items()
+    try:
+        items = iter(weights)
+    except TypeError:
+        raise ArgumentError(f"weights must be (name, tensor) pairs, got {shown(weights)}") from None
     expected = expected_tensors(llm.model_runner.model)
     shapes = {name: shard.full_shape for name, (_, shard) in expected.items()}
     if isinstance(weights, Collection):  # else each is checked when its turn comes
@@ -39,7 +43,7 @@ def load_weights(llm: "LLM", weights: Iterable[tuple[str, torch.Tensor]]) -> set
             _check_item(item, shapes)
     reset_prefix_cache(llm, reset_running_requests=True)
     loaded = set()
-    for item in weights:
+    for item in items:
         name, tensor = _check_item(item, shapes)
         if name not in shapes:
             continue

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from nanovllm.engine.token_bytes import token_bytes
-from nanovllm.errors import ArgumentError
+from nanovllm.errors import ArgumentError, is_fault, shown_error
 from nanovllm.sampling_params import SamplingParams
 
 TEXTS_BEFORE = ("a", "1", ".", "。", "\n", " ")  # of each kind that a word may follow
@@ -70,9 +70,11 @@ def _spell(word: str, tokenizer: Any) -> _Spellings:
     def encode(text: str) -> list[int]:
         try:
             return list(tokenizer.encode(text, add_special_tokens=False))
-        except Exception as error:  # of many types
+        except BaseException as error:  # of many types
+            if not is_fault(error):
+                raise
             raise ArgumentError(
-                f"bad_words: the tokenizer refuses {word[:200]!r}: {error}"
+                f"bad_words: the tokenizer refuses {word[:200]!r}: {shown_error(error)}"
             ) from error
 
     bare = word.lstrip() or word

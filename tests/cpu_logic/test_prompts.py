@@ -320,3 +320,20 @@ def test_what_the_tokenizer_itself_refuses_is_an_argument_error():
 
     with pytest.raises(ArgumentError, match="the tokenizer refuses the prompt: not mine"):
         encode_prompts(["a"], Refusing(), VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("returned", [None, "ab", ["a"], [1.5], [[1]], 5, [True]])
+def test_what_a_tokenizer_returns_must_be_ids(returned):
+    class Odd(ByteTokenizer):
+        def encode(self, text):
+            return returned
+
+    with pytest.raises(ArgumentError, match="token ids"):
+        encode_prompts(["a"], Odd(), VOCAB_SIZE)
+
+
+def test_a_tensor_without_data_is_no_prompt():
+    torch = pytest.importorskip("torch")
+    for prompts in ([torch.zeros(2, dtype=torch.int64, device="meta")],):
+        with pytest.raises(ArgumentError, match="a prompt must be a string or a list of token ids"):
+            encode_prompts(prompts, None, VOCAB_SIZE)

@@ -3,7 +3,9 @@
 import inspect
 import re
 
+import numpy as np
 import pytest
+import torch
 from engine_checks import tiny_engine
 
 from nanovllm import LLM, ArgumentError, SamplingParams
@@ -128,3 +130,41 @@ def test_an_engine_shows_itself_in_one_line(tiny_dir):
 def test_the_tree_of_modules_can_still_be_seen(llm, capsys):
     assert llm.apply_model(print) == [None]
     assert "(embed_tokens): VocabParallelEmbedding()" in capsys.readouterr().out
+
+
+WRONG = [5, 1.5, object(), b"x", np.array("x"), torch.zeros(2), SamplingParams()]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda llm, v: llm.collective_rpc(len, args=v), "args must be a tuple of arguments, got "),
+        (lambda llm, v: llm.collective_rpc(len, kwargs=v), "kwargs must be a dict of names and "),
+        (lambda llm, v: llm.collective_rpc(len, kwargs={5: v}), "kwargs must be a dict of names"),
+        (lambda llm, v: llm.load_weights(v), "weights must be \\(name, tensor\\) pairs, got "),
+        (lambda llm, v: llm.start_profile(v), "profile_prefix must be a path, got "),
+        (lambda llm, v: llm.wake_up([v]), "tags must be of weights, kv_cache, scheduling, got "),
+        (lambda llm, v: llm.reset_prefix_cache(v), "reset_running_requests must be True or False"),
+        (lambda llm, v: llm.chat(v), "messages must be a list of messages|a conversation must be"),
+    ],
+)
+def test_wrong_types_are_refused_by_the_arguments_name(llm, call, message):
+    for value in WRONG:
+        with pytest.raises(ArgumentError, match=message):
+            call(llm, value)
+
+
+@pytest.mark.parametrize("use_tqdm", ["no", 1.5, [], np.zeros(2), torch.zeros(2), object()])
+def test_use_tqdm_is_a_switch_or_makes_a_bar(llm, use_tqdm):
+    for call in (llm.generate, llm.generate_stream, llm.enqueue, llm.embed):
+        with pytest.raises(ArgumentError, match="use_tqdm must be True, False or a callable"):
+            call("the fox", use_tqdm=use_tqdm)
+    with pytest.raises(ArgumentError, match="use_tqdm must be True, False or a callable"):
+        llm.wait_for_completion(use_tqdm=use_tqdm)
+    assert llm.is_finished()
+
+
+def test_engine_args_are_an_object_with_attributes(tiny_dir):
+    for wrong in ({"model": str(tiny_dir)}, None, str(tiny_dir)):
+        with pytest.raises(ArgumentError, match="engine_args must be an object with attributes"):
+            LLM.from_engine_args(wrong)

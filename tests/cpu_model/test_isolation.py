@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from engine_checks import (
 )
 from tiny_models import reference_greedy
 
-from nanovllm import EngineDeadError, PoolingParams, RequestError, SamplingParams
+from nanovllm import ArgumentError, EngineDeadError, PoolingParams, RequestError, SamplingParams
 from nanovllm.batch.run import main
 from nanovllm.engine.step_plan import PlanBuilder
 from nanovllm.sampling import request_sampler
@@ -330,13 +331,13 @@ def test_pooling(tiny_dir):
 # ---- what fails for one sequence when a step is committed --------------------------------------
 
 
-def tokenizer_that_fails(llm, monkeypatch, bad_id):
+def tokenizer_that_fails(llm, monkeypatch, bad_id, error=None):
     """Its `decode` fails for lists with this id."""
     decode = llm.tokenizer.decode
 
     def failing(ids, **options):
         if bad_id in ids:
-            raise InjectedError("no text")
+            raise error or InjectedError("no text")
         return decode(ids, **options)
 
     backend = SimpleNamespace(encode=llm.tokenizer.encode, decode=failing)
@@ -410,3 +411,63 @@ def test_two_ranks(tiny_dir, reference, monkeypatch, overlap):
             fail_in_model(patch, llm, InjectedError("odd"))
             with pytest.raises(EngineDeadError, match="a tensor-parallel step failed"):
                 llm.generate(PROMPTS, with_poison(greedy(MAX_TOKENS)), use_tqdm=False)
+
+
+# ---- errors of odd kinds ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FrozenError(Exception):
+    """Not even its `__cause__` can be set the usual way."""
+
+    text: str
+
+
+class MuteError(Exception):
+    def __str__(self):
+        raise PanicException("no text")
+
+
+class StickyError(Exception):
+    def with_traceback(self, trace):
+        raise InjectedError("sticks to its traceback")
+
+
+ODD_ERRORS = [FrozenError("odd"), MuteError(), StickyError("odd"), PanicException("odd")]
+ODD = pytest.mark.parametrize("error", ODD_ERRORS, ids=lambda error: type(error).__name__)
+
+
+@ODD
+def test_an_error_of_any_class_ends_its_request_alone(tiny_dir, reference, monkeypatch, error):
+    with tiny_engine(tiny_dir) as llm:
+        with monkeypatch.context() as patch:
+            fail_in_begin(patch, llm, error)
+            llm.enqueue(PROMPTS, with_poison(greedy(MAX_TOKENS)))
+            outputs = llm.wait_for_completion(use_tqdm=False)
+        assert outputs.pop(4).error.startswith(type(error).__name__)
+        assert token_ids(outputs) == reference[:4] + reference[5:]
+        bad_id = next(t for t in reference[1] if not any(t in r for r in reference[2:]))
+        tokenizer_that_fails(llm, monkeypatch, bad_id, error)
+        llm.enqueue(PROMPTS[1:], greedy(MAX_TOKENS))
+        outputs = llm.wait_for_completion(use_tqdm=False)
+        assert outputs.pop(0).error.startswith(type(error).__name__)
+        assert token_ids(outputs) == reference[2:]
+        check_nothing_is_held(llm)
+
+
+@ODD
+def test_a_tokenizer_that_fails_to_encode_refuses_by_name(tiny_dir, monkeypatch, error):
+    with tiny_engine(tiny_dir) as llm:
+
+        def encode(text, **options):
+            raise error
+
+        backend = SimpleNamespace(encode=encode, decode=llm.tokenizer.decode)
+        monkeypatch.setattr(llm, "tokenizer", backend)
+        monkeypatch.setattr(llm._request_features, "tokenizer", backend)
+        for call in (llm.generate, llm.add_request, llm.enqueue, llm.generate_stream, llm.embed):
+            with pytest.raises(ArgumentError, match="tokenizer refuses the prompt: (odd|MuteErr)"):
+                call("the fox")
+        with pytest.raises(ArgumentError, match="the tokenizer refuses 'fox': (odd|MuteErr)"):
+            llm.generate([1], SamplingParams(bad_words=["fox"]))
+        assert llm.is_finished()
