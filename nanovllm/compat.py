@@ -58,22 +58,25 @@ LLM_NAMES = {
         "model",
     ),
     **dict.fromkeys(
-        "tp tp_size tensor_parallel num_gpus n_gpus gpus world_size tensor_parallelism".split(),
+        """tp tp_size tensor_parallel num_gpus n_gpus n_gpu gpus world_size
+        tensor_parallelism""".split(),
         "tensor_parallel_size",
     ),
     **dict.fromkeys(
         """mem_fraction_static gpu_memory_fraction free_gpu_memory_fraction gpu_mem_utilization
-        kv_cache_free_gpu_memory_fraction cache_max_entry_count gpu_utilization""".split(),
+        kv_cache_free_gpu_memory_fraction cache_max_entry_count gpu_utilization gpu_memory
+        mem_fraction""".split(),
         "gpu_memory_utilization",
     ),
     **dict.fromkeys(
         """n_ctx num_ctx ctx_size context_length context_size max_context_len max_context_length
         max_seq_len max_seq_length max_sequence_length session_len max_model_length
-        max_position_embeddings model_max_length""".split(),
+        max_position_embeddings model_max_length seq_len context_len context_window""".split(),
         "max_model_len",
     ),
     **dict.fromkeys(
-        "max_batch_size batch_size max_running_requests max_seqs".split(), "max_num_seqs"
+        "max_batch_size batch_size max_running_requests max_seqs max_num_sequences".split(),
+        "max_num_seqs",
     ),
     **dict.fromkeys(
         "n_batch max_num_tokens max_prefill_tokens chunked_prefill_size".split(),
@@ -81,6 +84,11 @@ LLM_NAMES = {
     ),
     **dict.fromkeys("torch_dtype precision compute_dtype".split(), "dtype"),
     **dict.fromkeys("page_size tokens_per_block".split(), "kvcache_block_size"),
+    **dict.fromkeys("num_kv_blocks num_blocks num_gpu_blocks".split(), "num_kvcache_blocks"),
+    **dict.fromkeys("kv_cache_size kv_cache_bytes".split(), "kv_cache_memory_bytes"),
+    **dict.fromkeys("quant quant_method quantization_method".split(), "quantization"),
+    **dict.fromkeys("trust_remote trust_code".split(), "trust_remote_code"),
+    "chat_template_path": "chat_template",
     **dict.fromkeys("attn_implementation attn_backend".split(), "attention_backend"),
     **dict.fromkeys("random_seed rng_seed".split(), "seed"),
     **dict.fromkeys("tokenizer_path tokenizer_name tokenizer_dir".split(), "tokenizer"),
@@ -94,16 +102,72 @@ LLM_HINTS = {
     "load_in_8bit": 'nanovllm has no int8; quantization="fp8" halves the weights',
     "load_in_4bit": 'nanovllm has no 4-bit weights; quantization="fp8" halves them',
     "n_gpu_layers": 'all layers run on one device: device="cuda" or device="cpu"',
+    **dict.fromkeys(
+        "load_in_low_bit bnb_4bit bnb_4bit_compute_dtype gguf_file".split(),
+        'nanovllm reads safetensors of 16 bits or more, or fp8; quantization="fp8" halves them',
+    ),
+    "gpu_layers": 'all layers run on one device: device="cuda" or device="cpu"',
     "disable_radix_cache": "write enable_prefix_caching=False",
-    "enable_prefix_cache": "write enable_prefix_caching",
+    **dict.fromkeys(
+        "enable_prefix_cache prefix_caching prefix_cache use_prefix_cache".split(),
+        "write enable_prefix_caching",
+    ),
+    "chunked_prefill": "write enable_chunked_prefill",
+    "chunk_size": "write enable_chunked_prefill=True and max_num_batched_tokens=...",
+    **dict.fromkeys(
+        "use_cuda_graph cuda_graph use_cuda_graphs cuda_graphs enable_cuda_graph".split(),
+        "CUDA graphs are used unless enforce_eager=True",
+    ),
+    **dict.fromkeys(
+        "compile torch_compile use_compile enable_torch_compile".split(),
+        "kernels and CUDA graphs are used without it; enforce_eager=True turns the graphs off",
+    ),
+    **dict.fromkeys(
+        "use_flash_attention use_flash_attn use_flash_attention_2 use_flash_attn_2".split(),
+        'write attention_backend="flash-attn", or leave it to "auto"',
+    ),
+    **dict.fromkeys(
+        """speculative_model draft_model num_speculative_tokens speculative_algorithm
+        assistant_model speculative_draft_model_path""".split(),
+        "nanovllm has no speculative decoding",
+    ),
+    **dict.fromkeys(
+        "pp pp_size pipeline_parallel dp dp_size data_parallel ep ep_size".split(),
+        "a model is shared over GPUs by tensor_parallel_size alone",
+    ),
+    **dict.fromkeys(
+        "device_ids device_id gpu_id gpu_ids cuda_visible_devices".split(),
+        "set CUDA_VISIBLE_DEVICES in the environment",
+    ),
+    **dict.fromkeys(
+        "rope_scaling rope_theta rope_freq_base rope_parameters".split(),
+        "write hf_overrides={'rope_parameters': {...}}",
+    ),
+    **dict.fromkeys(
+        "system_prompt system".split(), "it is the first message of llm.chat(messages)"
+    ),
+    **dict.fromkeys(
+        "host port api_key base_url ssl_keyfile uvicorn_log_level".split(),
+        "nanovllm is a library and no server",
+    ),
+    **dict.fromkeys(
+        "task is_embedding embedding".split(),
+        "every model generates and embeds: call llm.generate or llm.embed",
+    ),
+    **dict.fromkeys(
+        "verbose log_level disable_log_requests".split(),
+        'logging.getLogger("nanovllm") says how much is told',
+    ),
+    "guided_decoding_backend": "llguidance compiles structured outputs, there is no other",
     "n_threads": "call torch.set_num_threads(...)",
     "num_threads": "call torch.set_num_threads(...)",
     **dict.fromkeys(
-        "cache_dir local_files_only token use_auth_token".split(),
+        "cache_dir local_files_only token use_auth_token force_download".split(),
         "nothing is downloaded, model is the path of a local directory",
     ),
     **dict.fromkeys(
-        "lora_path adapter adapter_path peft_model_id".split(), "nanovllm has no adapters"
+        "lora_path lora_paths lora_modules adapter adapters adapter_path peft_model_id".split(),
+        "nanovllm has no adapters",
     ),
 }
 
@@ -121,25 +185,30 @@ SAMPLING_NAMES = {
     **dict.fromkeys("nucleus nucleus_p p top_p_value".split(), "top_p"),
     **dict.fromkeys("k top_k_value".split(), "top_k"),
     **dict.fromkeys(
-        """stop_words stop_strings stop_sequences stop_sequence stop_texts stop_str stop_token
+        """stop_words stop_word stop_strings stop_string stop_sequences stop_sequence stop_texts
+        stop_str stop_strs stop_token
         stop_tokens stop_words_list until antiprompt end_strings""".split(),
         "stop",
     ),
     **dict.fromkeys(
-        "eos_token_id eos_token_ids stop_ids stop_token_id end_id terminators".split(),
+        """eos_token_id eos_token_ids eos_id eos_ids end_token_id end_token_ids stop_ids stop_id
+        stop_token_id end_id terminators""".split(),
         "stop_token_ids",
     ),
     **dict.fromkeys(
         "repeat_penalty repetition_penality rep_penalty rep_pen".split(), "repetition_penalty"
     ),
-    **dict.fromkeys("freq_penalty alpha_frequency".split(), "frequency_penalty"),
-    **dict.fromkeys("pres_penalty alpha_presence".split(), "presence_penalty"),
+    **dict.fromkeys("freq_penalty frequency_pen alpha_frequency".split(), "frequency_penalty"),
+    **dict.fromkeys("pres_penalty presence_pen alpha_presence".split(), "presence_penalty"),
     **dict.fromkeys(
-        "num_return_sequences num_completions num_samples num_generations num_outputs".split(), "n"
+        """num_return_sequences num_completions num_samples n_samples num_generations
+        num_outputs""".split(),
+        "n",
     ),
     **dict.fromkeys("random_seed sampling_seed rng_seed".split(), "seed"),
     **dict.fromkeys(
-        "top_logprobs num_logprobs return_logprob return_log_probs top_logprobs_num".split(),
+        """top_logprobs num_logprobs return_logprob return_log_probs top_logprobs_num n_probs
+        top_k_logprobs""".split(),
         "logprobs",
     ),
     **dict.fromkeys(
@@ -168,8 +237,8 @@ SAMPLING_HINTS = {
     ),
     "json_object": "write structured_outputs=StructuredOutputsParams(json_object=True)",
     **dict.fromkeys(
-        """best_of use_beam_search num_beams beam_width num_beam_groups length_penalty
-        early_stopping diversity_penalty""".split(),
+        """best_of use_beam_search beam_search num_beams beam_size beam_width num_beam_groups
+        length_penalty early_stopping early_stop diversity_penalty""".split(),
         "nanovllm has no beam search; n=... draws several completions",
     ),
     **dict.fromkeys(
@@ -180,13 +249,44 @@ SAMPLING_HINTS = {
     **dict.fromkeys(
         """typical_p typical tfs top_a epsilon_cutoff eta_cutoff mirostat mirostat_mode mirostat_tau
         mirostat_eta dry_multiplier xtc_probability no_repeat_ngram_size penalty_alpha
-        dynamic_temperature smoothing_factor""".split(),
+        dynamic_temperature smoothing_factor tfs_z xtc_threshold top_n_sigma nsigma dynatemp_range
+        dynatemp_exponent dry_base repeat_last_n penalize_nl guidance_scale""".split(),
         "nanovllm does not have it; temperature, top_p, top_k, min_p and the penalties shape the "
         "sampling",
     ),
     **dict.fromkeys(
         "stream streaming".split(), "call llm.generate_stream(prompts, sampling_params)"
     ),
+    **dict.fromkeys(
+        "streamer stream_options".split(), "call llm.generate_stream(prompts, sampling_params)"
+    ),
+    **dict.fromkeys(
+        "stopping_criteria stop_regex max_time".split(),
+        "stop, stop_token_ids, max_tokens and structured_outputs end a completion; "
+        "llm.generate_stream lets you end it yourself",
+    ),
+    **dict.fromkeys(
+        "output_scores output_logits return_dict_in_generate".split(),
+        "write logprobs=...; the outputs have token_ids and logprobs",
+    ),
+    **dict.fromkeys("force_words_ids force_words".split(), "write structured_outputs, or a prompt"),
+    "sequence_bias": "write logit_bias={token id: bias}, or bad_words",
+    **dict.fromkeys(
+        "tools messages system add_generation_prompt".split(),
+        "it goes to llm.chat(messages, sampling_params, tools=...)",
+    ),
+    "enable_thinking": "it goes to llm.chat(..., chat_template_kwargs={'enable_thinking': ...})",
+    **dict.fromkeys(
+        "prompt prompts input_ids".split(), "call llm.generate(prompts, sampling_params)"
+    ),
+    "num_ctx": "it goes to LLM(model, max_model_len=...)",
+    **dict.fromkeys("use_cache pad_token_id bos_token_id".split(), "not needed: leave it out"),
+    **dict.fromkeys(
+        """user store metadata service_tier request_id tool_choice parallel_tool_calls modalities
+        reasoning_effort keep_alive""".split(),
+        "nanovllm is no server and does not have it: leave it out",
+    ),
+    "lora_request": "nanovllm has no adapters",
     "echo": "the prompt is in the output: output.prompt",
     "return_full_text": "the prompt is in the output: output.prompt",
     "skip_special": "write skip_special_tokens",
@@ -288,21 +388,22 @@ def unknown_option(name: str, known: Collection[str], sampling: Collection[str])
     is_ours = name in LLM_NAMES or name in LLM_HINTS or nearest(name, known)
     hint = _sampling_hint(name, sampling)
     if hint and (name in sampling or not is_ours):
-        return f"LLM() got an unexpected keyword argument {shown(name)}, {hint}"
+        return f"LLM() got an unexpected keyword argument {shown(name)}{hint}"
     return unexpected("LLM", name, known, LLM_NAMES, LLM_HINTS)
 
 
 def _sampling_hint(name: str, sampling: Collection[str]) -> str | None:
-    """Where a sampling parameter goes that is not given to SamplingParams."""
+    """Where a sampling parameter goes that is not given to SamplingParams, or what to do."""
     ours = name if name in sampling else SAMPLING_NAMES.get(name.lower())
     if ours is not None:
         return (
-            f"a sampling parameter: it goes into SamplingParams({ours}=...), the second argument "
+            f", a sampling parameter: it goes into SamplingParams({ours}=...), the second argument "
             "of generate and chat"
         )
-    if name in SAMPLING_HINTS:
-        return f"a sampling parameter: {SAMPLING_HINTS[name]}; all go into SamplingParams(...)"
-    return None
+    hint = SAMPLING_HINTS.get(name)
+    if hint is not None and hint.startswith("write "):
+        return f", a sampling parameter: {hint}; all go into SamplingParams(...)"
+    return None if hint is None else f": {hint}"
 
 
 def explain_fields(
@@ -352,7 +453,7 @@ def explain_keywords(sampling: Collection[str]) -> Callable[[Function], Function
                     is_ours = name in METHOD_NAMES or name in METHOD_HINTS
                     if not is_ours and (hint := _sampling_hint(name, sampling)):
                         raise TypeError(
-                            f"{owner}() got an unexpected keyword argument {shown(name)}, {hint}"
+                            f"{owner}() got an unexpected keyword argument {shown(name)}{hint}"
                         )
                     raise TypeError(
                         unexpected(owner, name, known, METHOD_NAMES, METHOD_HINTS).replace(

@@ -8,12 +8,14 @@ import codecs
 import hashlib
 import json
 import math
+import re
 import reprlib
 from collections import Counter
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 from nanovllm.batch.options import structured_outputs
+from nanovllm.compat import SAMPLING_HINTS
 from nanovllm.compat import SAMPLING_NAMES as FOREIGN_NAMES
 from nanovllm.errors import ArgumentError, check_bool, check_integer, nearest
 from nanovllm.sampling_params import SamplingParams
@@ -27,6 +29,7 @@ SAMPLING_NAMES = tuple(f.name for f in fields(SamplingParams))
 OPENAI_NAMES = ("max_completion_tokens", "response_format", "top_logprobs")
 WITHOUT_EFFECT = ("model", "user", "metadata")  # in every OpenAI request, and no concern of ours
 ONLY_FALSE = ("stream", "echo")
+STRUCTURED = re.compile(r"StructuredOutputsParams\((\w+)=.*\)")  # in a hint for scripts
 
 
 class LineError(ArgumentError):
@@ -233,8 +236,16 @@ def _check_names(values: dict[str, Any], known: tuple[str, ...]) -> None:
     for name, value in values.items():
         if name not in known and value is not None:
             guess = FOREIGN_NAMES.get(name.lower()) or nearest(name[:100], known)
-            hint = f"; the nearest known: {guess}" if guess in known else ""
+            hint = f"; the nearest known: {guess}" if guess in known else _foreign_hint(name)
             raise ArgumentError(f"unknown parameter {_short(name)}{hint}")
+
+
+def _foreign_hint(name: str) -> str:
+    """What to write instead of another library's parameter, as far as a line can hold it."""
+    hint = SAMPLING_HINTS.get(name.lower(), "")
+    if not hint or "llm." in hint or "goes to" in hint:
+        return ""
+    return ": " + STRUCTURED.sub(r'{"\1": ...}', hint)
 
 
 def _short(value: Any) -> str:
