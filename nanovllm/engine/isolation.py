@@ -45,9 +45,11 @@ class Isolation:
         """
         suspects = self._requests.unfinished_of(seqs)
         group = self._groups.pop() if self._groups else []
-        retried = [request for request in suspects if request in group]
+        own = set(group)
+        retried = [request for request in suspects if request in own]
         suspects = retried or suspects  # one that was added since may be only a neighbour
-        self._groups.append([request for request in group if request not in suspects])
+        own.difference_update(suspects)
+        self._groups.append([request for request in group if request in own])
         if len(retried) == 1:
             [request] = retried
             logger.warning("request %d is ended: %s", request.request_id, describe(error))

@@ -45,6 +45,7 @@ class Scheduler:
         self.has_priorities = config.scheduling_policy == "priority"
         self.num_preemptions = 0
         self.stats = SchedulerStats()
+        self.held: list[Sequence] = []
         self.restart([])
 
     def restart(self, seqs: list[Sequence], held: Iterable[Sequence] = ()) -> None:
@@ -62,10 +63,14 @@ class Scheduler:
         self.free_rows = deque(range(self.max_num_seqs))
         self.running: deque[Sequence] = deque()
         self.waiting: deque[Sequence] = deque()
-        self.held: list[Sequence] = []
+        untouched = set(self.held)  # most of very many, in a search that restarts often
+        self.held = []
         self.num_decodes_since_prefill = 0
         for queue, queued in ((self.add, seqs), (self.held.append, held)):
             for seq in queued:
+                if seq in untouched:
+                    queue(seq)
+                    continue
                 seq.reset()
                 if reason := self._reason_to_end(seq):
                     self.finish(seq, reason)

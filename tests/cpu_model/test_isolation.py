@@ -18,6 +18,7 @@ from tiny_models import reference_greedy
 
 from nanovllm import ArgumentError, EngineDeadError, PoolingParams, RequestError, SamplingParams
 from nanovllm.batch.run import main
+from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_plan import PlanBuilder
 from nanovllm.sampling import request_sampler
 
@@ -208,6 +209,19 @@ def test_all_of_them_fail(tiny_dir, monkeypatch):
             llm.generate(PROMPTS, poisoned(), use_tqdm=False)
         for output in raised.value.outputs:
             check_failed(output)
+        check_nothing_is_held(llm)
+
+
+def test_a_long_search_touches_only_what_it_runs(tiny_dir, monkeypatch):
+    """Each of n requests is set back about log2(n) times, not at each of 2n restarts."""
+    num_requests, resets, reset = 64, [], Sequence.reset
+    with tiny_engine(tiny_dir) as llm:
+        fail_in_begin(monkeypatch, llm, InjectedError("odd"))
+        llm.enqueue([[1, 2, 3]] * num_requests, poisoned())
+        monkeypatch.setattr(Sequence, "reset", lambda seq: (resets.append(seq), reset(seq)))
+        outputs = llm.wait_for_completion(use_tqdm=False)
+        assert all(output.error for output in outputs)
+        assert len(resets) <= 10 * num_requests
         check_nothing_is_held(llm)
 
 
