@@ -62,3 +62,9 @@ def memory_bytes(worker):
     """Of the KV cache and of the weights."""
     storages = [parameter.untyped_storage() for parameter in worker.model.parameters()]
     return worker.kv_cache.untyped_storage().nbytes(), sum(map(len, storages))
+
+
+def print_to_descriptors(runner) -> None:
+    """Write to stdout and stderr as code in C does it, whatever these are open for."""
+    for descriptor in (1, 2):
+        os.write(descriptor, b"x" * 4000)

@@ -71,6 +71,19 @@ def map_memory(fileno: int) -> mmap.mmap:
     return buffer
 
 
+def open_standard_files() -> None:
+    """Let descriptors 0 to 2 be open, as in a daemon that has closed them they are not.
+
+    Else memory or a pipe would get one of these numbers, and what a library prints would go there.
+    """
+    while True:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        if descriptor > 2:
+            os.close(descriptor)
+            return
+        os.set_inheritable(descriptor, True)
+
+
 def check_script() -> None:
     """RuntimeError in a process that is importing the user's script, which must not start any."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):

@@ -29,7 +29,13 @@ from nanovllm.config import Config
 from nanovllm.engine.ownership import bind_to_process
 from nanovllm.engine.step_plan import StepPlan
 from nanovllm.engine.worker_calls import Reply, pack_call, reply_to
-from nanovllm.engine.worker_process import SharedMemory, check_script, map_memory, start_process
+from nanovllm.engine.worker_process import (
+    SharedMemory,
+    check_script,
+    map_memory,
+    open_standard_files,
+    start_process,
+)
 from nanovllm.errors import EngineDeadError
 from nanovllm.layers.tensor_parallel import TensorParallel
 
@@ -77,6 +83,7 @@ class WorkerGroup:
 
     def __init__(self, config: Config, device_type: str) -> None:
         check_script()
+        open_standard_files()
         size = config.tensor_parallel_size
         self.slot_size = StepPlan.max_packed_size(
             config.max_num_seqs,

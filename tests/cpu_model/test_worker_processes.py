@@ -97,6 +97,29 @@ def test_with_a_guard_what_the_script_defines_can_be_sent(tiny_dir, tmp_path):
     assert lines[-1] == "[20, 22]"
 
 
+DAEMON = """
+import os
+import sys
+os.closerange(0, 3)
+from engine_checks import generate, greedy, tiny_engine
+from rank_functions import print_to_descriptors
+
+model, output = sys.argv[1:]
+with tiny_engine(model, tensor_parallel_size=2) as llm:
+    llm.collective_rpc(print_to_descriptors)
+    [tokens] = generate(llm, [[5, 6]], greedy(3))
+    open(output, "w").write(str(tokens))
+"""
+
+
+def test_a_process_without_standard_files_has_workers(tiny_dir, tmp_path):
+    """What they print must not get into the pipes and the memory that they share with rank 0."""
+    output = tmp_path / "output"
+    run_script(tmp_path, DAEMON, str(tiny_dir), str(output))
+    assert output.exists()
+    assert output.read_text() == str(reference_greedy(tiny_dir, [[5, 6]], 3)[0])
+
+
 def test_a_process_that_imports_an_unguarded_script_names_the_guard(tiny_dir, monkeypatch):
     """One that the user's script has started by multiprocessing."""
     process = multiprocessing.current_process()
