@@ -13,6 +13,7 @@ from nanovllm.errors import MAX_SHOWN, ArgumentError, shown, shown_error
 
 MAX_JSON_BYTES = 16 << 20
 MAX_VOCABULARY_BYTES = 64 << 20  # of tokenizer.json and its like
+MAX_TEMPLATE_BYTES = 1 << 20  # of a chat template; those of models have some 10,000
 MAX_DEPTH = 64
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
@@ -69,6 +70,8 @@ def read_start(path: str, num_bytes: int) -> bytes:
             content = file.read(num_bytes)
     except OSError as error:
         raise ArgumentError(f"cannot read {_shown(path)}: {_reason(error)}") from error
+    if content is None:  # some files of the system's are called regular, and are waited for
+        raise ArgumentError(f"cannot read {_shown(path)}: it holds nothing yet")
     _check_lfs_pointer(content, path)
     return content
 

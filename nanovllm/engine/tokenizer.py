@@ -8,7 +8,13 @@ from nanovllm.config import Config
 from nanovllm.engine.tokenizer_check import PROBE, check_agreement, read_fields
 from nanovllm.engine.tokenizer_files import TOKENIZER_JSON, copy_files, has_vocabulary
 from nanovllm.errors import ArgumentError, cut, shown, shown_error
-from nanovllm.model_files import MAX_VOCABULARY_BYTES, is_file, read_json_object, read_text
+from nanovllm.model_files import (
+    MAX_TEMPLATE_BYTES,
+    MAX_VOCABULARY_BYTES,
+    is_file,
+    read_json_object,
+    read_text,
+)
 
 
 def load_tokenizer(config: Config) -> Any:
@@ -121,7 +127,7 @@ def read_chat_template(template: Any) -> str:
         return template
     path = os.fsdecode(template)
     try:
-        return read_text(path)
+        return read_text(path, MAX_TEMPLATE_BYTES)
     except ArgumentError as error:
         raise ArgumentError(
             f"chat_template {shown(path)} is no Jinja template, and no file that can be read: "

@@ -13,6 +13,7 @@ from typing import Any
 
 from nanovllm.errors import ArgumentError, shown
 from nanovllm.model_files import (
+    MAX_TEMPLATE_BYTES,
     MAX_VOCABULARY_BYTES,
     is_file,
     list_directory,
@@ -73,6 +74,11 @@ def copy_files(
     if not trust_remote_code:
         _check_class(model_config, os.path.join(source, "config.json"))
         _check_class(settings, os.path.join(source, SETTINGS))
+    if len(json.dumps(settings.get("chat_template"))) > MAX_TEMPLATE_BYTES:
+        raise ArgumentError(
+            f"{os.path.join(source, SETTINGS)}: chat_template has more than {MAX_TEMPLATE_BYTES} "
+            "bytes"
+        )
     decoder = settings.get("added_tokens_decoder")
     if isinstance(decoder, Mapping):
         _check_token_ids(decoder.keys(), os.path.join(source, SETTINGS))
@@ -100,7 +106,8 @@ def copy_files(
         if is_file(path):
             _write(target, name, read_bytes(path, MAX_VOCABULARY_BYTES))
     for name in _templates(source):
-        _write(target, name, read_text(os.path.join(source, name)).encode())
+        text = read_text(os.path.join(source, name), MAX_TEMPLATE_BYTES)
+        _write(target, name, text.encode())
 
 
 def _object(source: str, name: str) -> dict[str, Any]:

@@ -10,8 +10,17 @@ from transformers import CONFIG_MAPPING
 
 from nanovllm import ArgumentError
 from nanovllm.config import Config
+from nanovllm.engine.tokenizer import read_chat_template
 from nanovllm.engine.tokenizer_check import read_fields
-from nanovllm.model_files import MAX_DEPTH, is_file, read_bytes, read_json_object, read_text
+from nanovllm.engine.tokenizer_files import copy_files
+from nanovllm.model_files import (
+    MAX_DEPTH,
+    MAX_TEMPLATE_BYTES,
+    is_file,
+    read_bytes,
+    read_json_object,
+    read_text,
+)
 from nanovllm.models.config_fields import BOOLS, INTEGERS, NULLABLE, NUMBERS
 from nanovllm.models.registry import ARCHITECTURES
 
@@ -65,6 +74,33 @@ def test_what_is_no_file_is_refused_before_it_is_opened(make, kind, tmp_path):
         read_bytes(str(tmp_path / "config.json"))
     with refused(f"cannot read .*config.json: .*({kind})"):
         Config(str(tmp_path))
+
+
+def test_a_file_that_has_nothing_to_read_yet_is_not_waited_for(tmp_path, monkeypatch):
+    """Such as a FIFO that has taken its place, or /proc/kmsg, which is called a regular file."""
+    path = str(tmp_path / "config.json")
+    os.mkfifo(path)
+    monkeypatch.setattr("nanovllm.model_files.is_file", lambda path: True)
+    writer = os.open(path, os.O_RDWR)
+    try:
+        with refused("nothing yet"):
+            read_json_object(path)
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.parametrize("place", ["argument", "chat_template.jinja", "tokenizer_config.json"])
+def test_a_chat_template_is_read_up_to_a_size(place, tmp_path):
+    """One of 10 MB took 2 GiB: nothing bounds what is made of it."""
+    template = "x" * (MAX_TEMPLATE_BYTES + 1)
+    as_json = place.endswith(".json")
+    path = tmp_path / place
+    path.write_text(json.dumps({"chat_template": template}) if as_json else template)
+    (tmp_path / "copies").mkdir()
+    with refused(f"more than {MAX_TEMPLATE_BYTES} bytes"):
+        if place == "argument":
+            read_chat_template(path)
+        copy_files(str(tmp_path), str(tmp_path / "copies"), {}, False)
 
 
 def test_a_file_is_read_up_to_a_size(tmp_path):
