@@ -105,9 +105,11 @@ def copy_files(
         path = os.path.join(source, name)
         if is_file(path):
             _write(target, name, read_bytes(path, MAX_VOCABULARY_BYTES))
+    room = MAX_TEMPLATE_BYTES  # for all of them
     for name in _templates(source):
-        text = read_text(os.path.join(source, name), MAX_TEMPLATE_BYTES)
-        _write(target, name, text.encode())
+        content = read_text(os.path.join(source, name), room).encode()
+        room -= len(content)
+        _write(target, name, content)
 
 
 def _object(source: str, name: str) -> dict[str, Any]:

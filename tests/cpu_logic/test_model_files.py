@@ -103,6 +103,16 @@ def test_a_chat_template_is_read_up_to_a_size(place, tmp_path):
         copy_files(str(tmp_path), str(tmp_path / "copies"), {}, False)
 
 
+def test_chat_templates_are_read_up_to_a_size_together(tmp_path):
+    folder = tmp_path / "additional_chat_templates"
+    folder.mkdir()
+    (tmp_path / "copies").mkdir()
+    for name in "abc":
+        (folder / f"{name}.jinja").write_text("x" * (MAX_TEMPLATE_BYTES // 2))
+    with refused("additional_chat_templates/c.jinja: it has more than"):
+        copy_files(str(tmp_path), str(tmp_path / "copies"), {}, False)
+
+
 def test_a_file_is_read_up_to_a_size(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"x" * 10)
