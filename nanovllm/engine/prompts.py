@@ -19,6 +19,8 @@ from nanovllm.errors import (
 )
 from nanovllm.sampling_params import SamplingParams
 
+# More than the context of any model holds. Tokenizing takes about 150 bytes for each.
+MAX_CHARACTERS = 2**23
 PROMPT_KEYS = ("prompt", "prompt_token_ids")
 MESSAGES_ARE_FOR_CHAT = (
     "messages are no prompts: llm.chat(messages, sampling_params) applies the chat template to them"
@@ -204,7 +206,7 @@ def _are_messages(prompts: Any) -> bool:
 def _split_prompt(prompt: Any) -> tuple[str | None, list[int] | None]:
     """A prompt's text and its ids, as far as they are given: either one, or both."""
     if isinstance(prompt, str):
-        return check_unicode("prompt", prompt), None
+        return _check_text(prompt), None
     if _are_messages(prompt):
         raise ArgumentError(f"{MESSAGES_ARE_FOR_CHAT}, got {shown(prompt)}")
     if not isinstance(prompt, Mapping):
@@ -225,9 +227,17 @@ def _split_prompt(prompt: Any) -> tuple[str | None, list[int] | None]:
     if text is not None and not isinstance(text, str):
         raise ArgumentError(f"'prompt' of a prompt dict must be a string, got {shown(text)}")
     return (
-        None if text is None else check_unicode("prompt", text),
+        None if text is None else _check_text(text),
         None if token_ids is None else _as_token_ids(token_ids),
     )
+
+
+def _check_text(text: str) -> str:
+    if len(text) > MAX_CHARACTERS:
+        raise ArgumentError(
+            f"a prompt may have {MAX_CHARACTERS} characters, got {len(text)}: {shown(text)}"
+        )
+    return check_unicode("prompt", text)
 
 
 def _tokenize(texts: list[str], tokenizer: Any, kwargs: dict[str, Any]) -> list[list[int]]:

@@ -107,9 +107,9 @@ def copy_files(
             _write(target, name, read_bytes(path, MAX_VOCABULARY_BYTES))
     room = MAX_TEMPLATE_BYTES  # for all of them
     for name in _templates(source):
-        content = read_text(os.path.join(source, name), room).encode()
-        room -= len(content)
-        _write(target, name, content)
+        template = read_text(os.path.join(source, name), room).encode()
+        room -= len(template)
+        _write(target, name, template)
 
 
 def _object(source: str, name: str) -> dict[str, Any]:

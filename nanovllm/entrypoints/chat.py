@@ -6,7 +6,7 @@ from typing import Any
 
 from nanovllm.engine.prompts import check_each, check_tokenization_kwargs, encode_prompts
 from nanovllm.engine.tokenizer import read_chat_template
-from nanovllm.entrypoints.time_limit import TimeLimit
+from nanovllm.entrypoints.limits import TimeLimit, limited_memory
 from nanovllm.errors import (
     ArgumentError,
     check_bool,
@@ -17,6 +17,7 @@ from nanovllm.errors import (
 )
 
 TEMPLATE_SECONDS = 10.0  # for one conversation
+TEMPLATE_BYTES = 512 << 20  # likewise
 CONTENT_FORMATS = ("auto", "string", "openai")
 # What `apply_chat_template` is given otherwise, or would return something else than text for.
 RESERVED_TEMPLATE_KWARGS = frozenset(
@@ -86,12 +87,15 @@ def _apply_template(
     tokenizer: Any, conversation: list[dict], options: dict[str, Any], limit: TimeLimit
 ) -> str:
     try:
-        with limit.running():
+        with limited_memory(TEMPLATE_BYTES), limit.running():
             return tokenizer.apply_chat_template(conversation, tokenize=False, **options)
     except ImportError:  # jinja2 is missing or too old
         raise
     except TimeoutError as error:
         raise ArgumentError(f"the chat template takes more than {limit.seconds} s") from error
+    except MemoryError as error:
+        size = f"{TEMPLATE_BYTES >> 20} MiB"
+        raise ArgumentError(f"the chat template takes more than {size} of memory") from error
     except BaseException as error:  # a template raises what it likes
         if not is_fault(error):
             raise

@@ -229,6 +229,15 @@ def test_the_wrong_one_of_several_prompts_is_named(prompts, message):
         encode_prompts(prompts, ByteTokenizer(), VOCAB_SIZE)
 
 
+def test_a_text_beyond_any_context_is_refused_before_it_is_tokenized():
+    class Refusing:
+        def encode(self, text):
+            raise AssertionError("it was given to the tokenizer")
+
+    with pytest.raises(ArgumentError, match=r"prompts\[1\]: a prompt may have 8388608 characters"):
+        encode_prompts(["a", "b" * (2**23 + 1)], Refusing(), VOCAB_SIZE)
+
+
 def test_strings_without_a_tokenizer_are_refused():
     assert encode_prompts([[5]], None, VOCAB_SIZE) == [EncodedPrompt(None, [5])]
     with pytest.raises(ArgumentError, match="skip_tokenizer_init=True"):

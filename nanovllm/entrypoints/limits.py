@@ -1,4 +1,4 @@
-"""A limit on how long foreign Python code may run, such as a chat template's."""
+"""Limits on the time and memory that foreign Python code may take, such as a chat template's."""
 
 import ctypes
 import math
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 POLL_SECONDS = 0.2
+_memory_limit = threading.Lock()  # the limit is the process's
 
 
 class TimeLimit:
@@ -52,3 +53,29 @@ def _raise_in_thread(thread_id: int, error: type[BaseException]) -> None:
     """Let the thread raise `error` before its next instruction of Python."""
     raise_later = ctypes.pythonapi.PyThreadState_SetAsyncExc
     raise_later(ctypes.c_ulong(thread_id), ctypes.py_object(error))
+
+
+@contextmanager
+def limited_memory(num_bytes: int) -> Iterator[None]:
+    """MemoryError within the block for so much more memory than the process has now.
+
+    It is a limit of the address space, for all threads, so the block must be short. Where the
+    system has none, nothing is limited.
+    """
+    try:
+        import resource
+
+        with open("/proc/self/statm", encoding="ascii") as file:
+            num_pages = int(file.read().split()[0])
+    except (ImportError, OSError):
+        yield
+        return
+    with _memory_limit:
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limits = [num_pages * resource.getpagesize() + num_bytes, soft, hard]
+        lowest = min(limit for limit in limits if limit != resource.RLIM_INFINITY)
+        resource.setrlimit(resource.RLIMIT_AS, (lowest, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
