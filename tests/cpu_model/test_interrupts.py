@@ -192,7 +192,7 @@ def test_a_second_signal_ends_the_wait_for_a_rank_that_is_stopped(tiny_dir, monk
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         calls[place]()
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60  # `worker_timeout` would take an hour
     llm.exit()
     wait_until(lambda: not is_running(pid))
 

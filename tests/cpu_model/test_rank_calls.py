@@ -181,6 +181,6 @@ def test_a_rank_that_dies_in_a_call_ends_the_engine(llm):
     ):
         with pytest.raises(EngineDeadError, match=message):
             call()
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60  # what is not noticed waits for ten minutes
     wait_until(lambda: not worker_pids())
     assert repr(llm).startswith("LLM(model=")

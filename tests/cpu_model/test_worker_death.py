@@ -30,7 +30,7 @@ from nanovllm import EngineDeadError
 
 pytestmark = pytest.mark.slow
 PROMPTS = random_prompts((5, 300, 40), seed=50)
-LIMIT_SECONDS = 10
+LIMIT_SECONDS = 60  # what is not noticed waits for ten minutes, also on a fast machine
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def check_dead(llm, message):
         with pytest.raises(EngineDeadError, match=message):
             call()
     llm.exit()
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < LIMIT_SECONDS
 
 
 def check_a_new_engine_works(tiny_dir):
@@ -115,7 +115,7 @@ def test_a_worker_that_fails_in_its_start(tiny_dir, monkeypatch, entry_point, me
     start = time.monotonic()
     with pytest.raises(EngineDeadError, match=message):
         tiny_engine(tiny_dir, tensor_parallel_size=2)
-    assert time.monotonic() - start < 30  # the start of a process is slow
+    assert time.monotonic() - start < 4 * LIMIT_SECONDS  # the start of a process is slow
 
 
 @pytest.mark.parametrize(
