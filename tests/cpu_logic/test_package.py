@@ -38,7 +38,7 @@ def test_classifiers_readme_and_the_declared_range_name_the_same_pythons():
     prefix = "Programming Language :: Python :: 3."
     named = [c[len(prefix) :] for c in PROJECT["project"]["classifiers"] if c.startswith(prefix)]
     assert named == [str(minor) for minor in range(lowest, end)]
-    for name in ("README.md", "PACKAGE.md"):
+    for name in ("README.md", "docs/package.md"):
         assert f"Python 3.{lowest} to 3.{end - 1}" in (REPO / name).read_text(encoding="utf-8")
 
 
