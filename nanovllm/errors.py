@@ -51,7 +51,7 @@ def describe(error: BaseException) -> str:
     """The error's type and message in one short line."""
     message = " ".join(_text(error).split())
     name = type(error).__name__
-    return f"{name}: {message[:200]}" if message else name
+    return f"{name}: {message[:MAX_SHOWN]}" if message else name
 
 
 def is_fault(error: BaseException) -> bool:
@@ -80,7 +80,7 @@ def shown(value: object) -> str:
         if not is_fault(error):
             raise
         text = f"<{type(value).__name__}>"
-    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+    return cut(text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

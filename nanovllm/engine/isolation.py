@@ -55,7 +55,8 @@ class Isolation:
             logger.warning("request %d is ended: %s", request.request_id, describe(error))
             logger.debug("request %d made a step fail", request.request_id, exc_info=error)
             for seq in request.sequences:
-                seq.note_error(error)
+                if not seq.is_finished:  # what has ended by itself stays
+                    seq.note_error(error)
         else:
             message = "a step of %d requests failed and is run again in parts: %s"
             logger.warning(message, len(suspects), describe(error))

@@ -518,12 +518,12 @@ class LLMEngine:
             if self._workers is not None:
                 self._die(f"a tensor-parallel step was broken off: {error!r}")
             raise error
-        cause = self._rank_failure(error)
-        lost_device = None if cause else self._device_failure()
-        if cause or lost_device:
+        rank_failure = self._rank_failure(error)
+        cause = rank_failure or self._device_failure()
+        if cause is not None:
             self._isolation.restart()
-            self._die(cause or lost_device, is_device_lost=cause is None)
-            raise EngineDeadError(self._cause_of_death) from error
+            self._die(cause, is_device_lost=rank_failure is None)
+            raise EngineDeadError(cause) from error
         seqs = self._step_seqs
         self._isolation.fail(error, self._requests.sequences() if seqs is None else seqs)
 
@@ -546,9 +546,9 @@ class LLMEngine:
                 return f"the GPU failed: {describe(error)}"
         return None
 
-    def _die(self, cause: str | None, is_device_lost: bool = False) -> None:
+    def _die(self, cause: str, is_device_lost: bool = False) -> None:
         """End the engine, whose ranks are out of step or whose device is lost."""
-        self._cause_of_death = cause or ""
+        self._cause_of_death = cause
         if self._workers is not None:
             self._workers.is_broken = True
         if is_device_lost:

@@ -79,7 +79,6 @@ class Request:
             if self.is_finished:
                 for seq in self.sequences:
                     seq.note_error(error)
-                    seq.finish_reason, seq.stop_reason = "abort", describe(error)
             return self._output(None, error)
 
     def _output(self, tokenizer: Any, error: BaseException | None) -> RequestOutput:

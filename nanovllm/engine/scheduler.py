@@ -14,7 +14,6 @@ from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler_stats import SchedulerStats
 from nanovllm.engine.sequence import Sequence, SequenceStatus
-from nanovllm.errors import describe
 
 # When sequences that decode are held up for those that wait; see Scheduler._is_prefill_due.
 ADMISSION_SHARE = 1 / 8  # this much of the slots and of the blocks is free
@@ -286,7 +285,6 @@ class Scheduler:
         """Why `seq` ends with its newest token; None: it goes on. Sets its stop reason."""
         params, num_completion_tokens = seq.sampling_params, seq.num_completion_tokens
         if seq.error is not None:
-            seq.stop_reason = describe(seq.error)
             return "abort"
         if seq.grammar is not None and seq.grammar.error is not None:
             seq.stop_reason = seq.grammar.error  # why no token can follow

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.errors import is_fault
+from nanovllm.errors import describe, is_fault
 from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -106,13 +106,19 @@ class Sequence:
         return self.finish_reason is not None
 
     def note_error(self, error: BaseException) -> None:
-        """It ends because of `error`, without what its traceback refers to; Ctrl-C goes on."""
+        """It ends with "abort" because of `error`, or has ended so; Ctrl-C goes on.
+
+        What the error's traceback refers to is not kept.
+        """
         if not is_fault(error):
             raise error
         if self.error is None:
             self.error = error
             for name in ("__traceback__", "__cause__", "__context__"):
                 BaseException.__setattr__(error, name, None)  # its class may forbid it
+            self.stop_reason = describe(error)
+            if self.is_finished:
+                self.finish_reason = "abort"
 
     @property
     def num_tokens(self) -> int:

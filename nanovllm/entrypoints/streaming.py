@@ -15,7 +15,6 @@ from nanovllm.engine.progress import ProgressBar, check_use_tqdm
 from nanovllm.engine.prompts import as_prompt_list
 from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Sequence
-from nanovllm.errors import describe
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
@@ -161,7 +160,6 @@ def _end_text(seq: Sequence) -> None:
         seq.detokenizer.final_text()
     except BaseException as error:
         seq.note_error(error)
-        seq.finish_reason, seq.stop_reason = "abort", describe(error)
 
 
 def _items(
