@@ -2,13 +2,13 @@
 
 import gc
 import math
-import os
 
 import torch
 
 from nanovllm.config import Config
 from nanovllm.errors import ArgumentError
 from nanovllm.kernels.ops import FP8_DTYPE
+from nanovllm.models.size import device_memory
 
 MAX_CPU_CACHE_BYTES = 4 << 30
 # GPU memory kept for what no profile shows: CUDA context, captured graphs, fragmentation.
@@ -95,10 +95,7 @@ def decide_num_blocks(config: Config, tp_size: int, gpu_bytes: int | None) -> in
 
 def check_fits(config: Config, device: torch.device) -> None:
     """ArgumentError for a cache or tables larger than all memory of `device`, in use or not."""
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-    else:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = device_memory(device)
     per_block = block_bytes(config, config.tensor_parallel_size)
     # A row of the row table, and one of logits.
     per_seq = 4 * config.row_width + (

@@ -33,7 +33,7 @@ def check_size(config: Config, device: torch.device) -> None:
     weight_bytes = 1 if config.fp8_scales else config.resolve_dtype().itemsize
     table = 2 * 4 * config.max_model_len * config.hf_config.head_dim  # of rotations, and its angles
     num_bytes = needed * weight_bytes // config.tensor_parallel_size + table
-    available = _memory(device)
+    available = device_memory(device)
     if num_bytes > available:
         raise ArgumentError(
             f"no memory for the model: its config asks for {needed} weights and "
@@ -57,7 +57,7 @@ def num_weights(hf_config: "PretrainedConfig") -> int:
     return total
 
 
-def _memory(device: torch.device) -> int:
+def device_memory(device: torch.device) -> int:
     """Bytes that the device has, or that this process may have."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory

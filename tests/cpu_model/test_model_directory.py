@@ -327,7 +327,7 @@ def test_a_config_that_asks_for_too_much_is_refused_before_it_is_allocated(
     changes, load_format, model_dir, monkeypatch
 ):
     monkeypatch.setattr("nanovllm.engine.llm_engine.ModelRunner", None)
-    monkeypatch.setattr("nanovllm.models.size._memory", lambda device: 2**32)
+    monkeypatch.setattr("nanovllm.models.size.device_memory", lambda device: 2**32)
     edit_config(model_dir, **changes)
     message = "does not fit its config" if load_format == "auto" else "no memory for the model"
     with pytest.raises(ArgumentError, match=message):
