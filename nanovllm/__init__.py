@@ -20,7 +20,7 @@ from nanovllm.pooling_params import PoolingParams
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 if TYPE_CHECKING:
-    from nanovllm.entrypoints.streaming import StreamOutput
+    from nanovllm.features.streaming import StreamOutput
     from nanovllm.llm import LLM
 
 __version__ = "0.1.0"
@@ -51,7 +51,7 @@ def __getattr__(name: str) -> Any:
 
         return LLM
     if name == "StreamOutput":
-        from nanovllm.entrypoints.streaming import StreamOutput
+        from nanovllm.features.streaming import StreamOutput
 
         return StreamOutput
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

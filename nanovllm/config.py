@@ -20,10 +20,10 @@ from nanovllm.errors import (
     clamp_int32,
     shown,
 )
-from nanovllm.hf_config import read_hf_config
 from nanovllm.kernels import row_state
 from nanovllm.models.attention_config import full_attention_limit
 from nanovllm.models.config_fields import MAX_POSITIONS
+from nanovllm.models.hf_config import read_hf_config
 from nanovllm.models.moe_config import check_experts
 from nanovllm.models.quantization_config import has_block_scales
 from nanovllm.models.rope_config import max_positions

@@ -8,10 +8,8 @@ from torch import nn
 
 from nanovllm.compat import explain_keywords
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.ownership import one_thread_at_a_time
-from nanovllm.engine.progress import check_use_tqdm
-from nanovllm.engine.prompts import check_unsupported
-from nanovllm.entrypoints import (
+from nanovllm.errors import ArgumentError, shown
+from nanovllm.features import (
     metrics,
     pooling,
     prefix_cache,
@@ -22,10 +20,12 @@ from nanovllm.entrypoints import (
     streaming,
     weight_update,
 )
-from nanovllm.entrypoints.chat import render_prompts
-from nanovllm.errors import ArgumentError, shown
+from nanovllm.guards.ownership import one_thread_at_a_time
+from nanovllm.inputs.chat import render_prompts
+from nanovllm.inputs.prompts import check_unsupported
 from nanovllm.outputs import EmbeddingRequestOutput, RequestOutput, ScoringRequestOutput
 from nanovllm.pooling_params import PoolingParams
+from nanovllm.progress import check_use_tqdm
 from nanovllm.sampling_params import SAMPLING_FIELDS, SamplingParams
 
 

@@ -7,8 +7,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanovllm.engine.detokenizer import token_offsets
-from nanovllm.engine.token_bytes import token_bytes
+from nanovllm.inputs.detokenizer import token_offsets
+from nanovllm.inputs.token_bytes import token_bytes
 from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 

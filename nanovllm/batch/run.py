@@ -258,7 +258,7 @@ class Run:
     def _queue(self, request: LineRequest) -> int:
         prompt = request.prompt
         if request.messages is not None:
-            from nanovllm.entrypoints.chat import render_prompts  # after the engine: loads torch
+            from nanovllm.inputs.chat import render_prompts  # after the engine: loads torch
 
             prompts = render_prompts(self.llm, request.messages, **request.chat_options)
             if len(prompts) != 1:

@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-from nanovllm.engine.pooling import HiddenStatesDownload
+from nanovllm.engine.copies import Download
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_plan import StepPlan
-from nanovllm.engine.transfers import Download
+from nanovllm.sampling.pooler import HiddenStatesDownload
 
 if TYPE_CHECKING:
     from nanovllm.sampling.logprobs import LogprobsDownload

@@ -14,13 +14,18 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine import kv_cache
-from nanovllm.engine.generation_config import default_sampling_params, eos_token_ids
-from nanovllm.engine.interrupts import DeferredInterrupt
-from nanovllm.engine.isolation import Isolation
 from nanovllm.engine.model_runner import LaunchedStep, ModelRunner, choose_ops
-from nanovllm.engine.ownership import Owner, bind_to_process, one_thread_at_a_time
-from nanovllm.engine.progress import ProgressBar, check_use_tqdm
-from nanovllm.engine.prompts import (
+from nanovllm.engine.recovery import Isolation
+from nanovllm.engine.request import Request, raise_failed
+from nanovllm.engine.request_features import RequestFeatures
+from nanovllm.engine.request_table import RequestTable
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.sequence import Sequence
+from nanovllm.errors import ArgumentError, EngineDeadError, describe, is_fault
+from nanovllm.guards.interrupts import DeferredInterrupt
+from nanovllm.guards.ownership import Owner, bind_to_process, one_thread_at_a_time
+from nanovllm.inputs.generation_config import default_sampling_params, eos_token_ids
+from nanovllm.inputs.prompts import (
     as_params_list,
     as_priority_list,
     as_prompt_list,
@@ -28,17 +33,12 @@ from nanovllm.engine.prompts import (
     check_unsupported,
     encode_prompts,
 )
-from nanovllm.engine.request import Request, raise_failed
-from nanovllm.engine.request_features import RequestFeatures
-from nanovllm.engine.request_table import RequestTable
-from nanovllm.engine.scheduler import Scheduler
-from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.tokenizer import load_tokenizer
-from nanovllm.engine.workers import WorkerGroup
-from nanovllm.errors import ArgumentError, EngineDeadError, describe, is_fault
-from nanovllm.layers.tensor_parallel import TensorParallel
+from nanovllm.inputs.tokenizer import load_tokenizer
 from nanovllm.models.size import check_size
 from nanovllm.outputs import RequestOutput
+from nanovllm.parallel.tensor_parallel import TensorParallel
+from nanovllm.parallel.workers import WorkerGroup
+from nanovllm.progress import ProgressBar, check_use_tqdm
 from nanovllm.sampling_params import SamplingParams
 
 StepOutput = tuple[list[tuple[int, list[int]]], int]

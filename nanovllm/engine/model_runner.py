@@ -14,15 +14,12 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine import kv_cache
-from nanovllm.engine.apart_sampler import ApartSampler
+from nanovllm.engine.copies import DownloadRing, UploadRing
 from nanovllm.engine.cuda_graphs import DecodeGraphs
 from nanovllm.engine.launched_step import LaunchedStep, StepExtras
-from nanovllm.engine.pooling import HiddenStatesDownload
 from nanovllm.engine.prefill_inputs import PrefillInputs, prefill_inputs
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_plan import NONE, POOLED, PlanBuilder, StepPlan
-from nanovllm.engine.transfers import DownloadRing, UploadRing
-from nanovllm.engine.workers import WorkerGroup
 from nanovllm.errors import ArgumentError
 from nanovllm.kernels.ops import DecodeInputs, Ops, select_ops
 from nanovllm.layers.attention import (
@@ -32,9 +29,12 @@ from nanovllm.layers.attention import (
     PrefillMetadata,
 )
 from nanovllm.layers.context import ModelContext
-from nanovllm.layers.tensor_parallel import TensorParallel
 from nanovllm.models.loader import load_model
 from nanovllm.models.registry import model_class
+from nanovllm.parallel.tensor_parallel import TensorParallel
+from nanovllm.parallel.workers import WorkerGroup
+from nanovllm.sampling.pooler import HiddenStatesDownload
+from nanovllm.sampling.sampler import ApartSampler
 
 
 def choose_ops(config: Config, device: torch.device) -> Ops:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from nanovllm.engine.copies import ALIGNMENT
 from nanovllm.engine.step_plan import StepPlan
-from nanovllm.engine.transfers import ALIGNMENT
 from nanovllm.kernels import row_state
 
 

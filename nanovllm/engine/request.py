@@ -5,9 +5,9 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from nanovllm.engine.detokenizer import decode
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import RequestError, describe, is_fault
+from nanovllm.inputs.detokenizer import decode
 from nanovllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 

@@ -6,9 +6,9 @@ Everything that can be wrong about them is found here, before the request is que
 from typing import Any
 
 from nanovllm.config import Config
-from nanovllm.engine.detokenizer import OutputText
 from nanovllm.engine.request import Request
 from nanovllm.errors import ArgumentError
+from nanovllm.inputs.detokenizer import OutputText
 from nanovllm.sampling_params import SamplingParams
 
 MAX_BAD_WORD_TABLE = 2**22  # int32: 16 MiB for each request

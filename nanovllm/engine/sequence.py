@@ -8,7 +8,7 @@ from nanovllm.errors import describe, is_fault
 from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from nanovllm.engine.detokenizer import OutputText
+    from nanovllm.inputs.detokenizer import OutputText
     from nanovllm.sampling.structured_outputs import Grammar
 
 

@@ -175,17 +175,17 @@ def _torch_ops(compile_elementwise: bool) -> Ops:
 
 
 def _triton_ops(has_fp8_products: bool) -> Ops:
-    from nanovllm.kernels.triton_activation import silu_and_mul
-    from nanovllm.kernels.triton_decode_attention import decode_attention, plan_decode
-    from nanovllm.kernels.triton_filters import filter_thresholds
-    from nanovllm.kernels.triton_fp8_linear import fp8_linear
-    from nanovllm.kernels.triton_linear import linear
-    from nanovllm.kernels.triton_moe import experts
-    from nanovllm.kernels.triton_norm import add_rms_norm, rms_norm
-    from nanovllm.kernels.triton_prefill_attention import prefill_attention
-    from nanovllm.kernels.triton_rope import qk_norm_rope_store
-    from nanovllm.kernels.triton_row_state import gather_decode_inputs, write_back
-    from nanovllm.kernels.triton_sampling import sample
+    from nanovllm.kernels.triton.activation import silu_and_mul
+    from nanovllm.kernels.triton.decode_attention import decode_attention, plan_decode
+    from nanovllm.kernels.triton.filters import filter_thresholds
+    from nanovllm.kernels.triton.fp8_linear import fp8_linear
+    from nanovllm.kernels.triton.linear import linear
+    from nanovllm.kernels.triton.moe import experts
+    from nanovllm.kernels.triton.norm import add_rms_norm, rms_norm
+    from nanovllm.kernels.triton.prefill_attention import prefill_attention
+    from nanovllm.kernels.triton.rope import qk_norm_rope_store
+    from nanovllm.kernels.triton.row_state import gather_decode_inputs, write_back
+    from nanovllm.kernels.triton.sampling import sample
 
     return Ops(
         rms_norm=rms_norm,

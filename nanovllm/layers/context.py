@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 
 from nanovllm.kernels.ops import Ops
-from nanovllm.layers.tensor_parallel import TensorParallel
+from nanovllm.parallel.tensor_parallel import TensorParallel
 
 
 @dataclass(frozen=True)

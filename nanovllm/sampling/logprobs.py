@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from nanovllm.engine.detokenizer import token_texts
+from nanovllm.inputs.detokenizer import token_texts
 from nanovllm.outputs import Logprob
 
 MAX_FLOAT32_LOGITS = 2**24  # in float32 at a time

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from nanovllm.engine.token_bytes import token_bytes
 from nanovllm.errors import MAX_SHOWN, ArgumentError, shown
+from nanovllm.inputs.token_bytes import token_bytes
 from nanovllm.sampling.grammar_process import TrialProcess
 from nanovllm.sampling.grammar_text import EBNF_RULE, check_lark, check_regex, plain_ebnf
 from nanovllm.sampling.json_schema import check_schema

@@ -4,8 +4,8 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from nanovllm.engine.token_bytes import token_bytes
 from nanovllm.errors import ArgumentError, is_fault, shown_error
+from nanovllm.inputs.token_bytes import token_bytes
 from nanovllm.sampling_params import SamplingParams
 
 TEXTS_BEFORE = ("a", "1", ".", "。", "\n", " ")  # of each kind that a word may follow

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.workloads import Row, workloads
+from workloads import Row, workloads
 
 # Of the GPU's memory for each of the two engines, unless the command line says otherwise.
 MEMORY_SHARE = 0.45
@@ -55,18 +55,18 @@ class Checkout:
 
     def __init__(self, root: Path, model: str, settings: dict[str, Any], rows: list[Row]) -> None:
         self.root = root.resolve()
-        tests = Path(__file__).resolve().parents[1]
+        own = Path(__file__).resolve().parent
         job = {
             "model": str(Path(model).resolve()),
             "settings": settings,
             "rows": [asdict(row) for row in rows],
         }
         present_path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-        module_path = [self.root, tests, *(Path(p).resolve() for p in present_path if p)]
+        module_path = [self.root, own, *(Path(p).resolve() for p in present_path if p)]
         # The working directory is the first on the module path: one that holds no nanovllm.
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.compare", json.dumps(job)],
-            cwd=tests,
+            [sys.executable, "-m", "compare", json.dumps(job)],
+            cwd=own,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, module_path))},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -4,8 +4,7 @@ import argparse
 from typing import Any
 
 import torch
-
-from benchmarks.variants import VARIANTS, settings_of
+from variants import VARIANTS, settings_of
 
 TEXT_OPTIONS = ("attention_backend", "dtype", "kv_cache_dtype", "quantization", "device")
 INTEGER_OPTIONS = (

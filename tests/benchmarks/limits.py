@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig
+from workloads import Workload
 
-from benchmarks.workloads import Workload
 from nanovllm import LLM
 from nanovllm.kernels.ops import FP8_DTYPE, select_ops
 from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear

@@ -6,14 +6,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.limits import (
+from limits import (
     Hardware,
     ModelCost,
     count_decode_contexts,
     count_prefill_flops,
     limit_seconds,
 )
-from benchmarks.workloads import Row, Workload, workloads
+from workloads import Row, Workload, workloads
+
 from nanovllm import LLM
 
 

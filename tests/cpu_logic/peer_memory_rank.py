@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from nanovllm.kernels import peer_memory, torch_ops
+from nanovllm.kernels import torch_ops
 from nanovllm.kernels.ops import PartialSums
-from nanovllm.kernels.peer_memory import PeerMemory, clear_memory, num_memory_bytes
+from nanovllm.kernels.triton import peer_memory
+from nanovllm.kernels.triton.peer_memory import PeerMemory, clear_memory, num_memory_bytes
 
 WIDTH = 40
 NUM_IDS = 11  # of the embedding's table, per rank

@@ -12,8 +12,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from nanovllm import ArgumentError
-from nanovllm.engine.tokenizer import read_chat_template
-from nanovllm.entrypoints.chat import render_prompts
+from nanovllm.inputs.chat import render_prompts
+from nanovllm.inputs.tokenizer import read_chat_template
 
 QWEN3 = Path(__file__).resolve().parents[2].parent / "shared" / "qwen3-0.6b"
 needs_qwen3 = pytest.mark.skipif(
@@ -332,7 +332,7 @@ def test_arguments_of_tool_calls_may_be_json_text(llm):
     ],
 )
 def test_a_template_without_end_is_ended(body, llm, monkeypatch):
-    monkeypatch.setattr("nanovllm.entrypoints.chat.TEMPLATE_SECONDS", 0.3)
+    monkeypatch.setattr("nanovllm.inputs.chat.TEMPLATE_SECONDS", 0.3)
     num_threads = threading.active_count()
     with pytest.raises(ArgumentError, match="the chat template takes more than 0.3 s"):
         render_prompts(llm, [USER], chat_template=body)

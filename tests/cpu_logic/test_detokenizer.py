@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import nanovllm
 from nanovllm import SamplingParams
-from nanovllm.engine.detokenizer import (
+from nanovllm.inputs.detokenizer import (
     BytesDetokenizer,
     OutputText,
     WindowDetokenizer,

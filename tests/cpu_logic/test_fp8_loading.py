@@ -16,9 +16,9 @@ from nanovllm.kernels.ops import FP8_DTYPE, select_ops
 from nanovllm.kernels.torch_ops import dequantize_weight
 from nanovllm.layers.context import ModelContext
 from nanovllm.layers.linear import RowParallelLinear
-from nanovllm.layers.tensor_parallel import TensorParallel
 from nanovllm.models.loader import expected_tensors, load_model, load_tensor
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
+from nanovllm.parallel.tensor_parallel import TensorParallel
 
 CPU = torch.device("cpu")
 DOWN_PROJ = "model.layers.0.mlp.down_proj.weight"

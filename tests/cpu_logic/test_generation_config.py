@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from nanovllm import ArgumentError, SamplingParams
-from nanovllm.engine.generation_config import default_sampling_params, eos_token_ids
+from nanovllm.inputs.generation_config import default_sampling_params, eos_token_ids
 
 QWEN3 = Path(__file__).resolve().parents[3] / "shared" / "qwen3-0.6b"
 

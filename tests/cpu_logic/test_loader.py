@@ -14,9 +14,9 @@ from transformers import AutoConfig
 from nanovllm import ArgumentError
 from nanovllm.kernels.ops import select_ops
 from nanovllm.layers.context import ModelContext
-from nanovllm.layers.tensor_parallel import TensorParallel
 from nanovllm.models.loader import MAX_NAMES_IN_ERROR, expected_tensors, load_model
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
+from nanovllm.parallel.tensor_parallel import TensorParallel
 
 CPU = torch.device("cpu")
 NORM = "model.norm.weight"

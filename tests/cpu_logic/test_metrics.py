@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from scheduling_helpers import EOS, drain, make_scheduler, make_seq, step
 
-from nanovllm.entrypoints.metrics import Counter, Gauge, Metrics, get_metrics
+from nanovllm.features.metrics import Counter, Gauge, Metrics, get_metrics
 
 NAMES = [
     "vllm:num_requests_running",

@@ -10,9 +10,9 @@ from transformers import CONFIG_MAPPING
 
 from nanovllm import ArgumentError
 from nanovllm.config import Config
-from nanovllm.engine.tokenizer import read_chat_template
-from nanovllm.engine.tokenizer_check import read_fields
-from nanovllm.engine.tokenizer_files import copy_files
+from nanovllm.inputs.tokenizer import read_chat_template
+from nanovllm.inputs.tokenizer_check import read_fields
+from nanovllm.inputs.tokenizer_files import copy_files
 from nanovllm.model_files import (
     MAX_DEPTH,
     MAX_TEMPLATE_BYTES,

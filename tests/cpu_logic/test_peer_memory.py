@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from nanovllm.kernels import torch_ops
 from nanovllm.kernels.ops import PartialSums, select_ops
-from nanovllm.layers.ipc_memory import share_memory
-from nanovllm.layers.tensor_parallel import TensorParallel
+from nanovllm.parallel.ipc_memory import share_memory
+from nanovllm.parallel.tensor_parallel import TensorParallel
 
 SECONDS = 1000  # for a machine on which everything is slow
 

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanovllm.engine.copies import UploadRing, aligned
 from nanovllm.engine.prefill_inputs import PrefillInputs, prefill_inputs
 from nanovllm.engine.step_plan import StepPlan
-from nanovllm.engine.transfers import UploadRing, aligned
 from nanovllm.kernels import row_state
 
 NUM_ROWS = 8

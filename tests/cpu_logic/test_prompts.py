@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from nanovllm import ArgumentError, SamplingParams
-from nanovllm.engine.prompts import (
+from nanovllm.inputs.prompts import (
     EncodedPrompt,
     as_params_list,
     as_prompt_list,

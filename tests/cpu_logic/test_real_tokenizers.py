@@ -15,14 +15,14 @@ from tokenizers import decoders, pre_tokenizers
 
 from nanovllm import SamplingParams
 from nanovllm.batch.records import LineInfo, result_record
-from nanovllm.engine.detokenizer import (
+from nanovllm.inputs.detokenizer import (
     BytesDetokenizer,
     OutputText,
     WindowDetokenizer,
     decode,
     incremental_detokenizer,
 )
-from nanovllm.engine.token_bytes import token_bytes
+from nanovllm.inputs.token_bytes import token_bytes
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.sampling.logprobs import LogprobRow, to_logprobs
 from nanovllm.sampling.vocabulary import encode_bad_words

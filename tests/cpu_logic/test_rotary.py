@@ -10,8 +10,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from nanovllm import ArgumentError
-from nanovllm.hf_config import read_hf_config
 from nanovllm.layers.rotary import cos_sin_table, rope_frequencies
+from nanovllm.models.hf_config import read_hf_config
 from nanovllm.models.rope_config import check_rope, max_positions
 
 CPU = torch.device("cpu")

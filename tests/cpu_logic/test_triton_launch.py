@@ -7,18 +7,17 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-import nanovllm.kernels  # noqa: E402
+import nanovllm.kernels.triton  # noqa: E402
 
 
 def kernels() -> dict[str, object]:
     """Every kernel, and every function that kernels call, by module and name."""
     found = {}
-    for module_info in pkgutil.iter_modules(nanovllm.kernels.__path__):
-        if module_info.name.startswith("triton_"):
-            module = importlib.import_module(f"nanovllm.kernels.{module_info.name}")
-            for name, value in vars(module).items():
-                if isinstance(value, triton.runtime.JITFunction):
-                    found[f"{module_info.name}.{name}"] = value
+    for module_info in pkgutil.iter_modules(nanovllm.kernels.triton.__path__):
+        module = importlib.import_module(f"nanovllm.kernels.triton.{module_info.name}")
+        for name, value in vars(module).items():
+            if isinstance(value, triton.runtime.JITFunction):
+                found[f"{module_info.name}.{name}"] = value
     return found
 
 
@@ -30,7 +29,7 @@ def test_kernels_fuse_multiply_adds_whatever_the_version_does_by_default():
 
 
 def test_a_launch_hands_the_option_on(monkeypatch):
-    from nanovllm.kernels import triton_launch
+    from nanovllm.kernels.triton import launch as triton_launch
 
     calls = []
 

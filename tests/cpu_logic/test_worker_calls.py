@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from nanovllm.engine import workers
 from nanovllm.engine.step_plan import StepPlan
-from nanovllm.engine.worker_calls import RemoteTraceback
-from nanovllm.engine.workers import NUM_SLOTS, Progress, Worker, WorkerGroup
 from nanovllm.errors import ArgumentError, EngineDeadError
+from nanovllm.parallel import workers
+from nanovllm.parallel.calls import RemoteTraceback
+from nanovllm.parallel.workers import NUM_SLOTS, Progress, Worker, WorkerGroup
 
 SLOT_SIZE = 64
 

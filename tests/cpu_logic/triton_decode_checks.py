@@ -7,9 +7,10 @@ import pytest
 import torch
 from triton_interpreter_checks import DTYPES, HEADS, OPS, assert_close, paged_inputs
 
-from nanovllm.kernels import torch_ops, triton_common_prefix
-from nanovllm.kernels import triton_decode_attention as decode
+from nanovllm.kernels import torch_ops
 from nanovllm.kernels.ops import FP8_DTYPE
+from nanovllm.kernels.triton import common_prefix as triton_common_prefix
+from nanovllm.kernels.triton import decode_attention as decode
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,9 @@ Small chunks and samples, so that a row of 700 logits goes through what one of 1
 import pytest
 import torch
 
-from nanovllm.kernels import torch_ops, triton_filters, triton_sampling
+from nanovllm.kernels import torch_ops
+from nanovllm.kernels.triton import filters as triton_filters
+from nanovllm.kernels.triton import sampling as triton_sampling
 
 VOCAB = 700
 # top_k, top_p, min_p

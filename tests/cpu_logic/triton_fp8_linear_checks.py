@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels import torch_ops, triton_fp8_linear, triton_tiled_linear
+from nanovllm.kernels import torch_ops
 from nanovllm.kernels.ops import FP8_BLOCK, FP8_DTYPE, FP8_MAX, PartialSums, Product
-from nanovllm.kernels.triton_tiled_linear import LinearTile
+from nanovllm.kernels.triton import fp8_linear as triton_fp8_linear
+from nanovllm.kernels.triton import tiled_linear as triton_tiled_linear
+from nanovllm.kernels.triton.tiled_linear import LinearTile
 
 
 def summed(product: Product) -> torch.Tensor:

@@ -7,9 +7,10 @@ it; the name keeps pytest from collecting it in a process without the variable.
 import pytest
 import torch
 
-from nanovllm.kernels import row_state, torch_ops, triton_rope
+from nanovllm.kernels import row_state, torch_ops
 from nanovllm.kernels.ops import FP8_DTYPE, select_ops
-from nanovllm.kernels.triton_prefill_attention import prefill_attention
+from nanovllm.kernels.triton import rope as triton_rope
+from nanovllm.kernels.triton.prefill_attention import prefill_attention
 
 DTYPES = (torch.float32, torch.float16)
 EPS = 1e-6

@@ -3,12 +3,13 @@
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels import torch_ops, triton_tiled_linear
+from nanovllm.kernels import torch_ops
 from nanovllm.kernels.ops import PartialSums
-from nanovllm.kernels.triton_activation import silu_and_mul
-from nanovllm.kernels.triton_linear import choose_block_m, choose_tile, split_linear
-from nanovllm.kernels.triton_norm import add_rms_norm
-from nanovllm.kernels.triton_tiled_linear import LinearTile, tiled_linear
+from nanovllm.kernels.triton import tiled_linear as triton_tiled_linear
+from nanovllm.kernels.triton.activation import silu_and_mul
+from nanovllm.kernels.triton.linear import choose_block_m, choose_tile, split_linear
+from nanovllm.kernels.triton.norm import add_rms_norm
+from nanovllm.kernels.triton.tiled_linear import LinearTile, tiled_linear
 
 
 def test_products() -> None:

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from nanovllm.kernels import torch_ops, triton_moe
+from nanovllm.kernels import torch_ops
 from nanovllm.kernels.ops import FP8_BLOCK, FP8_DTYPE, FP8_MAX, PartialSums, Product
-from nanovllm.kernels.triton_fp8_linear import quantize_rows
-from nanovllm.kernels.triton_moe import Tile, Tiles, experts, route
+from nanovllm.kernels.triton import moe as triton_moe
+from nanovllm.kernels.triton.fp8_linear import quantize_rows
+from nanovllm.kernels.triton.moe import Tile, Tiles, experts, route
 
 
 def both(*tile: int) -> Tiles:

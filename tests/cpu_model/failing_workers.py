@@ -5,7 +5,8 @@ They are looked up by name in the spawned process, so they live in a module of t
 
 import os
 
-from nanovllm.engine import model_runner, workers
+from nanovllm.engine import model_runner
+from nanovllm.parallel import workers
 
 CALLS_BEFORE_FAILURE = 5
 

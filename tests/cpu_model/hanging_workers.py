@@ -20,7 +20,8 @@ def hang_in_start(rank: int, *args) -> None:
 
 
 def hang_in_load(rank: int, *args) -> None:
-    from nanovllm.engine import model_runner, workers
+    from nanovllm.engine import model_runner
+    from nanovllm.parallel import workers
 
     model_runner.load_model = lambda *arguments: hang()
     workers._worker_main(rank, *args)

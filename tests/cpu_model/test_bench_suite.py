@@ -1,4 +1,4 @@
-"""tests/bench_suite.py on a tiny model: it runs, and counts what hand and step loop count."""
+"""bench_suite.py on a tiny model: it runs, and counts what hand and step loop count."""
 
 import dataclasses
 import functools
@@ -8,23 +8,25 @@ import sys
 import types
 
 import bench_suite
+import compare
+import limits
 import pytest
+import timing
 import torch
 import transformers
-from benchmarks import compare, limits, timing
-from benchmarks.engine_options import engine_settings
-from benchmarks.limits import Hardware, ModelCost
-from benchmarks.variants import VARIANTS, Variant, constants_set, settings_of
-from benchmarks.workloads import ROWS, Row, Workload, check_fits, workloads
 from engine_checks import tiny_engine
+from engine_options import engine_settings
+from limits import Hardware, ModelCost
 from safetensors.torch import load_file
 from tiny_models import FAMILIES, save_family, save_model
+from variants import VARIANTS, Variant, constants_set, settings_of
+from workloads import ROWS, Row, Workload, check_fits, workloads
 
 from nanovllm.config import Config
 from nanovllm.kernels.ops import FP8_DTYPE, select_ops
 from nanovllm.layers.context import ModelContext
-from nanovllm.layers.tensor_parallel import TensorParallel
 from nanovllm.models.registry import model_class
+from nanovllm.parallel.tensor_parallel import TensorParallel
 
 SCALE = 0.05  # the least that leaves every row but prefill a decode step
 HARDWARE = Hardware(bandwidth=1e3, matrix_rate=1e4, fp8_matrix_rate=2e4)

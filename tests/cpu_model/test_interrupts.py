@@ -199,7 +199,7 @@ def test_a_second_signal_ends_the_wait_for_a_rank_that_is_stopped(tiny_dir, monk
 
 @pytest.mark.slow
 def test_a_signal_while_the_workers_start(tiny_dir, monkeypatch):
-    monkeypatch.setattr("nanovllm.engine.workers._worker_main", hanging_workers.hang_in_start)
+    monkeypatch.setattr("nanovllm.parallel.workers._worker_main", hanging_workers.hang_in_start)
     press_when(worker_pids, 1)
     with pytest.raises(KeyboardInterrupt):
         tiny_engine(tiny_dir, tensor_parallel_size=2)

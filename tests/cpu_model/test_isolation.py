@@ -325,7 +325,7 @@ def test_a_batch_file(tiny_dir, tmp_path, monkeypatch):
 
 def test_pooling(tiny_dir):
     with tiny_engine(tiny_dir) as llm:
-        from nanovllm.entrypoints import pooling
+        from nanovllm.features import pooling
 
         def pooler(hidden_state):
             raise InjectedError("odd")

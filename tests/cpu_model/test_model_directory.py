@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from nanovllm import LLM, ArgumentError, SamplingParams, StructuredOutputsParams
 from nanovllm.config import Config
-from nanovllm.engine.tokenizer import load_tokenizer
-from nanovllm.engine.tokenizer_check import PROBE, check_agreement, read_fields
+from nanovllm.inputs.tokenizer import load_tokenizer
+from nanovllm.inputs.tokenizer_check import PROBE, check_agreement, read_fields
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""tests/perplexity.py: its numbers are those of transformers, by prefill and by decode steps."""
+"""perplexity.py: its numbers are those of transformers, by prefill and by decode steps."""
 
 import json
 import math

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from nanovllm import ArgumentError, PoolingParams
-from nanovllm.entrypoints.pooling import QUESTION_AFTER, WEB_SEARCH
+from nanovllm.features.pooling import QUESTION_AFTER, WEB_SEARCH
 
 HIDDEN_SIZE = 64
 QUERY = "the quick brown fox?"

@@ -15,10 +15,10 @@ from nanovllm.config import Config
 from nanovllm.kernels.ops import FP8_DTYPE, select_ops
 from nanovllm.layers.context import ModelContext
 from nanovllm.layers.moe import SparseMLP
-from nanovllm.layers.tensor_parallel import TensorParallel
 from nanovllm.models.fp8_checkpoint import DequantizedCheckpoint
 from nanovllm.models.loader import SafetensorsCheckpoint, expected_tensors
 from nanovllm.models.moe_config import is_sparse
+from nanovllm.parallel.tensor_parallel import TensorParallel
 
 PROMPTS = random_prompts((1, 30, 100), seed=3)
 

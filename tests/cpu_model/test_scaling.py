@@ -1,4 +1,4 @@
-"""tests/scaling.py on a tiny model: both series, what their tables say, and the plot."""
+"""tests/benchmarks/scaling.py on a tiny model: both series, what their tables say, and the plot."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import scaling
-from benchmarks.timing import RowResult
+from timing import RowResult
 
 RESULT = RowResult(
     name="context 1024",

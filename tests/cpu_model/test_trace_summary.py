@@ -1,4 +1,4 @@
-"""tests/trace_summary.py: grouping and times of made-up device events, and its run on the CPU."""
+"""trace_summary.py: grouping and times of made-up device events, and its run on the CPU."""
 
 import importlib
 import json

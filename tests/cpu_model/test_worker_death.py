@@ -110,7 +110,7 @@ def test_a_worker_killed_while_generating(tiny_dir, overlap):
 )
 def test_a_worker_that_fails_in_its_start(tiny_dir, monkeypatch, entry_point, message):
     monkeypatch.setattr(
-        "nanovllm.engine.workers._worker_main", getattr(failing_workers, entry_point)
+        "nanovllm.parallel.workers._worker_main", getattr(failing_workers, entry_point)
     )
     start = time.monotonic()
     with pytest.raises(EngineDeadError, match=message):
@@ -127,7 +127,7 @@ def test_a_worker_that_fails_in_its_start(tiny_dir, monkeypatch, entry_point, me
 )
 def test_a_worker_that_fails_in_a_step(tiny_dir, monkeypatch, entry_point, message):
     monkeypatch.setattr(
-        "nanovllm.engine.workers._worker_main", getattr(failing_workers, entry_point)
+        "nanovllm.parallel.workers._worker_main", getattr(failing_workers, entry_point)
     )
     llm = tiny_engine(tiny_dir, tensor_parallel_size=2)
     start = time.monotonic()
@@ -197,7 +197,7 @@ def test_a_rank_whose_step_hangs(two_ranks):
 
 
 def test_a_rank_that_is_stopped_while_it_starts(tiny_dir, monkeypatch):
-    monkeypatch.setattr("nanovllm.engine.workers._worker_main", hanging_workers.hang_in_start)
+    monkeypatch.setattr("nanovllm.parallel.workers._worker_main", hanging_workers.hang_in_start)
     stopped = []
 
     def stop():

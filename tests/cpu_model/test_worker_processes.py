@@ -134,7 +134,7 @@ KILLED = """
 import sys
 import hanging_workers
 from engine_checks import tiny_engine
-from nanovllm.engine import workers
+from nanovllm.parallel import workers
 
 model, place = sys.argv[1:]
 if place != "anywhere":

@@ -10,9 +10,11 @@ import time
 import torch
 import torch.distributed as dist
 
-from nanovllm.kernels import peer_memory, torch_ops, triton_norm
+from nanovllm.kernels import torch_ops
 from nanovllm.kernels.ops import Ops, PartialSums, select_ops
-from nanovllm.layers.tensor_parallel import TensorParallel
+from nanovllm.kernels.triton import norm as triton_norm
+from nanovllm.kernels.triton import peer_memory
+from nanovllm.parallel.tensor_parallel import TensorParallel
 
 EPS = 1e-6
 TOLERANCES = {torch.float32: 3e-6, torch.float16: 5e-3, torch.bfloat16: 5e-2}

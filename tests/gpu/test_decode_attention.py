@@ -19,8 +19,8 @@ from nanovllm.kernels.ops import FP8_DTYPE, FP8_MIN_CAPABILITY
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from nanovllm.kernels import triton_common_prefix
-from nanovllm.kernels.triton_decode_attention import decode_attention, plan_decode
+from nanovllm.kernels.triton import common_prefix as triton_common_prefix
+from nanovllm.kernels.triton.decode_attention import decode_attention, plan_decode
 
 DEVICE = torch.device("cuda", torch.cuda.current_device())
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

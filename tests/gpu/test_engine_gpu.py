@@ -261,7 +261,7 @@ def test_four_ranks_give_the_reference_tokens(model_dir, prompts, reference, enf
 def test_two_ranks_sum_through_nccl_if_one_cannot_share_memory(
     model_dir, prompts, reference, monkeypatch
 ):
-    monkeypatch.setattr("nanovllm.engine.workers._worker_main", worker_without_memory.main)
+    monkeypatch.setattr("nanovllm.parallel.workers._worker_main", worker_without_memory.main)
     with small_engine(model_dir, tensor_parallel_size=2) as llm:
         assert llm.model_runner.tp.peers is None
         assert token_ids(llm.generate(prompts, greedy(), use_tqdm=False)) == reference

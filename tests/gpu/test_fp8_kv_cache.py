@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 if torch.cuda.get_device_capability() < FP8_MIN_CAPABILITY:
     pytest.skip("the GPU does not convert fp8", allow_module_level=True)
 
-from nanovllm.kernels.triton_prefill_attention import prefill_attention
+from nanovllm.kernels.triton.prefill_attention import prefill_attention
 
 DEVICE = torch.device("cuda", torch.cuda.current_device())
 OPS = select_ops("triton", DEVICE, torch.bfloat16, 128, False, FP8_DTYPE)

@@ -9,10 +9,11 @@ from fp8_models import save_fp8
 from tiny_models import FAMILIES, save_model
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.kernels import torch_ops, triton_fp8_linear
+from nanovllm.kernels import torch_ops
 from nanovllm.kernels.ops import FP8_BLOCK, FP8_DTYPE, PartialSums, Product
-from nanovllm.kernels.triton_launch import has_bulk_copies
-from nanovllm.kernels.triton_tiled_linear import tiled_linear
+from nanovllm.kernels.triton import fp8_linear as triton_fp8_linear
+from nanovllm.kernels.triton.launch import has_bulk_copies
+from nanovllm.kernels.triton.tiled_linear import tiled_linear
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9,

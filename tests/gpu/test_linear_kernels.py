@@ -6,11 +6,11 @@ import torch.nn.functional as F
 
 from nanovllm.kernels import torch_ops
 from nanovllm.kernels.ops import PartialSums, Product
-from nanovllm.kernels.triton_activation import silu_and_mul
-from nanovllm.kernels.triton_linear import choose_block_m, choose_tile, linear, split_linear
-from nanovllm.kernels.triton_norm import add_rms_norm
-from nanovllm.kernels.triton_rope import qk_norm_rope_store
-from nanovllm.kernels.triton_tiled_linear import tiled_linear
+from nanovllm.kernels.triton.activation import silu_and_mul
+from nanovllm.kernels.triton.linear import choose_block_m, choose_tile, linear, split_linear
+from nanovllm.kernels.triton.norm import add_rms_norm
+from nanovllm.kernels.triton.rope import qk_norm_rope_store
+from nanovllm.kernels.triton.tiled_linear import tiled_linear
 
 SHAPES = ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (100, 512), (64, 12288))
 EPS = 1e-6

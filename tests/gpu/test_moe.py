@@ -7,8 +7,8 @@ import torch
 
 from nanovllm.kernels import torch_ops
 from nanovllm.kernels.ops import FP8_BLOCK, PartialSums, Product
-from nanovllm.kernels.triton_linear import linear
-from nanovllm.kernels.triton_moe import (
+from nanovllm.kernels.triton.linear import linear
+from nanovllm.kernels.triton.moe import (
     FLOAT32_TILES,
     FP8_TILES,
     TILES,
@@ -16,7 +16,7 @@ from nanovllm.kernels.triton_moe import (
     experts,
     route,
 )
-from nanovllm.kernels.triton_norm import add_rms_norm
+from nanovllm.kernels.triton.norm import add_rms_norm
 
 HIDDEN_SIZE, SIZE, NUM_EXPERTS, TOP_K = 512, 192, 16, 4
 

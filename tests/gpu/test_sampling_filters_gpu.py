@@ -9,7 +9,7 @@ from nanovllm.kernels.ops import select_ops
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from nanovllm.kernels import triton_filters
+from nanovllm.kernels.triton import filters as triton_filters
 
 DEVICE = torch.device("cuda", torch.cuda.current_device())
 OPS = select_ops("triton", DEVICE, torch.bfloat16, 128, compile_torch_ops=False)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanovllm.engine.transfers import ALIGNMENT, NUM_SLOTS, DownloadRing, UploadRing, aligned
+from nanovllm.engine.copies import ALIGNMENT, NUM_SLOTS, DownloadRing, UploadRing, aligned
 
 SLEEP_CYCLES = 20_000_000  # about 10 ms on the device
 

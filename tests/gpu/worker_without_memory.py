@@ -3,8 +3,7 @@
 It is looked up by name in the spawned process, so it lives in a module of its own.
 """
 
-from nanovllm.engine import workers
-from nanovllm.layers import tensor_parallel
+from nanovllm.parallel import tensor_parallel, workers
 
 
 def main(rank: int, *args) -> None:

@@ -1,1 +1,0 @@
-"""What users do with an engine beyond `generate`: one file for each feature."""

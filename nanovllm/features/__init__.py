@@ -1,0 +1,1 @@
+"""What an engine can do beside generating; each file uses its public verbs."""

@@ -1,0 +1,55 @@
+"""Traces of torch's profiler, one file for each rank."""
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from nanovllm.errors import ArgumentError, shown
+from nanovllm.features.rpc import collective_rpc
+
+if TYPE_CHECKING:
+    from nanovllm.engine.model_runner import ModelRunner
+    from nanovllm.llm import LLM
+
+DEFAULT_PREFIX = "nanovllm-trace"
+
+
+def start_profile(llm: "LLM", profile_prefix: str | None = None) -> None:
+    """See `LLM.start_profile`."""
+    if not isinstance(profile_prefix, (str, os.PathLike, type(None))):
+        raise ArgumentError(f"profile_prefix must be a path, got {shown(profile_prefix)}")
+    prefix = os.fspath(profile_prefix or DEFAULT_PREFIX)
+    # A relative prefix starts at vLLM's folder for traces, if that is set; made absolute here, so
+    # that it does not matter where the process has moved to when the trace is written.
+    path = os.path.abspath(os.path.join(os.environ.get("VLLM_TORCH_PROFILER_DIR", ""), prefix))
+    collective_rpc(llm, _start, args=(path,))
+
+
+def stop_profile(llm: "LLM") -> list[str]:
+    """See `LLM.stop_profile`."""
+    return collective_rpc(llm, _stop)
+
+
+def _start(runner: "ModelRunner", prefix: str) -> None:
+    if runner.profiler is not None:
+        raise ArgumentError("start_profile: the profiler runs already; call stop_profile() first")
+    os.makedirs(os.path.dirname(prefix), exist_ok=True)
+    activities = [ProfilerActivity.CPU]
+    if runner.is_cuda:
+        activities.append(ProfilerActivity.CUDA)
+    profiler = profile(activities=activities)
+    profiler.start()
+    runner.profiler = profiler, f"{prefix}-rank{runner.rank}.json"
+
+
+def _stop(runner: "ModelRunner") -> str:
+    if runner.profiler is None:
+        raise ArgumentError("stop_profile: the profiler does not run; call start_profile() first")
+    (profiler, path), runner.profiler = runner.profiler, None
+    if runner.is_cuda:
+        torch.cuda.synchronize(runner.device)
+    profiler.stop()
+    profiler.export_chrome_trace(path)
+    return path

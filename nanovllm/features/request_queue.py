@@ -1,0 +1,79 @@
+"""Requests that are queued in one place and waited for, looked at or ended in another."""
+
+from collections.abc import Callable, Iterable
+from numbers import Integral
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+from nanovllm.errors import ArgumentError, check_integer, shown
+from nanovllm.inputs.prompts import as_prompt_list
+from nanovllm.outputs import RequestOutput
+from nanovllm.progress import ProgressBar, check_use_tqdm
+
+if TYPE_CHECKING:
+    from nanovllm.engine.llm_engine import LLMEngine
+
+
+def enqueue(
+    llm: "LLMEngine", prompts: Any, sampling_params: Any, priority: Any, tokenization_kwargs: Any
+) -> list[str]:
+    """See `LLM.enqueue`."""
+    requests = llm._new_requests(
+        as_prompt_list(prompts), sampling_params, priority, tokenization_kwargs
+    )
+    for request in requests:
+        llm._queue(request)
+    return [str(request.request_id) for request in requests]
+
+
+def wait_for_completion(
+    llm: "LLMEngine", use_tqdm: bool | Callable[..., Any]
+) -> list[RequestOutput]:
+    """See `LLM.wait_for_completion`."""
+    check_use_tqdm(use_tqdm)
+    llm._check_ready()
+    # Those that a loop over `scheduler` and `model_runner` has finished are the engine's all the
+    # same; nobody else would deliver them.
+    table = llm._requests
+    table.finish(table.sequences())
+    with ProgressBar(use_tqdm, len(table.unfinished)) as bar:
+        while table.unfinished:
+            llm._advance_shown(bar, table.unfinished)
+    table.forget()
+    requests = sorted(table.take(), key=attrgetter("request_id"))
+    return [request.output(llm.tokenizer) for request in requests]
+
+
+def abort_request(llm: "LLMEngine", request_ids: int | str | Iterable[int | str]) -> None:
+    """See `LLM.abort_request`."""
+    try:
+        ids = [request_ids] if isinstance(request_ids, (str, int, Integral)) else list(request_ids)
+    except TypeError:
+        raise ArgumentError(
+            f"request_ids must be an id or a list of ids, got {shown(request_ids)}"
+        ) from None
+    unfinished = llm._requests.unfinished
+    requests = [unfinished.get(_as_request_id(request_id)) for request_id in ids]
+    aborted = [request for request in requests if request is not None]
+    llm._abort(aborted)
+    llm._requests.keep(aborted)
+
+
+def get_output(llm: "LLMEngine", request_id: int | str) -> RequestOutput:
+    """See `LLM.get_output`."""
+    llm._check_ready()
+    request = llm._requests.find(_as_request_id(request_id))
+    if request is None:
+        raise ArgumentError(
+            f"there is no request {shown(request_id)}: an output is kept until step() or "
+            "wait_for_completion() returns the next finished requests"
+        )
+    return request.output(llm.tokenizer)
+
+
+def _as_request_id(request_id: Any) -> int:
+    """The number of a request, given as that or, as in outputs, as a string."""
+    is_short = isinstance(request_id, str) and len(request_id) <= 1000  # Python reads 4300 digits
+    if is_short and request_id.isascii() and request_id.isdigit():
+        return int(request_id)
+    return check_integer("request_id", request_id, minimum=0)

@@ -1,0 +1,101 @@
+"""New weights for a running engine, in place, as reinforcement learning wants them."""
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nanovllm.errors import ArgumentError, shown
+from nanovllm.features.prefix_cache import reset_prefix_cache
+from nanovllm.features.rpc import collective_rpc
+from nanovllm.models.loader import (
+    FLOAT_DTYPES,
+    LM_HEAD,
+    expected_tensors,
+    is_ignored,
+    load_tensor,
+    shortened,
+)
+
+if TYPE_CHECKING:
+    from nanovllm.engine.model_runner import ModelRunner
+    from nanovllm.llm import LLM
+
+
+def load_weights(llm: "LLM", weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+    """See `LLM.load_weights`."""
+    _check_weights_are_there(llm)
+    if llm.config.fp8_scales == "blocks":
+        raise ArgumentError(
+            "load_weights does not take new weights for an fp8 checkpoint (weight_block_size "
+            "[128, 128]); quantization='fp8' with another checkpoint quantises what it is given"
+        )
+    if isinstance(weights, Mapping):
+        weights = weights.items()
+    try:
+        items = iter(weights)
+    except TypeError:
+        raise ArgumentError(f"weights must be (name, tensor) pairs, got {shown(weights)}") from None
+    expected = expected_tensors(llm.model_runner.model)
+    shapes = {name: shard.full_shape for name, (_, shard) in expected.items()}
+    if isinstance(weights, Collection):  # else each is checked when its turn comes
+        for item in weights:
+            _check_item(item, shapes)
+    reset_prefix_cache(llm, reset_running_requests=True)
+    loaded = set()
+    for item in items:
+        name, tensor = _check_item(item, shapes)
+        if name not in shapes:
+            continue
+        if llm.config.tensor_parallel_size > 1:
+            # A compact copy: the other ranks get the tensor's bytes, and not the storage's. What is
+            # quantised keeps its dtype, so as to be rounded once.
+            dtype = tensor.dtype if llm.config.fp8_scales else llm.config.resolve_dtype()
+            tensor = tensor.detach().to("cpu", dtype, copy=True)
+        collective_rpc(llm, _load_on_rank, args=(name, tensor))
+        loaded.add(name)
+    return loaded
+
+
+def reload_weights(llm: "LLM") -> None:
+    """See `LLM.reload_weights`."""
+    _check_weights_are_there(llm)
+    reset_prefix_cache(llm, reset_running_requests=True)
+    collective_rpc(llm, "reload_weights")
+
+
+def _check_weights_are_there(llm: "LLM") -> None:
+    llm._check_ready()
+    if "weights" in llm._asleep:
+        raise RuntimeError("the weights sleep: call wake_up() or wake_up(['weights']) first")
+
+
+def _load_on_rank(runner: "ModelRunner", name: str, tensor: torch.Tensor) -> None:
+    load_tensor(runner.model, name, tensor)
+    runner.has_lm_head |= name == LM_HEAD
+
+
+def _check_item(item: Any, shapes: dict[str, tuple[int, ...]]) -> tuple[str, torch.Tensor]:
+    if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[0], str):
+        raise ArgumentError(f"weights must be (name, tensor) pairs, got {type(item).__name__}")
+    name, tensor = item
+    if name not in shapes:
+        if is_ignored(name):
+            return name, tensor
+        raise ArgumentError(f"the model has no weight {name!r}; it has {shortened(sorted(shapes))}")
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype not in FLOAT_DTYPES:
+        kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise ArgumentError(
+            f"weight {name!r} must be a floating-point tensor of 16, 32 or 64 bits, got {kind}"
+        )
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise ArgumentError(
+            f"weight {name!r} must be a dense tensor in memory, got {tensor.layout} on "
+            f"{tensor.device}"
+        )
+    if tuple(tensor.shape) != shapes[name]:
+        raise ArgumentError(
+            f"weight {name!r} has shape {list(tensor.shape)}, the model asks for "
+            f"{list(shapes[name])}"
+        )
+    return name, tensor

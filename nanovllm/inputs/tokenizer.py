@@ -1,0 +1,135 @@
+"""Loads the tokenizer and reads chat templates: before any weight is read or process started."""
+
+import os
+import tempfile
+from typing import Any
+
+from nanovllm.config import Config
+from nanovllm.errors import ArgumentError, cut, shown, shown_error
+from nanovllm.inputs.tokenizer_check import PROBE, check_agreement, read_fields
+from nanovllm.inputs.tokenizer_files import TOKENIZER_JSON, copy_files, has_vocabulary
+from nanovllm.model_files import (
+    MAX_TEMPLATE_BYTES,
+    MAX_VOCABULARY_BYTES,
+    is_file,
+    read_json_object,
+    read_text,
+)
+
+
+def load_tokenizer(config: Config) -> Any:
+    """The engine's tokenizer: that of the model, or what `config.tokenizer` names or is.
+
+    The chat template of `config` is replaced by its text.
+
+    Returns:
+        None with `skip_tokenizer_init`; else what transformers loads, or the object given.
+
+    Raises:
+        ArgumentError: there is none, it cannot be loaded, or the chat template cannot be read.
+    """
+    if config.chat_template is not None:
+        config.chat_template = read_chat_template(config.chat_template)
+    given = config.tokenizer
+    is_object = given is not None and not isinstance(given, (str, os.PathLike))
+    if is_object and not all(callable(getattr(given, name, None)) for name in ("encode", "decode")):
+        raise ArgumentError(
+            "tokenizer must be the path of a directory, or an object with encode and decode, "
+            f"got {shown(given)}"
+        )
+    if config.skip_tokenizer_init:
+        return None
+    if is_object:
+        return given
+    if given is None:
+        return _load(config.model, "model", config)
+    path = os.fsdecode(given)
+    if not os.path.isdir(path):
+        raise ArgumentError(
+            f"tokenizer must be an existing local directory, got {shown(path)} "
+            "(nothing is downloaded, and '~' is not expanded: use os.path.expanduser)"
+        )
+    return _load(os.path.abspath(path), "tokenizer", config)
+
+
+def _load(path: str, kind: str, config: Config) -> Any:
+    """The tokenizer of a directory, loaded from checked copies unless its code is trusted."""
+    if not has_vocabulary(path) and not config.trust_remote_code:
+        raise ArgumentError(f"{kind} directory {path!r} holds no tokenizer")
+    model_config = _config_of(path, config)
+    json_path = os.path.join(path, TOKENIZER_JSON)
+    with tempfile.TemporaryDirectory(prefix="nanovllm-") as copies:
+        copy_files(path, copies, model_config, config.trust_remote_code)
+        fields = None
+        if is_file(json_path):
+            text = read_text(os.path.join(copies, TOKENIZER_JSON), MAX_VOCABULARY_BYTES)
+            fields = read_fields(text, json_path)
+        try:
+            source = path if config.trust_remote_code else copies
+            tokenizer = _from_pretrained(source, model_config, config.trust_remote_code)
+            if len(tokenizer) <= 1:  # transformers makes up an empty one where files are missing
+                raise ArgumentError(f"{kind} directory {path!r} holds no tokenizer")
+            tokenizer.decode(tokenizer.encode(PROBE))  # fails here, if at all, and not in a request
+            if fields is not None and not config.trust_remote_code:
+                check_agreement(tokenizer, fields, json_path)
+        except (ArgumentError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # of many types; a panic of Rust's is no Exception
+            reason = str(error).replace(copies, path)
+            raise ArgumentError(f"cannot load the tokenizer of {path!r}: {cut(reason)}") from error
+        _rename(tokenizer, copies, path)
+    return tokenizer
+
+
+def _config_of(path: str, config: Config) -> dict[str, Any]:
+    """What the directory's config.json says of its tokenizer; the model's was checked before."""
+    names = ("model_type", "tokenizer_class", "transformers_version")
+    if path == config.model:
+        fields = {name: getattr(config.hf_config, name, None) for name in names}
+    else:
+        other = os.path.join(path, "config.json")
+        fields = read_json_object(other) if is_file(other) else {}
+    return {name: fields[name] for name in names if isinstance(fields.get(name), str)}
+
+
+def _from_pretrained(path: str, model_config: dict[str, Any], trust_remote_code: bool) -> Any:
+    from transformers import CONFIG_MAPPING, AutoTokenizer, PretrainedConfig
+
+    # Without a configuration transformers reads the directory's, and guesses by the path's name.
+    model_type = model_config.get("model_type", "")
+    is_known = model_type in CONFIG_MAPPING
+    hf_config = CONFIG_MAPPING[model_type]() if is_known else PretrainedConfig()
+    if "tokenizer_class" in model_config:
+        hf_config.tokenizer_class = model_config["tokenizer_class"]
+    return AutoTokenizer.from_pretrained(
+        path, config=hf_config, trust_remote_code=trust_remote_code, local_files_only=True
+    )
+
+
+def _rename(tokenizer: Any, copies: str, path: str) -> None:
+    """Let the tokenizer name the directory that the copies were made of."""
+    tokenizer.name_or_path = path
+    for values in (vars(tokenizer), getattr(tokenizer, "init_kwargs", {})):
+        for name, value in list(values.items()):
+            if isinstance(value, str) and value.startswith(copies):
+                values[name] = path + value.removeprefix(copies)
+
+
+def read_chat_template(template: Any) -> str:
+    """The text of a Jinja template: a string that is none is the path of a file that holds it.
+
+    Raises:
+        ArgumentError: it is neither, or the file cannot be read.
+    """
+    if not isinstance(template, (str, os.PathLike)):
+        raise ArgumentError(f"chat_template must be a template or a path, got {shown(template)}")
+    if isinstance(template, str) and not {"{", "}", "\n"}.isdisjoint(template):
+        return template
+    path = os.fsdecode(template)
+    try:
+        return read_text(path, MAX_TEMPLATE_BYTES)
+    except ArgumentError as error:
+        raise ArgumentError(
+            f"chat_template {shown(path)} is no Jinja template, and no file that can be read: "
+            f"{shown_error(error)}"
+        ) from error

@@ -1,0 +1,150 @@
+"""Products of few tokens with small weights, as a Triton kernel, and the choice for all products.
+
+cuBLAS takes about 6 us for a product whose weights pass through memory in 1 to 3 us. Here every
+program multiplies one tile of weights, which it fetches while the kernel before still runs, and the
+parts of a split K are left unsummed: the next kernel adds them up as it reads (`load_summed`).
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from nanovllm.kernels.ops import PartialSums, Product
+from nanovllm.kernels.triton.launch import (
+    await_previous,
+    has_bulk_copies,
+    jit,
+    overlap_options,
+    release_next,
+)
+from nanovllm.kernels.triton.tiled_linear import LinearTile, tiled_linear
+
+BLOCK_N = 64  # weight rows of a program: the rows of Hopper's smallest matrix instruction
+BLOCK_K = 512  # weight columns of a program: with BLOCK_N 64 KiB, so two programs share an SM
+NUM_WARPS = 4
+# Tokens -> the most programs with which this kernel wins over cuBLAS and over `tiled_linear`,
+# measured on an H200: Qwen3-0.6B has 96 for down, 128 for QKV, 192 for gate and up, larger models
+# 256 and more; see tests/benchmarks/bench_linear.py.
+MAX_PROGRAMS = {16: 264, 32: 264, 64: 132, 128: 96}
+# Other weights are multiplied in tiles of a loop, for so many tokens and rows at most.
+MAX_TILED_TOKENS = 32
+MAX_TILED_ROWS = 32768
+SPLIT_LINEAR = True  # off for an ablation
+
+
+@jit
+def load_summed(pointers, mask, part_stride, NUM_PARTS: tl.constexpr, dtype: tl.constexpr):
+    """What `pointers` show, summed over NUM_PARTS parts if there are several, in `dtype`."""
+    x = tl.load(pointers, mask=mask, other=0.0)
+    if NUM_PARTS > 1:
+        for part in tl.static_range(1, NUM_PARTS):
+            x += tl.load(pointers + part * part_stride, mask=mask, other=0.0)
+    return x.to(dtype)
+
+
+def parts_of(x: Product) -> tuple[torch.Tensor, int, int, torch.dtype]:
+    """x's first part [T, N], the number of parts, elements from one to the next, x's dtype."""
+    if isinstance(x, PartialSums):
+        return x.parts[0], x.parts.shape[0], x.parts.stride(0), x.dtype
+    return x, 1, 0, x.dtype
+
+
+@jit(do_not_specialize=["num_tokens"])
+def _split_linear_kernel(
+    out,  # [T, N], or float32 [parts, T, N]
+    x_tiles,  # x [T, K] as tiles of [BLOCK_M, BLOCK_K]; rows past T read as zeros
+    weight_tiles,  # weight [N, K] as tiles of [BLOCK_N, BLOCK_K]; rows past N read as zeros
+    bias,  # [N] or None
+    num_tokens,
+    N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    release_next(OVERLAP)
+    first_row = tl.program_id(0) * BLOCK_N
+    part = tl.program_id(1)
+    # No kernel writes weights: they come before the wait.
+    weight = weight_tiles.load([first_row, part * BLOCK_K])
+    await_previous(OVERLAP)
+    x = x_tiles.load([0, part * BLOCK_K])
+    # The weights' rows are the rows of the matrix instruction, which has at least 64 of them.
+    product = tl.dot(weight, x.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+    row = first_row + tl.arange(0, BLOCK_N)
+    if bias is not None:
+        bias_values = tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)
+        product += tl.where(part == 0, bias_values, 0.0)[:, None]
+    token = tl.arange(0, BLOCK_M)
+    pointers = out + (part * num_tokens + token[None, :]).to(tl.int64) * N + row[:, None]
+    mask = (token < num_tokens)[None, :] & (row < N)[:, None]
+    tl.store(pointers, product.to(out.dtype.element_ty), mask=mask)
+
+
+def choose_block_m(num_tokens: int, n: int, k: int, dtype: torch.dtype) -> int | None:
+    """Padded number of tokens for x [num_tokens, k] and weight [n, k]; None: not by `split_linear`.
+
+    Other products are left to `tiled_linear` or cuBLAS.
+    """
+    if not SPLIT_LINEAR or dtype == torch.float32 or k % BLOCK_K:
+        return None
+    num_programs = triton.cdiv(n, BLOCK_N) * (k // BLOCK_K)
+    for block_m, most in MAX_PROGRAMS.items():
+        if num_tokens <= block_m:
+            return block_m if num_programs <= most else None
+    return None
+
+
+def choose_tile(num_tokens: int, n: int, k: int, dtype: torch.dtype) -> LinearTile | None:
+    """The tile for `tiled_linear`, or None: leave it to cuBLAS."""
+    too_large = num_tokens > MAX_TILED_TOKENS or n > MAX_TILED_ROWS
+    if not SPLIT_LINEAR or dtype == torch.float32 or k % 8 or too_large:
+        return None
+    block_m = 16 if num_tokens <= 16 else 32
+    if k > 2048:  # a long loop
+        return LinearTile(block_m, 64, 256, 4, 4, 1)
+    return LinearTile(block_m, 64, 128, 4, 4, 2)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Product:
+    """x [T, K], weight [N, K], bias [N] -> [T, N]; see `Ops.linear`."""
+    num_tokens, k = x.shape
+    n = weight.shape[0]
+    if num_tokens == 0 or not has_bulk_copies(x.device):
+        return F.linear(x, weight, bias)
+    if block_m := choose_block_m(num_tokens, n, k, weight.dtype):
+        return split_linear(x, weight, bias, block_m)
+    if tile := choose_tile(num_tokens, n, k, weight.dtype):
+        return tiled_linear(x, weight, bias, tile, x.dtype, len(x))
+    return F.linear(x, weight, bias)
+
+
+def split_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, block_m: int
+) -> Product:
+    """`linear` by the kernel, whatever wins; T <= block_m, K a multiple of BLOCK_K."""
+    num_tokens, k = x.shape
+    n = weight.shape[0]
+    assert x.is_contiguous() and weight.is_contiguous() and num_tokens <= block_m
+    num_parts = k // BLOCK_K
+    assert num_parts * BLOCK_K == k
+    if num_parts == 1:
+        out = torch.empty(num_tokens, n, dtype=x.dtype, device=x.device)
+    else:
+        out = torch.empty(num_parts, num_tokens, n, dtype=torch.float32, device=x.device)
+    _split_linear_kernel[(triton.cdiv(n, BLOCK_N), num_parts)](
+        out,
+        TensorDescriptor.from_tensor(x, [block_m, BLOCK_K]),
+        TensorDescriptor.from_tensor(weight, [BLOCK_N, BLOCK_K]),
+        bias,
+        num_tokens,
+        N=n,
+        BLOCK_M=block_m,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+        num_warps=NUM_WARPS,
+        **overlap_options(x.device),
+    )
+    return out if num_parts == 1 else PartialSums(out, x.dtype)

@@ -1,0 +1,1 @@
+"""Several processes as one engine: the workers and the group of ranks."""
