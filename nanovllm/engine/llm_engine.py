@@ -3,25 +3,22 @@
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sized
-from contextlib import contextmanager, suppress
-from copy import copy
-from ctypes import py_object, pythonapi
+from contextlib import contextmanager
 from threading import get_ident
 from time import perf_counter
 from typing import Any, NoReturn
 
-import torch
-
 from nanovllm.config import Config
 from nanovllm.engine import kv_cache
-from nanovllm.engine.model_runner import LaunchedStep, ModelRunner, choose_ops
+from nanovllm.engine.executor import Executor, LaunchedStep, UniProcExecutor
+from nanovllm.engine.model_runner import ModelRunner, choose_ops
 from nanovllm.engine.recovery import Isolation
 from nanovllm.engine.request import Request, raise_failed
 from nanovllm.engine.request_features import RequestFeatures
 from nanovllm.engine.request_table import RequestTable
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.errors import ArgumentError, EngineDeadError, describe, is_fault
+from nanovllm.errors import ArgumentError, EngineDeadError, is_fault
 from nanovllm.guards.interrupts import DeferredInterrupt
 from nanovllm.guards.ownership import Owner, bind_to_process, one_thread_at_a_time
 from nanovllm.inputs.generation_config import default_sampling_params, eos_token_ids
@@ -36,11 +33,11 @@ from nanovllm.inputs.prompts import (
 from nanovllm.inputs.tokenizer import load_tokenizer
 from nanovllm.models.size import check_size
 from nanovllm.outputs import RequestOutput
-from nanovllm.parallel.tensor_parallel import TensorParallel
-from nanovllm.parallel.workers import WorkerGroup
+from nanovllm.parallel.executor import MultiprocExecutor
 from nanovllm.progress import ProgressBar, check_use_tqdm
 from nanovllm.sampling_params import SamplingParams
 
+ENDED = "the engine was ended by exit()"
 StepOutput = tuple[list[tuple[int, list[int]]], int]
 
 
@@ -139,11 +136,9 @@ class LLMEngine:
         check_size(config, device)
         kv_cache.check_fits(config, device)
         self._owner = Owner()
-        self._workers: WorkerGroup | None = None
-        if config.tensor_parallel_size > 1:
-            self._workers = WorkerGroup(_for_workers(config), device.type)
-        self.model_runner = self._start_model_runner(device)
-        config.num_kvcache_blocks = self.model_runner.num_kvcache_blocks
+        form = MultiprocExecutor if config.tensor_parallel_size > 1 else UniProcExecutor
+        self.executor: Executor = form(config, device)
+        config.num_kvcache_blocks = self.executor.num_kvcache_blocks
         self.scheduler = Scheduler(config)
         self._in_flight: LaunchedStep | None = None
         self._step_seqs: list[Sequence] | None = None  # of what is launched or committed just now
@@ -153,31 +148,14 @@ class LLMEngine:
         self._step_seconds = 0.0  # spent on launching the last committed step and waiting for it
         self._next_request_id = 0
         self._asleep: frozenset[str] = frozenset()  # what `LLM.sleep` has switched off
-        self._cause_of_death = "the engine was ended by exit()"
         # Not bound to self, so that dropping the engine releases everything.
-        self._finalizer = weakref.finalize(
-            self, _release, self._owner, self.model_runner, self._workers
-        )
-        bind_to_process(self.model_runner)
+        self._finalizer = weakref.finalize(self, _release, self._owner, self.executor)
+        bind_to_process(self.executor)
 
-    def _start_model_runner(self, device: torch.device) -> ModelRunner:
-        workers = self._workers
-        if workers is None:
-            return ModelRunner(self.config, device, TensorParallel())
-        try:
-            assert workers.tp is not None
-            runner = ModelRunner(self.config, device, workers.tp, workers.agree, workers)
-            workers.finish_start()
-            return runner
-        except BaseException as error:
-            # A rank that fails takes the collectives of the others with it: name the first.
-            is_own = isinstance(error, ArgumentError) or not isinstance(error, Exception)
-            cause = None if is_own else workers.wait_for_death(1.0)
-            workers.is_broken = True  # they may be anywhere
-            workers.close()
-            if cause:
-                raise EngineDeadError(cause) from error
-            raise
+    @property
+    def model_runner(self) -> ModelRunner:
+        """Rank 0's."""
+        return self.executor.model_runner
 
     # ---- requests -----------------------------------------------------------------------------
 
@@ -332,16 +310,13 @@ class LLMEngine:
         self._step_seqs = None
         seqs, is_prefill = self.scheduler.schedule(in_flight)
         self._step_seqs = seqs
-        return self.model_runner.call("launch", seqs, is_prefill) if seqs else None
+        return self.executor.launch(seqs, is_prefill) if seqs else None
 
     def _commit(self, launched: LaunchedStep) -> int:
         """Wait for a step's tokens and settle its sequences; its number of tokens as in `step`."""
         start = perf_counter()
         self._step_seqs = launched.seqs
-        if self._workers is not None:
-            while not launched.is_done():
-                self._workers.check()
-        token_ids = launched.wait()
+        token_ids = self.executor.wait(launched)
         launched.extras.keep()
         self._step_seconds = launched.seconds + perf_counter() - start
         alive = self.scheduler.postprocess(launched.seqs, token_ids)
@@ -513,57 +488,22 @@ class LLMEngine:
         EngineDeadError if the engine can not go on.
         """
         self._in_flight = None
-        if not is_fault(error):
-            self._isolation.restart()
-            if self._workers is not None:
-                self._die(f"a tensor-parallel step was broken off: {error!r}")
-            raise error
-        rank_failure = self._rank_failure(error)
-        cause = rank_failure or self._device_failure()
+        cause = self.executor.failure_after(error)
+        if cause is None and is_fault(error):
+            seqs = self._step_seqs
+            self._isolation.fail(error, self._requests.sequences() if seqs is None else seqs)
+            return
+        self._isolation.restart()
         if cause is not None:
-            self._isolation.restart()
-            self._die(cause, is_device_lost=rank_failure is None)
-            raise EngineDeadError(cause) from error
-        seqs = self._step_seqs
-        self._isolation.fail(error, self._requests.sequences() if seqs is None else seqs)
-
-    def _rank_failure(self, error: BaseException) -> str | None:
-        """Why the ranks cannot go on after `error`; None: they are in step, or there is but one."""
-        if self._workers is None:
-            return None
-        is_mid_step = self.model_runner.is_mid_step
-        cause = self._workers.wait_for_death(1.0) if is_mid_step else None
-        if isinstance(error, EngineDeadError):
-            return cause or str(error)
-        return cause or (f"a tensor-parallel step failed: {error!r}" if is_mid_step else None)
-
-    def _device_failure(self) -> str | None:
-        """How a kernel has failed, after which nothing runs on this GPU; None: it works."""
-        if self.model_runner.is_cuda:
-            try:
-                torch.cuda.synchronize(self.model_runner.device)
-            except Exception as error:
-                return f"the GPU failed: {describe(error)}"
-        return None
-
-    def _die(self, cause: str, is_device_lost: bool = False) -> None:
-        """End the engine, whose ranks are out of step or whose device is lost."""
-        self._cause_of_death = cause
-        if self._workers is not None:
-            self._workers.is_broken = True
-        if is_device_lost:
-            # torch ends the process when memory of a GPU that failed is given back: it never is.
-            self._finalizer.detach()
-            pythonapi.Py_IncRef(py_object(self))
-            if self._workers is not None:
-                with suppress(Exception):
-                    self._workers.close()
-        self.exit()
+            self.exit()
+        if not is_fault(error):
+            raise error
+        raise EngineDeadError(cause) from error
 
     def _check_ready(self) -> None:
         """EngineDeadError if the engine has ended."""
         if not self._finalizer.alive:
-            raise EngineDeadError(self._cause_of_death)
+            raise EngineDeadError(self.executor.cause_of_death or ENDED)
 
     def _check_awake(self) -> None:
         """RuntimeError while the engine sleeps, EngineDeadError if it has ended."""
@@ -573,19 +513,6 @@ class LLMEngine:
             raise RuntimeError(f"the engine sleeps ({off}): call wake_up() first")
 
 
-def _for_workers(config: Config) -> Config:
-    """The configuration without what only rank 0 needs, and what may not be pickled."""
-    config = copy(config)
-    config.tokenizer = config.hf_overrides = None
-    return config
-
-
-def _release(owner: Owner, model_runner: ModelRunner, workers: WorkerGroup | None) -> None:
-    if owner.is_foreign:  # a forked child ends: everything is its parent's
-        return
-    if workers is not None and workers.is_broken:
-        model_runner.tp.stop_waiting()  # what is in flight may wait for a rank that does not come
-    model_runner.drop_graphs()
-    if workers is not None:
-        workers.close()
-    model_runner.close()
+def _release(owner: Owner, executor: Executor) -> None:
+    if not owner.is_foreign:  # a forked child ends: everything is its parent's
+        executor.close()

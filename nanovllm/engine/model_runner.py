@@ -1,12 +1,8 @@
-"""One rank's model, KV cache and row table, and how a step's plan runs on them.
-
-`run` is the whole step; `launch` is its first half, which does not wait for the device.
-"""
+"""One rank's model, KV cache and row table, and how a step's plan runs on them."""
 
 import gc
 from collections.abc import Callable
 from contextlib import nullcontext
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -14,12 +10,12 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine import kv_cache
-from nanovllm.engine.copies import DownloadRing, UploadRing
+from nanovllm.engine.copies import Download, DownloadRing, UploadRing
 from nanovllm.engine.cuda_graphs import DecodeGraphs
-from nanovllm.engine.launched_step import LaunchedStep, StepExtras
+from nanovllm.engine.launched_step import StepExtras
 from nanovllm.engine.prefill_inputs import PrefillInputs, prefill_inputs
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.step_plan import NONE, POOLED, PlanBuilder, StepPlan
+from nanovllm.engine.step_plan import NONE, POOLED, StepPlan
 from nanovllm.errors import ArgumentError
 from nanovllm.kernels.ops import DecodeInputs, Ops, select_ops
 from nanovllm.layers.attention import (
@@ -32,7 +28,6 @@ from nanovllm.layers.context import ModelContext
 from nanovllm.models.loader import load_model
 from nanovllm.models.registry import model_class
 from nanovllm.parallel.tensor_parallel import TensorParallel
-from nanovllm.parallel.workers import WorkerGroup
 from nanovllm.sampling.pooler import HiddenStatesDownload
 from nanovllm.sampling.sampler import ApartSampler
 
@@ -62,8 +57,12 @@ class ModelRunner:
         device: this rank's device.
         tp: this rank's place among the ranks.
         agree: exchanges this rank's number of KV blocks for the smallest of all ranks.
-        workers: the other ranks, which rank 0 tells of each plan; None on every other rank.
+
+    Attributes:
+        run: on rank 0, `Executor.run`: loops written for nano-vLLM call it here.
     """
+
+    run: Callable[[list[Sequence], bool], list[int | None]]
 
     def __init__(
         self,
@@ -71,19 +70,16 @@ class ModelRunner:
         device: torch.device,
         tp: TensorParallel,
         agree: Callable[[int], int] = int,
-        workers: WorkerGroup | None = None,
     ) -> None:
         self.config = config
         self.device = device
         self.tp = tp
-        self.workers = workers
         self.block_size = config.kvcache_block_size
         self.is_cuda = device.type == "cuda"
         self.profiler: tuple[torch.profiler.profile, str] | None = None  # and where its trace goes
         self._uploaded_batch: np.ndarray = np.empty(0, dtype=np.int32)  # in decode_batch
         self._seqs: list[Sequence] = []  # of the step that is being launched; rank 0 only
         self._extras = StepExtras()
-        self.is_mid_step = False  # after a failed launch: the ranks are out of step
         hf_config = config.hf_config
         self.ops = choose_ops(config, device)
         self.apart_sampler = ApartSampler(config, device, tp, self.ops)
@@ -126,25 +122,10 @@ class ModelRunner:
         with self._on_device():
             return method(self, *args, **kwargs)
 
-    def run(self, seqs: list[Sequence], is_prefill: bool) -> list[int | None]:
-        """Compute one step and wait for its tokens (None where a prompt is not complete yet)."""
-        return self.launch(seqs, is_prefill).wait()
-
-    def launch(self, seqs: list[Sequence], is_prefill: bool) -> LaunchedStep:
-        """Start one step on every rank; does not wait for the device."""
-        start = perf_counter()
-        self.is_mid_step = False
-        plan = self.plan_builder.build(seqs, is_prefill)
-        packed = plan.pack() if self.workers is not None else None
-        self.is_mid_step = True
-        if packed is not None and self.workers is not None:
-            self.workers.send(packed)
+    def begin_step(self, seqs: list[Sequence]) -> StepExtras:
+        """Tell rank 0 whose plan is executed next; what it computes beside tokens goes there."""
         self._seqs, self._extras = seqs, StepExtras()
-        token_ids = self.execute(plan)
-        with self._on_device():
-            download = self.downloads.download(token_ids) if len(token_ids) else None
-        self.is_mid_step = False
-        return LaunchedStep(seqs, plan, download, self._extras, perf_counter() - start)
+        return self._extras
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> torch.Tensor:
@@ -158,6 +139,11 @@ class ModelRunner:
                     plan, self._seqs, logits, token_ids, self.row_table, self._extras
                 )
             return token_ids
+
+    def download(self, token_ids: torch.Tensor) -> Download | None:
+        """Start copying what `execute` has returned to the host; None: there is nothing."""
+        with self._on_device():
+            return self.downloads.download(token_ids) if len(token_ids) else None
 
     def _execute_prefill(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor]:
         """The sampled token ids [N] and the logits [N, V] that they were sampled from."""
@@ -281,7 +267,6 @@ class ModelRunner:
         )
         # The host's copy of what plans have sent: never the token or the length, which steps write.
         self.sent_rows = np.zeros(self.row_table.shape, dtype=np.int32)
-        self.plan_builder = PlanBuilder(config.max_num_seqs, row_width)
         capacity = PrefillInputs.max_bytes(
             config.max_num_seqs, config.max_num_batched_tokens, row_width
         )

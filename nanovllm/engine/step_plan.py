@@ -1,4 +1,4 @@
-"""What one step tells every rank, as a few int32 arrays that pack into one buffer.
+"""What one step tells every rank, as a few int32 arrays.
 
 The plan carries only what the device's row table does not know yet: in a steady decode step that is
 nothing but the row numbers.
@@ -12,8 +12,6 @@ import numpy as np
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels import row_state
 
-# is_prefill, the lengths of rows, updates, token_ids and apart, num_common_blocks
-HEADER_SIZE = 6
 PREFILL_FIELDS = 5  # per-sequence numbers of a prefill
 # Fewer cost more than they save: reading the common blocks apart takes a kernel in every layer.
 MIN_SPARED_BLOCK_READS = 32
@@ -44,41 +42,6 @@ class StepPlan:
     prompt_logits: np.ndarray  # [S] leading tokens whose logits are wanted for prompt logprobs
     # Leading blocks that a decode step reads once for all its rows.
     num_common_blocks: int = field(default=0, kw_only=True)
-
-    def pack(self) -> np.ndarray:
-        """The plan as one flat int32 array."""
-        lengths = map(len, (self.rows, self.updates, self.token_ids, self.apart))
-        header = np.array([self.is_prefill, *lengths, self.num_common_blocks], dtype=np.int32)
-        parts = [header, self.rows, self.updates.ravel(), self.token_ids, self.apart]
-        if self.is_prefill:
-            parts += [self.starts, self.lengths, self.shared, self.samples, self.prompt_logits]
-        return np.concatenate(parts)
-
-    @classmethod
-    def unpack(cls, packed: np.ndarray) -> "StepPlan":
-        """The plan that `pack` flattened; its arrays are views of `packed`."""
-        header = (int(n) for n in packed[:HEADER_SIZE])
-        is_prefill, num_seqs, num_updates, num_tokens, num_apart, num_common_blocks = header
-        num_fields = PREFILL_FIELDS * num_seqs if is_prefill else 0
-        sizes = [HEADER_SIZE, num_seqs, 2 * num_updates, num_tokens, num_apart, num_fields]
-        parts = np.split(packed[: sum(sizes)], np.cumsum(sizes)[:-1])
-        _, rows, updates, token_ids, apart, numbers = parts
-        return cls(
-            bool(is_prefill),
-            rows,
-            updates.reshape(-1, 2),
-            token_ids,
-            apart,
-            *numbers.reshape(PREFILL_FIELDS, -1),
-            num_common_blocks=num_common_blocks,
-        )
-
-    @staticmethod
-    def max_packed_size(max_num_seqs: int, max_num_batched_tokens: int, row_width: int) -> int:
-        """An upper bound of a packed plan's int32 words."""
-        # The row is new, its block table full, and it is sampled apart.
-        per_seq = 1 + PREFILL_FIELDS + 2 * row_width + 1
-        return HEADER_SIZE + max_num_seqs * per_seq + max_num_batched_tokens
 
 
 def count_common_blocks(block_tables: list[list[int]]) -> int:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from nanovllm.errors import ArgumentError, EngineDeadError, check_number, shown
+from nanovllm.errors import ArgumentError, check_number, shown
 from nanovllm.guards.interrupts import DeferredInterrupt
 
 if TYPE_CHECKING:
@@ -22,9 +22,8 @@ def collective_rpc(
 ) -> list[Any]:
     """See `LLM.collective_rpc`."""
     llm._check_ready()
-    runner, workers = llm.model_runner, llm._workers
     if isinstance(method, str):
-        if not callable(getattr(runner, method, None)):
+        if not callable(getattr(llm.model_runner, method, None)):
             raise ArgumentError(f"workers have no method {shown(method)}")
     elif not callable(method):
         raise ArgumentError(f"method must be a method's name or a callable, got {shown(method)}")
@@ -37,15 +36,11 @@ def collective_rpc(
         raise ArgumentError(f"kwargs must be a dict of names and values, got {shown(kwargs)}")
     llm._settle()
     with DeferredInterrupt():
-        if workers is None:
-            return [runner.call(method, *args, **kwargs)]
-        llm._owner.is_stepping = True  # the ranks are busy: a function may not call the engine
+        llm._owner.is_stepping = llm.executor.has_busy_ranks
         try:
-            return workers.call(runner, method, tuple(args), kwargs, timeout)
-        except BaseException as error:
-            if workers.is_broken:
-                is_death = isinstance(error, EngineDeadError)
-                llm._cause_of_death = str(error) if is_death else f"a call failed: {error!r}"
+            return llm.executor.collective_rpc(method, timeout, tuple(args), kwargs)
+        except BaseException:
+            if llm.executor.cause_of_death is not None:
                 llm.exit()
             raise
         finally:

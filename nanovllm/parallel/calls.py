@@ -7,13 +7,11 @@ import pickle
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.errors import ArgumentError
 from nanovllm.parallel.process import unpickle
-
-if TYPE_CHECKING:
-    from nanovllm.engine.model_runner import ModelRunner
 
 
 class RemoteTraceback(Exception):
@@ -33,7 +31,7 @@ def pack_call(
         ) from error
 
 
-def reply_to(runner: "ModelRunner", packed_call: bytes) -> bytes:
+def reply_to(runner: ModelRunner, packed_call: bytes) -> bytes:
     """Make a packed call on this rank; the packed reply."""
 
     def call() -> Any:

@@ -19,17 +19,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import connection
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from nanovllm.config import Config
-from nanovllm.engine.step_plan import StepPlan
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.errors import EngineDeadError
 from nanovllm.guards.ownership import bind_to_process
 from nanovllm.parallel.calls import Reply, pack_call, reply_to
+from nanovllm.parallel.packed_plans import max_packed_size, unpack
 from nanovllm.parallel.process import (
     SharedMemory,
     check_script,
@@ -38,9 +39,6 @@ from nanovllm.parallel.process import (
     start_process,
 )
 from nanovllm.parallel.tensor_parallel import TensorParallel
-
-if TYPE_CHECKING:
-    from nanovllm.engine.model_runner import ModelRunner
 
 T = TypeVar("T")
 NUM_SLOTS = 4  # plans that may wait unread
@@ -85,7 +83,7 @@ class WorkerGroup:
         check_script()
         open_standard_files()
         size = config.tensor_parallel_size
-        self.slot_size = StepPlan.max_packed_size(
+        self.slot_size = max_packed_size(
             config.max_num_seqs,
             config.max_num_batched_tokens,
             config.row_width,
@@ -97,7 +95,7 @@ class WorkerGroup:
         self.tp: TensorParallel | None = None
         self.is_broken = False  # the ranks are out of step, and may wait for each other for ever
         self.expects_answers = True  # to more than plans: in the start-up, and in a call
-        self._timeout = config.worker_timeout
+        self.timeout = config.worker_timeout
         self._death: str | None = None
         self._is_closing = False
         self._lock = threading.Lock()
@@ -163,7 +161,7 @@ class WorkerGroup:
 
     def call(
         self,
-        runner: "ModelRunner",
+        runner: ModelRunner,
         method: str | Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -349,10 +347,10 @@ class WorkerGroup:
             worker.silent_seconds += seconds
             if has_moved or not is_late:
                 worker.silent_seconds = 0.0
-            if worker.silent_seconds >= self._timeout:
+            if worker.silent_seconds >= self.timeout:
                 state = "is stopped (SIGSTOP) and " if is_stopped else ""
                 return (
-                    f"{worker} {state}has not answered for {self._timeout:g} s; worker_timeout "
+                    f"{worker} {state}has not answered for {self.timeout:g} s; worker_timeout "
                     "says how long to wait"
                 )
         return None
@@ -473,8 +471,6 @@ def _worker_main(
     memory: int,
     pipe: connection.Connection,
 ) -> None:
-    from nanovllm.engine.model_runner import ModelRunner
-
     size = config.tensor_parallel_size
     device = _device(rank, device_type)
     if device_type == "cuda":
@@ -505,7 +501,7 @@ def _divide(buffer: Any, size: int) -> tuple[Progress, np.ndarray]:
 
 
 def _run_plans(
-    runner: "ModelRunner", progress: Progress, ring: np.ndarray, pipe: connection.Connection
+    runner: ModelRunner, progress: Progress, ring: np.ndarray, pipe: connection.Connection
 ) -> None:
     expected = 0
     progress.end(runner.rank, expected - 1)
@@ -521,7 +517,7 @@ def _run_plans(
         assert number == expected, f"plan {number} arrived, {expected} was next"
         expected += 1
         progress.begin(runner.rank, number)
-        plan = StepPlan.unpack(ring[number % NUM_SLOTS, :size].copy())
+        plan = unpack(ring[number % NUM_SLOTS, :size].copy())
         pipe.send(None)  # the slot is free
         runner.execute(plan)
         progress.end(runner.rank, number)

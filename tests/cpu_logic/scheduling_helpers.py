@@ -17,6 +17,7 @@ from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_plan import PlanBuilder, StepPlan
 from nanovllm.kernels import row_state
+from nanovllm.parallel.packed_plans import max_packed_size, pack, unpack
 from nanovllm.sampling_params import SamplingParams
 
 EOS = 1
@@ -164,7 +165,7 @@ class FakeDevice:
         self.block_size = scheduler.block_manager.block_size
         width = row_state.BLOCK_TABLE + max_blocks_per_seq
         self.plan_builder = PlanBuilder(scheduler.max_num_seqs, width)
-        self.capacity = StepPlan.max_packed_size(
+        self.capacity = max_packed_size(
             scheduler.max_num_seqs, scheduler.max_num_batched_tokens, width
         )
         self.row_table = np.full((scheduler.max_num_seqs, width), -7, dtype=np.int32)
@@ -173,10 +174,10 @@ class FakeDevice:
 
     def launch(self, seqs: list[Sequence], is_prefill: bool) -> Launched:
         with patch.object(step_plan, "MIN_SPARED_BLOCK_READS", 1):
-            packed = self.plan_builder.build(seqs, is_prefill).pack()
+            packed = pack(self.plan_builder.build(seqs, is_prefill))
         assert packed.dtype == np.int32
         assert len(packed) <= self.capacity
-        plan = StepPlan.unpack(packed)
+        plan = unpack(packed)
         for index, value in plan.updates:
             self.row_table.reshape(-1)[index] = value
         token_ids = self._prefill(plan, seqs) if is_prefill else self._decode(plan, seqs)

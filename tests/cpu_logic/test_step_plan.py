@@ -15,6 +15,7 @@ from nanovllm.engine.step_plan import (
     count_common_blocks,
 )
 from nanovllm.kernels import row_state
+from nanovllm.parallel.packed_plans import max_packed_size, pack, unpack
 from nanovllm.sampling_params import SamplingParams
 
 ROW_WIDTH = row_state.BLOCK_TABLE + 8
@@ -57,10 +58,10 @@ def plans(draw) -> StepPlan:
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(plans(), st.integers(0, 5))
 def test_unpacking_gives_the_plan_back(plan, num_stale_words):
-    packed = plan.pack()
+    packed = pack(plan)
     assert packed.dtype == np.int32
     # A slot of the ring may hold the end of a longer, older plan.
-    unpacked = StepPlan.unpack(np.concatenate([packed, np.full(num_stale_words, 99, np.int32)]))
+    unpacked = unpack(np.concatenate([packed, np.full(num_stale_words, 99, np.int32)]))
     assert unpacked.is_prefill is plan.is_prefill
     assert unpacked.num_common_blocks == plan.num_common_blocks
     for name in FIELDS:
@@ -90,8 +91,8 @@ def test_max_packed_size_bounds_every_plan(data):
         seq.num_scheduled_tokens = seq.num_computed_tokens = num_tokens
         sequences.append(seq)
     plan = builder.build(sequences, is_prefill)
-    bound = StepPlan.max_packed_size(max_num_seqs, budget, row_state.BLOCK_TABLE + num_blocks)
-    assert len(plan.pack()) <= bound
+    bound = max_packed_size(max_num_seqs, budget, row_state.BLOCK_TABLE + num_blocks)
+    assert len(pack(plan)) <= bound
 
 
 def updates_of(plan: StepPlan) -> dict[int, int]:

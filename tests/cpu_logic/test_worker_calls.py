@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from nanovllm.engine.step_plan import StepPlan
 from nanovllm.errors import ArgumentError, EngineDeadError
 from nanovllm.parallel import workers
 from nanovllm.parallel.calls import RemoteTraceback
@@ -90,7 +89,7 @@ def serve(runner, progress, ring, pipe):
 @pytest.fixture
 def ranks(monkeypatch):
     """A group of three ranks, and their runners."""
-    monkeypatch.setattr(StepPlan, "unpack", staticmethod(lambda packed: packed.tolist()))
+    monkeypatch.setattr(workers, "unpack", lambda packed: packed.tolist())
     group = WorkerGroup.__new__(WorkerGroup)
     memory = bytearray(Progress.num_bytes(3) + 4 * NUM_SLOTS * SLOT_SIZE)
     group.progress, group.ring = workers._divide(memory, 3)

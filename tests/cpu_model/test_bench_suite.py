@@ -109,14 +109,14 @@ def test_contexts_equal_those_of_the_sequences(tiny_dir):
     workload = next(workloads(row, vocab_size=384))
     contexts = 0
     with tiny_engine(tiny_dir, async_scheduling=False, enforce_eager=True) as llm:
-        launch = llm.model_runner.launch
+        launch = llm.executor.launch
 
         def counting_launch(seqs, is_prefill):
             nonlocal contexts
             contexts += 0 if is_prefill else sum(seq.num_computed_tokens for seq in seqs)
             return launch(seqs, is_prefill)
 
-        llm.model_runner.launch = counting_launch
+        llm.executor.launch = counting_launch
         step_counts(llm, workload)
     assert limits.count_decode_contexts(workload) == contexts > 0
 

@@ -639,7 +639,10 @@ def test_the_internal_names_of_the_guide(tiny_dir, reference):
                 break
             seqs, is_prefill = llm.scheduler.schedule()
             assert is_prefill is is_prefill_expected
-            token_ids = llm.model_runner.call("run", seqs, is_prefill)
+            if is_prefill:
+                token_ids = llm.model_runner.call("run", seqs, is_prefill)
+            else:
+                token_ids = llm.model_runner.run(seqs, is_prefill)
             llm.scheduler.postprocess(seqs, token_ids)
             for seq in seqs:
                 if seq.is_finished:

@@ -177,7 +177,7 @@ def test_a_second_signal_ends_the_wait_for_a_rank_that_is_stopped(tiny_dir, monk
     generate(llm, PROMPTS, greedy(3))
     [pid] = worker_pids().values()
     os.kill(pid, signal.SIGSTOP)
-    progress = llm._workers.progress
+    progress = llm.executor.workers.progress
     begun = threading.Event()
     calls = {
         "step": lambda: llm.generate(PROMPTS, greedy(3), use_tqdm=False),

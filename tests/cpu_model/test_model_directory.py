@@ -90,7 +90,7 @@ def test_more_blocks_than_memory_name_the_parameter(tiny_dir):
 
 
 def test_bytes_for_no_block_are_refused_before_any_rank_starts(tiny_dir, monkeypatch):
-    monkeypatch.setattr("nanovllm.engine.llm_engine.WorkerGroup", None)
+    monkeypatch.setattr("nanovllm.engine.llm_engine.MultiprocExecutor", None)
     with pytest.raises(ArgumentError, match="raise kv_cache_memory_bytes"):
         LLM(str(tiny_dir), device="cpu", kv_cache_memory_bytes=1, tensor_parallel_size=2)
 
@@ -112,14 +112,14 @@ def test_the_progress_bar_shows_rates_that_the_run_can_have(tiny_dir):
             pass
 
     with tiny_engine(tiny_dir) as llm:
-        launch, slow = llm.model_runner.launch, 0.02
+        launch, slow = llm.executor.launch, 0.02
 
         def slow_launch(seqs, is_prefill):
             launched = launch(seqs, is_prefill)
             launched.seconds = slow
             return launched
 
-        llm.model_runner.launch = slow_launch
+        llm.executor.launch = slow_launch
         llm.generate([[1, 2, 3]] * 4, greedy(10), use_tqdm=Bar)
     decode = int(lines[-1]["Decode"].removesuffix("tok/s"))
     assert 0 < decode <= 4 / slow  # four sequences a step

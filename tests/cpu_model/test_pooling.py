@@ -136,14 +136,14 @@ def test_one_step_samples_and_pools(llm, model_dir, prompts, expected):
     llm.reset_prefix_cache()
     ids = [llm.add_request(prompts[2], greedy(4)), llm.add_request(prompts[3], apart)]
     steps = []
-    launch = llm.model_runner.launch
-    llm.model_runner.launch = lambda seqs, is_prefill: (
+    launch = llm.executor.launch
+    llm.executor.launch = lambda seqs, is_prefill: (
         steps.append([seq.pooler is not None for seq in seqs]) or launch(seqs, is_prefill)
     )
     try:
         check_close(embed(llm, prompts[:3]), normalized(expected[:3]))
     finally:
-        del llm.model_runner.launch
+        del llm.executor.launch
     assert steps[0] == [False, False, True, True, True]
     completions, _ = drain(llm)
     assert [completions[i] for i in ids] == reference

@@ -182,7 +182,7 @@ def test_what_breaks_a_step_off_ends_the_stream(llm, monkeypatch, error):
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm.model_runner, "call", fail)
+        patch.setattr(llm.executor, "launch", fail)
         with pytest.raises(type(error)):
             list(stream)
     check_nothing_is_held(llm)

@@ -128,16 +128,16 @@ def test_windows_hold_the_steps_they_name(tiny_dir, monkeypatch):
     contexts = []  # of each profiled decode step: the longest
 
     def record(run):
-        launch = llm.model_runner.launch
+        launch = llm.executor.launch
 
         def counting_launch(seqs, is_prefill):
             if not is_prefill:
                 contexts.append(max(seq.num_computed_tokens for seq in seqs))
             return launch(seqs, is_prefill)
 
-        llm.model_runner.launch = counting_launch
+        llm.executor.launch = counting_launch
         run()
-        del llm.model_runner.launch
+        del llm.executor.launch
         return back_to_back(["_decode_kernel"])
 
     monkeypatch.setattr(trace_summary, "record_events", record)

@@ -163,7 +163,7 @@ def two_ranks(tiny_dir):
     """An engine that has run, and by now gives a rank up after a second."""
     llm = tiny_engine(tiny_dir, tensor_parallel_size=2)
     generate(llm, PROMPTS, greedy(3))
-    llm._workers._timeout = 1.0
+    llm.executor.workers.timeout = 1.0
     yield llm
     llm.exit()
 

@@ -327,7 +327,7 @@ def test_a_killed_worker_is_named_within_ten_seconds(model_dir):
     for _ in range(20):
         llm.step()
     start = time.monotonic()
-    os.kill(llm._workers.workers[0].process.pid, signal.SIGKILL)
+    os.kill(llm.executor.workers.workers[0].process.pid, signal.SIGKILL)
     with pytest.raises(EngineDeadError, match="rank 1.*SIGKILL"):
         while True:
             llm.step()
@@ -346,9 +346,9 @@ def test_a_rank_that_is_stopped_is_named(model_dir, prompts, shares_memory):
         model_dir, tensor_parallel_size=2, disable_custom_all_reduce=not shares_memory
     )
     llm.generate(prompts, greedy(), use_tqdm=False)
-    llm._workers._timeout = 2.0
+    llm.executor.workers.timeout = 2.0
     start = time.monotonic()
-    os.kill(llm._workers.workers[0].process.pid, signal.SIGSTOP)
+    os.kill(llm.executor.workers.workers[0].process.pid, signal.SIGSTOP)
     with pytest.raises(EngineDeadError, match="rank 1.*is stopped"):
         llm.generate(prompts, greedy(), use_tqdm=False)
     assert time.monotonic() - start < 20
@@ -367,8 +367,8 @@ def test_a_second_ctrl_c_ends_a_step_whose_other_rank_is_stopped(model_dir, leng
         worker_timeout=3600,
     )
     llm.generate([[1]], greedy(), use_tqdm=False)
-    os.kill(llm._workers.workers[0].process.pid, signal.SIGSTOP)
-    progress = llm._workers.progress
+    os.kill(llm.executor.workers.workers[0].process.pid, signal.SIGSTOP)
+    progress = llm.executor.workers.progress
 
     def press():
         while progress.of(0) <= progress.of(1):
@@ -391,7 +391,7 @@ def test_ranks_listen_on_the_loopback_only_and_not_after_the_end(model_dir, prom
     before = listeners()
     with small_engine(model_dir, tensor_parallel_size=2) as llm:
         llm.generate(prompts, greedy(), use_tqdm=False)
-        found = listeners(os.getpid(), llm._workers.workers[0].process.pid)
+        found = listeners(os.getpid(), llm.executor.workers.workers[0].process.pid)
         assert are_on_the_loopback(found), found
     assert are_on_the_loopback(sorted(set(listeners()) - set(before)))
 
