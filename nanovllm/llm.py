@@ -21,7 +21,7 @@ from nanovllm.features import (
     weight_update,
 )
 from nanovllm.guards.ownership import one_thread_at_a_time
-from nanovllm.inputs.chat import render_prompts
+from nanovllm.inputs.chat import render_prompts, takes_chat_options
 from nanovllm.inputs.prompts import check_unsupported
 from nanovllm.outputs import EmbeddingRequestOutput, RequestOutput, ScoringRequestOutput
 from nanovllm.pooling_params import PoolingParams
@@ -80,21 +80,23 @@ class LLM(LLMEngine):
             ArgumentError: an argument is wrong, or the template refuses a conversation; nothing
                 was queued then.
         """
-        check_unsupported(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        check_unsupported(lora_request=lora_request)
         prompts = render_prompts(
             self,
             messages,
-            chat_template=chat_template,
-            chat_template_content_format=chat_template_content_format,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            tools=tools,
-            chat_template_kwargs=chat_template_kwargs,
-            tokenization_kwargs=tokenization_kwargs,
+            chat_template,
+            chat_template_content_format,
+            add_generation_prompt,
+            continue_final_message,
+            tools,
+            chat_template_kwargs,
+            tokenization_kwargs,
+            mm_processor_kwargs,
         )
         return self.generate(prompts, sampling_params, use_tqdm)
 
     @explain_keywords(SAMPLING_FIELDS)
+    @takes_chat_options
     def enqueue_chat(
         self,
         messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
@@ -102,31 +104,15 @@ class LLM(LLMEngine):
         use_tqdm: bool | Callable[..., Any] = True,
         lora_request: None = None,
         priority: list[int] | None = None,
-        chat_template: str | None = None,
-        chat_template_content_format: str = "auto",
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        tools: list[Any] | None = None,
-        chat_template_kwargs: dict[str, Any] | None = None,
-        tokenization_kwargs: dict[str, Any] | None = None,
-        mm_processor_kwargs: None = None,
+        *options: Any,
+        **named_options: Any,
     ) -> list[str]:
         """Queue conversations without running them, for `wait_for_completion`; returns their ids.
 
         Arguments and errors are those of `chat`, and the priorities of `generate`.
         """
-        check_unsupported(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
-        prompts = render_prompts(
-            self,
-            messages,
-            chat_template=chat_template,
-            chat_template_content_format=chat_template_content_format,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            tools=tools,
-            chat_template_kwargs=chat_template_kwargs,
-            tokenization_kwargs=tokenization_kwargs,
-        )
+        check_unsupported(lora_request=lora_request)
+        prompts = render_prompts(self, messages, *options, **named_options)
         return self.enqueue(prompts, sampling_params, priority=priority, use_tqdm=use_tqdm)
 
     @explain_keywords(SAMPLING_FIELDS)
@@ -348,10 +334,10 @@ class LLM(LLMEngine):
         """One line; `print(llm.model_runner.model)` shows the model's tree of modules."""
         if "_finalizer" not in vars(self):
             return "LLM(not started)"
-        config, num_queued = self.config, len(self._requests.unfinished)
+        config, num_queued = self.config, len(self.requests.unfinished)
         if not self._finalizer.alive:
             return f"LLM(model={config.model!r})"  # nothing else is left of it
-        state = "asleep" if self._asleep else f"{num_queued} requests" if num_queued else "idle"
+        state = "asleep" if self.asleep else f"{num_queued} requests" if num_queued else "idle"
         return (
             f"LLM(model={config.model!r}, dtype={str(config.resolve_dtype())[6:]!r}, "
             f"device={self.model_runner.device.type!r}, "
@@ -435,7 +421,7 @@ class LLM(LLMEngine):
     @property
     def is_sleeping(self) -> bool:
         """Whether anything is off, so that steps are refused."""
-        return bool(self._asleep)
+        return bool(self.asleep)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Replace weights in place, all or some, as after a step of training.

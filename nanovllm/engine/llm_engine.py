@@ -41,7 +41,7 @@ ENDED = "the engine was ended by exit()"
 StepOutput = tuple[list[tuple[int, list[int]]], int]
 
 
-@one_thread_at_a_time(free=["exit"])
+@one_thread_at_a_time(free=["abandon", "check_awake", "check_ready", "exit"])
 class LLMEngine:
     """Offline inference on one model.
 
@@ -135,21 +135,21 @@ class LLMEngine:
         self._request_features = RequestFeatures(config, self.tokenizer)
         check_size(config, device)
         kv_cache.check_fits(config, device)
-        self._owner = Owner()
+        self.owner = Owner()
         form = MultiprocExecutor if config.tensor_parallel_size > 1 else UniProcExecutor
         self.executor: Executor = form(config, device)
         config.num_kvcache_blocks = self.executor.num_kvcache_blocks
         self.scheduler = Scheduler(config)
         self._in_flight: LaunchedStep | None = None
         self._step_seqs: list[Sequence] | None = None  # of what is launched or committed just now
-        self._requests = RequestTable()
-        self._isolation = Isolation(self._requests, self.scheduler)
+        self.requests = RequestTable()
+        self._isolation = Isolation(self.requests, self.scheduler)
         self._abandoned: deque[Request] = deque()  # to be aborted as soon as possible
         self._step_seconds = 0.0  # spent on launching the last committed step and waiting for it
         self._next_request_id = 0
-        self._asleep: frozenset[str] = frozenset()  # what `LLM.sleep` has switched off
+        self.asleep: frozenset[str] = frozenset()  # what `LLM.sleep` has switched off
         # Not bound to self, so that dropping the engine releases everything.
-        self._finalizer = weakref.finalize(self, _release, self._owner, self.executor)
+        self._finalizer = weakref.finalize(self, _release, self.owner, self.executor)
         bind_to_process(self.executor)
 
     @property
@@ -200,11 +200,11 @@ class LLMEngine:
         """
         check_unsupported(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
         check_use_tqdm(use_tqdm)
-        self._check_awake()
-        requests = self._new_requests(
+        self.check_awake()
+        requests = self.new_requests(
             as_prompt_list(prompts), sampling_params, priority, tokenization_kwargs
         )
-        self._run(requests, use_tqdm)
+        self.run(requests, use_tqdm)
         outputs = [request.output(self.tokenizer) for request in requests]
         raise_failed(requests, outputs)
         return outputs
@@ -225,13 +225,121 @@ class LLMEngine:
         Raises:
             ArgumentError: the prompt or a parameter is wrong, or the request can never fit.
         """
-        [request] = self._new_requests([prompt], sampling_params, [priority], tokenization_kwargs)
-        self._queue(request)
+        [request] = self.new_requests([prompt], sampling_params, [priority], tokenization_kwargs)
+        self.queue([request])
         return request.request_id
 
     def is_finished(self) -> bool:
         """Whether every request has completed and `step` has nothing left to return."""
-        return self.scheduler.is_finished() and not self._requests.has_finished
+        return self.scheduler.is_finished() and not self.requests.has_finished
+
+    # ---- what features are made of ------------------------------------------------------------
+
+    def check_ready(self) -> None:
+        """EngineDeadError if the engine has ended."""
+        if not self._finalizer.alive:
+            raise EngineDeadError(self.executor.cause_of_death or ENDED)
+
+    def check_awake(self) -> None:
+        """RuntimeError while the engine sleeps, EngineDeadError if it has ended."""
+        self.check_ready()
+        if self.asleep:
+            off = ", ".join(sorted(self.asleep))
+            raise RuntimeError(f"the engine sleeps ({off}): call wake_up() first")
+
+    def new_requests(
+        self,
+        prompts: list[Any],
+        sampling_params: SamplingParams | list[SamplingParams] | None,
+        priority: list[int] | None,
+        tokenization_kwargs: dict[str, Any] | None,
+        pooler: Callable[[Any], Any] | None = None,
+    ) -> list[Request]:
+        """Checked requests, not yet numbered or queued; arguments and errors as of `generate`.
+
+        pooler: as of `Sequence`; None: tokens are generated.
+        """
+        self.check_ready()
+        if pooler is None and not self.model_runner.has_lm_head:
+            raise ArgumentError(
+                f"{self.config.model!r} was saved without an LM head: it can embed, not generate"
+            )
+        if sampling_params is None:
+            sampling_params = self._default_params
+        params_list = as_params_list(sampling_params, len(prompts))
+        priorities = as_priority_list(priority, len(prompts))
+        encoded = encode_prompts(
+            prompts, self.tokenizer, self.config.hf_config.vocab_size, tokenization_kwargs
+        )
+        # Usually one object serves all prompts: checked, and copied, once.
+        checked = {id(params): check_params(params) for params in params_list}
+        return [
+            self._new_request(*prompt, checked[id(params)], priority, pooler)
+            for prompt, params, priority in zip(encoded, params_list, priorities, strict=True)
+        ]
+
+    def queue(self, requests: list[Request]) -> None:
+        """Number requests and put them into the queue."""
+        for request in requests:
+            request.number(self._next_request_id, self.config.seed)
+            self._next_request_id += 1
+            self.requests.add(request)
+            for seq in request.sequences:
+                self.scheduler.add(seq)
+
+    def run(self, requests: list[Request], use_tqdm: bool | Callable[..., Any]) -> None:
+        """Queue requests and step until they have finished; they are dropped if that fails.
+
+        `step` will return what else finished.
+        """
+        try:
+            self.queue(requests)
+            own_ids = {request.request_id for request in requests}
+            with ProgressBar(use_tqdm, len(requests)) as bar:
+                self.requests.claim(own_ids)
+                while own_ids:
+                    self.advance(own_ids, bar)
+        except BaseException:
+            self._abort(requests)
+            raise
+
+    def abort(self, requests: list[Request]) -> None:
+        """End those of `requests` that are not finished; `requests.find` gives what they have."""
+        self._abort(requests)
+        self.requests.keep(requests)
+
+    def abandon(self, requests: list[Request]) -> None:
+        """End requests that nobody waits for, and forget them; any thread may call it, at any time.
+
+        It happens now, or in the next call if this thread is outside, or in mid-step. The garbage
+        collector calls it as the finalizer of a stream.
+        """
+        if self.owner.is_foreign:
+            return
+        self._abandoned += requests
+        if self.owner.is_inside and not self.owner.is_stepping:
+            self._abort_abandoned()
+
+    def call_ranks(
+        self,
+        method: str | Callable[..., Any],
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> list[Any]:
+        """`Executor.collective_rpc` between two steps; ends the engine if ranks cannot go on."""
+        self.check_ready()
+        self.drain()
+        with DeferredInterrupt():
+            self.owner.is_stepping = self.executor.has_busy_ranks
+            try:
+                return self.executor.collective_rpc(method, timeout, args, kwargs or {})
+            except BaseException:
+                if self.executor.cause_of_death is not None:
+                    self.exit()
+                raise
+            finally:
+                self.owner.is_stepping = False
 
     # ---- steps --------------------------------------------------------------------------------
 
@@ -253,22 +361,32 @@ class LLMEngine:
         it, the requests of a failed step are run in parts, so that steps return 0 tokens or fewer
         sequences for a while.
         """
-        num_tokens = self._advance()
-        finished = self._requests.take()
+        num_tokens = self.advance()
+        finished = self.requests.take()
         return [(r.request_id, r.completion_token_ids) for r in finished], num_tokens
 
-    def _advance(self) -> int:
-        """`step`, but what finishes is left for its owner in the table."""
-        self._check_awake()
-        num_tokens = 0
+    def advance(self, unfinished: Sized = (), bar: ProgressBar | None = None) -> int:
+        """`step`, but what finishes is left for its owner in `requests`; the number of tokens.
+
+        Args:
+            unfinished: what the caller waits for: its ids leave it as requests finish.
+            bar: counts what leaves `unfinished`.
+        """
+        self.check_awake()
+        num_left, num_tokens = len(unfinished), 0
         with DeferredInterrupt(), self._stepping():
-            if self.config.async_scheduling:
-                num_tokens = self._step_overlapped()
-            else:
-                num_tokens = self._step_synchronous()
+            current = self._in_flight or self._launch(in_flight=False)
+            if current is not None:
+                if self.config.async_scheduling:
+                    self._in_flight = self._launch(in_flight=True)
+                num_tokens = self._commit(current)
+                self._drop_dead_step()
             if self._isolation.has_passed():
                 self._in_flight = None
                 self._isolation.go_on()
+        assert not unfinished or not self.scheduler.is_finished(), "requests that no queue holds"
+        if bar is not None:
+            bar.update(num_left - len(unfinished), num_tokens, self._step_seconds)
         return num_tokens
 
     @contextmanager
@@ -277,29 +395,16 @@ class LLMEngine:
 
         A failure in it that some request may have caused is that request's end, and not raised.
         """
-        self._owner.is_stepping = True
+        self.owner.is_stepping = True
         try:
             yield
         except BaseException as error:
             self._recover(error)
         finally:
-            self._owner.is_stepping = False
+            self.owner.is_stepping = False
             self._abort_abandoned()
 
-    def _step_synchronous(self) -> int:
-        launched = self._launch(in_flight=False)
-        return 0 if launched is None else self._commit(launched)
-
-    def _step_overlapped(self) -> int:
-        current = self._in_flight or self._launch(in_flight=False)
-        if current is None:
-            return 0
-        self._in_flight = self._launch(in_flight=True)
-        num_tokens = self._commit(current)
-        self._drop_dead_step()
-        return num_tokens
-
-    def _settle(self) -> None:
+    def drain(self) -> None:
         """Commit the step in flight, if any: the device is idle then, and nothing is pending."""
         launched, self._in_flight = self._in_flight, None
         if launched is not None:
@@ -321,38 +426,14 @@ class LLMEngine:
         self._step_seconds = launched.seconds + perf_counter() - start
         alive = self.scheduler.postprocess(launched.seqs, token_ids)
         if launched.plan.is_prefill:
-            self._requests.note_first_tokens(alive)
-        self._requests.finish(alive)
+            self.requests.note_first_tokens(alive)
+        self.requests.finish(alive)
         return len(launched.plan.token_ids) if launched.plan.is_prefill else -len(alive)
 
     def _drop_dead_step(self) -> None:
         """Forget the step in flight if all its sequences have ended: nobody wants its tokens."""
         if self._in_flight and all(seq.is_finished for seq in self._in_flight.seqs):
             self._in_flight = None
-
-    def _run(self, requests: list[Request], use_tqdm: bool | Callable[..., Any]) -> None:
-        """Queue requests and step until they have finished; they are dropped if that fails."""
-        try:
-            for request in requests:
-                self._queue(request)
-            with ProgressBar(use_tqdm, len(requests)) as bar:
-                self._drain({request.request_id for request in requests}, bar)
-        except BaseException:
-            self._abort(requests)
-            raise
-
-    def _drain(self, own_ids: set[int], bar: ProgressBar) -> None:
-        """Step until all of `own_ids` have finished; `step` will return what else finished."""
-        self._requests.claim(own_ids)
-        while own_ids:
-            self._advance_shown(bar, own_ids)
-
-    def _advance_shown(self, bar: ProgressBar, unfinished: Sized) -> None:
-        """`_advance`, and `bar` counts what leaves `unfinished`."""
-        num_left = len(unfinished)
-        num_tokens = self._advance()
-        assert not unfinished or not self.scheduler.is_finished(), "requests that no queue holds"
-        bar.update(num_left - len(unfinished), num_tokens, self._step_seconds)
 
     # ---- errors and the end -------------------------------------------------------------------
 
@@ -361,18 +442,18 @@ class LLMEngine:
 
         In a forked child it does nothing.
         """
-        if self._owner.is_foreign:
+        if self.owner.is_foreign:
             return
         visit = get_ident(), "exit"
         try:
-            self._owner.enter(visit)
+            self.owner.enter(visit)
             self._finalizer()
-            self._abort(list(self._requests.unfinished.values()))
+            self._abort(list(self.requests.unfinished.values()))
             self._in_flight = None
-            self._requests.clear()
+            self.requests.clear()
             self._request_features.close()
         finally:
-            self._owner.leave(visit)
+            self.owner.leave(visit)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -385,34 +466,6 @@ class LLMEngine:
 
     def __exit__(self, *exception: object) -> None:
         self.exit()
-
-    def _new_requests(
-        self,
-        prompts: list[Any],
-        sampling_params: Any,
-        priority: Any,
-        tokenization_kwargs: Any,
-        pooler: Callable[[Any], Any] | None = None,
-    ) -> list[Request]:
-        """Checked requests, not yet numbered or queued; `pooler` as of `Sequence`."""
-        self._check_ready()
-        if pooler is None and not self.model_runner.has_lm_head:
-            raise ArgumentError(
-                f"{self.config.model!r} was saved without an LM head: it can embed, not generate"
-            )
-        if sampling_params is None:
-            sampling_params = self._default_params
-        params_list = as_params_list(sampling_params, len(prompts))
-        priorities = as_priority_list(priority, len(prompts))
-        encoded = encode_prompts(
-            prompts, self.tokenizer, self.config.hf_config.vocab_size, tokenization_kwargs
-        )
-        # Usually one object serves all prompts: checked, and copied, once.
-        checked = {id(params): check_params(params) for params in params_list}
-        return [
-            self._new_request(*prompt, checked[id(params)], priority, pooler)
-            for prompt, params, priority in zip(encoded, params_list, priorities, strict=True)
-        ]
 
     def _new_request(
         self,
@@ -449,36 +502,17 @@ class LLMEngine:
         self._request_features.prepare(request)
         return request
 
-    def _queue(self, request: Request) -> None:
-        request.number(self._next_request_id, self.config.seed)
-        self._next_request_id += 1
-        self._requests.add(request)
-        for seq in request.sequences:
-            self.scheduler.add(seq)
-
     def _abort(self, requests: list[Request]) -> None:
         """End those of `requests` that are queued and not finished."""
-        dropped = self._requests.drop(requests)
+        dropped = self.requests.drop(requests)
         seqs = [seq for request in dropped for seq in request.sequences if not seq.is_finished]
         self.scheduler.abort(seqs)
         self._drop_dead_step()
 
-    def _abandon(self, requests: list[Request]) -> None:
-        """`_abort`, or leave it to the next call if this thread is outside, or in mid-step.
-
-        The garbage collector may call it anywhere, as the finalizer of a stream. Outputs are not
-        kept: many streams whose requests are aborted take no more memory than one.
-        """
-        if self._owner.is_foreign:
-            return
-        self._abandoned += requests
-        if self._owner.is_inside and not self._owner.is_stepping:
-            self._abort_abandoned()
-
     def _abort_abandoned(self) -> None:
         requests = [self._abandoned.popleft() for _ in range(len(self._abandoned))]
         if requests:
-            self._requests.forget(requests)
+            self.requests.forget(requests)
             self._abort(requests)
 
     def _recover(self, error: BaseException) -> None:
@@ -491,7 +525,7 @@ class LLMEngine:
         cause = self.executor.failure_after(error)
         if cause is None and is_fault(error):
             seqs = self._step_seqs
-            self._isolation.fail(error, self._requests.sequences() if seqs is None else seqs)
+            self._isolation.fail(error, self.requests.sequences() if seqs is None else seqs)
             return
         self._isolation.restart()
         if cause is not None:
@@ -499,18 +533,6 @@ class LLMEngine:
         if not is_fault(error):
             raise error
         raise EngineDeadError(cause) from error
-
-    def _check_ready(self) -> None:
-        """EngineDeadError if the engine has ended."""
-        if not self._finalizer.alive:
-            raise EngineDeadError(self.executor.cause_of_death or ENDED)
-
-    def _check_awake(self) -> None:
-        """RuntimeError while the engine sleeps, EngineDeadError if it has ended."""
-        self._check_ready()
-        if self._asleep:
-            off = ", ".join(sorted(self._asleep))
-            raise RuntimeError(f"the engine sleeps ({off}): call wake_up() first")
 
 
 def _release(owner: Owner, executor: Executor) -> None:

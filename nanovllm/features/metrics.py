@@ -1,10 +1,9 @@
 """A snapshot of the engine's counters under vLLM's names."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from nanovllm.llm import LLM
+from nanovllm.engine.llm_engine import LLMEngine
 
 PREFIX = "vllm:"
 
@@ -38,7 +37,7 @@ class Metrics(list[Metric]):
         return sum(values) if values else default
 
 
-def get_metrics(llm: "LLM") -> Metrics:
+def get_metrics(llm: LLMEngine) -> Metrics:
     """See `LLM.get_metrics`."""
     scheduler = llm.scheduler
     manager, stats = scheduler.block_manager, scheduler.stats

@@ -8,13 +8,14 @@ import os
 from collections.abc import Callable
 from functools import partial
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.request import Request, raise_failed
 from nanovllm.errors import ArgumentError, check_choice, check_integer, shown
-from nanovllm.features.rpc import collective_rpc
 from nanovllm.inputs.prompts import (
     as_prompt_list,
     check_each,
@@ -31,10 +32,6 @@ from nanovllm.outputs import (
 from nanovllm.pooling_params import PoolingParams
 from nanovllm.progress import check_use_tqdm
 from nanovllm.sampling_params import SamplingParams
-
-if TYPE_CHECKING:
-    from nanovllm.engine.model_runner import ModelRunner
-    from nanovllm.llm import LLM
 
 # Of sentence-transformers: its modules of which the last token's embedding is made, and the modes.
 MODULES = ("Transformer", "Pooling", "Normalize")
@@ -56,7 +53,7 @@ WEB_SEARCH = "Given a web search query, retrieve relevant passages that answer t
 
 
 def embed(
-    llm: "LLM",
+    llm: LLMEngine,
     prompts: Any,
     *,
     use_tqdm: bool | Callable[..., Any] = True,
@@ -85,7 +82,7 @@ def embed(
 
 
 def _pool(
-    llm: "LLM",
+    llm: LLMEngine,
     prompts: list[Any],
     pooler: Callable[[np.ndarray], Any],
     use_tqdm: bool | Callable[..., Any],
@@ -94,10 +91,10 @@ def _pool(
 ) -> list[Request]:
     """The finished requests; their sequences' `pooled` is what `pooler` made of [hidden_size]."""
     check_use_tqdm(use_tqdm)
-    llm._check_awake()
+    llm.check_awake()
     nothing = SamplingParams(temperature=0, max_tokens=1)  # is sampled
-    requests = llm._new_requests(prompts, nothing, priority, tokenization_kwargs, pooler)
-    llm._run(requests, use_tqdm)
+    requests = llm.new_requests(prompts, nothing, priority, tokenization_kwargs, pooler)
+    llm.run(requests, use_tqdm)
     raise_failed(requests)
     return requests
 
@@ -174,7 +171,9 @@ def _embedding(hidden_state: np.ndarray, dimensions: int | None, normalize: bool
     return kept / max(np.linalg.norm(kept), SMALLEST_NORM) if normalize else kept.copy()
 
 
-def _truncating(llm: "LLM", limit: int | None, kwargs: Any, num_others: int = 0) -> dict[str, Any]:
+def _truncating(
+    llm: LLMEngine, limit: int | None, kwargs: Any, num_others: int = 0
+) -> dict[str, Any]:
     """Checked keywords for the tokenizer, which with `num_others` more tokens gives `limit`."""
     kwargs = check_tokenization_kwargs(kwargs)
     if limit is None:
@@ -195,7 +194,7 @@ def _truncating(llm: "LLM", limit: int | None, kwargs: Any, num_others: int = 0)
 
 
 def score(
-    llm: "LLM",
+    llm: LLMEngine,
     data_1: Any,
     data_2: Any,
     *,
@@ -226,13 +225,13 @@ def score(
 
 
 def _rerank(
-    llm: "LLM",
+    llm: LLMEngine,
     pairs: list[tuple[str, str]],
     instruction: str,
     use_tqdm: bool | Callable[..., Any],
     limit: int | None,
 ) -> list[ScoringRequestOutput]:
-    llm._check_awake()
+    llm.check_awake()
     if not llm.model_runner.has_lm_head:
         raise ArgumentError(
             f"{llm.config.model!r} was saved without an LM head: only method='embedding' scores"
@@ -250,7 +249,7 @@ def _rerank(
     ]
     encoded = encode_prompts(questions, tokenizer, vocab_size, kwargs)
     rows: dict[int, np.ndarray] = {}
-    for held in collective_rpc(llm, _lm_head_rows, args=([yes_id, no_id],)):
+    for held in llm.call_ranks(_lm_head_rows, args=([yes_id, no_id],)):
         rows |= held
     # softmax over two logits is the logistic function of their difference
     pooler = partial(_probability, weights=rows[yes_id] - rows[no_id])
@@ -274,7 +273,7 @@ def _probability(hidden_state: np.ndarray, weights: np.ndarray) -> float:
     return float(np.exp(-np.logaddexp(0.0, -float(hidden_state @ weights))))
 
 
-def _lm_head_rows(runner: "ModelRunner", token_ids: list[int]) -> dict[int, np.ndarray]:
+def _lm_head_rows(runner: ModelRunner, token_ids: list[int]) -> dict[int, np.ndarray]:
     """[hidden_size] float32 of those of `token_ids` whose logits this rank computes."""
     lm_head = runner.model.lm_head
     local = {token_id: token_id - lm_head.first_token_id for token_id in token_ids}
@@ -299,7 +298,7 @@ def _check_question_tokens(tokenizer: Any) -> tuple[int, int]:
 
 
 def _cosines(
-    llm: "LLM",
+    llm: LLMEngine,
     queries: list[str],
     documents: list[str],
     use_tqdm: bool | Callable[..., Any],

@@ -1,19 +1,15 @@
 """Forgetting what the KV cache holds, for instance because the weights have changed."""
 
-from typing import TYPE_CHECKING
-
+from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import check_bool
 
-if TYPE_CHECKING:
-    from nanovllm.llm import LLM
 
-
-def reset_prefix_cache(llm: "LLM", reset_running_requests: bool = False) -> bool:
+def reset_prefix_cache(llm: LLMEngine, reset_running_requests: bool = False) -> bool:
     """See `LLM.reset_prefix_cache`."""
     check_bool("reset_running_requests", reset_running_requests)
-    llm._check_ready()
+    llm.check_ready()
     if reset_running_requests:
-        llm._settle()
+        llm.drain()
         running = llm.scheduler.running
         while running:  # the newest first: each goes to the front of the waiting queue
             llm.scheduler.preempt(running[-1])

@@ -1,22 +1,18 @@
 """Traces of torch's profiler, one file for each rank."""
 
 import os
-from typing import TYPE_CHECKING
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.errors import ArgumentError, shown
-from nanovllm.features.rpc import collective_rpc
-
-if TYPE_CHECKING:
-    from nanovllm.engine.model_runner import ModelRunner
-    from nanovllm.llm import LLM
 
 DEFAULT_PREFIX = "nanovllm-trace"
 
 
-def start_profile(llm: "LLM", profile_prefix: str | None = None) -> None:
+def start_profile(llm: LLMEngine, profile_prefix: str | None = None) -> None:
     """See `LLM.start_profile`."""
     if not isinstance(profile_prefix, (str, os.PathLike, type(None))):
         raise ArgumentError(f"profile_prefix must be a path, got {shown(profile_prefix)}")
@@ -24,15 +20,15 @@ def start_profile(llm: "LLM", profile_prefix: str | None = None) -> None:
     # A relative prefix starts at vLLM's folder for traces, if that is set; made absolute here, so
     # that it does not matter where the process has moved to when the trace is written.
     path = os.path.abspath(os.path.join(os.environ.get("VLLM_TORCH_PROFILER_DIR", ""), prefix))
-    collective_rpc(llm, _start, args=(path,))
+    llm.call_ranks(_start, args=(path,))
 
 
-def stop_profile(llm: "LLM") -> list[str]:
+def stop_profile(llm: LLMEngine) -> list[str]:
     """See `LLM.stop_profile`."""
-    return collective_rpc(llm, _stop)
+    return llm.call_ranks(_stop)
 
 
-def _start(runner: "ModelRunner", prefix: str) -> None:
+def _start(runner: ModelRunner, prefix: str) -> None:
     if runner.profiler is not None:
         raise ArgumentError("start_profile: the profiler runs already; call stop_profile() first")
     os.makedirs(os.path.dirname(prefix), exist_ok=True)
@@ -44,7 +40,7 @@ def _start(runner: "ModelRunner", prefix: str) -> None:
     runner.profiler = profiler, f"{prefix}-rank{runner.rank}.json"
 
 
-def _stop(runner: "ModelRunner") -> str:
+def _stop(runner: ModelRunner) -> str:
     if runner.profiler is None:
         raise ArgumentError("stop_profile: the profiler does not run; call start_profile() first")
     (profiler, path), runner.profiler = runner.profiler, None

@@ -3,48 +3,43 @@
 from collections.abc import Callable, Iterable
 from numbers import Integral
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ArgumentError, check_integer, shown
 from nanovllm.inputs.prompts import as_prompt_list
 from nanovllm.outputs import RequestOutput
 from nanovllm.progress import ProgressBar, check_use_tqdm
 
-if TYPE_CHECKING:
-    from nanovllm.engine.llm_engine import LLMEngine
-
 
 def enqueue(
-    llm: "LLMEngine", prompts: Any, sampling_params: Any, priority: Any, tokenization_kwargs: Any
+    llm: LLMEngine, prompts: Any, sampling_params: Any, priority: Any, tokenization_kwargs: Any
 ) -> list[str]:
     """See `LLM.enqueue`."""
-    requests = llm._new_requests(
+    requests = llm.new_requests(
         as_prompt_list(prompts), sampling_params, priority, tokenization_kwargs
     )
-    for request in requests:
-        llm._queue(request)
+    llm.queue(requests)
     return [str(request.request_id) for request in requests]
 
 
-def wait_for_completion(
-    llm: "LLMEngine", use_tqdm: bool | Callable[..., Any]
-) -> list[RequestOutput]:
+def wait_for_completion(llm: LLMEngine, use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
     """See `LLM.wait_for_completion`."""
     check_use_tqdm(use_tqdm)
-    llm._check_ready()
+    llm.check_ready()
     # Those that a loop over `scheduler` and `model_runner` has finished are the engine's all the
     # same; nobody else would deliver them.
-    table = llm._requests
+    table = llm.requests
     table.finish(table.sequences())
     with ProgressBar(use_tqdm, len(table.unfinished)) as bar:
         while table.unfinished:
-            llm._advance_shown(bar, table.unfinished)
+            llm.advance(table.unfinished, bar)
     table.forget()
     requests = sorted(table.take(), key=attrgetter("request_id"))
     return [request.output(llm.tokenizer) for request in requests]
 
 
-def abort_request(llm: "LLMEngine", request_ids: int | str | Iterable[int | str]) -> None:
+def abort_request(llm: LLMEngine, request_ids: int | str | Iterable[int | str]) -> None:
     """See `LLM.abort_request`."""
     try:
         ids = [request_ids] if isinstance(request_ids, (str, int, Integral)) else list(request_ids)
@@ -52,17 +47,15 @@ def abort_request(llm: "LLMEngine", request_ids: int | str | Iterable[int | str]
         raise ArgumentError(
             f"request_ids must be an id or a list of ids, got {shown(request_ids)}"
         ) from None
-    unfinished = llm._requests.unfinished
+    unfinished = llm.requests.unfinished
     requests = [unfinished.get(_as_request_id(request_id)) for request_id in ids]
-    aborted = [request for request in requests if request is not None]
-    llm._abort(aborted)
-    llm._requests.keep(aborted)
+    llm.abort([request for request in requests if request is not None])
 
 
-def get_output(llm: "LLMEngine", request_id: int | str) -> RequestOutput:
+def get_output(llm: LLMEngine, request_id: int | str) -> RequestOutput:
     """See `LLM.get_output`."""
-    llm._check_ready()
-    request = llm._requests.find(_as_request_id(request_id))
+    llm.check_ready()
+    request = llm.requests.find(_as_request_id(request_id))
     if request is None:
         raise ArgumentError(
             f"there is no request {shown(request_id)}: an output is kept until step() or "

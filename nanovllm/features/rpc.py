@@ -1,27 +1,23 @@
 """Calls on every worker: rank 0's model runner in this process, the others' in theirs."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.errors import ArgumentError, check_number, shown
-from nanovllm.guards.interrupts import DeferredInterrupt
-
-if TYPE_CHECKING:
-    from nanovllm.engine.model_runner import ModelRunner
-    from nanovllm.llm import LLM
 
 
 def collective_rpc(
-    llm: "LLM",
+    llm: LLMEngine,
     method: str | Callable[..., Any],
     timeout: float | None = None,
     args: tuple[Any, ...] = (),
     kwargs: dict[str, Any] | None = None,
 ) -> list[Any]:
     """See `LLM.collective_rpc`."""
-    llm._check_ready()
     if isinstance(method, str):
         if not callable(getattr(llm.model_runner, method, None)):
             raise ArgumentError(f"workers have no method {shown(method)}")
@@ -34,25 +30,15 @@ def collective_rpc(
     kwargs = {} if kwargs is None else kwargs
     if not isinstance(kwargs, dict) or not all(isinstance(name, str) for name in kwargs):
         raise ArgumentError(f"kwargs must be a dict of names and values, got {shown(kwargs)}")
-    llm._settle()
-    with DeferredInterrupt():
-        llm._owner.is_stepping = llm.executor.has_busy_ranks
-        try:
-            return llm.executor.collective_rpc(method, timeout, tuple(args), kwargs)
-        except BaseException:
-            if llm.executor.cause_of_death is not None:
-                llm.exit()
-            raise
-        finally:
-            llm._owner.is_stepping = False
+    return llm.call_ranks(method, timeout, tuple(args), kwargs)
 
 
-def apply_model(llm: "LLM", func: Callable[[nn.Module], Any]) -> list[Any]:
+def apply_model(llm: LLMEngine, func: Callable[[nn.Module], Any]) -> list[Any]:
     """See `LLM.apply_model`."""
     if not callable(func):
         raise ArgumentError(f"func must be a callable, got {shown(func)}")
     return collective_rpc(llm, _apply_to_model, args=(func,))
 
 
-def _apply_to_model(runner: "ModelRunner", func: Callable[[nn.Module], Any]) -> Any:
+def _apply_to_model(runner: ModelRunner, func: Callable[[nn.Module], Any]) -> Any:
     return func(runner.model)

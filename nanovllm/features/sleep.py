@@ -4,53 +4,49 @@ While anything is off, requests can be queued, but nothing is computed.
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
+from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ArgumentError, check_choice, check_integer, shown
 from nanovllm.features.offload import release_memory, restore_kv_cache, restore_weights
 from nanovllm.features.prefix_cache import reset_prefix_cache
-from nanovllm.features.rpc import collective_rpc
-
-if TYPE_CHECKING:
-    from nanovllm.llm import LLM
 
 MEMORY_TAGS = frozenset({"weights", "kv_cache"})
 TAGS = ("weights", "kv_cache", "scheduling")
 
 
-def sleep(llm: "LLM", level: int = 1, mode: str = "abort") -> None:
+def sleep(llm: LLMEngine, level: int = 1, mode: str = "abort") -> None:
     """See `LLM.sleep`."""
     level = check_integer("level", level, minimum=0, maximum=2)
     check_choice("mode", mode, ("abort", "wait", "keep"))
-    llm._check_ready()
-    llm._settle()
+    llm.check_ready()
+    llm.drain()
     if mode == "abort":
-        llm.abort_request(list(llm._requests.unfinished))
+        llm.abort(list(llm.requests.unfinished.values()))
     while mode == "wait" and not llm.scheduler.is_finished():
-        llm._advance()
+        llm.advance()
     if level == 0:
-        llm._asleep |= {"scheduling"}
+        llm.asleep |= {"scheduling"}
         return
     reset_prefix_cache(llm, reset_running_requests=True)
-    llm._asleep |= MEMORY_TAGS  # before: half asleep is no state to compute in
-    collective_rpc(llm, release_memory, args=(level == 1,))
+    llm.asleep |= MEMORY_TAGS  # before: half asleep is no state to compute in
+    llm.call_ranks(release_memory, args=(level == 1,))
 
 
-def wake_up(llm: "LLM", tags: Iterable[str] | None = None) -> bool:
+def wake_up(llm: LLMEngine, tags: Iterable[str] | None = None) -> bool:
     """See `LLM.wake_up`."""
     wanted = frozenset(TAGS) if tags is None else _check_tags(tags)
-    llm._check_ready()
-    due = wanted & llm._asleep
+    llm.check_ready()
+    due = wanted & llm.asleep
     # Memory first, on all ranks: a rank that has too little must not leave the others waiting in
     # the collectives that a capture runs.
     if "weights" in due:
-        collective_rpc(llm, restore_weights)
+        llm.call_ranks(restore_weights)
     if "kv_cache" in due:
-        collective_rpc(llm, restore_kv_cache)
-    if due & MEMORY_TAGS and not (llm._asleep - due) & MEMORY_TAGS:
-        collective_rpc(llm, "capture_graphs")
-    llm._asleep -= due
-    return not llm._asleep
+        llm.call_ranks(restore_kv_cache)
+    if due & MEMORY_TAGS and not (llm.asleep - due) & MEMORY_TAGS:
+        llm.call_ranks("capture_graphs")
+    llm.asleep -= due
+    return not llm.asleep
 
 
 def _check_tags(tags: Iterable[str]) -> frozenset[str]:

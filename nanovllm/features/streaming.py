@@ -8,8 +8,9 @@ import weakref
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
+from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Sequence
 from nanovllm.inputs.detokenizer import OutputText
@@ -17,9 +18,6 @@ from nanovllm.inputs.prompts import as_prompt_list
 from nanovllm.outputs import RequestOutput
 from nanovllm.progress import ProgressBar, check_use_tqdm
 from nanovllm.sampling_params import SamplingParams
-
-if TYPE_CHECKING:
-    from nanovllm.engine.llm_engine import LLMEngine
 
 
 @dataclass
@@ -58,19 +56,18 @@ class Stream(Iterator[StreamOutput]):
     """
 
     def __init__(
-        self, llm: "LLMEngine", requests: list[Request], use_tqdm: bool | Callable[..., Any]
+        self, llm: LLMEngine, requests: list[Request], use_tqdm: bool | Callable[..., Any]
     ) -> None:
         # Neither of these refers to the stream: it is freed as soon as it is dropped.
         own_ids: set[int] = set()
-        self._owner = llm._owner
+        self._owner = llm.owner
         self._items = _items(llm, requests, own_ids, use_tqdm)
-        self._finalizer = weakref.finalize(self, llm._abandon, requests)
+        self._finalizer = weakref.finalize(self, llm.abandon, requests)
         self._finalizer.atexit = False
         try:
-            for request in requests:
-                llm._queue(request)
-                own_ids.add(request.request_id)
-            llm._requests.claim(own_ids)
+            llm.queue(requests)
+            own_ids.update(request.request_id for request in requests)
+            llm.requests.claim(own_ids)
         except BaseException:
             self._end()
             raise
@@ -163,7 +160,7 @@ def _end_text(seq: Sequence) -> None:
 
 
 def _items(
-    llm: "LLMEngine",
+    llm: LLMEngine,
     requests: list[Request],
     own_ids: set[int],
     use_tqdm: bool | Callable[..., Any],
@@ -179,11 +176,11 @@ def _items(
             streamed = [request for request in streamed if request.open]
             if not streamed:
                 return
-            llm._advance_shown(bar, own_ids)
+            llm.advance(own_ids, bar)
 
 
 def generate_stream(
-    llm: "LLMEngine",
+    llm: LLMEngine,
     prompts: Any,
     sampling_params: SamplingParams | list[SamplingParams] | None = None,
     *,
@@ -193,7 +190,7 @@ def generate_stream(
 ) -> Stream:
     """See `LLM.generate_stream`."""
     check_use_tqdm(use_tqdm)
-    requests = llm._new_requests(
+    requests = llm.new_requests(
         as_prompt_list(prompts), sampling_params, priority, tokenization_kwargs
     )
     for request in requests:

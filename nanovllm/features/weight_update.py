@@ -1,13 +1,14 @@
 """New weights for a running engine, in place, as reinforcement learning wants them."""
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.errors import ArgumentError, shown
 from nanovllm.features.prefix_cache import reset_prefix_cache
-from nanovllm.features.rpc import collective_rpc
 from nanovllm.models.loader import (
     FLOAT_DTYPES,
     LM_HEAD,
@@ -17,12 +18,8 @@ from nanovllm.models.loader import (
     shortened,
 )
 
-if TYPE_CHECKING:
-    from nanovllm.engine.model_runner import ModelRunner
-    from nanovllm.llm import LLM
 
-
-def load_weights(llm: "LLM", weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+def load_weights(llm: LLMEngine, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
     """See `LLM.load_weights`."""
     _check_weights_are_there(llm)
     if llm.config.fp8_scales == "blocks":
@@ -52,25 +49,25 @@ def load_weights(llm: "LLM", weights: Iterable[tuple[str, torch.Tensor]]) -> set
             # quantised keeps its dtype, so as to be rounded once.
             dtype = tensor.dtype if llm.config.fp8_scales else llm.config.resolve_dtype()
             tensor = tensor.detach().to("cpu", dtype, copy=True)
-        collective_rpc(llm, _load_on_rank, args=(name, tensor))
+        llm.call_ranks(_load_on_rank, args=(name, tensor))
         loaded.add(name)
     return loaded
 
 
-def reload_weights(llm: "LLM") -> None:
+def reload_weights(llm: LLMEngine) -> None:
     """See `LLM.reload_weights`."""
     _check_weights_are_there(llm)
     reset_prefix_cache(llm, reset_running_requests=True)
-    collective_rpc(llm, "reload_weights")
+    llm.call_ranks("reload_weights")
 
 
-def _check_weights_are_there(llm: "LLM") -> None:
-    llm._check_ready()
-    if "weights" in llm._asleep:
+def _check_weights_are_there(llm: LLMEngine) -> None:
+    llm.check_ready()
+    if "weights" in llm.asleep:
         raise RuntimeError("the weights sleep: call wake_up() or wake_up(['weights']) first")
 
 
-def _load_on_rank(runner: "ModelRunner", name: str, tensor: torch.Tensor) -> None:
+def _load_on_rank(runner: ModelRunner, name: str, tensor: torch.Tensor) -> None:
     load_tensor(runner.model, name, tensor)
     runner.has_lm_head |= name == LM_HEAD
 

@@ -88,12 +88,12 @@ def _exclusive(method: Callable[..., Any]) -> Callable[..., Any]:
     def exclusive(self: Any, *args: Any, **kwargs: Any) -> Any:
         visit = get_ident(), name
         try:
-            self._owner.enter(visit)
+            self.owner.enter(visit)
             if self._abandoned:
                 self._abort_abandoned()
             return method(self, *args, **kwargs)
         finally:
-            self._owner.leave(visit)
+            self.owner.leave(visit)
 
     return exclusive
 

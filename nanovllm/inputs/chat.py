@@ -1,8 +1,9 @@
 """Chat: turns conversations into prompts with a chat template."""
 
+import inspect
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from nanovllm.errors import (
     ArgumentError,
@@ -13,11 +14,17 @@ from nanovllm.errors import (
     shown_error,
 )
 from nanovllm.guards.limits import TimeLimit, limited_memory
-from nanovllm.inputs.prompts import check_each, check_tokenization_kwargs, encode_prompts
+from nanovllm.inputs.prompts import (
+    check_each,
+    check_tokenization_kwargs,
+    check_unsupported,
+    encode_prompts,
+)
 from nanovllm.inputs.tokenizer import read_chat_template
 
 TEMPLATE_SECONDS = 10.0  # for one conversation
 TEMPLATE_BYTES = 512 << 20  # likewise
+Method = TypeVar("Method", bound=Callable[..., Any])
 CONTENT_FORMATS = ("auto", "string", "openai")
 # What `apply_chat_template` is given otherwise, or would return something else than text for.
 RESERVED_TEMPLATE_KWARGS = frozenset(
@@ -30,14 +37,14 @@ RESERVED_TEMPLATE_KWARGS = frozenset(
 def render_prompts(
     llm: Any,
     messages: Any,
-    *,
-    chat_template: Any = None,
+    chat_template: str | None = None,
     chat_template_content_format: str = "auto",
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     tools: list[Any] | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
     tokenization_kwargs: dict[str, Any] | None = None,
+    mm_processor_kwargs: None = None,
 ) -> list[dict[str, Any]]:
     """A prompt dict, with text and token ids, for each conversation; see `LLM.chat`.
 
@@ -48,6 +55,7 @@ def render_prompts(
         ArgumentError: an argument is wrong, or the template refuses a conversation; indices say
             which, where there are several.
     """
+    check_unsupported(mm_processor_kwargs=mm_processor_kwargs)
     if llm.tokenizer is None:
         raise ArgumentError("chat needs the tokenizer that skip_tokenizer_init=True left out")
     check_choice("chat_template_content_format", chat_template_content_format, CONTENT_FORMATS)
@@ -81,6 +89,15 @@ def render_prompts(
         {"prompt": text, "prompt_token_ids": token_ids}
         for text, token_ids in encode_prompts(texts, llm.tokenizer, vocab_size, encode_kwargs)
     ]
+
+
+def takes_chat_options(method: Method) -> Method:
+    """Decorator: `help` shows a method's `*options` as what they are: those of `render_prompts`."""
+    signature = inspect.signature(method)
+    own = [p for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    options = list(inspect.signature(render_prompts).parameters.values())[2:]
+    method.__signature__ = signature.replace(parameters=own + options)  # type: ignore[attr-defined]
+    return method
 
 
 def _apply_template(

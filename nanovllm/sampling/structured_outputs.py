@@ -229,7 +229,7 @@ class GrammarCompiler:
             )
         except ValueError as error:
             raise ArgumentError(f"structured outputs, tokenizer: {error}") from error
-        self._timeout = timeout
+        self._seconds = timeout
         self._end_row = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
         for token_id in self._end_token_ids:
             self._end_row[token_id // 32] |= np.uint32(1 << token_id % 32)
@@ -290,14 +290,14 @@ class GrammarCompiler:
         """Compile in the other process; what is to be compiled here, or ArgumentError."""
         kind = "ebnf" if source.is_ebnf else source.kind
         job = {"kind": kind, "source": source.text, "limits": LIMITS}
-        answer = self._trials.try_grammar(job, self._timeout, source.kind)
+        answer = self._trials.try_grammar(job, self._seconds, source.kind)
         if "error" in answer:
             raise _refused(source.kind, answer["error"])
-        if answer["slowest"] > MAX_STEP_SHARE * self._timeout:
+        if answer["slowest"] > MAX_STEP_SHARE * self._seconds:
             raise ArgumentError(
                 f"structured outputs, {source.kind}: a single token takes "
                 f"{answer['slowest']:.2f} s, more than {MAX_STEP_SHARE} of "
-                f"structured_outputs_timeout ({self._timeout:g} s)"
+                f"structured_outputs_timeout ({self._seconds:g} s)"
             )
         return answer["source"]
 

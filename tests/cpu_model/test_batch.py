@@ -63,7 +63,7 @@ def test_an_interrupted_run_gives_what_an_uninterrupted_one_gives(tiny_dir, tmp_
             return self
 
         def __exit__(self, *exception):
-            engine.abort_request(list(engine._requests.unfinished))
+            engine.abort_request(list(engine.requests.unfinished))
 
         def __getattr__(self, name):
             return getattr(engine, name)

@@ -7,6 +7,7 @@ import json
 import random
 import re
 import threading
+import traceback
 import weakref
 
 import numpy as np
@@ -616,6 +617,25 @@ def test_generate_in_another_thread(llm, reference):
     assert results == [[r[:9] for r in reference]]
 
 
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_few_frames_lie_between_generate_and_the_model(tiny_dir, monkeypatch, async_scheduling):
+    """On CUDA two more follow: `_execute_decode` and the graph's `replay`."""
+    names = []
+    with tiny_engine(tiny_dir, async_scheduling=async_scheduling) as llm:
+        execute = llm.model_runner.execute
+
+        def record(plan):
+            stack = [frame.name for frame in traceback.extract_stack()]
+            decorators = ("call", "exclusive")
+            names.append([n for n in stack[stack.index("generate") :] if n not in decorators])
+            return execute(plan)
+
+        monkeypatch.setattr(llm.model_runner, "execute", record)
+        llm.generate(PROMPTS[:1], greedy(3), use_tqdm=False)
+    frames = ["generate", "run", "advance", "_launch", "launch", "record"]
+    assert names == [frames] * 3
+
+
 def test_dummy_weights_are_the_same_in_every_engine(tiny_dir):
     outputs = []
     for _ in range(2):
@@ -651,7 +671,7 @@ def test_the_internal_names_of_the_guide(tiny_dir, reference):
         assert finished == {i: r[:5] for i, r in enumerate(reference)}
         outputs = llm.wait_for_completion(use_tqdm=False)
         assert [output["token_ids"] for output in outputs] == [r[:5] for r in reference]
-        assert not llm._requests.unfinished and llm.is_finished()
+        assert not llm.requests.unfinished and llm.is_finished()
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True])

@@ -110,6 +110,11 @@ def test_explained_methods_keep_signature_and_description():
         assert inspect.signature(explained) == inspect.signature(plain)
         assert explained.__doc__ == plain.__doc__
     assert list(inspect.signature(LLM).parameters) == ["model", "kwargs"]
+    chat, enqueue_chat = (inspect.signature(m).parameters for m in (LLM.chat, LLM.enqueue_chat))
+    assert [name for name in enqueue_chat if name != "priority"] == list(chat)
+    assert list(enqueue_chat)[4:7] == ["lora_request", "priority", "chat_template"]
+    for name, parameter in chat.items():
+        assert enqueue_chat[name] == parameter
 
 
 @pytest.mark.parametrize("make", [lambda: LLM(), lambda: LLM(None), lambda: LLM(model=None)])

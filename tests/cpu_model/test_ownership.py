@@ -104,11 +104,26 @@ CALLS = {
     "get_metrics": lambda llm: llm.get_metrics(),
     "start_profile": lambda llm: llm.start_profile(),
     "stop_profile": lambda llm: llm.stop_profile(),
+    "new_requests": lambda llm: llm.new_requests(PROMPTS, greedy(1), None, None),
+    "queue": lambda llm: llm.queue([]),
+    "run": lambda llm: llm.run([], False),
+    "advance": lambda llm: llm.advance(),
+    "drain": lambda llm: llm.drain(),
+    "abort": lambda llm: llm.abort([]),
+    "call_ranks": lambda llm: llm.call_ranks(lambda worker: 0),
     "exit": lambda llm: llm.exit(),
     "shutdown": lambda llm: llm.shutdown(),
 }
-# What touches nothing that a step changes.
-FREE = {"get_tokenizer", "get_default_sampling_params", "get_world_size", "from_engine_args"}
+# What touches nothing that a step changes, or waits until the step is over.
+FREE = {
+    "get_tokenizer",
+    "get_default_sampling_params",
+    "get_world_size",
+    "from_engine_args",
+    "check_ready",
+    "check_awake",
+    "abandon",
+}
 
 
 def public_methods():

@@ -19,7 +19,7 @@ def engine(tiny_dir):
 def llm(engine):
     yield engine
     check_nothing_is_held(engine)
-    assert not engine._requests._claims
+    assert not engine.requests._claims
 
 
 PROMPTS = ["the quick brown fox", *random_prompts([1, 40, 300])]
@@ -204,9 +204,9 @@ def test_the_garbage_collector_may_end_a_stream_in_the_middle_of_a_step(llm, mon
 
     del cycle
     monkeypatch.setattr(llm.scheduler, "schedule", schedule_and_collect)
-    assert llm._requests.unfinished.keys() > {other}  # the step has them all
+    assert llm.requests.unfinished.keys() > {other}  # the step has them all
     llm.step()
-    assert llm._requests.unfinished.keys() == {other}
+    assert llm.requests.unfinished.keys() == {other}
     completions, _ = drain(llm)
     assert completions.keys() == {other}
     assert len(completions[other]) == 9
