@@ -188,8 +188,8 @@ class SamplingParams:
             raise ArgumentError(f"stop needs detokenize=True, got stop={shown(self.stop)} without")
 
     @property
-    def is_sampled_apart(self) -> bool:
-        """Whether sampling needs more of the parameters on the device than the temperature.
+    def needs_logits(self) -> bool:
+        """Whether sampling needs more on the device than the temperature.
 
         Neither what ends a completion afterwards (`stop`, `stop_token_ids`, `max_tokens`) nor
         `seed`, `n`, `prompt_logprobs` and the text's options count.

@@ -28,9 +28,9 @@ def sleep_on_rank(worker, rank, seconds):
 
 
 def make_steps_slow(worker, seconds):
-    def execute(plan):
+    def execute(plan, seqs=()):
         time.sleep(seconds)
-        return type(worker).execute(worker, plan)
+        return type(worker).execute(worker, plan, seqs)
 
     worker.execute = execute
 

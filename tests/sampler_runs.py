@@ -138,7 +138,7 @@ class Run:
         self.seqs = []
         for spec in specs:
             seq = Sequence(spec.prompt, spec.sampling_params(), seed=spec.seed)
-            seq.bad_word_ids = spec.bad_word_ids
+            seq.features.bad_word_ids = spec.bad_word_ids
             seq.end_token_ids = frozenset(spec.end_token_ids)
             self.seqs.append(seq)
         self.pending: list[int | None] = [None] * len(specs)

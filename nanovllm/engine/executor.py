@@ -12,46 +12,12 @@ from typing import Any, ClassVar
 import torch
 
 from nanovllm.config import Config
-from nanovllm.engine.copies import Download
-from nanovllm.engine.launched_step import StepExtras
+from nanovllm.engine.launched_step import LaunchedStep
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.step_plan import PlanBuilder, StepPlan
+from nanovllm.engine.step_plan import PlanBuilder
 from nanovllm.errors import describe, is_fault
 from nanovllm.parallel.tensor_parallel import TensorParallel
-
-
-class LaunchedStep:
-    """A step on its way: its sequences and the tokens that it samples."""
-
-    def __init__(
-        self,
-        seqs: list[Sequence],
-        plan: StepPlan,
-        download: Download | None,
-        extras: StepExtras,
-        seconds: float,
-    ) -> None:
-        self.seqs = seqs
-        self.plan = plan  # the sequences' own numbers move on with the next step
-        self.download = download
-        self.extras = extras
-        self.seconds = seconds  # spent on the launch; on the CPU that is the whole computation
-
-    def is_done(self) -> bool:
-        """Whether `wait` would return at once."""
-        return self.download is None or self.download.is_done()
-
-    def wait(self) -> list[int | None]:
-        """The token sampled for each sequence, None where a prompt is not complete yet.
-
-        For a sequence that is pooled it means nothing.
-        """
-        token_ids = self.download.wait() if self.download else []
-        if not self.plan.is_prefill:
-            return list(token_ids)
-        sampled = iter(token_ids)
-        return [next(sampled) if samples else None for samples in self.plan.samples]
 
 
 class Executor(ABC):
@@ -153,11 +119,10 @@ class UniProcExecutor(Executor):
     def launch(self, seqs: list[Sequence], is_prefill: bool) -> LaunchedStep:
         """See `Executor.launch`."""
         start = perf_counter()
-        runner = self.model_runner
         plan = self.plan_builder.build(seqs, is_prefill)
-        extras = runner.begin_step(seqs)
-        download = runner.download(runner.execute(plan))
-        return LaunchedStep(seqs, plan, download, extras, perf_counter() - start)
+        launched = self.model_runner.execute(plan, seqs)
+        launched.seconds = perf_counter() - start
+        return launched
 
     def collective_rpc(
         self,

@@ -1,35 +1,77 @@
-"""What a step computes beside its tokens."""
+"""A step on its way through the device, and what the host gets of it."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
 
 from nanovllm.engine.sequence import Sequence
-from nanovllm.sampling.pooler import HiddenStatesDownload
+from nanovllm.engine.step_plan import StepPlan
+from nanovllm.errors import is_fault
+from nanovllm.kernels.copies import Download
 
-if TYPE_CHECKING:
-    from nanovllm.sampling.logprobs import LogprobsDownload
 
+class LaunchedStep:
+    """A step of one rank, launched without waiting for the device.
 
-class StepExtras:
-    """What a step computes beside its tokens, on its way to the host."""
+    Args:
+        plan: its input; the sequences' own numbers move on with the next step.
+        seqs: the plan's sequences on rank 0, none elsewhere.
 
-    def __init__(self) -> None:
-        self.sampled: tuple[list[Sequence], LogprobsDownload] | None = None
-        self.prompts: list[tuple[Sequence, LogprobsDownload]] = []
-        self.hidden_states: HiddenStatesDownload | None = None
-        # Raised on rank 0 between two collectives, which all ranks must reach all the same.
+    Attributes:
+        token_ids: [B] int32 on the device, of the sequences whose last token the step computes;
+            None if there are none.
+        commits: what the consumers have for the sequences: called in order, on the host, when the
+            step is committed.
+        error: what a consumer raised; `commit` raises it.
+        seconds: spent on the launch; on the CPU that is the whole computation.
+    """
+
+    def __init__(self, plan: StepPlan, seqs: list[Sequence]) -> None:
+        self.plan = plan
+        self.seqs = seqs
+        self.token_ids: torch.Tensor | None = None
+        self.commits: list[Callable[[], None]] = []
         self.error: BaseException | None = None
+        self.seconds = 0.0
+        self._download: Download | None = None
 
-    def keep(self) -> None:
-        """Wait, and give each sequence that has not ended what is its own; raises `error`."""
+    def start_download(self) -> None:
+        """Let the tokens travel to the host."""
+        if self.token_ids is not None:
+            self._download = Download(self.token_ids)
+
+    def is_done(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self._download is None or self._download.is_done()
+
+    def wait(self) -> list[int | None]:
+        """The token sampled for each sequence, None where a prompt is not complete yet.
+
+        For a sequence that is pooled it means nothing.
+        """
+        token_ids = self._download.wait()[0].tolist() if self._download else []
+        if not self.plan.is_prefill:
+            return token_ids
+        sampled = iter(token_ids)
+        return [next(sampled) if is_last else None for is_last in self.plan.is_last]
+
+    def commit(self) -> None:
+        """Give the sequences what the consumers have for them; raises `error`."""
         if self.error is not None:
             raise self.error
-        if self.hidden_states is not None:
-            self.hidden_states.keep()
-        for seq, download in self.prompts:
-            if not seq.is_finished:
-                seq.prompt_logprob_rows += download.rows()
-        if self.sampled is not None:
-            seqs, download = self.sampled
-            for seq, row in zip(seqs, download.rows(), strict=True):
-                if row is not None and not seq.is_finished:
-                    seq.logprob_rows.append(row)
+        for commit in self.commits:
+            commit()
+
+    @contextmanager
+    def errors_kept(self) -> Iterator[None]:
+        """Leave what fails on rank 0 for the commit: the other ranks wait for the rest of the step.
+
+        All sequences begin anew then.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if not is_fault(error):
+                raise
+            self.error = error

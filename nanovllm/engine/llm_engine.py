@@ -13,11 +13,10 @@ from nanovllm.engine import kv_cache
 from nanovllm.engine.executor import Executor, LaunchedStep, UniProcExecutor
 from nanovllm.engine.model_runner import ModelRunner, choose_ops
 from nanovllm.engine.recovery import Isolation
-from nanovllm.engine.request import Request, raise_failed
+from nanovllm.engine.request import Request, RequestTable, raise_failed
 from nanovllm.engine.request_features import RequestFeatures
-from nanovllm.engine.request_table import RequestTable
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence import Sequence, Wants
 from nanovllm.errors import ArgumentError, EngineDeadError, is_fault
 from nanovllm.guards.interrupts import DeferredInterrupt
 from nanovllm.guards.ownership import Owner, bind_to_process, one_thread_at_a_time
@@ -422,7 +421,7 @@ class LLMEngine:
         start = perf_counter()
         self._step_seqs = launched.seqs
         token_ids = self.executor.wait(launched)
-        launched.extras.keep()
+        launched.commit()
         self._step_seconds = launched.seconds + perf_counter() - start
         alive = self.scheduler.postprocess(launched.seqs, token_ids)
         if launched.plan.is_prefill:
@@ -497,8 +496,10 @@ class LLMEngine:
         if pooler is not None:
             max_length = len(token_ids) + 1  # it is pooled before it has so many
         request = Request(text, token_ids, params, max_length, priority)
-        for seq in request.sequences:
-            seq.pooler = pooler
+        if pooler is not None:
+            [seq] = request.sequences
+            seq.wants |= Wants.POOLING
+            seq.features.pooler = pooler
         self._request_features.prepare(request)
         return request
 

@@ -1,7 +1,7 @@
 """One rank's model, KV cache and row table, and how a step's plan runs on them."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,13 +10,15 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine import kv_cache
-from nanovllm.engine.copies import Download, DownloadRing, UploadRing
+from nanovllm.engine.consumers import LogitsProcessing, Pooling, PromptLogprobs, StepConsumer
 from nanovllm.engine.cuda_graphs import DecodeGraphs
-from nanovllm.engine.launched_step import StepExtras
-from nanovllm.engine.prefill_inputs import PrefillInputs, prefill_inputs
-from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.step_plan import NONE, POOLED, StepPlan
+from nanovllm.engine.launched_step import LaunchedStep
+from nanovllm.engine.prefill_inputs import prefill_inputs
+from nanovllm.engine.sampler import Sampler
+from nanovllm.engine.sequence import Sequence, Wants
+from nanovllm.engine.step_plan import StepPlan
 from nanovllm.errors import ArgumentError
+from nanovllm.kernels.copies import upload
 from nanovllm.kernels.ops import DecodeInputs, Ops, select_ops
 from nanovllm.layers.attention import (
     Attention,
@@ -28,8 +30,6 @@ from nanovllm.layers.context import ModelContext
 from nanovllm.models.loader import load_model
 from nanovllm.models.registry import model_class
 from nanovllm.parallel.tensor_parallel import TensorParallel
-from nanovllm.sampling.pooler import HiddenStatesDownload
-from nanovllm.sampling.sampler import ApartSampler
 
 
 def choose_ops(config: Config, device: torch.device) -> Ops:
@@ -78,11 +78,8 @@ class ModelRunner:
         self.is_cuda = device.type == "cuda"
         self.profiler: tuple[torch.profiler.profile, str] | None = None  # and where its trace goes
         self._uploaded_batch: np.ndarray = np.empty(0, dtype=np.int32)  # in decode_batch
-        self._seqs: list[Sequence] = []  # of the step that is being launched; rank 0 only
-        self._extras = StepExtras()
         hf_config = config.hf_config
         self.ops = choose_ops(config, device)
-        self.apart_sampler = ApartSampler(config, device, tp, self.ops)
         with self._on_device():
             free_at_start = torch.cuda.mem_get_info(device)[0] if self.is_cuda else 0
             context = ModelContext(
@@ -97,6 +94,13 @@ class ModelRunner:
             self.reload_weights()
             self._attentions = [m for m in self.model.modules() if isinstance(m, Attention)]
             self._allocate_row_table()
+            lm_head = self.model.lm_head
+            self.sampler = Sampler(self.ops, tp, lm_head, self.row_table)
+            self.consumers: dict[int, StepConsumer] = {
+                Wants.LOGITS: LogitsProcessing(config, device, tp, self.ops, self.row_table),
+                Wants.PROMPT: PromptLogprobs(config, tp, lm_head),
+                Wants.POOLING: Pooling(),
+            }
             self.num_kvcache_blocks = agree(self._decide_num_blocks(free_at_start))
             self._allocate_kv_cache(self.num_kvcache_blocks)
             self.graphs: DecodeGraphs | None = None
@@ -122,34 +126,33 @@ class ModelRunner:
         with self._on_device():
             return method(self, *args, **kwargs)
 
-    def begin_step(self, seqs: list[Sequence]) -> StepExtras:
-        """Tell rank 0 whose plan is executed next; what it computes beside tokens goes there."""
-        self._seqs, self._extras = seqs, StepExtras()
-        return self._extras
-
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> torch.Tensor:
-        """Run a plan on this rank; [number of sampled sequences] int32 token ids on the device."""
+    def execute(self, plan: StepPlan, seqs: Iterable[Sequence] = ()) -> LaunchedStep:
+        """Launch a plan on this rank; does not wait for the device.
+
+        seqs: the plan's sequences, on rank 0.
+        """
         self.sent_rows.reshape(-1)[plan.updates[:, 0]] = plan.updates[:, 1]
+        step = LaunchedStep(plan, list(seqs))
         with self._on_device():
-            run = self._execute_prefill if plan.is_prefill else self._execute_decode
-            token_ids, logits = run(plan)
-            if len(plan.apart):
-                self.apart_sampler.sample(
-                    plan, self._seqs, logits, token_ids, self.row_table, self._extras
-                )
-            return token_ids
+            if plan.is_prefill:
+                self._execute_prefill(step)
+            else:
+                self._execute_decode(step)
+            if self.tp.rank == 0:
+                step.start_download()
+        return step
 
-    def download(self, token_ids: torch.Tensor) -> Download | None:
-        """Start copying what `execute` has returned to the host; None: there is nothing."""
-        with self._on_device():
-            return self.downloads.download(token_ids) if len(token_ids) else None
+    def _give(self, want: int, step: LaunchedStep, values: torch.Tensor) -> None:
+        """Let the consumer behind `want` have `values`, if a sequence of the step wants it."""
+        if step.plan.has(want):
+            self.consumers[want].run(step, values)
 
-    def _execute_prefill(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sampled token ids [N] and the logits [N, V] that they were sampled from."""
-        inputs = prefill_inputs(plan, self.sent_rows, self.block_size, self.uploads.upload)
+    def _execute_prefill(self, step: LaunchedStep) -> None:
+        plan = step.plan
+        inputs = prefill_inputs(plan, self.sent_rows, self.block_size, self.device)
         self._update_row_table(inputs.row_updates)
-        wants_prompt_logits = bool(plan.prompt_logits.any())
+        wants_all = plan.has(Wants.PROMPT)
         metadata = PrefillMetadata(
             slot_mapping=inputs.slot_mapping,
             block_tables=inputs.block_tables,
@@ -158,7 +161,7 @@ class ModelRunner:
             max_seqlen_q=int(plan.lengths.max()),
             max_seqlen_k=int((plan.starts + plan.lengths).max()),
             last_layer=None
-            if wants_prompt_logits
+            if wants_all
             else LastTokensMetadata(
                 slot_mapping=inputs.slot_mapping,
                 block_tables=inputs.last_block_tables,
@@ -167,27 +170,23 @@ class ModelRunner:
             ),
         )
         hidden_states = self.model.model(inputs.token_ids, inputs.positions, metadata)
-        if wants_prompt_logits:
-            self.apart_sampler.compute_prompt_logprobs(
-                plan, self._seqs, hidden_states, self.model.lm_head, self._extras
-            )
+        if wants_all:
+            self._give(Wants.PROMPT, step, hidden_states)
             hidden_states = hidden_states.index_select(0, inputs.last_tokens)
         if not len(inputs.rows):
-            return inputs.token_ids[:0], hidden_states
-        if (plan.samples == POOLED).any():
-            if self.tp.rank == 0:
-                seqs = [seq for seq in self._seqs if seq.is_prefilled]
-                self._extras.hidden_states = HiddenStatesDownload(seqs, hidden_states)
-            if not (plan.samples == 1).any():
-                return inputs.rows, hidden_states  # any numbers do for tokens: nobody reads them
+            return  # no prompt is complete
+        self._give(Wants.POOLING, step, hidden_states)
+        if plan.all_want(Wants.POOLING):
+            step.token_ids = inputs.rows  # any numbers: nobody reads them
+            return
         logits = self.model.lm_head(hidden_states)
-        token_ids = self._sample(
+        step.token_ids = self.sampler(
             logits, inputs.rows, inputs.temperatures, inputs.seeds, inputs.last_positions
         )
-        return token_ids, logits
+        self._give(Wants.LOGITS, step, logits)
 
-    def _execute_decode(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sampled token ids [B] and the logits [B, V] that they were sampled from."""
+    def _execute_decode(self, step: LaunchedStep) -> None:
+        plan = step.plan
         num_seqs = len(plan.rows)
         batch_size = self.graphs.padded_size(num_seqs) if self.graphs else num_seqs
         num_common_blocks = plan.num_common_blocks if self.ops.reads_common_blocks_once else 0
@@ -196,7 +195,7 @@ class ModelRunner:
         batch[1 : 1 + num_seqs] = plan.rows
         is_same_batch = np.array_equal(batch, self._uploaded_batch)
         if not is_same_batch or len(plan.updates):
-            updates, new_batch = self.uploads.upload([plan.updates, batch])
+            updates, new_batch = upload([plan.updates, batch], self.device)
             self._update_row_table(updates)
             self.decode_batch[: len(batch)].copy_(new_batch)
             self._uploaded_batch = batch
@@ -204,7 +203,8 @@ class ModelRunner:
             token_ids = self.graphs.replay(batch_size, num_common_blocks > 0)
         else:
             token_ids = self._decode(self.decode_rows[:batch_size], num_common_blocks > 0)
-        return token_ids[:num_seqs], self.decode_logits[:num_seqs]
+        step.token_ids = token_ids[:num_seqs]
+        self._give(Wants.LOGITS, step, self.decode_logits[:num_seqs])
 
     def _decode(self, rows: torch.Tensor, has_common_blocks: bool = False) -> torch.Tensor:
         """One decode step of `rows` [B], what a graph captures; returns token ids [B] int32.
@@ -225,32 +225,7 @@ class ModelRunner:
         )
         hidden_states = self.model.model(inputs.input_ids, inputs.positions, metadata)
         logits = self.model.lm_head(hidden_states, out=self.decode_logits[: len(rows)])
-        return self._sample(logits, rows, inputs.temperatures, inputs.seeds, inputs.positions)
-
-    def _sample(
-        self,
-        logits: torch.Tensor,
-        rows: torch.Tensor,
-        temperatures: torch.Tensor,
-        seeds: torch.Tensor,
-        positions: torch.Tensor,
-    ) -> torch.Tensor:
-        """Sample a token for each row and enter it in the row table; all arguments are [B, ...].
-
-        Rows that are sampled apart, later in the same step, get any token here.
-        """
-        lm_head = self.model.lm_head
-        scores, token_ids = self.ops.sample(
-            logits,
-            temperatures,
-            seeds,
-            positions,
-            lm_head.first_token_id,
-            lm_head.vocab_size,
-        )
-        token_ids = self.tp.argmax(scores, token_ids)
-        self.ops.write_back(self.row_table, rows, token_ids, positions)
-        return token_ids
+        return self.sampler(logits, rows, inputs.temperatures, inputs.seeds, inputs.positions)
 
     def _update_row_table(self, updates: torch.Tensor) -> None:
         if len(updates):
@@ -267,11 +242,6 @@ class ModelRunner:
         )
         # The host's copy of what plans have sent: never the token or the length, which steps write.
         self.sent_rows = np.zeros(self.row_table.shape, dtype=np.int32)
-        capacity = PrefillInputs.max_bytes(
-            config.max_num_seqs, config.max_num_batched_tokens, row_width
-        )
-        self.uploads = UploadRing(capacity, self.device)
-        self.downloads = DownloadRing(config.max_num_seqs, self.device)
         # The number of leading blocks that the decode batch has in common, then its rows; graphs
         # read them here. Every row starts as padding.
         self.decode_batch = torch.full(
@@ -316,20 +286,18 @@ class ModelRunner:
         num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
         length = min(config.max_num_batched_tokens // num_seqs, config.max_model_len)
         # Every block table entry is 0, so all sequences read and write the one block there is.
-        sequences = np.arange(num_seqs, dtype=np.int32)
+        rows = np.arange(num_seqs, dtype=np.int32)
         ones = np.ones(num_seqs, dtype=np.int32)
         self.execute(
             StepPlan(
                 is_prefill=True,
-                rows=sequences,
+                rows=rows,
                 updates=np.empty((0, 2), dtype=np.int32),
                 token_ids=np.zeros(num_seqs * length, dtype=np.int32),
                 starts=0 * ones,
                 lengths=length * ones,
-                apart=NONE,
                 shared=length * ones,
-                samples=ones,
-                prompt_logits=0 * ones,
+                is_last=ones,
             )
         )
         torch.cuda.synchronize(self.device)
@@ -371,9 +339,10 @@ class ModelRunner:
             del attention.key_cache, attention.value_cache
             attention.key_scales = attention.value_scales = None
         self._attentions = []
-        del self.model, self.kv_cache, self.kv_scales, self.row_table, self.uploads
-        del self.decode_batch, self.decode_rows, self.downloads, self.decode_logits
-        self.apart_sampler.release()
+        del self.model, self.kv_cache, self.kv_scales, self.row_table
+        del self.decode_batch, self.decode_rows, self.decode_logits
+        self.consumers.clear()
+        del self.sampler
         gc.collect()
         if self.is_cuda:
             torch.cuda.empty_cache()

@@ -1,14 +1,13 @@
 """A prefill step's inputs: computed on the host, so that they reach the device in one copy."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from nanovllm.engine.copies import ALIGNMENT
 from nanovllm.engine.step_plan import StepPlan
 from nanovllm.kernels import row_state
+from nanovllm.kernels.copies import upload
 
 
 class PrefillInputs(NamedTuple):
@@ -31,23 +30,12 @@ class PrefillInputs(NamedTuple):
     temperatures: torch.Tensor  # [N] float32
     seeds: torch.Tensor  # [N, 2] int32
 
-    @staticmethod
-    def max_bytes(max_num_seqs: int, max_num_batched_tokens: int, row_width: int) -> int:
-        """An upper bound of what one step uploads, padding between the tensors included."""
-        updates = 8 * max_num_seqs * row_width  # every row is new and its block table full
-        tokens = (4 + 4 + 8) * max_num_batched_tokens
-        lengths = 2 * 4 * (max_num_seqs + 1)
-        block_tables = 2 * 4 * max_num_seqs * row_width
-        samples = (4 + 4 + 4 + 4 + 8) * max_num_seqs
-        padding = ALIGNMENT * len(PrefillInputs._fields)
-        return updates + tokens + lengths + block_tables + samples + padding
-
 
 def prefill_inputs(
     plan: StepPlan,
     row_table: np.ndarray,
     block_size: int,
-    upload: Callable[[list[np.ndarray]], list[torch.Tensor]],
+    device: torch.device,
 ) -> PrefillInputs:
     """The inputs of a prefill plan, on the device.
 
@@ -55,7 +43,7 @@ def prefill_inputs(
         plan: the step.
         row_table: int32, the host's copy of the row table, the plan's updates included.
         block_size: tokens per KV block.
-        upload: copies host arrays to the device.
+        device: where to.
     """
     cu_seqlens_q = _cumulative(plan.lengths)
     num_tokens = cu_seqlens_q[-1]
@@ -67,8 +55,8 @@ def prefill_inputs(
     blocks = block_tables[seq_of_token, positions // block_size].astype(np.int64)
     slots = blocks * block_size + positions % block_size
     is_shared = positions < np.repeat(plan.shared, plan.lengths)
-    is_sampled = plan.samples != 0
-    states = row_table[plan.rows[is_sampled]]
+    is_last = plan.is_last != 0
+    states = row_table[plan.rows[is_last]]
     arrays = {
         "row_updates": plan.updates,
         "token_ids": plan.token_ids,
@@ -77,14 +65,14 @@ def prefill_inputs(
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": _cumulative(plan.starts + plan.lengths),
         "block_tables": block_tables,
-        "last_tokens": cu_seqlens_q[1:][is_sampled] - 1,
-        "last_positions": (plan.starts + plan.lengths)[is_sampled] - 1,
-        "last_block_tables": block_tables[is_sampled],
-        "rows": plan.rows[is_sampled],
+        "last_tokens": cu_seqlens_q[1:][is_last] - 1,
+        "last_positions": (plan.starts + plan.lengths)[is_last] - 1,
+        "last_block_tables": block_tables[is_last],
+        "rows": plan.rows[is_last],
         "temperatures": states[:, row_state.TEMPERATURE].copy().view(np.float32),
         "seeds": states[:, row_state.SEED : row_state.SEED + 2],
     }
-    return PrefillInputs(**dict(zip(arrays, upload(list(arrays.values())), strict=True)))
+    return PrefillInputs(**dict(zip(arrays, upload(arrays.values(), device), strict=True)))
 
 
 def _cumulative(lengths: np.ndarray) -> np.ndarray:

@@ -6,8 +6,7 @@ in a step that fails: that one is ended. A failure that does not come again ends
 
 import logging
 
-from nanovllm.engine.request import Request
-from nanovllm.engine.request_table import RequestTable
+from nanovllm.engine.request import Request, RequestTable
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import describe
@@ -84,7 +83,7 @@ class Isolation:
                 self._groups.pop()  # they have ended
         everything = self._requests.sequences()
         seqs = [seq for seq in everything if not seq.is_finished]
-        chosen = [seq for seq in seqs if not own or seq.seq_id in own]
+        chosen = [seq for seq in seqs if not own or seq.request_id in own]
         self._goals = [(seq, seq.num_tokens + TOKENS_TO_PASS) for seq in chosen] if own else []
-        self._scheduler.restart(chosen, [seq for seq in seqs if own and seq.seq_id not in own])
+        self._scheduler.restart(chosen, [seq for seq in seqs if own and seq.request_id not in own])
         self._requests.finish(everything)  # what has ended by now

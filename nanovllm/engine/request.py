@@ -1,14 +1,19 @@
-"""One request: its prompt, its sequences (one for each of `n` completions), and its output."""
+"""A request's life: queued, running, finished, taken, forgotten.
+
+A request has a sequence for each of its `n` completions; their ends make its output.
+"""
 
 import hashlib
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import RequestError, describe, is_fault
-from nanovllm.inputs.detokenizer import decode
+from nanovllm.inputs.detokenizer import decode, output_text_of
 from nanovllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from nanovllm.sampling.state import LogprobRow, cumulative_logprob
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -45,7 +50,7 @@ class Request:
         self.request_id = request_id
         self.metrics.arrival_time = time.time()
         for seq in self.sequences:
-            seq.seq_id = request_id
+            seq.request_id = request_id
             if self.params.seed is None:
                 seq.seed = _derived_seed(engine_seed, request_id, seq.index)
             else:
@@ -83,12 +88,10 @@ class Request:
 
     def _output(self, tokenizer: Any, error: BaseException | None) -> RequestOutput:
         first = self.sequences[0]
-        prompt_logprobs: Any = None
+        prompt_logprobs = None
         if self.params.prompt_logprobs is not None:
-            from nanovllm.sampling.logprobs import to_logprobs
-
-            decoding = tokenizer if self.params.detokenize else None
-            prompt_logprobs = [None, *to_logprobs(first.prompt_logprob_rows, decoding)]
+            rows = first.features.prompt_logprobs
+            prompt_logprobs = [None, *_logprobs(rows, self.params, tokenizer)]
         return RequestOutput(
             str(self.request_id),
             self.prompt,
@@ -117,28 +120,33 @@ def raise_failed(requests: list[Request], outputs: list[RequestOutput] | None = 
 
 def _completion(seq: Sequence, tokenizer: Any) -> CompletionOutput:
     params, token_ids = seq.sampling_params, seq.completion_token_ids
-    logprobs, cumulative_logprob = None, None
+    logprobs, cumulative = None, None
     if params.logprobs is not None:
-        from nanovllm.sampling.logprobs import cumulative_logprob as sum_of
-        from nanovllm.sampling.logprobs import to_logprobs
-
-        logprobs = to_logprobs(seq.logprob_rows, tokenizer if params.detokenize else None)
-        cumulative_logprob = sum_of(seq.logprob_rows)
+        rows = seq.features.logprobs
+        logprobs = _logprobs(rows, params, tokenizer)
+        cumulative = cumulative_logprob(rows)
     return CompletionOutput(
         seq.index,
         _text(seq, token_ids, tokenizer),
         token_ids,
-        cumulative_logprob,
+        cumulative,
         logprobs,
         seq.finish_reason,
         seq.stop_reason,
     )
 
 
+def _logprobs(rows: list[LogprobRow], params: SamplingParams, tokenizer: Any) -> list[Any]:
+    from nanovllm.sampling.logprobs import to_logprobs
+
+    return to_logprobs(rows, tokenizer if params.detokenize else None)
+
+
 def _text(seq: Sequence, token_ids: list[int], tokenizer: Any) -> str:
-    if seq.detokenizer is None or tokenizer is None:
+    output_text = output_text_of(seq.finish_rules)
+    if output_text is None or tokenizer is None:
         return decode(tokenizer, token_ids, seq.sampling_params, seq.prompt_token_ids)
-    return seq.detokenizer.final_text() if seq.is_finished else seq.detokenizer.text
+    return output_text.final_text() if seq.is_finished else output_text.text
 
 
 def _derived_seed(engine_seed: int, request_id: int, index: int) -> int:
@@ -147,3 +155,107 @@ def _derived_seed(engine_seed: int, request_id: int, index: int) -> int:
     if index:
         message += index.to_bytes(8, "little")
     return int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little")
+
+
+class RequestTable:
+    """An engine's requests by id, from the queue until their output is forgotten.
+
+    A request is unfinished until its last sequence has ended. Then it is for whoever has claimed
+    its id, or else for the next `take`. `find` knows all but the outputs that were taken before the
+    last ones: a long loop needs no more memory than a short one.
+    """
+
+    def __init__(self) -> None:
+        self.unfinished: dict[int, Request] = {}
+        self._finished: list[Request] = []  # for `take`, in the order in which they ended
+        self._taken: dict[int, Request] = {}  # last, and what was aborted since
+        self._claims: dict[int, set[int]] = {}  # id -> all ids that its owner still waits for
+
+    def add(self, request: Request) -> None:
+        """Enter a numbered request that is being queued."""
+        self.unfinished[request.request_id] = request
+
+    def claim(self, request_ids: set[int]) -> None:
+        """Keep these requests from `take`. Each id leaves the caller's set when it has ended."""
+        self._claims.update(dict.fromkeys(request_ids, request_ids))
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether `take` has anything to give."""
+        return bool(self._finished)
+
+    def sequences(self) -> list[Sequence]:
+        """Those of all unfinished requests, ended ones included."""
+        return [seq for request in self.unfinished.values() for seq in request.sequences]
+
+    def unfinished_of(self, seqs: Iterable[Sequence]) -> list[Request]:
+        """The unfinished requests that `seqs` are of, each once, by their numbers."""
+        ids = self.unfinished.keys() & {seq.request_id for seq in seqs}
+        return [self.unfinished[request_id] for request_id in sorted(ids)]
+
+    def note_first_tokens(self, seqs: Iterable[Sequence]) -> None:
+        """Take note of when requests got their first token, if that was just now."""
+        now = time.time()
+        for seq in seqs:
+            request = self.unfinished.get(seq.request_id)  # None: not a request's (`Scheduler.add`)
+            if request is None or seq.num_completion_tokens == 0:
+                continue
+            if request.metrics.first_token_time is None:
+                request.metrics.first_token_time = now
+
+    def finish(self, seqs: Iterable[Sequence]) -> None:
+        """Take note of requests that have ended with one of `seqs`."""
+        for seq in seqs:
+            if not seq.is_finished:
+                continue
+            # None: it ended with a sequence before, or is not a request's (`Scheduler.add`).
+            request = self.unfinished.get(seq.request_id)
+            if request is None or not request.is_finished:
+                continue
+            if not self._remove(request):
+                self._finished.append(request)
+
+    def take(self) -> list[Request]:
+        """What has ended and nobody has claimed; if there is any, earlier ones are forgotten."""
+        finished, self._finished = self._finished, []
+        if finished:
+            self._taken = {request.request_id: request for request in finished}
+        return finished
+
+    def drop(self, requests: Iterable[Request]) -> list[Request]:
+        """Remove those of `requests` that are unfinished here; nobody waits for them any more."""
+        dropped = [r for r in requests if self.unfinished.get(r.request_id) is r]
+        for request in dropped:
+            self._remove(request)
+        return dropped
+
+    def _remove(self, request: Request) -> bool:
+        """It is unfinished no longer; whether somebody had claimed it, who is told."""
+        del self.unfinished[request.request_id]
+        request.metrics.finished_time = time.time()
+        claim = self._claims.pop(request.request_id, None)
+        if claim is not None:
+            claim.discard(request.request_id)
+        return claim is not None
+
+    def keep(self, requests: Iterable[Request]) -> None:
+        """Let `find` know requests that were dropped."""
+        self._taken.update((request.request_id, request) for request in requests)
+
+    def forget(self, requests: Iterable[Request] | None = None) -> None:
+        """Nobody will ask for these outputs, by default for all that were taken or kept."""
+        if requests is None:
+            self._taken.clear()
+        else:
+            for request in requests:
+                self._taken.pop(request.request_id, None)
+
+    def find(self, request_id: int) -> Request | None:
+        """The request, None if there is none or it is forgotten."""
+        request = self.unfinished.get(request_id) or self._taken.get(request_id)
+        return request or next((r for r in self._finished if r.request_id == request_id), None)
+
+    def clear(self) -> None:
+        """Forget what has ended."""
+        self._finished.clear()
+        self.forget()

@@ -7,11 +7,19 @@ from typing import Any
 
 from nanovllm.config import Config
 from nanovllm.engine.request import Request
+from nanovllm.engine.sequence import Wants
 from nanovllm.errors import ArgumentError
-from nanovllm.inputs.detokenizer import OutputText
+from nanovllm.inputs.detokenizer import OutputText, output_text_of
 from nanovllm.sampling_params import SamplingParams
 
 MAX_BAD_WORD_TABLE = 2**22  # int32: 16 MiB for each request
+
+
+def follow_text(request: Request, tokenizer: Any) -> None:
+    """Let the texts of the completions grow with their tokens, and end at stop strings."""
+    for seq in request.sequences:
+        if output_text_of(seq.finish_rules) is None:
+            seq.finish_rules.append(OutputText(tokenizer, request.params, seq.prompt_token_ids))
 
 
 class RequestFeatures:
@@ -36,11 +44,14 @@ class RequestFeatures:
         params = request.params
         if params.stop:
             self._need_tokenizer("stop")
-            for seq in request.sequences:
-                seq.detokenizer = OutputText(self.tokenizer, params, seq.prompt_token_ids)
+            follow_text(request, self.tokenizer)
         if params.prompt_logprobs is not None:
             self._check_num_logprobs("prompt_logprobs", params.prompt_logprobs)
-        if params.stop_token_ids or params.is_sampled_apart:
+            first = request.sequences[0]
+            if first.num_prompt_tokens > 1:  # the first token has none
+                first.wants |= Wants.PROMPT
+                first.features.num_prompt_logprobs = first.num_prompt_tokens - 1
+        if params.stop_token_ids or params.needs_logits:
             self._prepare_sampling(request)
 
     def close(self) -> None:
@@ -61,11 +72,13 @@ class RequestFeatures:
             bad_word_ids = encode_bad_words(params.bad_words, self.tokenizer, vocab_size)
             self._check_table(params, bad_word_ids)
             for seq in request.sequences:
-                seq.bad_word_ids = bad_word_ids
+                seq.features.bad_word_ids = bad_word_ids
         if params.structured_outputs is not None:
             grammar = self._compile(params)
             for seq in request.sequences:
-                seq.grammar = grammar.fork() if seq.index else grammar
+                seq.features.grammar = grammar.fork() if seq.index else grammar
+                seq.wants |= Wants.CONFIRMED  # a mask needs all tokens before it
+                seq.finish_rules.insert(0, seq.features.grammar)
 
     def _compile(self, params: SamplingParams) -> Any:
         self._need_tokenizer("structured_outputs")

@@ -4,7 +4,6 @@ A step is one of the two, never a mix. With a step in flight the scheduler plans
 what is already certain; what it cannot know yet is settled when the step in flight is committed.
 """
 
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable
 from math import ceil
@@ -13,16 +12,12 @@ from operator import attrgetter
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler_stats import SchedulerStats
-from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.engine.sequence import Sequence, SequenceStatus, Wants
+from nanovllm.engine.waiting_queue import POLICIES
 
 # When sequences that decode are held up for those that wait; see Scheduler._is_prefill_due.
 ADMISSION_SHARE = 1 / 8  # this much of the slots and of the blocks is free
 ADMISSION_INTERVAL = 24  # or so many decode steps have passed since the last prefill step
-
-
-def _rank(seq: Sequence) -> tuple[int, int, int]:
-    """Who comes first under the priority policy: the lower."""
-    return seq.priority, seq.seq_id, seq.index
 
 
 class Scheduler:
@@ -41,7 +36,7 @@ class Scheduler:
         self.enable_chunked_prefill = config.enable_chunked_prefill
         self.watermark = config.watermark
         self.eos_token_ids = config.eos_token_ids
-        self.has_priorities = config.scheduling_policy == "priority"
+        self.new_queue = POLICIES[config.scheduling_policy]
         self.num_preemptions = 0
         self.stats = SchedulerStats()
         self.held: list[Sequence] = []
@@ -61,7 +56,7 @@ class Scheduler:
         )
         self.free_rows = deque(range(self.max_num_seqs))
         self.running: deque[Sequence] = deque()
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = self.new_queue()
         untouched = set(self.held)  # most of very many, in a search that restarts often
         self.held = []
         self.num_decodes_since_prefill = 0
@@ -71,7 +66,7 @@ class Scheduler:
                     queue(seq)
                     continue
                 seq.reset()
-                if reason := self._reason_to_end(seq):
+                if reason := seq.reason_to_end(self.eos_token_ids):
                     self.finish(seq, reason)
                 else:
                     queue(seq)
@@ -89,15 +84,7 @@ class Scheduler:
         params = seq.sampling_params
         eos_token_ids = frozenset() if params.ignore_eos else self.eos_token_ids
         seq.end_token_ids = eos_token_ids.union(params.stop_token_ids or ())
-        if self.has_priorities:
-            self._insert_by_priority(seq)
-        else:
-            self.waiting.append(seq)
-
-    def _insert_by_priority(self, seq: Sequence) -> None:
-        # The search may run a garbage collection, and that the finalizer of a stream: `abort`.
-        index = bisect_right(self.waiting, _rank(seq), key=_rank)
-        self.waiting.insert(index, seq)
+        self.waiting.add(seq)
 
     def schedule(self, in_flight: bool = False) -> tuple[list[Sequence], bool]:
         """The next step's sequences and whether it is a prefill; an empty list: nothing to do yet.
@@ -190,13 +177,12 @@ class Scheduler:
     def _schedule_decode(self, in_flight: bool) -> list[Sequence]:
         manager = self.block_manager
         while True:
-            # A sequence whose last token is pending already has nothing left to compute; a grammar
-            # cannot say what may follow a token that is pending.
+            # A sequence whose last token is pending already has nothing left to compute.
             seqs = [
                 seq
                 for seq in self.running
                 if seq.num_computed_tokens + 1 < seq.max_length
-                and (seq.grammar is None or not seq.num_pending_tokens)
+                and not (seq.num_pending_tokens and seq.wants & Wants.CONFIRMED)
             ]
             # Those whose next token opens a block.
             full = [
@@ -208,7 +194,7 @@ class Scheduler:
                 break
             if in_flight:
                 return []
-            self.preempt(self._victim())
+            self.preempt(self.waiting.victim(self.running))
         for seq in full:
             manager.may_append(seq)
         for seq in seqs:
@@ -220,19 +206,12 @@ class Scheduler:
         seqs.sort(key=attrgetter("num_computed_tokens"), reverse=True)
         return seqs
 
-    def _victim(self) -> Sequence:
-        """Who is preempted first: the newest, or the last by priority."""
-        return max(self.running, key=_rank) if self.has_priorities else self.running[-1]
-
     def preempt(self, seq: Sequence) -> None:
         """Put a running sequence back at the front of the waiting queue, to be computed anew."""
         self.running.remove(seq)
         self._release(seq)
         seq.reset()
-        if self.has_priorities:
-            self._insert_by_priority(seq)
-        else:
-            self.waiting.appendleft(seq)
+        self.waiting.put_back(seq)
         self.num_preemptions += 1
 
     def postprocess(self, seqs: list[Sequence], token_ids: list[int | None]) -> list[Sequence]:
@@ -254,8 +233,8 @@ class Scheduler:
             if token_id is None:
                 continue
             seq.num_pending_tokens -= 1
-            if seq.pooler is not None:  # pooled by now, and the token means nothing
-                self.finish(seq, self._reason_to_end(seq) or "stop")
+            if seq.wants & Wants.POOLING:  # pooled by now, and the token means nothing
+                self.finish(seq, seq.reason_to_end(self.eos_token_ids) or "stop")
                 continue
             seq.token_ids.append(token_id)
             self.stats.num_generation_tokens += 1
@@ -263,44 +242,13 @@ class Scheduler:
             num_tokens = len(seq.token_ids)
             if (num_tokens - 1) % block_size == 0:
                 self.block_manager.cache_blocks(seq, num_tokens - 1)
-            may_end = num_tokens >= seq.max_length or token_id in seq.end_token_ids
-            if seq.grammar is not None or seq.detokenizer is not None:
-                self._tell_consumers(seq, token_id)
-                may_end = True
-            if may_end and (reason := self._reason_to_end(seq)):
+            if seq.finish_rules:
+                seq.tell_rules(token_id)
+            elif num_tokens < seq.max_length and token_id not in seq.end_token_ids:
+                continue
+            if reason := seq.reason_to_end(self.eos_token_ids):
                 self.finish(seq, reason)
         return alive
-
-    def _tell_consumers(self, seq: Sequence, token_id: int) -> None:
-        """Give a token to the grammar and the text; what they raise ends this sequence alone."""
-        try:
-            if seq.grammar is not None:
-                seq.grammar.accept(token_id)
-            if seq.detokenizer is not None:
-                seq.detokenizer.append(token_id)
-        except BaseException as error:
-            seq.note_error(error)
-
-    def _reason_to_end(self, seq: Sequence) -> str | None:
-        """Why `seq` ends with its newest token; None: it goes on. Sets its stop reason."""
-        params, num_completion_tokens = seq.sampling_params, seq.num_completion_tokens
-        if seq.error is not None:
-            return "abort"
-        if seq.grammar is not None and seq.grammar.error is not None:
-            seq.stop_reason = seq.grammar.error  # why no token can follow
-            return "abort"
-        if seq.detokenizer is not None and seq.detokenizer.stop_string is not None:
-            seq.stop_reason = seq.detokenizer.stop_string
-            return "stop"
-        if num_completion_tokens > 0 and num_completion_tokens >= params.min_tokens:
-            token_id = seq.token_ids[-1]
-            if token_id in seq.end_token_ids:
-                is_eos = token_id in self.eos_token_ids and not params.ignore_eos
-                seq.stop_reason = None if is_eos else token_id
-                return "stop"
-        if seq.grammar is not None and seq.grammar.is_terminated:
-            return "stop"
-        return "length" if seq.num_tokens >= seq.max_length else None
 
     def abort(self, seqs: list[Sequence]) -> None:
         """End sequences that run or wait, in one pass over the queue however many they are."""
@@ -308,7 +256,7 @@ class Scheduler:
             return
         for seq in seqs:
             self.finish(seq, "abort")
-        self.waiting = deque(seq for seq in self.waiting if not seq.is_finished)
+        self.waiting = self.new_queue(seq for seq in self.waiting if not seq.is_finished)
         self.held = [seq for seq in self.held if not seq.is_finished]
 
     def finish(self, seq: Sequence, reason: str) -> None:

@@ -1,15 +1,11 @@
 """One completion's state on the host: its tokens, how far they are computed, its blocks."""
 
-from collections.abc import Callable
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
 from nanovllm.errors import describe, is_fault
+from nanovllm.sampling.state import FeatureState
 from nanovllm.sampling_params import SamplingParams
-
-if TYPE_CHECKING:
-    from nanovllm.inputs.detokenizer import OutputText
-    from nanovllm.sampling.structured_outputs import Grammar
 
 
 class SequenceStatus(Enum):
@@ -18,6 +14,25 @@ class SequenceStatus(Enum):
     WAITING = auto()
     RUNNING = auto()
     FINISHED = auto()
+
+
+class Wants:
+    """The bits of `Sequence.wants`: what the engine does for it beside computing a plain token."""
+
+    LOGITS = 1  # its token is sampled by the logits processors instead of the fast path
+    CONFIRMED = 2  # it is computed only when no token of it is pending
+    PROMPT = 4  # every hidden state of its prompt: cached blocks cannot stand in for them
+    POOLING = 8  # its last hidden state, and no token: it ends when it is prefilled
+
+
+class FinishRule(Protocol):
+    """Something that follows a sequence's tokens and may end it: stop strings, a grammar."""
+
+    def on_token(self, token_id: int) -> tuple[str, str | None] | None:
+        """Take the newest token; the finish reason and the stop reason if it ends the sequence.
+
+        An end without a stop reason yields to that of another rule, and to a stop token's.
+        """
 
 
 class Sequence:
@@ -30,7 +45,7 @@ class Sequence:
     Args:
         token_ids: the prompt; copied.
         sampling_params: how to sample and when to stop.
-        seq_id: the request's number in its engine.
+        request_id: the number of its request in the engine.
         max_length: tokens at which the sequence ends with reason "length", prompt included; None:
             the prompt plus `max_tokens`.
         seed: 64 bits that key the sampling of this sequence.
@@ -42,38 +57,29 @@ class Sequence:
         self,
         token_ids: list[int],
         sampling_params: SamplingParams | None = None,
-        seq_id: int = 0,
+        request_id: int = 0,
         max_length: int | None = None,
         seed: int = 0,
         index: int = 0,
         priority: int = 0,
     ) -> None:
-        self.sampling_params = sampling_params or SamplingParams()
-        self.seq_id = seq_id
-        self.seed = seed
-        self.index = index
-        self.priority = priority
+        self.sampling_params = params = sampling_params or SamplingParams()
+        self.request_id, self.index = request_id, index
+        self.seed, self.priority = seed, priority
         self.finish_reason: str | None = None  # "stop", "length" or "abort"
         self.stop_reason: int | str | None = None  # the stop string or id; None: EOS, or no stop
         self.error: BaseException | None = None  # what it raised: it ends with "abort"
         self.end_token_ids: frozenset[int] = frozenset()  # EOS and stop ids, set when queued
-        # Whether its logits go through `sampling.RequestSampler` instead of the fast sampler.
-        self.is_sampled_apart = self.sampling_params.is_sampled_apart
-        self.bad_word_ids: list[list[int]] = []
-        self.grammar: Grammar | None = None  # has accepted the confirmed tokens
-        self.detokenizer: OutputText | None = None  # only where text decides when it stops
-        self.logprob_rows: list[Any] = []  # of each completion token, if logprobs are wanted
-        self.prompt_logprob_rows: list[Any] = []  # of each prompt token but the first
-        # With it the sequence ends when it is prefilled, without a token. It makes `pooled` of the
-        # last token's final hidden state: [hidden_size] float32, in memory that is reused.
-        self.pooler: Callable[[Any], Any] | None = None
-        self.pooled: Any = None
+        self.finish_rules: list[FinishRule] = []  # beside EOS, stop ids and the length
+        self.ending: tuple[str, str | None] | None = None  # of a rule, with the newest token
+        self.wants = Wants.LOGITS if params.needs_logits else 0
+        self.features = FeatureState()  # of what it wants
         self.token_ids = list(token_ids)
         self.num_prompt_tokens = len(token_ids)
         if max_length is None:
-            if self.sampling_params.max_tokens is None:
+            if params.max_tokens is None:
                 raise ValueError("max_length is required when max_tokens is None")
-            max_length = self.num_prompt_tokens + self.sampling_params.max_tokens
+            max_length = self.num_prompt_tokens + params.max_tokens
         self.max_length = max_length
         self.block_hashes: list[int] = []  # chain hashes of the leading full blocks, computed once
         self.num_cached_tokens = 0  # tokens that the prefix cache spared at the last admission
@@ -92,10 +98,7 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_scheduled_tokens = 0  # tokens that the newest scheduled step computes
         self.num_pending_tokens = 0
-        # A commit that failed half-way may have kept the row of a token that was not.
-        del self.logprob_rows[self.num_completion_tokens :]
-        if self.wants_prompt_logprobs:
-            self.prompt_logprob_rows = []  # parts of a prompt are no use: all anew
+        self.features.restart(self.num_completion_tokens)
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -120,6 +123,33 @@ class Sequence:
             if self.is_finished:
                 self.finish_reason = "abort"
 
+    def tell_rules(self, token_id: int) -> None:
+        """Give the newest token to the finish rules; what one raises ends this sequence alone."""
+        try:
+            for rule in self.finish_rules:
+                ending = rule.on_token(token_id)
+                if ending is not None and (self.ending is None or self.ending[1] is None):
+                    self.ending = ending
+        except BaseException as error:
+            self.note_error(error)
+
+    def reason_to_end(self, eos_token_ids: frozenset[int]) -> str | None:
+        """Why it ends with its newest token; None: it goes on. Sets its stop reason."""
+        if self.error is not None:
+            return "abort"
+        if self.ending is not None and self.ending[1] is not None:
+            finish_reason, self.stop_reason = self.ending
+            return finish_reason
+        if self.num_completion_tokens > 0:
+            params, token_id = self.sampling_params, self.token_ids[-1]
+            if self.num_completion_tokens >= params.min_tokens and token_id in self.end_token_ids:
+                is_eos = token_id in eos_token_ids and not params.ignore_eos
+                self.stop_reason = None if is_eos else token_id
+                return "stop"
+        if self.ending is not None:
+            return self.ending[0]
+        return "length" if len(self.token_ids) >= self.max_length else None
+
     @property
     def num_tokens(self) -> int:
         """Confirmed tokens, prompt and completion."""
@@ -141,19 +171,9 @@ class Sequence:
         return self.token_ids[self.num_prompt_tokens :]
 
     @property
-    def wants_prompt_logprobs(self) -> bool:
-        """Whether prompt logprobs are asked for, of the first completion, and not complete yet."""
-        return (
-            self.sampling_params.prompt_logprobs is not None
-            and self.index == 0
-            and len(self.prompt_logprob_rows) < self.num_prompt_tokens - 1
-        )
-
-    @property
     def may_read_prefix_cache(self) -> bool:
         """Whether cached blocks may stand in for computing the prompt's tokens."""
-        params = self.sampling_params
-        return not (params.skip_reading_prefix_cache or self.wants_prompt_logprobs)
+        return not (self.sampling_params.skip_reading_prefix_cache or self.wants & Wants.PROMPT)
 
     @property
     def is_prefilled(self) -> bool:

@@ -21,7 +21,8 @@ def release_memory(runner: ModelRunner, keep_weights: bool) -> None:
     if runner.is_cuda:
         torch.cuda.synchronize(runner.device)
     runner.drop_graphs()
-    runner.apart_sampler.release()
+    for consumer in runner.consumers.values():
+        consumer.release()
     for buffer in _buffers(runner):
         buffer.untyped_storage().resize_(0)
     for parameter in runner.model.parameters():  # a tied one comes once

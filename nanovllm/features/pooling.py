@@ -73,7 +73,7 @@ def embed(
         outputs.append(
             EmbeddingRequestOutput(
                 str(request.request_id),
-                EmbeddingOutput(seq.pooled.tolist()),
+                EmbeddingOutput(seq.features.pooled.tolist()),
                 seq.prompt_token_ids,
                 num_cached_tokens=seq.num_cached_tokens,
             )
@@ -260,7 +260,7 @@ def _rerank(
         outputs.append(
             ScoringRequestOutput(
                 str(request.request_id),
-                ScoringOutput(seq.pooled),
+                ScoringOutput(seq.features.pooled),
                 seq.prompt_token_ids,
                 num_cached_tokens=seq.num_cached_tokens,
             )

@@ -12,8 +12,9 @@ from typing import Any, NoReturn
 
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.request import Request
+from nanovllm.engine.request_features import follow_text
 from nanovllm.engine.sequence import Sequence
-from nanovllm.inputs.detokenizer import OutputText
+from nanovllm.inputs.detokenizer import output_text_of
 from nanovllm.inputs.prompts import as_prompt_list
 from nanovllm.outputs import RequestOutput
 from nanovllm.progress import ProgressBar, check_use_tqdm
@@ -135,13 +136,13 @@ class _StreamedRequest:
     def _item(self, seq: Sequence, token_ids: list[int], tokenizer: Any) -> StreamOutput:
         if seq.is_finished:
             self.open.remove(seq)
-            if seq.detokenizer is not None:
-                _end_text(seq)
+            _end_text(seq)
+        output_text = output_text_of(seq.finish_rules)
         return StreamOutput(
             str(self.request.request_id),
             self.prompt_index,
             seq.index,
-            "" if seq.detokenizer is None else seq.detokenizer.take_text(),
+            "" if output_text is None else output_text.take_text(),
             token_ids,
             seq.finish_reason,
             seq.stop_reason,
@@ -153,8 +154,8 @@ class _StreamedRequest:
 def _end_text(seq: Sequence) -> None:
     """Let `take_text` give the rest of a text that has ended."""
     try:
-        assert seq.detokenizer is not None
-        seq.detokenizer.final_text()
+        if (output_text := output_text_of(seq.finish_rules)) is not None:
+            output_text.final_text()
     except BaseException as error:
         seq.note_error(error)
 
@@ -195,6 +196,5 @@ def generate_stream(
     )
     for request in requests:
         if llm.tokenizer is not None and request.params.detokenize:
-            for seq in request.sequences:
-                seq.detokenizer = OutputText(llm.tokenizer, request.params, seq.prompt_token_ids)
+            follow_text(request, llm.tokenizer)
     return Stream(llm, requests, use_tqdm)

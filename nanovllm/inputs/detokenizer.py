@@ -300,6 +300,11 @@ class OutputText:
         self._held = ""  # after it: what may become a stop string
         self._num_taken = 0  # pieces that `take_text` has returned
 
+    def on_token(self, token_id: int) -> tuple[str, str | None] | None:
+        """`append` it; "stop" and the stop string if it is hit."""
+        self.append(token_id)
+        return None if self.stop_string is None else ("stop", self.stop_string)
+
     def append(self, token_id: int) -> None:
         """Add a token; without effect once a stop string was hit."""
         if self.stop_string is not None:
@@ -352,3 +357,8 @@ class OutputText:
         self._pieces.append(self._held)
         self._held = ""
         return "".join(self._pieces)
+
+
+def output_text_of(finish_rules: Iterable[object]) -> OutputText | None:
+    """The text among a sequence's finish rules: of one that is streamed or has stop strings."""
+    return next((rule for rule in finish_rules if isinstance(rule, OutputText)), None)

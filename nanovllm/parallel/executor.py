@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from nanovllm.config import Config
-from nanovllm.engine.executor import Executor, LaunchedStep
+from nanovllm.engine.executor import Executor
+from nanovllm.engine.launched_step import LaunchedStep
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import ArgumentError, EngineDeadError, is_fault
@@ -52,16 +53,15 @@ class MultiprocExecutor(Executor):
     def launch(self, seqs: list[Sequence], is_prefill: bool) -> LaunchedStep:
         """See `Executor.launch`."""
         start = perf_counter()
-        runner = self.model_runner
         self._is_mid_step = False
         plan = self.plan_builder.build(seqs, is_prefill)
         packed = pack(plan)
         self._is_mid_step = True
         self.workers.send(packed)
-        extras = runner.begin_step(seqs)
-        download = runner.download(runner.execute(plan))
+        launched = self.model_runner.execute(plan, seqs)
         self._is_mid_step = False
-        return LaunchedStep(seqs, plan, download, extras, perf_counter() - start)
+        launched.seconds = perf_counter() - start
+        return launched
 
     def wait(self, launched: LaunchedStep) -> list[int | None]:
         """See `Executor.wait`."""

@@ -4,25 +4,22 @@ Built on the host and uploaded when the batch changes, then used step after step
 """
 
 from collections.abc import Sequence as Items
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from nanovllm.kernels import row_state
+from nanovllm.kernels.copies import upload_one
 from nanovllm.sampling.history import TokenHistory
 from nanovllm.sampling.penalties import Penalties, has_penalties
+from nanovllm.sampling.state import SampledSequence
 from nanovllm.sampling.token_masks import AllowedTokens, ForbiddenTokens, LogitBias
 from nanovllm.sampling.token_rules import TokenRules
-from nanovllm.sampling.uploads import upload
-
-if TYPE_CHECKING:
-    from nanovllm.engine.sequence import Sequence
 
 ALIGNMENT = 64  # of the width of logits that are edited
 
 
-def needs_history(seq: "Sequence", rules: TokenRules | None) -> bool:
+def needs_history(seq: SampledSequence, rules: TokenRules | None) -> bool:
     """Whether sampling `seq` depends on the tokens before."""
     return has_penalties(seq.sampling_params) or (rules is not None and rules.needs_history)
 
@@ -34,7 +31,7 @@ class RaceInputs:
     """
 
     def __init__(
-        self, seqs: "list[Sequence]", is_elsewhere: Items[bool], device: torch.device
+        self, seqs: Items[SampledSequence], is_elsewhere: Items[bool], device: torch.device
     ) -> None:
         params = [seq.sampling_params for seq in seqs]
         temperatures = [p.temperature for p in params]
@@ -45,11 +42,11 @@ class RaceInputs:
             elif p.top_k or p.top_p < 1 or p.min_p:
                 self.has_filters = True
         floats = [temperatures, [p.top_p for p in params], [p.min_p for p in params]]
-        uploaded = upload(np.array(floats, dtype=np.float32), device)
+        uploaded = upload_one(np.array(floats, dtype=np.float32), device)
         self.temperatures, self.top_p, self.min_p = uploaded  # [E] each
-        self.top_k = upload(np.array([p.top_k for p in params], dtype=np.int32), device)
+        self.top_k = upload_one(np.array([p.top_k for p in params], dtype=np.int32), device)
         seeds = np.array([seq.seed for seq in seqs], dtype=np.uint64)
-        self.seeds = upload(seeds.view(np.int32).reshape(-1, 2), device)  # low and high words
+        self.seeds = upload_one(seeds.view(np.int32).reshape(-1, 2), device)  # low and high words
 
 
 class EditedRows:
@@ -66,7 +63,7 @@ class EditedRows:
 
     def __init__(
         self,
-        seqs: "list[Sequence]",
+        seqs: Items[SampledSequence],
         indices: list[int],
         rules: Items[TokenRules | None],
         history: TokenHistory,
@@ -77,7 +74,7 @@ class EditedRows:
         self.vocab_size = vocab_size
         self.indices: torch.Tensor | None = None  # [P] int64; None: all of them, in order
         if indices != list(range(len(seqs))):
-            self.indices = upload(np.array(indices, dtype=np.int64), device)
+            self.indices = upload_one(np.array(indices, dtype=np.int64), device)
         # At least the last column is no token's: what must not be written goes there.
         self.width = (vocab_size // ALIGNMENT + 1) * ALIGNMENT
         own = [seqs[i] for i in indices]
@@ -116,7 +113,7 @@ class Batch:
 
     def __init__(
         self,
-        seqs: "list[Sequence]",
+        seqs: Items[SampledSequence],
         rules_of_row: Items[TokenRules | None],
         history: TokenHistory,
         vocab_size: int,
@@ -127,7 +124,9 @@ class Batch:
         self.rows = [seq.row for seq in seqs]
         rules = [_rules_in_effect(seq, rules_of_row) for seq in seqs]
         is_edited = [
-            rule is not None or seq.grammar is not None or has_penalties(seq.sampling_params)
+            rule is not None
+            or seq.features.grammar is not None
+            or has_penalties(seq.sampling_params)
             for seq, rule in zip(seqs, rules, strict=True)
         ]
         self.race: RaceInputs | None = None  # of those that are not edited; None: all are
@@ -135,7 +134,10 @@ class Batch:
             self.race = RaceInputs(seqs, is_edited, device)
         edited = sorted(
             np.flatnonzero(is_edited).tolist(),
-            key=lambda i: (seqs[i].grammar is None, not seqs[i].sampling_params.allowed_token_ids),
+            key=lambda i: (
+                seqs[i].features.grammar is None,
+                not seqs[i].sampling_params.allowed_token_ids,
+            ),
         )
         parts = [edited[i : i + max_edited_rows] for i in range(0, len(edited), max_edited_rows)]
         self.edited = [
@@ -150,14 +152,16 @@ class Batch:
         self.has_logprobs = len(wanting) > 0
         self.logprob_indices: torch.Tensor | None = None  # [R] int64; None: all
         if 0 < len(wanting) < len(seqs):
-            self.logprob_indices = upload(np.array(wanting, dtype=np.int64), device)
+            self.logprob_indices = upload_one(np.array(wanting, dtype=np.int64), device)
 
-    def is_of(self, seqs: "list[Sequence]") -> bool:
+    def is_of(self, seqs: Items[SampledSequence]) -> bool:
         """Whether these are the same sequences, in the same order and the same rows."""
         return self.seqs == seqs and self.rows == [seq.row for seq in seqs]
 
 
-def _rules_in_effect(seq: "Sequence", rules_of_row: Items[TokenRules | None]) -> TokenRules | None:
+def _rules_in_effect(
+    seq: SampledSequence, rules_of_row: Items[TokenRules | None]
+) -> TokenRules | None:
     """The rules of `seq`, None once they change nothing any more."""
     assert seq.row is not None
     rules = rules_of_row[seq.row]

@@ -3,16 +3,14 @@
 A sampled token is entered before the host knows it, so the next step can be launched at once.
 """
 
+from collections.abc import Sequence as Items
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from nanovllm.sampling.uploads import upload
-
-if TYPE_CHECKING:
-    from nanovllm.engine.sequence import Sequence
+from nanovllm.kernels.copies import upload_one
+from nanovllm.sampling.state import SampledSequence
 
 
 class TokenHistory:
@@ -34,7 +32,7 @@ class TokenHistory:
             self._tokens = torch.zeros(self.shape, dtype=torch.int32, device=self.device)
         return self._tokens
 
-    def write(self, seqs: list["Sequence"]) -> None:
+    def write(self, seqs: Items[SampledSequence]) -> None:
         """Enter the confirmed tokens of `seqs`, which have no pending ones."""
         if not seqs:
             return
@@ -44,12 +42,12 @@ class TokenHistory:
             for seq, first in zip(seqs, self._firsts(seqs), strict=True)
         ]
         self.tokens.view(-1).index_copy_(
-            0, upload(np.concatenate(places), self.device), upload(token_ids, self.device)
+            0, upload_one(np.concatenate(places), self.device), upload_one(token_ids, self.device)
         )
 
-    def next_places(self, seqs: list["Sequence"]) -> torch.Tensor:
+    def next_places(self, seqs: Items[SampledSequence]) -> torch.Tensor:
         """[E] int64 for `append`; valid while the sequences keep their rows."""
-        return upload(self._firsts(seqs) + 1, self.device)
+        return upload_one(self._firsts(seqs) + 1, self.device)
 
     def append(
         self, next_places: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor
@@ -57,6 +55,6 @@ class TokenHistory:
         """Enter the tokens [E] int32 sampled behind the positions [E] int32."""
         self.tokens.view(-1).index_copy_(0, next_places + positions, token_ids)
 
-    def _firsts(self, seqs: list["Sequence"]) -> np.ndarray:
+    def _firsts(self, seqs: Items[SampledSequence]) -> np.ndarray:
         """[E] int64: where the rows of `seqs` begin in the flat table."""
         return np.array([seq.row for seq in seqs], dtype=np.int64) * self.shape[1]

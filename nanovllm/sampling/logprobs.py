@@ -5,22 +5,15 @@ They are those of the model alone, from its raw logits in float32, whatever samp
 
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from nanovllm.inputs.detokenizer import token_texts
+from nanovllm.kernels.copies import Download
 from nanovllm.outputs import Logprob
+from nanovllm.sampling.state import LogprobRow
 
 MAX_FLOAT32_LOGITS = 2**24  # in float32 at a time
 ALL_TOKENS = -1  # as a number of logprobs: the whole vocabulary
-
-
-class LogprobRow(NamedTuple):
-    """The log probabilities at one position, on the host."""
-
-    token_ids: np.ndarray  # [1 + k] int32: the sampled (or the prompt's) token, then the k best
-    logprobs: np.ndarray  # [1 + k] float32
-    rank: int  # of the first: 1 + the number of tokens that are strictly more probable
 
 
 class LogprobTensors(NamedTuple):
@@ -41,23 +34,11 @@ class LogprobsDownload:
 
     def __init__(self, tensors: LogprobTensors) -> None:
         self._counts = tensors.counts
-        self._arrays = [tensors.token_ids, tensors.logprobs, tensors.ranks]
-        self._event: torch.cuda.Event | None = None
-        if tensors.ranks.is_cuda:
-            # Each download has memory of its own, given back to torch's allocator of pinned memory.
-            pinned = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in self._arrays]
-            for host, array in zip(pinned, self._arrays, strict=True):
-                host.copy_(array, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-            self._arrays = pinned
+        self._download = Download(tensors.token_ids, tensors.logprobs, tensors.ranks)
 
     def rows(self) -> list[LogprobRow | None]:
         """What each sequence asked for, None if nothing; blocks until it has arrived."""
-        if self._event is not None:
-            self._event.synchronize()
-        # Copies: what a request keeps must not hold pinned memory.
-        token_ids, logprobs, ranks = (array.numpy().copy() for array in self._arrays)
+        token_ids, logprobs, ranks = self._download.wait()
         arrived = zip(token_ids, logprobs, ranks.tolist(), strict=True)
         rows: list[LogprobRow | None] = []
         for count in self._counts:
@@ -66,7 +47,7 @@ class LogprobsDownload:
                 continue
             ids, values, rank = next(arrived)
             if count != ALL_TOKENS and 1 + count < len(ids):
-                # Nor may a view of the widest row's width stay behind.
+                # A view of the widest row's width must not stay behind.
                 ids, values = ids[: 1 + count].copy(), values[: 1 + count].copy()
             rows.append(LogprobRow(ids, values, rank))
         return rows
@@ -129,8 +110,3 @@ def to_logprobs(rows: list[LogprobRow], tokenizer: Any = None) -> list[dict[int,
             position[token_id] = Logprob(logprob, rank, texts.get(token_id))
         positions.append(position)
     return positions
-
-
-def cumulative_logprob(rows: list[LogprobRow]) -> float:
-    """The sum of the sampled tokens' log probabilities."""
-    return sum(float(row.logprobs[0]) for row in rows)

@@ -3,18 +3,15 @@
 Nothing of the vocabulary's size is kept between steps: each step counts anew.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence as Items
 
 import numpy as np
 import torch
 
+from nanovllm.kernels.copies import upload_one
 from nanovllm.sampling.history import TokenHistory
-from nanovllm.sampling.uploads import upload
-
-if TYPE_CHECKING:
-    from nanovllm.engine.sequence import Sequence
-    from nanovllm.sampling_params import SamplingParams
-
+from nanovllm.sampling.state import SampledSequence
+from nanovllm.sampling_params import SamplingParams
 
 # Far beyond what changes a choice. A forbidden token's logit (token_masks.FORBIDDEN) times this is
 # finite, and by its inverse still the least.
@@ -65,7 +62,7 @@ def apply_penalties(
 class Penalties:
     """The penalties of P sequences, for as long as these are sampled together."""
 
-    def __init__(self, seqs: list["Sequence"], device: torch.device) -> None:
+    def __init__(self, seqs: Items[SampledSequence], device: torch.device) -> None:
         self.seqs = seqs
         params = [seq.sampling_params for seq in seqs]
         factors = np.array(
@@ -76,9 +73,9 @@ class Penalties:
             ],
             dtype=np.float32,
         )
-        self.factors = upload(factors, device).unsqueeze(-1)  # [3, P, 1]
+        self.factors = upload_one(factors, device).unsqueeze(-1)  # [3, P, 1]
         numbers = [[seq.row for seq in seqs], [seq.num_prompt_tokens for seq in seqs]]
-        self.rows, self.num_prompt_tokens = upload(np.array(numbers, dtype=np.int64), device)
+        self.rows, self.num_prompt_tokens = upload_one(np.array(numbers, dtype=np.int64), device)
 
     def apply(self, logits: torch.Tensor, positions: torch.Tensor, history: TokenHistory) -> None:
         """Change `logits` [P, W] float32 in place, see `apply_penalties`.

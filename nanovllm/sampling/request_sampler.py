@@ -5,20 +5,17 @@ top_p, race. Nothing waits for the device. Sequences that have filters only are 
 model's own logits, without a copy. A draw depends on its own sequence alone.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence as Items
+from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from nanovllm.kernels.ops import Ops
 from nanovllm.sampling.batch import Batch, RaceInputs, needs_history
 from nanovllm.sampling.history import TokenHistory
 from nanovllm.sampling.logprobs import LogprobTensors, logprob_tensors
+from nanovllm.sampling.state import SampledSequence
 from nanovllm.sampling.token_rules import TokenRules, compile_rules
-from nanovllm.sampling.uploads import upload
-
-if TYPE_CHECKING:
-    from nanovllm.engine.sequence import Sequence
 
 MAX_EDITED_LOGITS = 2**24  # float32 copies of logits in memory at a time: 64 MiB
 
@@ -62,7 +59,7 @@ class RequestSampler:
         self._previous_batch: Batch | None = None
 
     @torch.inference_mode()
-    def begin(self, seqs: "list[Sequence]") -> None:
+    def begin(self, seqs: Items[SampledSequence]) -> None:
         """Take note of `seqs`, which have just got their rows and have no pending tokens.
 
         To be called before they are sampled for the first time, and again after a preemption.
@@ -78,7 +75,7 @@ class RequestSampler:
 
     @torch.inference_mode()
     def sample(
-        self, logits: torch.Tensor, seqs: "list[Sequence]", positions: torch.Tensor
+        self, logits: torch.Tensor, seqs: Items[SampledSequence], positions: torch.Tensor
     ) -> Sampled:
         """Sample a token for each of `seqs`.
 
@@ -104,22 +101,7 @@ class RequestSampler:
             self.history.append(batch.next_places, positions, token_ids)
         return Sampled(token_ids, self._logprobs(logits, token_ids, batch))
 
-    @torch.inference_mode()
-    def prompt_logprobs(
-        self, logits: torch.Tensor, next_ids: np.ndarray, seq: "Sequence"
-    ) -> LogprobTensors:
-        """The log probabilities of prompt tokens.
-
-        Args:
-            logits: [T, >= vocab_size] after tokens of the prompt.
-            next_ids: [T] the tokens that follow them in it.
-            seq: whose prompt; its `prompt_logprobs` says how many are wanted.
-        """
-        own_ids = upload(next_ids, self.device)
-        counts = [seq.sampling_params.prompt_logprobs] * len(next_ids)
-        return logprob_tensors(logits[:, : self.vocab_size], own_ids, counts)
-
-    def _prepare(self, seqs: "list[Sequence]") -> Batch:
+    def _prepare(self, seqs: Items[SampledSequence]) -> Batch:
         """The batch of `seqs`: the last one, the one before, or a new one.
 
         Sequences with a grammar are in every other step only, so with them two batches alternate.

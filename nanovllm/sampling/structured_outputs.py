@@ -140,6 +140,13 @@ class Grammar:
         if self._keys is not None:
             self._keys.accept(token_id)
 
+    def on_token(self, token_id: int) -> tuple[str, str | None] | None:
+        """`accept` it; "abort" if there is an `error`, "stop" if the text can only end, or None."""
+        self.accept(token_id)
+        if (error := self.error) is not None:
+            return "abort", error  # why no token can follow
+        return ("stop", None) if self.is_terminated else None
+
     def _fail(self, error: BaseException) -> None:
         """Note a failure of llguidance. Its panics derive from BaseException alone."""
         if not isinstance(error, Exception) and not _is_panic(error):

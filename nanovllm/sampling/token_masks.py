@@ -5,18 +5,15 @@ sequence is, the device finds out from positions and the token history.
 """
 
 from collections.abc import Sequence as Items
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from nanovllm.kernels.copies import upload_one
 from nanovllm.sampling.history import TokenHistory
+from nanovllm.sampling.state import SampledSequence
 from nanovllm.sampling.structured_outputs import fill_bitmasks
 from nanovllm.sampling.token_rules import ANY_TOKEN, TokenRules
-from nanovllm.sampling.uploads import upload
-
-if TYPE_CHECKING:
-    from nanovllm.engine.sequence import Sequence
 
 # The logit of a bad word and of an early end. Finite: where allowed ids or a grammar leave nothing
 # but such tokens, one of them is taken.
@@ -39,14 +36,14 @@ class AllowedTokens:
 
     def __init__(
         self,
-        seqs: "list[Sequence]",
+        seqs: Items[SampledSequence],
         rules: Items[TokenRules | None],
         vocab_size: int,
         device: torch.device,
     ) -> None:
         self.device = device
         self.num_words = -(-vocab_size // 32)
-        self.grammars = [seq.grammar for seq in seqs if seq.grammar is not None]
+        self.grammars = [seq.features.grammar for seq in seqs if seq.features.grammar is not None]
         self.allowed = [
             (index, rule.allowed)
             for index, rule in enumerate(rules)
@@ -54,7 +51,7 @@ class AllowedTokens:
         ]
         self.num_masked = max([len(self.grammars), *(index + 1 for index, _ in self.allowed)])
         if not self.grammars and self.allowed:
-            self.static_bitmask = upload(np.stack([bits for _, bits in self.allowed]), device)
+            self.static_bitmask = upload_one(np.stack([bits for _, bits in self.allowed]), device)
 
     def apply(self, logits: torch.Tensor) -> None:
         """Mask `logits` [P, W] float32 in place."""
@@ -79,7 +76,7 @@ class ForbiddenTokens:
     """Bad words and early ends: F tokens, each forbidden while its condition holds."""
 
     def __init__(
-        self, seqs: "list[Sequence]", rules: Items[TokenRules | None], device: torch.device
+        self, seqs: Items[SampledSequence], rules: Items[TokenRules | None], device: torch.device
     ) -> None:
         ruled = [(i, rule) for i, rule in enumerate(rules) if rule and rule.num_forbidden]
         self.count = sum(rule.num_forbidden for _, rule in ruled)
@@ -88,11 +85,15 @@ class ForbiddenTokens:
             return
         indices = np.repeat([i for i, _ in ruled], [rule.num_forbidden for _, rule in ruled])
         packed = np.vstack((indices, np.concatenate([rule.forbidden for _, rule in ruled], axis=1)))
-        self.indices, self.token_ids, self.starts, self.ends = upload(packed, device)  # [F] each
+        self.indices, self.token_ids, self.starts, self.ends = upload_one(
+            packed, device
+        )  # [F] each
         if self.prefix_length:
             rows = np.array([seq.row for seq in seqs], dtype=np.int64)
-            self.rows = upload(rows[indices].reshape(-1, 1), device)
-            self.prefixes = upload(_stack_prefixes([rule for _, rule in ruled]), device)  # [F, K]
+            self.rows = upload_one(rows[indices].reshape(-1, 1), device)
+            self.prefixes = upload_one(
+                _stack_prefixes([rule for _, rule in ruled]), device
+            )  # [F, K]
 
     def apply(self, logits: torch.Tensor, positions: torch.Tensor, history: TokenHistory) -> None:
         """Forbid them in `logits` [P, W] float32, whose last column is no token's, in place.
@@ -138,8 +139,8 @@ class LogitBias:
         self.count = len(ruled)
         if ruled:
             places = np.concatenate([index * width + rule.biased for index, rule in ruled])
-            self.places = upload(places, device)
-            self.biases = upload(np.concatenate([rule.biases for _, rule in ruled]), device)
+            self.places = upload_one(places, device)
+            self.biases = upload_one(np.concatenate([rule.biases for _, rule in ruled]), device)
 
     def apply(self, logits: torch.Tensor) -> None:
         """Add the biases to `logits` [P, W] float32, contiguous, in place."""

@@ -4,12 +4,10 @@ Allowed ids, bad words, min_tokens and logit_bias; `token_masks` applies them on
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from nanovllm.engine.sequence import Sequence
+from nanovllm.sampling.state import SampledSequence
 
 MAX_POSITION = 2**31 - 1
 ANY_TOKEN = -1
@@ -37,7 +35,7 @@ class TokenRules:
         self.end = MAX_POSITION if is_permanent else int(self.forbidden[2].max())
 
 
-def compile_rules(seq: "Sequence", vocab_size: int) -> TokenRules | None:
+def compile_rules(seq: SampledSequence, vocab_size: int) -> TokenRules | None:
     """The rules of a sequence (its grammar apart); None if it has none.
 
     The last token of a bad word is forbidden after its other ones if all those were generated; end
@@ -46,7 +44,8 @@ def compile_rules(seq: "Sequence", vocab_size: int) -> TokenRules | None:
     params = seq.sampling_params
     num_prompt_tokens = seq.num_prompt_tokens
     forbidden = [
-        (word[-1], num_prompt_tokens + len(word) - 2, MAX_POSITION) for word in seq.bad_word_ids
+        (word[-1], num_prompt_tokens + len(word) - 2, MAX_POSITION)
+        for word in seq.features.bad_word_ids
     ]
     if params.min_tokens:
         end = num_prompt_tokens + params.min_tokens - 1
@@ -54,9 +53,9 @@ def compile_rules(seq: "Sequence", vocab_size: int) -> TokenRules | None:
     bias = params.logit_bias or {}
     if not (forbidden or bias or params.allowed_token_ids):
         return None
-    prefix_length = max((len(word) - 1 for word in seq.bad_word_ids), default=0)
+    prefix_length = max((len(word) - 1 for word in seq.features.bad_word_ids), default=0)
     prefixes = np.full((len(forbidden), prefix_length), ANY_TOKEN, dtype=np.int32)
-    for prefix, word in zip(prefixes, seq.bad_word_ids, strict=False):
+    for prefix, word in zip(prefixes, seq.features.bad_word_ids, strict=False):
         prefix[prefix_length - len(word) + 1 :] = word[:-1]
     return TokenRules(
         allowed=_pack_bits(params.allowed_token_ids, vocab_size),

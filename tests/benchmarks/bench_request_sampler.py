@@ -63,7 +63,7 @@ def measure(
         seq.row, seq.num_computed_tokens = row, length
         seq.end_token_ids = frozenset((1, 2))
         if params.get("bad_words"):
-            seq.bad_word_ids = [[i, i + 1] for i in range(20)]
+            seq.features.bad_word_ids = [[i, i + 1] for i in range(20)]
         seqs.append(seq)
     ops = select_ops("auto", device, torch.bfloat16, 128, compile_torch_ops=False)
     sampler = RequestSampler(ops, device, vocab_size, num_seqs, 2 * length)

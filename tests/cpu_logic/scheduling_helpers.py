@@ -49,11 +49,11 @@ def make_seq(
     prompt: list[int],
     max_tokens: int | None = 64,
     ignore_eos: bool = False,
-    seq_id: int = 0,
+    request_id: int = 0,
     max_length: int | None = None,
 ) -> Sequence:
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=ignore_eos)
-    return Sequence(prompt, params, seq_id=seq_id, max_length=max_length)
+    return Sequence(prompt, params, request_id=request_id, max_length=max_length)
 
 
 def step(scheduler: Scheduler, token: int = 7) -> tuple[list[Sequence], int]:
@@ -170,7 +170,7 @@ class FakeDevice:
         )
         self.row_table = np.full((scheduler.max_num_seqs, width), -7, dtype=np.int32)
         self.cache: dict[int, tuple[int, int]] = {}  # slot -> (token, number of its prefix)
-        self.sampled: dict[int, list[int]] = {}  # seq_id -> all that was sampled for it
+        self.sampled: dict[int, list[int]] = {}  # request_id -> all that was sampled for it
 
     def launch(self, seqs: list[Sequence], is_prefill: bool) -> Launched:
         with patch.object(step_plan, "MIN_SPARED_BLOCK_READS", 1):
@@ -189,14 +189,14 @@ class FakeDevice:
         assert (plan.lengths > 0).all()
         token_ids: list[int | None] = []
         chunks = np.split(plan.token_ids, np.cumsum(plan.lengths)[:-1])
-        numbers = zip(plan.rows, plan.starts, plan.shared, plan.samples, chunks, strict=True)
-        for seq, (row, start, shared, samples, chunk) in zip(seqs, numbers, strict=True):
+        numbers = zip(plan.rows, plan.starts, plan.shared, plan.is_last, chunks, strict=True)
+        for seq, (row, start, shared, is_last, chunk) in zip(seqs, numbers, strict=True):
             for position, token in enumerate(chunk.tolist(), int(start)):
                 self._compute(int(row), position, token, is_written=position >= shared)
             end = int(start) + len(chunk)
             self._check_context(seq, int(row), end)
             assert bool(samples) == (end == seq.num_prefill_tokens)
-            token_ids.append(self._sample(seq, int(row), end - 1) if samples else None)
+            token_ids.append(self._sample(seq, int(row), end - 1) if is_last else None)
         return token_ids
 
     def _decode(self, plan: StepPlan, seqs: list[Sequence]) -> list[int | None]:
@@ -236,13 +236,13 @@ class FakeDevice:
             assert self.cache[slot] == content, "a shared block holds something else"
 
     def _check_context(self, seq: Sequence, row: int, num_tokens: int) -> None:
-        tokens = (seq.prompt_token_ids + self.sampled.get(seq.seq_id, []))[:num_tokens]
+        tokens = (seq.prompt_token_ids + self.sampled.get(seq.request_id, []))[:num_tokens]
         assert len(tokens) == num_tokens
         prefix = EMPTY_PREFIX
         for position, token in enumerate(tokens):
             prefix = extend_prefix(prefix, token)
             assert self.cache[self._slot(row, position)] == (token, prefix), (
-                f"position {position} of sequence {seq.seq_id}"
+                f"position {position} of sequence {seq.request_id}"
             )
 
     def _sample(self, seq: Sequence, row: int, position: int) -> int:
@@ -252,7 +252,7 @@ class FakeDevice:
         token = sample(prefix, state[row_state.TEMPERATURE], seed, self.vocab_size)
         self.row_table[row, row_state.LAST_TOKEN] = token
         self.row_table[row, row_state.LENGTH] = position + 2
-        generated = self.sampled.setdefault(seq.seq_id, [])
+        generated = self.sampled.setdefault(seq.request_id, [])
         del generated[position + 1 - seq.num_prompt_tokens :]  # sampled before a restart
         generated.append(token)
         return token

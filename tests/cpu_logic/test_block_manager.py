@@ -114,9 +114,9 @@ def test_eviction_takes_the_oldest_and_leaves_a_prefix_to_hit(manager):
 
 def test_full_hit_computes_the_last_token_alone_and_writes_nothing():
     scheduler = make_scheduler()
-    scheduler.add(make_seq(PREFIX, max_tokens=5, seq_id=0))
+    scheduler.add(make_seq(PREFIX, max_tokens=5, request_id=0))
     assert step(scheduler)[1] == 48
-    second = make_seq(PREFIX, max_tokens=5, seq_id=1)
+    second = make_seq(PREFIX, max_tokens=5, request_id=1)
     scheduler.add(second)
     [scheduled], num_tokens = step(scheduler)
     assert scheduled is second
@@ -131,8 +131,8 @@ def test_full_hit_computes_the_last_token_alone_and_writes_nothing():
 def test_repeated_prompt_of_600_tokens_hits_two_blocks_of_256():
     scheduler = make_scheduler(kvcache_block_size=256)
     numbers, cached = [], []
-    for seq_id in range(2):
-        seq = make_seq(list(range(600)), max_tokens=1, seq_id=seq_id)
+    for request_id in range(2):
+        seq = make_seq(list(range(600)), max_tokens=1, request_id=request_id)
         scheduler.add(seq)
         numbers += drain(scheduler)
         cached.append(seq.num_cached_tokens)
@@ -147,7 +147,7 @@ def test_next_turn_hits_the_blocks_that_were_computed_in_full(num_generated, num
     first = make_seq(list(range(300)), max_tokens=num_generated)
     scheduler.add(first)
     drain(scheduler)
-    second = make_seq([*first.token_ids, *range(2000, 2010)], max_tokens=1, seq_id=1)
+    second = make_seq([*first.token_ids, *range(2000, 2010)], max_tokens=1, request_id=1)
     scheduler.add(second)
     assert drain(scheduler) == [310 + num_generated - num_cached]
     assert second.num_cached_tokens == num_cached
@@ -191,15 +191,15 @@ def test_refused_request_changes_no_reference_count():
     scheduler = make_scheduler()
     manager = scheduler.block_manager
     long_prefix = [200 + i // 16 for i in range(96)]
-    scheduler.add(make_seq(long_prefix, max_tokens=1, seq_id=0))
+    scheduler.add(make_seq(long_prefix, max_tokens=1, request_id=0))
     drain(scheduler)
-    scheduler.add(make_seq([*long_prefix[:48], 1], seq_id=1))
-    scheduler.add(make_seq([3] * 40, seq_id=2))
+    scheduler.add(make_seq([*long_prefix[:48], 1], request_id=1))
+    scheduler.add(make_seq([3] * 40, request_id=2))
     step(scheduler)
     assert refs(manager, range(6)) == [1, 1, 1, 0, 0, 0]
     assert manager.num_free_blocks == 3
     free = list(manager.free_block_ids)
-    refused = make_seq(long_prefix + [9] * 16, seq_id=3)
+    refused = make_seq(long_prefix + [9] * 16, request_id=3)
     assert len(manager.match_prefix(refused)) == 6
     scheduler.add(refused)
     before = {h: list(ids) for h, ids in manager.hash_to_block_ids.items()}
@@ -253,7 +253,7 @@ def test_equal_block_under_a_colliding_prefix_misses(manager, monkeypatch):
 
 def test_equal_prompts_of_one_step_share_their_full_blocks():
     scheduler = make_scheduler()
-    first, second = (make_seq(PREFIX[:40], seq_id=i) for i in range(2))
+    first, second = (make_seq(PREFIX[:40], request_id=i) for i in range(2))
     scheduler.add(first)
     scheduler.add(second)
     seqs, is_prefill = scheduler.schedule()
@@ -270,7 +270,7 @@ def test_twin_blocks_are_forgotten_one_by_one(reused):
     """Two sequences that grow to the same text hold two blocks of one hash."""
     scheduler = make_scheduler(num_kvcache_blocks=4)
     manager = scheduler.block_manager
-    twins = [make_seq(PREFIX[:15], seq_id=i) for i in range(2)]
+    twins = [make_seq(PREFIX[:15], request_id=i) for i in range(2)]
     for seq in twins:
         scheduler.add(seq)
     for _ in range(3):
@@ -280,10 +280,10 @@ def test_twin_blocks_are_forgotten_one_by_one(reused):
     survivor = twins[1 - reused]
     scheduler.abort([twins[reused]])
     # Takes the free blocks, the freed twin among them.
-    scheduler.add(make_seq([4] * 30, seq_id=2))
+    scheduler.add(make_seq([4] * 30, request_id=2))
     step(scheduler)
     assert manager.num_free_blocks == 0
-    again = make_seq([*survivor.token_ids[:16], 5], seq_id=3)
+    again = make_seq([*survivor.token_ids[:16], 5], request_id=3)
     assert manager.match_prefix(again) == [survivor.block_table[0]]
 
 
@@ -317,7 +317,7 @@ def test_caching_off_shares_nothing_and_refuses_when_full():
         make_config(kvcache_block_size=4, num_kvcache_blocks=7, enable_prefix_caching=False)
     )
     manager = scheduler.block_manager
-    sequences = [make_seq([1] * length, seq_id=i) for i, length in enumerate((10, 16, 1))]
+    sequences = [make_seq([1] * length, request_id=i) for i, length in enumerate((10, 16, 1))]
     for seq in sequences:
         scheduler.add(seq)
     assert scheduler.schedule() == (sequences[:2], True)

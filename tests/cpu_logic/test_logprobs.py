@@ -6,12 +6,8 @@ import torch
 
 from nanovllm import Logprob
 from nanovllm.sampling import logprobs
-from nanovllm.sampling.logprobs import (
-    LogprobRow,
-    cumulative_logprob,
-    logprob_tensors,
-    to_logprobs,
-)
+from nanovllm.sampling.logprobs import logprob_tensors, to_logprobs
+from nanovllm.sampling.state import LogprobRow, cumulative_logprob
 
 VOCAB_SIZE = 50
 

@@ -50,7 +50,7 @@ def test_values_by_name():
 
 def test_a_life_of_requests():
     scheduler = make_scheduler(max_num_seqs=2)
-    seqs = [make_seq(prompt(20, 100 * i), max_tokens=3, seq_id=i) for i in range(3)]
+    seqs = [make_seq(prompt(20, 100 * i), max_tokens=3, request_id=i) for i in range(3)]
     for seq in seqs:
         scheduler.add(seq)
     assert metrics_of(scheduler).get("num_requests_waiting") == 3
@@ -85,8 +85,8 @@ def test_hits_are_tokens_that_the_cache_spared():
 
 def test_a_request_that_is_refused_for_some_steps_counts_once():
     scheduler = make_scheduler(num_kvcache_blocks=4)
-    scheduler.add(make_seq(prompt(50), max_tokens=10, seq_id=0))
-    scheduler.add(make_seq(prompt(40, 500), max_tokens=2, seq_id=1))
+    scheduler.add(make_seq(prompt(50), max_tokens=10, request_id=0))
+    scheduler.add(make_seq(prompt(40, 500), max_tokens=2, request_id=1))
     for _ in range(5):
         step(scheduler)
     assert len(scheduler.waiting) == 1
@@ -99,8 +99,8 @@ def test_a_request_that_is_refused_for_some_steps_counts_once():
 def test_preempted_requests_are_counted_apart():
     """Case 24: the second of two prompts of 80 comes back with 81 tokens, 48 of them cached."""
     scheduler = make_scheduler()
-    for seq_id in range(2):
-        scheduler.add(make_seq(prompt(80, 1000 * seq_id), max_tokens=20, seq_id=seq_id))
+    for request_id in range(2):
+        scheduler.add(make_seq(prompt(80, 1000 * request_id), max_tokens=20, request_id=request_id))
     drain(scheduler)
     stats = scheduler.stats
     assert metrics_of(scheduler).get("num_preemptions") == 1

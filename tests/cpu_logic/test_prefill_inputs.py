@@ -1,18 +1,17 @@
-"""A prefill's inputs against a loop over its tokens, and the bytes that they take."""
+"""A prefill's inputs against a loop over its tokens."""
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanovllm.engine.copies import UploadRing, aligned
 from nanovllm.engine.prefill_inputs import PrefillInputs, prefill_inputs
 from nanovllm.engine.step_plan import StepPlan
 from nanovllm.kernels import row_state
 
 NUM_ROWS = 8
 NUM_BLOCKS = 5  # of a block table
+CPU = torch.device("cpu")
 ROW_WIDTH = row_state.BLOCK_TABLE + NUM_BLOCKS
 NO_UPDATES = np.empty((0, 2), dtype=np.int32)
 
@@ -21,15 +20,16 @@ def int32(numbers) -> np.ndarray:
     return np.array(numbers, dtype=np.int32)
 
 
-def upload(arrays: list[np.ndarray]) -> list[torch.Tensor]:
-    return UploadRing(0, torch.device("cpu")).upload(arrays)
-
-
-def make_plan(rows, starts, lengths, shared, samples, updates=NO_UPDATES) -> StepPlan:
-    token_ids = np.arange(100, 100 + sum(lengths), dtype=np.int32)
-    nobody, per_seq = [], (starts, lengths, shared, samples, [0] * len(rows))
+def make_plan(rows, starts, lengths, shared, is_last, updates=NO_UPDATES) -> StepPlan:
     return StepPlan(
-        True, int32(rows), updates, token_ids, int32(nobody), *(int32(n) for n in per_seq)
+        True,
+        int32(rows),
+        updates,
+        token_ids=np.arange(100, 100 + sum(lengths), dtype=np.int32),
+        starts=int32(starts),
+        lengths=int32(lengths),
+        shared=int32(shared),
+        is_last=int32(is_last),
     )
 
 
@@ -42,23 +42,23 @@ def prefills(draw) -> tuple[StepPlan, np.ndarray, int]:
     starts = [start for start, _ in spans]
     lengths = [last + 1 - start for start, last in spans]
     shared = [draw(st.integers(0, longest)) for _ in rows]
-    samples = [draw(st.integers(0, 1)) for _ in rows]
+    is_last = [draw(st.integers(0, 1)) for _ in rows]
     words = draw(st.integers(0, 2**32 - 1))
     row_table = np.random.default_rng(words).integers(
         0, 2**31, (NUM_ROWS + 1, ROW_WIDTH), dtype=np.int32
     )
-    return make_plan(rows, starts, lengths, shared, samples), row_table, block_size
+    return make_plan(rows, starts, lengths, shared, is_last), row_table, block_size
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(prefills())
 def test_inputs_are_those_of_a_loop_over_the_tokens(prefill):
     plan, row_table, block_size = prefill
-    inputs = prefill_inputs(plan, row_table, block_size, upload)
+    inputs = prefill_inputs(plan, row_table, block_size, CPU)
     positions, slots, ends_q, ends_k = [], [], [0], [0]
     last_tokens, last_positions, rows, seeds, temperature_bits = [], [], [], [], []
-    numbers = zip(plan.rows, plan.starts, plan.lengths, plan.shared, plan.samples, strict=True)
-    for row, start, length, shared, samples in (map(int, line) for line in numbers):
+    numbers = zip(plan.rows, plan.starts, plan.lengths, plan.shared, plan.is_last, strict=True)
+    for row, start, length, shared, is_last in (map(int, line) for line in numbers):
         state = row_table[row].tolist()
         for position in range(start, start + length):
             positions.append(position)
@@ -67,7 +67,7 @@ def test_inputs_are_those_of_a_loop_over_the_tokens(prefill):
             slots.append(-1 if position < shared else slot)
         ends_q.append(len(positions))
         ends_k.append(ends_k[-1] + start + length)
-        if samples:
+        if is_last:
             last_tokens.append(len(positions) - 1)
             last_positions.append(start + length - 1)
             rows.append(row)
@@ -97,36 +97,15 @@ def test_inputs_are_those_of_a_loop_over_the_tokens(prefill):
 def test_slots_beyond_32_bits_are_right():
     row_table = np.zeros((1, ROW_WIDTH), dtype=np.int32)
     row_table[0, row_state.BLOCK_TABLE] = 2**31 - 1
-    inputs = prefill_inputs(make_plan([0], [254], [2], [0], [1]), row_table, 256, upload)
+    inputs = prefill_inputs(make_plan([0], [254], [2], [0], [1]), row_table, 256, CPU)
     assert inputs.slot_mapping.tolist() == [256 * (2**31 - 1) + 254, 256 * (2**31 - 1) + 255]
 
 
 def test_inputs_are_copies():
     """A plan may lie in memory that another process writes to."""
     plan = make_plan([0], [0], [3], [0], [1], updates=int32([[0, 1]]))
-    inputs = prefill_inputs(plan, np.zeros((1, ROW_WIDTH), dtype=np.int32), 4, upload)
+    inputs = prefill_inputs(plan, np.zeros((1, ROW_WIDTH), dtype=np.int32), 4, CPU)
     plan.token_ids[:] = plan.rows[:] = plan.updates[:] = -5
     assert inputs.token_ids.tolist() == [100, 101, 102]
     assert inputs.rows.tolist() == [0]
     assert inputs.row_updates.tolist() == [[0, 1]]
-
-
-@pytest.mark.parametrize("num_seqs", [1, 2, NUM_ROWS])
-@pytest.mark.parametrize("num_tokens", [NUM_ROWS, 11, 40])
-def test_max_bytes_bounds_the_largest_upload(num_seqs, num_tokens):
-    num_updates = num_seqs * ROW_WIDTH  # more than any plan has: no update names token or length
-    updates = np.zeros((num_updates, 2), dtype=np.int32)
-    lengths = [1] * (num_seqs - 1) + [num_tokens - num_seqs + 1]
-    ones, zeros = [1] * num_seqs, [0] * num_seqs
-    plan = make_plan(range(num_seqs), zeros, lengths, zeros, ones, updates)
-    uploaded: list[np.ndarray] = []
-
-    def keep(arrays):
-        uploaded.extend(arrays)
-        return upload(arrays)
-
-    prefill_inputs(plan, np.zeros((num_seqs, ROW_WIDTH), dtype=np.int32), 8, keep)
-    bound = PrefillInputs.max_bytes(num_seqs, num_tokens, ROW_WIDTH)
-    assert sum(aligned(array.nbytes) for array in uploaded) <= bound
-    # A decode step: the number of common blocks and the rows, beside the updates.
-    assert aligned(updates.nbytes) + aligned(4 * (1 + num_seqs)) <= bound

@@ -150,16 +150,3 @@ def test_logprobs_are_raw_and_for_those_who_ask():
     run = Run([SPECS[1], SPECS[7]])
     run.step()
     assert run.sampled[0].logprobs is None
-
-
-def test_prompt_logprobs():
-    prompt = [3, 1, 4, 1, 5, 9, 2, 6]
-    run = Run([Spec(prompt, {"prompt_logprobs": 2})])
-    logits = torch.stack([model_logits(token_id, i) for i, token_id in enumerate(prompt[:-1])])
-    next_ids = np.array(prompt[1:], dtype=np.int32)
-    rows = run.sampler.prompt_logprobs(logits, next_ids, run.seqs[0]).download().rows()
-    exact = logits[:, :VOCAB_SIZE].double().log_softmax(1)
-    assert [int(row.token_ids[0]) for row in rows] == prompt[1:]
-    for row, values in zip(rows, exact, strict=True):
-        assert row.token_ids[1:].tolist() == values.argsort(descending=True)[:2].tolist()
-        np.testing.assert_allclose(row.logprobs, values[row.token_ids.tolist()], atol=1e-5)

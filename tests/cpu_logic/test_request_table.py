@@ -2,8 +2,7 @@
 
 import pytest
 
-from nanovllm.engine.request import Request
-from nanovllm.engine.request_table import RequestTable
+from nanovllm.engine.request import Request, RequestTable
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -84,6 +83,6 @@ def test_only_the_very_request_is_dropped(table):
 
 def test_sequences_of_no_request_are_passed_over(table):
     [stranger] = Request(None, [1], SamplingParams(), max_length=5).sequences
-    stranger.seq_id, stranger.finish_reason = 7, "stop"
+    stranger.request_id, stranger.finish_reason = 7, "stop"
     table.finish([stranger])
     assert not table.has_finished

@@ -180,7 +180,7 @@ def test_defaults_are_those_of_vllm_but_for_max_tokens_and_special_tokens():
         "skip_reading_prefix_cache": None,
     }
     assert (SamplingParams().n, SamplingParams().seed) == (1, None)
-    assert not SamplingParams().is_sampled_apart
+    assert not SamplingParams().needs_logits
 
 
 def test_all_parameters_are_kept_and_survive_copies():
@@ -543,7 +543,7 @@ def test_values_that_only_seem_to_contradict_each_other():
 def test_greedy_resets_the_filters(temperature):
     params = SamplingParams(temperature, top_p=0.5, top_k=20, min_p=0.5)
     assert params == SamplingParams(temperature=0)
-    assert not params.is_sampled_apart
+    assert not params.needs_logits
 
 
 @pytest.mark.parametrize(
@@ -563,10 +563,10 @@ def test_greedy_resets_the_filters(temperature):
         {"structured_outputs": CHOICE},
     ],
 )
-def test_what_is_sampled_apart(values):
-    assert SamplingParams(**values).is_sampled_apart is True
+def test_what_needs_logits(values):
+    assert SamplingParams(**values).needs_logits is True
     if not {"top_p", "top_k", "min_p"} & values.keys():
-        assert SamplingParams(temperature=0, **values).is_sampled_apart is True
+        assert SamplingParams(temperature=0, **values).needs_logits is True
 
 
 def test_what_is_not_sampled_apart():
@@ -585,7 +585,7 @@ def test_what_is_not_sampled_apart():
         skip_special_tokens=True,
         skip_reading_prefix_cache=True,
     )
-    assert params.is_sampled_apart is False
+    assert params.needs_logits is False
 
 
 class Schema:

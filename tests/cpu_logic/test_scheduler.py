@@ -26,7 +26,7 @@ from nanovllm.sampling_params import SamplingParams
 def add_prompts(scheduler: Scheduler, lengths: list[int], **kwargs) -> list[Sequence]:
     """Queue prompts that share nothing."""
     sequences = [
-        make_seq([1000 * (i + 1) + j for j in range(length)], seq_id=i, **kwargs)
+        make_seq([1000 * (i + 1) + j for j in range(length)], request_id=i, **kwargs)
         for i, length in enumerate(lengths)
     ]
     for seq in sequences:
@@ -117,7 +117,7 @@ def test_steps_are_never_mixed():
     add_prompts(scheduler, [20, 20], max_tokens=4)
     assert step(scheduler)[1] == 40
     assert step(scheduler)[1] == -2
-    scheduler.add(make_seq([5] * 30, max_tokens=4, seq_id=2))
+    scheduler.add(make_seq([5] * 30, max_tokens=4, request_id=2))
     assert step(scheduler)[1] == 30
     assert step(scheduler)[1] == -3
 
@@ -144,8 +144,8 @@ def test_whole_prompt_longer_than_what_is_left_of_the_budget_waits():
 
 def test_only_uncached_tokens_count_against_the_budget():
     scheduler = make_scheduler(max_num_batched_tokens=70, num_kvcache_blocks=50)
-    for seq_id in range(4):
-        scheduler.add(make_seq([3] * 64 + [seq_id], max_tokens=2, seq_id=seq_id))
+    for request_id in range(4):
+        scheduler.add(make_seq([3] * 64 + [request_id], max_tokens=2, request_id=request_id))
     assert step(scheduler)[1] == 65 + 3
     assert len(scheduler.running) == 4
 
@@ -190,11 +190,11 @@ def test_slot_freed_long_after_the_last_prefill_is_filled_at_once():
 
 def test_new_request_is_admitted_at_once_where_little_runs():
     scheduler = make_scheduler(max_num_seqs=16, num_kvcache_blocks=1000)
-    for seq_id in range(14):
-        seq = make_seq([seq_id] * 20, seq_id=seq_id)
+    for request_id in range(14):
+        seq = make_seq([request_id] * 20, request_id=request_id)
         scheduler.add(seq)
         assert step(scheduler) == ([seq], 20)
-        assert step(scheduler)[1] == -1 - seq_id
+        assert step(scheduler)[1] == -1 - request_id
 
 
 @pytest.mark.parametrize(("num_free", "num_decodes"), [(5, 1), (4, ADMISSION_INTERVAL)])
@@ -255,7 +255,7 @@ def longest_wait_for_what_is_free(seed: int) -> int:
             num_to_come -= 1
             prompt = [rng.randint(2, 9) for _ in range(rng.randint(1, 24))]
             max_tokens = rng.choice([rng.randint(1, 24), 100])
-            scheduler.add(make_seq(prompt, max_tokens, seq_id=num_to_come))
+            scheduler.add(make_seq(prompt, max_tokens, request_id=num_to_come))
         is_free = False
         if scheduler.waiting and len(scheduler.running) < scheduler.max_num_seqs:
             seq = scheduler.waiting[0]
@@ -550,8 +550,8 @@ def run_bench(requests, num_blocks: int, watermark: float, is_overlapped: bool =
         kvcache_block_size=256,
         watermark=watermark,
     )
-    for seq_id, (prompt, max_tokens) in enumerate(requests):
-        scheduler.add(make_seq(prompt, max_tokens, ignore_eos=True, seq_id=seq_id))
+    for request_id, (prompt, max_tokens) in enumerate(requests):
+        scheduler.add(make_seq(prompt, max_tokens, ignore_eos=True, request_id=request_id))
     numbers: list[int] = []
     peak = 0
     manager = scheduler.block_manager
@@ -688,7 +688,7 @@ def test_waiting_sequence_is_admitted_while_a_decode_is_in_flight():
     [first] = add_prompts(scheduler, [20], max_tokens=10)
     step(scheduler)
     decode, _ = launch(scheduler, in_flight=False)
-    second = make_seq([5] * 20, seq_id=1)
+    second = make_seq([5] * 20, request_id=1)
     scheduler.add(second)
     assert launch(scheduler, in_flight=True) == ([second], True)
     assert scheduler.postprocess(decode, [7]) == [first]
@@ -799,7 +799,7 @@ def test_stops(params, tokens, completion, reasons):
 def make_priority_seqs(*priorities: int, length: int = 10) -> list[Sequence]:
     params = SamplingParams(temperature=0.0, max_tokens=40)
     return [
-        Sequence([i] * length, params, seq_id=i, priority=priority)
+        Sequence([i] * length, params, request_id=i, priority=priority)
         for i, priority in enumerate(priorities)
     ]
 
@@ -828,7 +828,7 @@ def test_the_highest_priority_number_is_preempted_and_waits_behind_the_lower():
         scheduler.add(seq)
     step(scheduler)
     late = make_priority_seqs(4)[0]
-    late.seq_id = 3
+    late.request_id = 3
     scheduler.add(late)
     while scheduler.num_preemptions == 0:
         step(scheduler)
@@ -841,7 +841,7 @@ def test_the_highest_priority_number_is_preempted_and_waits_behind_the_lower():
 def test_an_abort_while_a_priority_is_searched_for(monkeypatch):
     """As a garbage collection in the search may cause, which finds a stream that was dropped."""
     scheduler = make_scheduler(scheduling_policy="priority")
-    old, new = (make_seq([5] * 30, seq_id=i) for i in range(2))
+    old, new = (make_seq([5] * 30, request_id=i) for i in range(2))
     scheduler.add(old)
     rank = scheduler_module._rank
 

@@ -90,12 +90,12 @@ def build_sequences(workload: Workload) -> list[Sequence]:
     longest = min(workload.max_model_len - 1, pool_size)
     stem = [(i * i + i // 3) % 3 for i in range(longest)]
     sequences = []
-    for seq_id, request in enumerate(workload.requests):
+    for request_id, request in enumerate(workload.requests):
         prompt = (stem[: request.stem_length] + request.own_tokens)[:longest] or [0]
         params = SamplingParams(request.temperature, request.max_tokens, request.ignore_eos)
         max_length = min(workload.max_model_len, pool_size + 1, len(prompt) + request.max_tokens)
-        seed = 0x9E3779B97F4A7C15 * (seq_id // 2) % 2**64  # some pairs complete alike
-        sequences.append(Sequence(prompt, params, seq_id, max_length, seed))
+        seed = 0x9E3779B97F4A7C15 * (request_id // 2) % 2**64  # some pairs complete alike
+        sequences.append(Sequence(prompt, params, request_id, max_length, seed))
     return sequences
 
 

@@ -22,13 +22,12 @@ ROW_WIDTH = row_state.BLOCK_TABLE + 8
 FIELDS = (
     "rows",
     "updates",
+    "wants",
     "token_ids",
-    "apart",
     "starts",
     "lengths",
     "shared",
-    "samples",
-    "prompt_logits",
+    "is_last",
 )
 
 int32s = st.integers(-(2**31), 2**31 - 1)
@@ -48,10 +47,10 @@ def plans(draw) -> StepPlan:
         is_prefill,
         array(num_seqs),
         array(num_updates, 2),
+        array(draw(st.sampled_from([0, num_seqs]))),
+        0 if is_prefill else draw(st.integers(0, 9)),
         array(num_tokens),
-        array(draw(st.integers(0, num_seqs))),
-        *(array(per_seq) for _ in range(5)),
-        num_common_blocks=0 if is_prefill else draw(st.integers(0, 9)),
+        *(array(per_seq) for _ in range(4)),
     )
 
 
@@ -85,7 +84,7 @@ def test_max_packed_size_bounds_every_plan(data):
     for i in range(num_seqs):  # the worst: all rows new, all tables full
         num_tokens = data.draw(st.integers(1, num_left - (num_seqs - i - 1)))
         num_left -= num_tokens
-        seq = make_seq([1] * num_tokens, seq_id=i)
+        seq = make_seq([1] * num_tokens, request_id=i)
         seq.row = i
         seq.block_table = list(range(num_blocks))
         seq.num_scheduled_tokens = seq.num_computed_tokens = num_tokens
@@ -132,9 +131,9 @@ class Steps:
         return plan
 
 
-def new_seq(prompt: list[int], seq_id: int, max_tokens: int = 20, seed: int = 0) -> Sequence:
-    params = SamplingParams(temperature=0.5 + seq_id, max_tokens=max_tokens)
-    return Sequence(prompt, params, seq_id, seed=seed)
+def new_seq(prompt: list[int], request_id: int, max_tokens: int = 20, seed: int = 0) -> Sequence:
+    params = SamplingParams(temperature=0.5 + request_id, max_tokens=max_tokens)
+    return Sequence(prompt, params, request_id, seed=seed)
 
 
 def test_prefill_sends_new_rows_and_their_tokens():
@@ -150,7 +149,7 @@ def test_prefill_sends_new_rows_and_their_tokens():
     assert plan.starts.tolist() == [0, 3]
     assert plan.lengths.tolist() == [5, 1]
     assert plan.shared.tolist() == [0, 4]
-    assert plan.samples.tolist() == [1, 1]
+    assert plan.is_last.tolist() == [1, 1]
     assert updates_of(plan) == (
         row_head(first) | table(first, 0, 2) | row_head(second) | table(second, 0, 1)
     )
@@ -182,7 +181,7 @@ def test_head_and_table_of_a_row_are_sent_with_the_first_chunk_only():
     assert [updates_of(plan) for plan in chunks[1:]] == [{}, {}]
     assert [plan.starts.tolist() for plan in chunks] == [[0], [5], [10]]
     assert [plan.lengths.tolist() for plan in chunks] == [[5], [5], [2]]
-    assert [plan.samples.tolist() for plan in chunks] == [[0], [0], [1]]
+    assert [plan.is_last.tolist() for plan in chunks] == [[0], [0], [1]]
     assert [plan.token_ids.tolist() for plan in chunks] == [
         [0, 1, 2, 3, 4],
         [5, 6, 7, 8, 9],

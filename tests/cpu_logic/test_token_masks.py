@@ -60,14 +60,14 @@ def test_bad_words_equal_hugging_face_on_what_was_generated():
         batch = []
         for row, bad_word_ids in enumerate(words):
             seq = new_sequence([0, 1, 0], torch.randint(3, (length,)).tolist(), row=row)
-            seq.bad_word_ids = bad_word_ids
+            seq.features.bad_word_ids = bad_word_ids
             batch.append(seq)
         changed = masked(batch, torch.zeros(len(batch), VOCAB_SIZE))
         for seq, row in zip(batch, changed, strict=True):
             expected = torch.zeros(1, VOCAB_SIZE)
-            if seq.bad_word_ids:
+            if seq.features.bad_word_ids:
                 completion = torch.tensor([seq.completion_token_ids], dtype=torch.int64)
-                processor = NoBadWordsLogitsProcessor([*seq.bad_word_ids])
+                processor = NoBadWordsLogitsProcessor([*seq.features.bad_word_ids])
                 expected = processor(completion, expected)
             assert torch.equal(row == FORBIDDEN, expected[0] == -torch.inf), seq.token_ids
             num_bans += int((row == FORBIDDEN).sum())
@@ -76,7 +76,7 @@ def test_bad_words_equal_hugging_face_on_what_was_generated():
 
 def test_a_bad_word_that_the_prompt_began_may_be_completed():
     seq = new_sequence([7, 8], [])
-    seq.bad_word_ids = [[7, 8, 9], [8, 5]]
+    seq.features.bad_word_ids = [[7, 8, 9], [8, 5]]
     assert not masked([seq], torch.zeros(1, VOCAB_SIZE)).any()
     seq.token_ids += [7, 8]
     changed = masked([seq], torch.zeros(1, VOCAB_SIZE))
@@ -136,7 +136,7 @@ def test_allowed_token_ids_leave_only_these():
 
 def test_an_allowed_token_is_taken_even_if_it_is_a_bad_word():
     seq = new_sequence([1], [], allowed_token_ids=[10, 11], min_tokens=9)
-    seq.bad_word_ids = [[10]]
+    seq.features.bad_word_ids = [[10]]
     seq.end_token_ids = frozenset((11,))
     assert masked([seq], torch.zeros(1, VOCAB_SIZE))[0].argmax() in (10, 11)
 
@@ -170,7 +170,7 @@ def test_grammars_and_allowed_ids_of_a_batch(monkeypatch):
         new_sequence([1], [], row=2, allowed_token_ids=[8]),
         new_sequence([1], [], row=3),
     ]
-    seqs[0].grammar = seqs[1].grammar = OddTokens()
+    seqs[0].features.grammar = seqs[1].features.grammar = OddTokens()
     changed = masked(seqs, torch.zeros(4, VOCAB_SIZE))
     left = [row.isfinite().nonzero().flatten().tolist() for row in changed]
     assert left == [list(range(1, VOCAB_SIZE, 2)), [3, 43], [8], list(range(VOCAB_SIZE))]

@@ -8,9 +8,13 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
 from tiny_models import VOCAB_SIZE
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.launched_step import LaunchedStep
+from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.step_plan import StepPlan
 
 REPO = Path(__file__).resolve().parents[2]
 SHARED = REPO.parent / "shared"
@@ -51,9 +55,9 @@ def drain(llm: LLM) -> tuple[dict[int, list[int]], list[int]]:
     while not llm.is_finished():
         outputs, num_tokens = llm.step()
         counts.append(num_tokens)
-        for seq_id, completion in outputs:
-            assert seq_id not in completions, "a request was returned twice"
-            completions[seq_id] = completion
+        for request_id, completion in outputs:
+            assert request_id not in completions, "a request was returned twice"
+            completions[request_id] = completion
     return completions, counts
 
 
@@ -173,3 +177,11 @@ def read_until(process: subprocess.Popen, line_start: str) -> str:
             return line
         seen.append(line)
     raise AssertionError(f"no line starts with {line_start!r} in:\n{''.join(seen)}")
+
+
+def scripted_step(plan: StepPlan, seqs: Iterable[Sequence], token_ids: list[int]) -> LaunchedStep:
+    """What `ModelRunner.execute` returns, with these tokens."""
+    step = LaunchedStep(plan, list(seqs))
+    step.token_ids = torch.tensor(token_ids, dtype=torch.int32)
+    step.start_download()
+    return step

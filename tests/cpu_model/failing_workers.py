@@ -27,11 +27,11 @@ def raise_in_step(rank: int, *args) -> None:
     execute = model_runner.ModelRunner.execute
     plans = []
 
-    def failing(self, plan):
+    def failing(self, plan, seqs=()):
         plans.append(plan)
         if len(plans) > CALLS_BEFORE_FAILURE:
             raise ValueError(f"injected in a step of rank {rank}")
-        return execute(self, plan)
+        return execute(self, plan, seqs)
 
     model_runner.ModelRunner.execute = failing
     workers._worker_main(rank, *args)
@@ -41,11 +41,11 @@ def exit_in_step(rank: int, *args) -> None:
     execute = model_runner.ModelRunner.execute
     plans = []
 
-    def exiting(self, plan):
+    def exiting(self, plan, seqs=()):
         plans.append(plan)
         if len(plans) > CALLS_BEFORE_FAILURE:
             os._exit(7)
-        return execute(self, plan)
+        return execute(self, plan, seqs)
 
     model_runner.ModelRunner.execute = exiting
     workers._worker_main(rank, *args)

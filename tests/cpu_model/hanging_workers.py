@@ -30,7 +30,7 @@ def hang_in_load(rank: int, *args) -> None:
 def sleep_in_the_next_step(worker, rank: int) -> None:
     """Return now, and let this rank's next step hang."""
 
-    def execute(plan):
+    def execute(plan, seqs=()):
         print("hangs", flush=True)
         time.sleep(FOR_EVER)
 

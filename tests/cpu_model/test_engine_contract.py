@@ -20,6 +20,7 @@ from engine_checks import (
     generate,
     greedy,
     random_prompts,
+    scripted_step,
     tiny_engine,
 )
 from tiny_models import VOCAB_SIZE, reference_greedy, save_model
@@ -68,9 +69,9 @@ def script_tokens(llm, monkeypatch, token_ids):
     """Make a lone request generate `token_ids`."""
     script = iter(token_ids)
 
-    def execute(plan):
+    def execute(plan, seqs=()):
         assert len(plan.rows) == 1
-        return torch.tensor([next(script)], dtype=torch.int32)
+        return scripted_step(plan, seqs, [next(script)])
 
     monkeypatch.setattr(llm.model_runner, "execute", execute)
 
@@ -666,8 +667,8 @@ def test_the_internal_names_of_the_guide(tiny_dir, reference):
             llm.scheduler.postprocess(seqs, token_ids)
             for seq in seqs:
                 if seq.is_finished:
-                    finished[seq.seq_id] = seq.completion_token_ids
-                    assert len(seq) == len(PROMPTS[seq.seq_id]) + 5
+                    finished[seq.request_id] = seq.completion_token_ids
+                    assert len(seq) == len(PROMPTS[seq.request_id]) + 5
         assert finished == {i: r[:5] for i, r in enumerate(reference)}
         outputs = llm.wait_for_completion(use_tqdm=False)
         assert [output["token_ids"] for output in outputs] == [r[:5] for r in reference]
@@ -679,7 +680,7 @@ def test_a_sequence_may_be_given_to_the_scheduler_itself(tiny_dir, reference, as
     """Its owner sees it finish; `step` returns the requests of `add_request` alone."""
     with tiny_engine(tiny_dir, async_scheduling=async_scheduling) as llm:
         request_id = llm.add_request(PROMPTS[0], greedy(9))
-        seq = Sequence(PROMPTS[1], greedy(5), seq_id=99)
+        seq = Sequence(PROMPTS[1], greedy(5), request_id=99)
         llm.scheduler.add(seq)
         returned = []
         while not llm.is_finished():

@@ -334,11 +334,11 @@ def fail_at(llm, monkeypatch, calls, after=False):
     """Let these calls of the model (counted from 0) fail, before or after their computation."""
     execute, count = llm.model_runner.execute, iter(range(10**9))
 
-    def failing(plan):
+    def failing(plan, seqs=()):
         is_bad = next(count) in calls
         if is_bad and not after:
             raise InjectedError
-        result = execute(plan)
+        result = execute(plan, seqs)
         if is_bad:
             raise InjectedError
         return result

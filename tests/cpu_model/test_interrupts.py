@@ -40,11 +40,11 @@ def press_ctrl_c(llm, monkeypatch, calls, times=1):
     """Send SIGINT to this process in these calls of the model (counted from 0)."""
     execute, count = llm.model_runner.execute, iter(range(10**9))
 
-    def interrupted(plan):
+    def interrupted(plan, seqs=()):
         if next(count) in calls:
             for _ in range(times):
                 os.kill(os.getpid(), signal.SIGINT)
-        return execute(plan)
+        return execute(plan, seqs)
 
     monkeypatch.setattr(llm.model_runner, "execute", interrupted)
 

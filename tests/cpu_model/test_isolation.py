@@ -105,10 +105,10 @@ def fail_in_plan(patch, llm, error):
 def fail_in_model(patch, llm, error):
     execute = llm.model_runner.execute
 
-    def failing(plan):
+    def failing(plan, seqs=()):
         if any(map(is_poisoned, llm.model_runner._seqs)):
             raise error
-        return execute(plan)
+        return execute(plan, seqs)
 
     patch.setattr(llm.model_runner, "execute", failing)
 
@@ -230,10 +230,10 @@ def test_a_failure_that_does_not_come_again_ends_nobody(tiny_dir, reference, mon
         with tiny_engine(tiny_dir) as llm, monkeypatch.context() as patch:
             execute, count = llm.model_runner.execute, iter(range(10**9))
 
-            def failing(plan, execute=execute, count=count, call=call):
+            def failing(plan, seqs=(), execute=execute, count=count, call=call):
                 if next(count) == call:
                     raise InjectedError("once")
-                return execute(plan)
+                return execute(plan, seqs)
 
             patch.setattr(llm.model_runner, "execute", failing)
             with caplog.at_level(logging.WARNING, "nanovllm"):
@@ -248,10 +248,10 @@ def test_what_only_fails_together_gets_done(tiny_dir, reference, monkeypatch):
     with tiny_engine(tiny_dir) as llm:
         execute = llm.model_runner.execute
 
-        def failing(plan):
+        def failing(plan, seqs=()):
             if len(plan.rows) > 3:
                 raise MemoryError
-            return execute(plan)
+            return execute(plan, seqs)
 
         monkeypatch.setattr(llm.model_runner, "execute", failing)
         assert generate(llm, PROMPTS, greedy(MAX_TOKENS)) == reference

@@ -113,14 +113,14 @@ def test_running_requests_go_on_with_the_new_weights(llm, other_dir, references,
     for _ in range(3):
         llm.step()
     llm.load_weights(state)
-    kept = [llm.get_output(seq_id)["token_ids"] for seq_id in ids]
+    kept = [llm.get_output(request_id)["token_ids"] for request_id in ids]
     completions, _ = drain(llm)
-    for seq_id, prompt, tokens, expected in zip(ids, PROMPTS, kept, old, strict=True):
+    for request_id, prompt, tokens, expected in zip(ids, PROMPTS, kept, old, strict=True):
         num_kept = len(tokens)
         assert 2 <= num_kept < MAX_TOKENS
         assert tokens == expected[:num_kept]
         [rest] = reference_greedy(other_dir, [prompt + tokens], MAX_TOKENS - num_kept)
-        assert completions[seq_id] == tokens + rest
+        assert completions[request_id] == tokens + rest
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,14 @@ import json
 import shutil
 
 import pytest
-from engine_checks import SHARED, check_nothing_is_held, generate, greedy, tiny_engine
+from engine_checks import (
+    SHARED,
+    check_nothing_is_held,
+    generate,
+    greedy,
+    scripted_step,
+    tiny_engine,
+)
 from tiny_models import edit_config
 
 from nanovllm import SamplingParams
@@ -43,13 +50,12 @@ def test_eos_ids_of_tokenizer_and_generation_config(llm):
 @pytest.mark.parametrize("eos", [IM_END, END_OF_TEXT])
 @pytest.mark.parametrize("ignore_eos", [False, True])
 def test_both_eos_ids_end_a_completion(llm, monkeypatch, eos, ignore_eos):
-    import torch
 
     word = llm.tokenizer.encode("Hello")
     script = iter([*word, eos, *word])
 
-    def execute(plan):
-        return torch.tensor([next(script)], dtype=torch.int32)
+    def execute(plan, seqs=()):
+        return scripted_step(plan, seqs, [next(script)])
 
     monkeypatch.setattr(llm.model_runner, "execute", execute)
     params = greedy(2 * len(word) + 1, ignore_eos)
@@ -84,14 +90,12 @@ def test_ids_beyond_the_tokenizer_decode_to_nothing(llm):
     "text", ["为什么天空是蓝色的", "URGENCY🌶️", "ပုံပြင်လေးပြောပြပါ", "👩‍👩‍👧‍👦", "naïve\r\n\ttext"]
 )
 def test_unicode_round_trip(llm, monkeypatch, text):
-    import torch
-
     ids = llm.tokenizer.encode(text)
     script = iter(ids)
     monkeypatch.setattr(
         llm.model_runner,
         "execute",
-        lambda plan: torch.tensor([next(script)], dtype=torch.int32),
+        lambda plan, seqs: scripted_step(plan, seqs, [next(script)]),
     )
     [output] = llm.generate([text], greedy(len(ids)), use_tqdm=False)
     assert output == {"text": text, "token_ids": ids}

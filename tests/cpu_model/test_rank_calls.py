@@ -94,7 +94,7 @@ def test_calls_between_steps(llm, references):
     while not llm.is_finished():
         completions.update(llm.step()[0])
         assert llm.collective_rpc(rank_functions.sum_of_ranks) == [3.0, 3.0]
-    assert [completions[seq_id] for seq_id in ids] == references[0]
+    assert [completions[request_id] for request_id in ids] == references[0]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

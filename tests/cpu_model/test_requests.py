@@ -61,7 +61,7 @@ def test_n_in_a_loop_is_returned_once(llm):
     while not llm.is_finished():
         outputs, _ = llm.step()
         finished += outputs
-    assert [seq_id for seq_id, _ in finished] == [request_id]
+    assert [request_id for request_id, _ in finished] == [request_id]
     output = llm.get_output(request_id)
     assert finished[0][1] == output.outputs[0].token_ids
     assert [len(completion.token_ids) for completion in output.outputs] == [4, 4, 4]

@@ -146,7 +146,7 @@ def test_keep_goes_on_where_it_was(llm, reference, level, num_steps):
     assert len(llm.scheduler.running) == (len(PROMPTS) if level == 0 and num_steps else 0)
     llm.wake_up()
     completions, _ = drain(llm)
-    assert [completions[seq_id] for seq_id in ids] == reference
+    assert [completions[request_id] for request_id in ids] == reference
     preempted = llm.scheduler.num_preemptions - num_preemptions
     assert preempted == (len(PROMPTS) if level and num_steps else 0)
 
@@ -161,7 +161,7 @@ def test_wait_finishes_first(llm, reference, level):
     outputs, num_tokens = llm.step()
     assert num_tokens == 0
     completions = dict(outputs)
-    assert [completions[seq_id] for seq_id in ids] == reference
+    assert [completions[request_id] for request_id in ids] == reference
 
 
 @pytest.mark.parametrize("level", [0, 1])
@@ -171,7 +171,7 @@ def test_abort_is_the_default(llm, reference, level):
         llm.step()
     llm.sleep(level)
     check_nothing_is_held(llm)
-    outputs = [llm.get_output(seq_id) for seq_id in ids]
+    outputs = [llm.get_output(request_id) for request_id in ids]
     assert {output.outputs[0].finish_reason for output in outputs} == {"abort"}
     for output, expected in zip(outputs, reference, strict=True):
         num_tokens = len(output["token_ids"])
@@ -227,4 +227,4 @@ def test_cached_prefixes_can_be_forgotten(llm, reference):
     assert llm.reset_prefix_cache() is False
     assert llm.reset_prefix_cache(reset_running_requests=True) is True
     completions, _ = drain(llm)
-    assert [completions[seq_id] for seq_id in ids] == reference
+    assert [completions[request_id] for request_id in ids] == reference

@@ -193,9 +193,9 @@ def test_a_config_without_generation_config_stops_at_the_eos_of_the_tokenizer(ti
 
 def prefilled_tokens(llm, prompt, max_tokens):
     """The completion and the prompt tokens computed for it."""
-    seq_id = llm.add_request(prompt, greedy(max_tokens))
+    request_id = llm.add_request(prompt, greedy(max_tokens))
     completions, counts = drain(llm)
-    return completions[seq_id], sum(count for count in counts if count > 0)
+    return completions[request_id], sum(count for count in counts if count > 0)
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -281,8 +281,8 @@ def test_random_arrivals_between_steps(tiny_dir, workload):
             while queue or not llm.is_finished():
                 while queue and rng.random() < 0.3:
                     index, limit = queue.pop(), rng.randint(1, workload.max_tokens)
-                    seq_id = llm.add_request(workload.prompts[index], greedy(limit))
-                    expected[seq_id] = workload.reference[index][:limit]
+                    request_id = llm.add_request(workload.prompts[index], greedy(limit))
+                    expected[request_id] = workload.reference[index][:limit]
                 completions.update(llm.step()[0])
                 assert len(llm.scheduler.running) <= 5
             assert completions == expected

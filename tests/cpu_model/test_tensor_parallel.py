@@ -145,7 +145,7 @@ def test_two_engines_step_in_turn(two_ranks, two_ranks_short_of_blocks, prompts,
         for llm, result in zip(engines, results, strict=True):
             result.update(llm.step()[0])
     for engine_ids, result in zip(ids, results, strict=True):
-        assert [result[seq_id] for seq_id in engine_ids] == reference
+        assert [result[request_id] for request_id in engine_ids] == reference
 
 
 def test_a_step_with_many_long_prompts_that_are_mostly_cached(two_ranks, prompts, reference):

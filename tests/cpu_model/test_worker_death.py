@@ -142,7 +142,7 @@ def test_a_step_that_fails_on_rank_0_ends_the_workers(tiny_dir, monkeypatch):
     [pid] = worker_pids().values()
     generate(llm, PROMPTS, greedy(3))
 
-    def execute(plan):
+    def execute(plan, seqs=()):
         raise ValueError("injected in rank 0")
 
     monkeypatch.setattr(llm.model_runner, "execute", execute)

@@ -229,11 +229,11 @@ def test_an_error_in_a_step_leaves_the_engine_usable(model_dir, prompts, referen
     with small_engine(model_dir) as llm:
         execute, calls = llm.model_runner.execute, []
 
-        def fail_once(plan):
+        def fail_once(plan, seqs=()):
             calls.append(plan)
             if len(calls) == 5:
                 raise torch.cuda.OutOfMemoryError("injected")
-            return execute(plan)
+            return execute(plan, seqs)
 
         monkeypatch.setattr(llm.model_runner, "execute", fail_once)
         assert token_ids(llm.generate(prompts, greedy(), use_tqdm=False)) == reference

@@ -76,10 +76,10 @@ def test_memory_that_suffices_for_fewer_rows_only(model_dir, reference, monkeypa
     with small_engine(model_dir, dtype="float32") as llm:
         execute = llm.model_runner.execute
 
-        def failing(plan):
+        def failing(plan, seqs=()):
             if len(plan.rows) > 3:
                 raise torch.OutOfMemoryError("injected")
-            return execute(plan)
+            return execute(plan, seqs)
 
         monkeypatch.setattr(llm.model_runner, "execute", failing)
         assert token_ids(llm.generate(PROMPTS, greedy(), use_tqdm=False)) == reference
@@ -95,9 +95,9 @@ from nanovllm.engine.model_runner import ModelRunner
 llm = small_engine(sys.argv[1])
 execute = ModelRunner.execute
 
-def failing(self, plan):
+def failing(self, plan, seqs=()):
     torch.zeros(4, device="cuda")[torch.tensor([99], device="cuda")]  # a device-side assertion
-    return execute(self, plan)
+    return execute(self, plan, seqs)
 
 ModelRunner.execute = failing
 try:

@@ -48,7 +48,7 @@ def test_a_large_vocabulary_is_edited_as_on_the_cpu(dtype):
             seq = Sequence(prompt[:10], SamplingParams(temperature=0, max_tokens=60, **params))
             seq.token_ids += prompt[10:]
             seq.row, seq.num_computed_tokens = row, 30
-            seq.bad_word_ids = [[prompt[-1], 7], [8]]
+            seq.features.bad_word_ids = [[prompt[-1], 7], [8]]
             seq.end_token_ids = frozenset((1, VOCAB_SIZE - 2))
             seqs.append(seq)
         ops = select_ops("auto", device, dtype, 16, compile_torch_ops=False)

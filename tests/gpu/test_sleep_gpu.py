@@ -146,7 +146,7 @@ def test_requests_go_on_after_waking(model_dirs, references, num_steps):
         completions = {}
         while not llm.is_finished():
             completions.update(llm.step()[0])
-        assert [completions[seq_id] for seq_id in ids] == references[0]
+        assert [completions[request_id] for request_id in ids] == references[0]
 
 
 def test_other_weights_after_a_deep_sleep(model_dirs, references):
@@ -195,7 +195,7 @@ def test_two_gpus_sleep_and_take_new_weights(model_dirs, references):
             completions = {}
             while not llm.is_finished():
                 completions.update(llm.step()[0])
-            assert [completions[seq_id] for seq_id in ids] == references[0]
+            assert [completions[request_id] for request_id in ids] == references[0]
             assert generate(llm, PROMPTS, SAMPLED) == sampled
         llm.load_weights({name: tensor.cuda() for name, tensor in state.items()})
         assert generate(llm) == references[1]

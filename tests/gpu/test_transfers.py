@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanovllm.engine.copies import ALIGNMENT, NUM_SLOTS, DownloadRing, UploadRing, aligned
+from nanovllm.kernels.copies import ALIGNMENT, Download, upload
 
 SLEEP_CYCLES = 20_000_000  # about 10 ms on the device
 
@@ -25,9 +25,8 @@ def test_upload_keeps_values_shapes_and_dtypes_and_aligns_every_array(device):
         np.empty(0, dtype=np.int64),
         rng.integers(0, 99, 1, dtype=np.int32),
     ]
-    uploads = UploadRing(sum(aligned(array.nbytes) for array in arrays), device)
-    for _ in range(2 * NUM_SLOTS):
-        tensors = uploads.upload(arrays)
+    for _ in range(8):
+        tensors = upload(arrays, device)
         for array, tensor in zip(arrays, tensors, strict=True):
             assert tensor.device == device
             assert tensor.is_contiguous()
@@ -36,13 +35,12 @@ def test_upload_keeps_values_shapes_and_dtypes_and_aligns_every_array(device):
 
 
 def test_uploads_that_wait_for_a_busy_device_are_not_overwritten(device):
-    """More uploads than slots: the host has to wait for a slot's copy before it writes there."""
-    uploads = UploadRing(4096, device)
+    """Pinned memory is taken again only after the copy out of it."""
     kept = []
-    for number in range(3 * NUM_SLOTS):
+    for number in range(12):
         torch.cuda._sleep(SLEEP_CYCLES)
         array = np.full(1000, number, dtype=np.int32)
-        [tensor] = uploads.upload([array])
+        [tensor] = upload([array], device)
         array[:] = -1
         kept.append(tensor.clone())
     for number, tensor in enumerate(kept):
@@ -50,13 +48,13 @@ def test_uploads_that_wait_for_a_busy_device_are_not_overwritten(device):
 
 
 def test_downloads_keep_their_tokens(device):
-    downloads = DownloadRing(1000, device)
-    for first in range(0, 100, NUM_SLOTS):
+    for first in range(0, 100, 4):
         launched = []
-        for number in range(first, first + NUM_SLOTS):
+        for number in range(first, first + 4):
             token_ids = torch.full((1000,), number, dtype=torch.int32, device=device)
             torch.cuda._sleep(SLEEP_CYCLES // 10)
-            launched.append(downloads.download(token_ids))
+            launched.append(Download(token_ids, token_ids + 1))
             token_ids.fill_(-1)
         for number, download in enumerate(launched, first):
-            assert download.wait() == [number] * 1000
+            own, next_ones = download.wait()
+            assert own.tolist() == [number] * 1000 and next_ones.tolist() == [number + 1] * 1000

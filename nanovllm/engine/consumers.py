@@ -1,0 +1,210 @@
+"""Step consumers: each makes something of a step beside its plain tokens.
+
+They run on every rank, launched behind the model without waiting for anything. Rank 0 alone knows
+the sequences. What a consumer has for them travels to the host and is committed with the step.
+"""
+
+from abc import ABC, abstractmethod
+from functools import partial
+
+import numpy as np
+import torch
+
+from nanovllm.config import Config
+from nanovllm.engine.launched_step import LaunchedStep
+from nanovllm.engine.sequence import Sequence, Wants
+from nanovllm.kernels import row_state
+from nanovllm.kernels.copies import Download, upload_one
+from nanovllm.kernels.ops import Ops
+from nanovllm.layers.embedding import ParallelLMHead
+from nanovllm.parallel.tensor_parallel import TensorParallel
+from nanovllm.sampling.logprobs import LogprobsDownload, logprob_tensors
+from nanovllm.sampling.request_sampler import RequestSampler
+
+PROMPT_LOGITS_ROWS = 256  # prompt tokens whose logits are in memory at once
+
+
+class StepConsumer(ABC):
+    """Something that steps give beside plain tokens, to the sequences that want it."""
+
+    @abstractmethod
+    def run(self, step: LaunchedStep, values: torch.Tensor) -> None:
+        """Work on the device's `values` of a step that has such sequences."""
+
+    def release(self) -> None:  # noqa: B027 (most hold none)
+        """Give back all memory; running sequences must begin anew."""
+
+
+class LogitsProcessing(StepConsumer):
+    """Samples the tokens that want more than a temperature, by the processors of `sampling`.
+
+    Args:
+        config: the engine's configuration.
+        device: this rank's.
+        tp: this rank's place among the ranks.
+        ops: the backend.
+        row_table: where the tokens are entered.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        tp: TensorParallel,
+        ops: Ops,
+        row_table: torch.Tensor,
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.tp = tp
+        self.ops = ops
+        self.row_table = row_table
+        self._sampler: RequestSampler | None = None
+        self._sent: np.ndarray = np.empty(0, dtype=np.int32)  # what the two tensors hold
+        self._rows: torch.Tensor
+        self._indices: torch.Tensor
+
+    def run(self, step: LaunchedStep, values: torch.Tensor) -> None:
+        """Sample the A rows with `Wants.LOGITS` on rank 0, and enter their tokens on every rank.
+
+        values: [B, V] this rank's logits of all sampled rows.
+        """
+        plan, seqs, token_ids = step.plan, step.seqs, step.token_ids
+        assert token_ids is not None
+        rows, wants = plan.rows, plan.wants
+        if plan.is_prefill:
+            is_last = plan.is_last != 0
+            rows, wants = rows[is_last], wants[is_last]
+            seqs = [seq for seq in seqs if seq.is_prefilled]
+        numbers = np.flatnonzero(wants & Wants.LOGITS).astype(np.int32)
+        if not len(numbers):
+            return  # their prompts are not complete
+        own_rows, indices = self._upload(rows[numbers], numbers)
+        logits = values
+        if len(numbers) < len(logits):
+            logits = logits.index_select(0, indices)
+        # The fast path has entered a token: the length is two past the input's position.
+        positions = self.row_table[:, row_state.LENGTH].index_select(0, own_rows) - 2
+        logits = self.tp.gather(logits)
+        tokens = torch.zeros_like(own_rows)
+        if self.tp.rank == 0:
+            with step.errors_kept():
+                seqs = [seqs[i] for i in numbers]
+                sampler = self._get_sampler()
+                if plan.is_prefill:
+                    sampler.begin(seqs)
+                sampled = sampler.sample(logits, seqs, positions)
+                tokens = sampled.token_ids
+                if sampled.logprobs is not None:
+                    download = sampled.logprobs.download()
+                    step.commits.append(partial(_keep_logprobs, seqs, download))
+            if step.error is not None:
+                self.release()
+        self.tp.broadcast(tokens)
+        token_ids.index_copy_(0, indices, tokens)
+        self.ops.write_back(self.row_table, own_rows, tokens, positions)
+
+    def release(self) -> None:
+        """See `StepConsumer.release`."""
+        self._sampler = None
+
+    def _upload(self, rows: np.ndarray, numbers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """[A] int32 and [A] int64 on the device; a decode batch that stays is uploaded once."""
+        packed = np.concatenate([rows, numbers])
+        if not np.array_equal(packed, self._sent):
+            self._rows, new_indices = upload_one(packed, self.device).view(2, -1)
+            self._indices, self._sent = new_indices.long(), packed
+        return self._rows, self._indices
+
+    def _get_sampler(self) -> RequestSampler:
+        """Made when the first request needs it: what it holds takes memory."""
+        if self._sampler is None:
+            config = self.config
+            self._sampler = RequestSampler(
+                self.ops,
+                self.device,
+                config.hf_config.vocab_size,
+                config.max_num_seqs,
+                config.max_model_len,
+            )
+        return self._sampler
+
+
+class PromptLogprobs(StepConsumer):
+    """The log probabilities of prompt tokens.
+
+    Args:
+        config: the engine's configuration.
+        tp: this rank's place among the ranks.
+        lm_head: the model's.
+    """
+
+    def __init__(self, config: Config, tp: TensorParallel, lm_head: ParallelLMHead) -> None:
+        self.vocab_size = config.hf_config.vocab_size
+        self.tp = tp
+        self.lm_head = lm_head
+
+    def run(self, step: LaunchedStep, values: torch.Tensor) -> None:
+        """The logprobs of the prompt tokens that follow the step's.
+
+        values: [T, hidden_size] hidden states of all tokens.
+        """
+        plan = step.plan
+        ends = np.cumsum(plan.lengths)
+        for number in np.flatnonzero(plan.wants & Wants.PROMPT):
+            start, first = int(plan.starts[number]), int(ends[number] - plan.lengths[number])
+            count = int(plan.lengths[number] - plan.is_last[number])  # nothing follows the last
+            for offset in range(0, count, PROMPT_LOGITS_ROWS):
+                size = min(PROMPT_LOGITS_ROWS, count - offset)
+                hidden_states = values[first + offset : first + offset + size]
+                logits = self.tp.gather(self.lm_head(hidden_states))
+                if self.tp.rank != 0 or step.error is not None:
+                    continue
+                with step.errors_kept():
+                    seq, next_position = step.seqs[number], start + offset + 1
+                    next_ids = seq.token_ids[next_position : next_position + size]
+                    wanted = [seq.sampling_params.prompt_logprobs] * size
+                    own_ids = upload_one(np.array(next_ids, dtype=np.int32), logits.device)
+                    tensors = logprob_tensors(logits[:, : self.vocab_size], own_ids, wanted)
+                    commit = partial(_keep_prompt_logprobs, seq, tensors.download())
+                    step.commits.append(commit)
+
+
+def _keep_logprobs(seqs: list[Sequence], download: LogprobsDownload) -> None:
+    for seq, row in zip(seqs, download.rows(), strict=True):
+        if row is not None and not seq.is_finished:
+            seq.features.logprobs.append(row)
+
+
+def _keep_prompt_logprobs(seq: Sequence, download: LogprobsDownload) -> None:
+    if not seq.is_finished:
+        features = seq.features
+        features.prompt_logprobs += [row for row in download.rows() if row is not None]
+        if len(features.prompt_logprobs) == features.num_prompt_logprobs:
+            seq.wants &= ~Wants.PROMPT
+
+
+class Pooling(StepConsumer):
+    """The last hidden states of sequences that end without a token."""
+
+    def run(self, step: LaunchedStep, values: torch.Tensor) -> None:
+        """Pool the sequences with `Wants.POOLING` that the step completes.
+
+        values: [N, hidden_size] last hidden states of all sequences that it completes.
+        """
+        if not step.seqs:
+            return  # not rank 0
+        seqs = [seq for seq in step.seqs if seq.is_prefilled]
+        download = Download(values.float())
+
+        def commit() -> None:
+            [rows] = download.wait()
+            for seq, row in zip(seqs, rows, strict=True):
+                if seq.wants & Wants.POOLING and not seq.is_finished:
+                    assert seq.features.pooler is not None
+                    try:
+                        seq.features.pooled = seq.features.pooler(row)
+                    except BaseException as error:
+                        seq.note_error(error)
+
+        step.commits.append(commit)

@@ -1,0 +1,69 @@
+"""What is kept for a sequence that wants more than plain tokens, and what sampling sees of one.
+
+Nothing here needs torch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+
+from nanovllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from nanovllm.sampling.structured_outputs import Grammar
+
+
+class LogprobRow(NamedTuple):
+    """The log probabilities at one position, on the host."""
+
+    token_ids: np.ndarray  # [1 + k] int32: the sampled (or the prompt's) token, then the k best
+    logprobs: np.ndarray  # [1 + k] float32
+    rank: int  # of the first: 1 + the number of tokens that are strictly more probable
+
+
+def cumulative_logprob(rows: list[LogprobRow]) -> float:
+    """The sum of the sampled tokens' log probabilities."""
+    return sum(float(row.logprobs[0]) for row in rows)
+
+
+@dataclass
+class FeatureState:
+    """What a sequence brings for the consumers of its steps, and what it has got of them.
+
+    Args:
+        grammar: has accepted the confirmed tokens.
+        bad_word_ids: each word as its token ids.
+        num_prompt_logprobs: how many prompt tokens want log probabilities.
+        pooler: makes `pooled` of the last token's hidden state: [hidden_size] float32, in memory
+            that is reused.
+    """
+
+    grammar: "Grammar | None" = None
+    bad_word_ids: list[list[int]] = field(default_factory=list)
+    num_prompt_logprobs: int = 0
+    pooler: Callable[[np.ndarray], Any] | None = None
+    pooled: Any = None
+    logprobs: list[LogprobRow] = field(default_factory=list)  # of each completion token
+    prompt_logprobs: list[LogprobRow] = field(default_factory=list)  # of each but the first
+
+    def restart(self, num_completion_tokens: int) -> None:
+        """The sequence is computed anew, with so many confirmed tokens."""
+        # A commit that failed half-way may have kept the row of a token that was not.
+        del self.logprobs[num_completion_tokens:]
+        if len(self.prompt_logprobs) < self.num_prompt_logprobs:
+            self.prompt_logprobs.clear()  # parts of a prompt are no use
+
+
+class SampledSequence(Protocol):
+    """A running sequence, as far as sampling reads it."""
+
+    row: int | None
+    seed: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    end_token_ids: frozenset[int]
+    sampling_params: SamplingParams
+    features: FeatureState
