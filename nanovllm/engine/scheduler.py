@@ -256,7 +256,7 @@ class Scheduler:
             return
         for seq in seqs:
             self.finish(seq, "abort")
-        self.waiting = self.new_queue(seq for seq in self.waiting if not seq.is_finished)
+        self.waiting.drop_finished()
         self.held = [seq for seq in self.held if not seq.is_finished]
 
     def finish(self, seq: Sequence, reason: str) -> None:

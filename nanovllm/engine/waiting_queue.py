@@ -18,6 +18,12 @@ class FCFSQueue(deque[Sequence]):
         """Queue a preempted sequence."""
         self.appendleft(seq)
 
+    def drop_finished(self) -> None:
+        """Forget sequences that have ended."""
+        left = [seq for seq in self if not seq.is_finished]
+        self.clear()
+        self.extend(left)
+
     def victim(self, running: Items[Sequence]) -> Sequence:
         """Which of the running sequences, oldest admission first, is preempted first."""
         return running[-1]
@@ -28,8 +34,9 @@ class PriorityQueue(FCFSQueue):
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence in its place."""
-        # The search may run a garbage collection, and that the finalizer of a stream, which aborts.
-        self.insert(bisect_right(self, _rank(seq), key=_rank), seq)
+        # The search may run a garbage collection, and that the finalizer of a stream, which
+        # aborts: so it looks at a copy.
+        self.insert(bisect_right(tuple(self), _rank(seq), key=_rank), seq)
 
     put_back = add
 

@@ -195,7 +195,7 @@ class FakeDevice:
                 self._compute(int(row), position, token, is_written=position >= shared)
             end = int(start) + len(chunk)
             self._check_context(seq, int(row), end)
-            assert bool(samples) == (end == seq.num_prefill_tokens)
+            assert bool(is_last) == (end == seq.num_prefill_tokens)
             token_ids.append(self._sample(seq, int(row), end - 1) if is_last else None)
         return token_ids
 

@@ -1,7 +1,6 @@
 """What the scheduler puts in each step, how sequences end, and what preemption does."""
 
 import random
-from collections import deque
 from math import ceil
 
 import pytest
@@ -17,7 +16,7 @@ from scheduling_helpers import (
     step,
 )
 
-from nanovllm.engine import scheduler as scheduler_module
+from nanovllm.engine import waiting_queue
 from nanovllm.engine.scheduler import ADMISSION_INTERVAL, Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.sampling_params import SamplingParams
@@ -352,7 +351,7 @@ def test_aborted_sequences_release_everything_at_once(num_steps):
     check_all_released(scheduler)
 
 
-class CountingQueue(deque):
+class CountingQueue(waiting_queue.FCFSQueue):
     """Counts how often it is gone through, whole or in search of something."""
 
     num_passes = 0
@@ -843,13 +842,13 @@ def test_an_abort_while_a_priority_is_searched_for(monkeypatch):
     scheduler = make_scheduler(scheduling_policy="priority")
     old, new = (make_seq([5] * 30, request_id=i) for i in range(2))
     scheduler.add(old)
-    rank = scheduler_module._rank
+    rank = waiting_queue._rank
 
     def abort_and_rank(seq):
         if not old.is_finished:
             scheduler.abort([old])
         return rank(seq)
 
-    monkeypatch.setattr(scheduler_module, "_rank", abort_and_rank)
+    monkeypatch.setattr(waiting_queue, "_rank", abort_and_rank)
     scheduler.add(new)
     assert list(scheduler.waiting) == [new]

@@ -106,7 +106,7 @@ def fail_in_model(patch, llm, error):
     execute = llm.model_runner.execute
 
     def failing(plan, seqs=()):
-        if any(map(is_poisoned, llm.model_runner._seqs)):
+        if any(map(is_poisoned, seqs)):
             raise error
         return execute(plan, seqs)
 

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from nanovllm import ArgumentError, PoolingParams
+from nanovllm.engine.sequence import Wants
 from nanovllm.features.pooling import QUESTION_AFTER, WEB_SEARCH
 
 HIDDEN_SIZE = 64
@@ -138,7 +139,7 @@ def test_one_step_samples_and_pools(llm, model_dir, prompts, expected):
     steps = []
     launch = llm.executor.launch
     llm.executor.launch = lambda seqs, is_prefill: (
-        steps.append([seq.pooler is not None for seq in seqs]) or launch(seqs, is_prefill)
+        steps.append([bool(seq.wants & Wants.POOLING) for seq in seqs]) or launch(seqs, is_prefill)
     )
     try:
         check_close(embed(llm, prompts[:3]), normalized(expected[:3]))
