@@ -5,6 +5,7 @@ in a step that fails: that one is ended. A failure that does not come again ends
 """
 
 import logging
+from collections.abc import Iterable
 
 from nanovllm.engine.request import Request, RequestTable
 from nanovllm.engine.scheduler import Scheduler
@@ -85,5 +86,24 @@ class Isolation:
         seqs = [seq for seq in everything if not seq.is_finished]
         chosen = [seq for seq in seqs if not own or seq.request_id in own]
         self._goals = [(seq, seq.num_tokens + TOKENS_TO_PASS) for seq in chosen] if own else []
-        self._scheduler.restart(chosen, [seq for seq in seqs if own and seq.request_id not in own])
+        restart(self._scheduler, chosen, [seq for seq in seqs if own and seq.request_id not in own])
         self._requests.finish(everything)  # what has ended by now
+
+
+def restart(scheduler: Scheduler, seqs: list[Sequence], held: Iterable[Sequence] = ()) -> None:
+    """Start over with an empty cache and `seqs` waiting, after a step that failed half-way.
+
+    A sequence whose end was committed already is finished instead.
+
+    held: further sequences, which do not run before the next restart.
+    """
+    untouched = set(scheduler.held)  # most of very many, in a search that restarts often
+    scheduler.clear()
+    for queue, queued in ((scheduler.add, seqs), (scheduler.held.append, held)):
+        for seq in queued:
+            if seq not in untouched:
+                seq.reset()
+                if reason := seq.reason_to_end(scheduler.eos_token_ids):
+                    scheduler.finish(seq, reason)
+                    continue
+            queue(seq)

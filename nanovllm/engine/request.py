@@ -1,19 +1,14 @@
 """A request's life: queued, running, finished, taken, forgotten.
 
-A request has a sequence for each of its `n` completions; their ends make its output.
+A request has a sequence for each of its `n` completions.
 """
 
 import hashlib
 import time
 from collections.abc import Iterable
-from dataclasses import replace
-from typing import Any
 
 from nanovllm.engine.sequence import Sequence
-from nanovllm.errors import RequestError, describe, is_fault
-from nanovllm.inputs.detokenizer import decode, output_text_of
-from nanovllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from nanovllm.sampling.state import LogprobRow, cumulative_logprob
+from nanovllm.outputs import RequestMetrics
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -70,83 +65,6 @@ class Request:
     def error(self) -> BaseException | None:
         """What one of its sequences raised, if any did."""
         return next((seq.error for seq in self.sequences if seq.error is not None), None)
-
-    def output(self, tokenizer: Any) -> RequestOutput:
-        """What there is by now; `tokenizer` is None if the engine has none.
-
-        A tokenizer that fails leaves all texts out, and the output's `error` says so.
-        """
-        try:
-            return self._output(tokenizer, self.error)
-        except BaseException as error:
-            if not is_fault(error):
-                raise
-            if self.is_finished:
-                for seq in self.sequences:
-                    seq.note_error(error)
-            return self._output(None, error)
-
-    def _output(self, tokenizer: Any, error: BaseException | None) -> RequestOutput:
-        first = self.sequences[0]
-        prompt_logprobs = None
-        if self.params.prompt_logprobs is not None:
-            rows = first.features.prompt_logprobs
-            prompt_logprobs = [None, *_logprobs(rows, self.params, tokenizer)]
-        return RequestOutput(
-            str(self.request_id),
-            self.prompt,
-            first.prompt_token_ids,
-            prompt_logprobs,
-            [_completion(seq, tokenizer) for seq in self.sequences],
-            self.is_finished,
-            replace(self.metrics),
-            num_cached_tokens=first.num_cached_prompt_tokens,
-            error=None if error is None else describe(error),
-        )
-
-
-def raise_failed(requests: list[Request], outputs: list[RequestOutput] | None = None) -> None:
-    """RequestError if some of a call's requests failed; `outputs` are those of all of them."""
-    failed = [index for index, request in enumerate(requests) if request.error is not None]
-    if failed:
-        first = requests[failed[0]].error
-        assert first is not None
-        others = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
-        text = f"prompts[{failed[0]}] failed{others}: {describe(first)}"
-        if outputs:
-            text += f" (`outputs` of this error has the results of all {len(outputs)} prompts)"
-        raise RequestError(text, outputs) from first
-
-
-def _completion(seq: Sequence, tokenizer: Any) -> CompletionOutput:
-    params, token_ids = seq.sampling_params, seq.completion_token_ids
-    logprobs, cumulative = None, None
-    if params.logprobs is not None:
-        rows = seq.features.logprobs
-        logprobs = _logprobs(rows, params, tokenizer)
-        cumulative = cumulative_logprob(rows)
-    return CompletionOutput(
-        seq.index,
-        _text(seq, token_ids, tokenizer),
-        token_ids,
-        cumulative,
-        logprobs,
-        seq.finish_reason,
-        seq.stop_reason,
-    )
-
-
-def _logprobs(rows: list[LogprobRow], params: SamplingParams, tokenizer: Any) -> list[Any]:
-    from nanovllm.sampling.logprobs import to_logprobs
-
-    return to_logprobs(rows, tokenizer if params.detokenize else None)
-
-
-def _text(seq: Sequence, token_ids: list[int], tokenizer: Any) -> str:
-    output_text = output_text_of(seq.finish_rules)
-    if output_text is None or tokenizer is None:
-        return decode(tokenizer, token_ids, seq.sampling_params, seq.prompt_token_ids)
-    return output_text.final_text() if seq.is_finished else output_text.text
 
 
 def _derived_seed(engine_seed: int, request_id: int, index: int) -> int:

@@ -5,19 +5,14 @@ what is already certain; what it cannot know yet is settled when the step in fli
 """
 
 from collections import deque
-from collections.abc import Iterable
 from math import ceil
 from operator import attrgetter
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler_stats import SchedulerStats
+from nanovllm.engine.scheduling_policy import POLICIES, is_worth_admitting
 from nanovllm.engine.sequence import Sequence, SequenceStatus, Wants
-from nanovllm.engine.waiting_queue import POLICIES
-
-# When sequences that decode are held up for those that wait; see Scheduler._is_prefill_due.
-ADMISSION_SHARE = 1 / 8  # this much of the slots and of the blocks is free
-ADMISSION_INTERVAL = 24  # or so many decode steps have passed since the last prefill step
 
 
 class Scheduler:
@@ -39,16 +34,10 @@ class Scheduler:
         self.new_queue = POLICIES[config.scheduling_policy]
         self.num_preemptions = 0
         self.stats = SchedulerStats()
-        self.held: list[Sequence] = []
-        self.restart([])
+        self.clear()
 
-    def restart(self, seqs: list[Sequence], held: Iterable[Sequence] = ()) -> None:
-        """Start over with an empty cache and `seqs` waiting, after a step that failed half-way.
-
-        A sequence whose end was committed already is finished instead.
-
-        held: further sequences, which do not run before the next restart.
-        """
+    def clear(self) -> None:
+        """Nothing waits or runs, and the cache is empty."""
         config = self.config
         assert config.num_kvcache_blocks is not None
         self.block_manager = BlockManager(
@@ -57,19 +46,8 @@ class Scheduler:
         self.free_rows = deque(range(self.max_num_seqs))
         self.running: deque[Sequence] = deque()
         self.waiting = self.new_queue()
-        untouched = set(self.held)  # most of very many, in a search that restarts often
-        self.held = []
+        self.held: list[Sequence] = []  # by the recovery from an error: they wait for `clear`
         self.num_decodes_since_prefill = 0
-        for queue, queued in ((self.add, seqs), (self.held.append, held)):
-            for seq in queued:
-                if seq in untouched:
-                    queue(seq)
-                    continue
-                seq.reset()
-                if reason := seq.reason_to_end(self.eos_token_ids):
-                    self.finish(seq, reason)
-                else:
-                    queue(seq)
 
     def is_finished(self) -> bool:
         """Whether nothing waits and nothing runs."""
@@ -105,24 +83,17 @@ class Scheduler:
         return seqs, False
 
     def _is_prefill_due(self) -> bool:
-        """Whether what waits is worth a prefill step now, as far as it fits.
-
-        A prefill step holds up all that decode, for about as long with one short prompt as with
-        ten. So sequences are admitted together: when a share of slots and blocks is free (or as
-        many slots as sequences wait), and else at intervals. What fits is therefore admitted after
-        ADMISSION_INTERVAL decode steps at most, and at once where little runs or the last prefill
-        is long ago.
-        """
-        if not self.running or not self.running[-1].is_prefilled:
+        """Whether what waits is worth a prefill step now, as far as it fits."""
+        num_running = len(self.running)
+        if not num_running or not self.running[-1].is_prefilled:
             return True
-        if self.num_decodes_since_prefill >= ADMISSION_INTERVAL:
-            return True
-        manager = self.block_manager
-        num_free_slots = self.max_num_seqs - len(self.running)
-        num_free_blocks = manager.num_free_blocks - self.watermark * len(self.running)
-        num_wanted_slots = min(len(self.waiting), ADMISSION_SHARE * self.max_num_seqs)
-        num_wanted_blocks = ADMISSION_SHARE * len(manager.blocks)
-        return num_free_slots >= num_wanted_slots and num_free_blocks >= num_wanted_blocks
+        num_free_blocks = self.block_manager.num_free_blocks - self.watermark * num_running
+        return is_worth_admitting(
+            len(self.waiting),
+            self.num_decodes_since_prefill,
+            slots=(self.max_num_seqs - num_running, self.max_num_seqs),
+            blocks=(num_free_blocks, len(self.block_manager.blocks)),
+        )
 
     def _schedule_prefill(self) -> list[Sequence]:
         scheduled: list[Sequence] = []
@@ -145,23 +116,15 @@ class Scheduler:
                 break
             self.waiting.popleft()
             self.block_manager.allocate(seq, matched)
-            self._count_admission(seq, num_cached_tokens)
             seq.status = SequenceStatus.RUNNING
             seq.row = self.free_rows.popleft()
             seq.num_cached_tokens = seq.num_computed_tokens = num_cached_tokens
+            self.stats.count_admission(seq, is_caching=self.block_manager.enable_prefix_caching)
             seq.num_shared_tokens = num_shared_tokens
             budget -= self._schedule_chunk(seq, budget)
             self.running.append(seq)
             scheduled.append(seq)
         return scheduled
-
-    def _count_admission(self, seq: Sequence, num_cached_tokens: int) -> None:
-        is_again, seq.was_admitted = seq.was_admitted, True
-        if self.config.enable_prefix_caching and seq.may_read_prefix_cache:
-            self.stats.count_admission(seq.num_tokens, num_cached_tokens, is_again)
-        if not is_again:
-            seq.num_cached_prompt_tokens = num_cached_tokens
-            self.stats.num_prompt_tokens += seq.num_prompt_tokens
 
     def _schedule_chunk(self, seq: Sequence, budget: int) -> int:
         num_tokens = min(seq.num_prefill_tokens - seq.num_computed_tokens, budget)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from nanovllm.engine.sequence import Sequence
+
 
 @dataclass
 class SchedulerStats:
@@ -19,11 +21,16 @@ class SchedulerStats:
         default_factory=lambda: {"stop": 0, "length": 0, "abort": 0}
     )
 
-    def count_admission(self, num_tokens: int, num_cached_tokens: int, is_again: bool) -> None:
-        """A sequence of `num_tokens` leaves the waiting queue; `is_again`: it was preempted."""
-        if is_again:
-            self.num_preempted_queries += num_tokens
-            self.num_preempted_hits += num_cached_tokens
-        else:
-            self.num_prefix_cache_queries += num_tokens
-            self.num_prefix_cache_hits += num_cached_tokens
+    def count_admission(self, seq: Sequence, is_caching: bool) -> None:
+        """A sequence leaves the waiting queue, perhaps not for the first time."""
+        is_again, seq.was_admitted = seq.was_admitted, True
+        is_counted = is_caching and seq.may_read_prefix_cache
+        if is_again and is_counted:
+            self.num_preempted_queries += seq.num_tokens
+            self.num_preempted_hits += seq.num_cached_tokens
+        elif is_counted:
+            self.num_prefix_cache_queries += seq.num_tokens
+            self.num_prefix_cache_hits += seq.num_cached_tokens
+        if not is_again:
+            seq.num_cached_prompt_tokens = seq.num_cached_tokens
+            self.num_prompt_tokens += seq.num_prompt_tokens

@@ -4,9 +4,8 @@ The plan carries only what the device's row table does not know yet: in a steady
 nothing but the row numbers.
 """
 
-from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,13 +17,7 @@ MIN_SPARED_BLOCK_READS = 32
 NONE = np.empty(0, dtype=np.int32)
 
 
-def empty() -> Any:
-    """A field of StepPlan that is an empty array by default."""
-    return field(default_factory=lambda: NONE)
-
-
-@dataclass(frozen=True)
-class StepPlan:
+class StepPlan(NamedTuple):
     """One step's input. S sequences, T tokens, U updates of the row table.
 
     `updates` are (flat index, value) pairs written to the row table before anything else.
@@ -34,13 +27,13 @@ class StepPlan:
     is_prefill: bool
     rows: np.ndarray  # [S] row of each sequence
     updates: np.ndarray  # [U, 2]
-    wants: np.ndarray = empty()  # [S] `Sequence.wants`; empty: nobody wants anything
+    wants: np.ndarray = NONE  # [S] `Sequence.wants`; empty: nobody wants anything
     num_common_blocks: int = 0  # leading blocks that a decode step reads once for all its rows
-    token_ids: np.ndarray = empty()  # [T] tokens to compute, sequence after sequence
-    starts: np.ndarray = empty()  # [S] position of the first token to compute
-    lengths: np.ndarray = empty()  # [S] tokens to compute
-    shared: np.ndarray = empty()  # [S] positions below this are in shared blocks: K/V not written
-    is_last: np.ndarray = empty()  # [S] 1: a token follows the last of them; 0: more chunks do
+    token_ids: np.ndarray = NONE  # [T] tokens to compute, sequence after sequence
+    starts: np.ndarray = NONE  # [S] position of the first token to compute
+    lengths: np.ndarray = NONE  # [S] tokens to compute
+    shared: np.ndarray = NONE  # [S] positions below this are in shared blocks: K/V not written
+    is_last: np.ndarray = NONE  # [S] 1: a token follows the last of them; 0: more chunks do
 
     def has(self, want: int) -> bool:
         """Whether a sequence of the step wants it, one of `Wants`."""

@@ -13,6 +13,7 @@ from unittest.mock import patch
 import numpy as np
 
 from nanovllm.engine import step_plan
+from nanovllm.engine.recovery import restart
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_plan import PlanBuilder, StepPlan
@@ -297,7 +298,7 @@ class FakeEngine:
         if self.in_flight is None:
             self.in_flight = self._launch(in_flight=False)
         self.in_flight = None
-        self.scheduler.restart(unfinished)
+        restart(self.scheduler, unfinished)
         check_invariants(self.scheduler)
         manager = self.scheduler.block_manager
         assert manager.num_free_blocks == len(manager.blocks)

@@ -16,8 +16,10 @@ from scheduling_helpers import (
     step,
 )
 
-from nanovllm.engine import waiting_queue
-from nanovllm.engine.scheduler import ADMISSION_INTERVAL, Scheduler
+from nanovllm.engine import scheduling_policy
+from nanovllm.engine.recovery import restart
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.scheduling_policy import ADMISSION_INTERVAL
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.sampling_params import SamplingParams
 
@@ -225,7 +227,7 @@ def test_short_requests_are_admitted_in_few_prefill_steps(monkeypatch):
     requests = [(prompt, rng.randint(32, 256)) for prompt in prompts]
     num_prefills, num_decodes = [], []
     for interval in (0, ADMISSION_INTERVAL):
-        monkeypatch.setattr("nanovllm.engine.scheduler.ADMISSION_INTERVAL", interval)
+        monkeypatch.setattr("nanovllm.engine.scheduling_policy.ADMISSION_INTERVAL", interval)
         for is_overlapped in (False, True):
             _, numbers, _ = run_bench(requests, 4000, 0.25, is_overlapped)
             num_prefills.append(sum(n > 0 for n in numbers))
@@ -351,7 +353,7 @@ def test_aborted_sequences_release_everything_at_once(num_steps):
     check_all_released(scheduler)
 
 
-class CountingQueue(waiting_queue.FCFSQueue):
+class CountingQueue(scheduling_policy.FCFSQueue):
     """Counts how often it is gone through, whole or in search of something."""
 
     num_passes = 0
@@ -729,7 +731,7 @@ def test_restart_keeps_confirmed_tokens_and_accounts_for_every_block(num_launche
     step(scheduler)
     for i in range(num_launched):
         launch(scheduler, in_flight=i > 0)  # and never commit
-    scheduler.restart(sequences)
+    restart(scheduler, sequences)
     check_invariants(scheduler)
     manager = scheduler.block_manager
     assert manager.num_free_blocks == 20
@@ -747,7 +749,7 @@ def test_restart_without_requests_leaves_an_empty_scheduler():
     scheduler = make_scheduler()
     add_prompts(scheduler, [20, 20])
     step(scheduler)
-    scheduler.restart([])
+    restart(scheduler, [])
     check_all_released(scheduler)
 
 
@@ -842,13 +844,13 @@ def test_an_abort_while_a_priority_is_searched_for(monkeypatch):
     scheduler = make_scheduler(scheduling_policy="priority")
     old, new = (make_seq([5] * 30, request_id=i) for i in range(2))
     scheduler.add(old)
-    rank = waiting_queue._rank
+    rank = scheduling_policy._rank
 
     def abort_and_rank(seq):
         if not old.is_finished:
             scheduler.abort([old])
         return rank(seq)
 
-    monkeypatch.setattr(waiting_queue, "_rank", abort_and_rank)
+    monkeypatch.setattr(scheduling_policy, "_rank", abort_and_rank)
     scheduler.add(new)
     assert list(scheduler.waiting) == [new]

@@ -186,7 +186,7 @@ def test_a_text_that_fails_in_a_commit_ends_its_request_alone(llm):
     stopping = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, stop="no such text")
     first = llm.add_request(PROMPTS[1], greedy(4))
     second = llm.add_request(PROMPTS[0], stopping)
-    detokenizer = llm.requests.unfinished[second].sequences[0].detokenizer
+    detokenizer = llm.requests.unfinished[second].sequences[0].finish_rules[0]
     append = detokenizer.append
     num_calls = itertools.count(1)
 

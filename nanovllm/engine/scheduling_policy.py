@@ -1,10 +1,42 @@
-"""Who is admitted next and who is preempted first: the scheduling policies."""
+"""Who is admitted next, when that is worth a step, and who is preempted first."""
 
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence as Items
 
 from nanovllm.engine.sequence import Sequence
+
+# When sequences that decode are held up for those that wait; see `is_worth_admitting`.
+ADMISSION_SHARE = 1 / 8  # this much of the slots and of the blocks is free
+ADMISSION_INTERVAL = 24  # or so many decode steps have passed since the last prefill step
+
+
+def is_worth_admitting(
+    num_waiting: int,
+    num_decodes_since_prefill: int,
+    slots: tuple[int, int],
+    blocks: tuple[float, int],
+) -> bool:
+    """Whether what waits is worth a prefill step while other sequences decode.
+
+    A prefill step holds up all that decode, for about as long with one short prompt as with ten. So
+    sequences are admitted together: when a share of slots and blocks is free (or as many slots as
+    sequences wait), and else at intervals. What fits is therefore admitted after ADMISSION_INTERVAL
+    decode steps at most, and at once where little runs or the last prefill is long ago.
+
+    Args:
+        num_waiting: sequences that wait.
+        num_decodes_since_prefill: decode steps since the last prefill step.
+        slots: how many sequences more may run, and how many may at most.
+        blocks: how many KV blocks are free for them, and how many there are.
+    """
+    if num_decodes_since_prefill >= ADMISSION_INTERVAL:
+        return True
+    (num_free_slots, num_slots), (num_free_blocks, num_blocks) = slots, blocks
+    return (
+        num_free_slots >= min(num_waiting, ADMISSION_SHARE * num_slots)
+        and num_free_blocks >= ADMISSION_SHARE * num_blocks
+    )
 
 
 class FCFSQueue(deque[Sequence]):

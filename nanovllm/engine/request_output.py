@@ -1,0 +1,91 @@
+"""What a request gives back: tokens, texts and log probabilities of its completions."""
+
+from dataclasses import replace
+from typing import Any
+
+from nanovllm.engine.request import Request
+from nanovllm.engine.sequence import Sequence
+from nanovllm.errors import RequestError, describe, is_fault
+from nanovllm.inputs.detokenizer import decode, output_text_of
+from nanovllm.outputs import CompletionOutput, RequestOutput
+from nanovllm.sampling.state import LogprobRow, cumulative_logprob
+from nanovllm.sampling_params import SamplingParams
+
+
+def make_output(request: Request, tokenizer: Any) -> RequestOutput:
+    """What there is by now; `tokenizer` is None if the engine has none.
+
+    A tokenizer that fails leaves all texts out, and the output's `error` says so.
+    """
+    try:
+        return _output(request, tokenizer, request.error)
+    except BaseException as error:
+        if not is_fault(error):
+            raise
+        if request.is_finished:
+            for seq in request.sequences:
+                seq.note_error(error)
+        return _output(request, None, error)
+
+
+def _output(request: Request, tokenizer: Any, error: BaseException | None) -> RequestOutput:
+    first = request.sequences[0]
+    prompt_logprobs = None
+    if request.params.prompt_logprobs is not None:
+        rows = first.features.prompt_logprobs
+        prompt_logprobs = [None, *_logprobs(rows, request.params, tokenizer)]
+    return RequestOutput(
+        str(request.request_id),
+        request.prompt,
+        first.prompt_token_ids,
+        prompt_logprobs,
+        [_completion(seq, tokenizer) for seq in request.sequences],
+        request.is_finished,
+        replace(request.metrics),
+        num_cached_tokens=first.num_cached_prompt_tokens,
+        error=None if error is None else describe(error),
+    )
+
+
+def raise_failed(requests: list[Request], outputs: list[RequestOutput] | None = None) -> None:
+    """RequestError if some of a call's requests failed; `outputs` are those of all of them."""
+    failed = [index for index, request in enumerate(requests) if request.error is not None]
+    if failed:
+        first = requests[failed[0]].error
+        assert first is not None
+        others = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
+        text = f"prompts[{failed[0]}] failed{others}: {describe(first)}"
+        if outputs:
+            text += f" (`outputs` of this error has the results of all {len(outputs)} prompts)"
+        raise RequestError(text, outputs) from first
+
+
+def _completion(seq: Sequence, tokenizer: Any) -> CompletionOutput:
+    params, token_ids = seq.sampling_params, seq.completion_token_ids
+    logprobs, cumulative = None, None
+    if params.logprobs is not None:
+        rows = seq.features.logprobs
+        logprobs = _logprobs(rows, params, tokenizer)
+        cumulative = cumulative_logprob(rows)
+    return CompletionOutput(
+        seq.index,
+        _text(seq, token_ids, tokenizer),
+        token_ids,
+        cumulative,
+        logprobs,
+        seq.finish_reason,
+        seq.stop_reason,
+    )
+
+
+def _logprobs(rows: list[LogprobRow], params: SamplingParams, tokenizer: Any) -> list[Any]:
+    from nanovllm.sampling.logprobs import to_logprobs
+
+    return to_logprobs(rows, tokenizer if params.detokenize else None)
+
+
+def _text(seq: Sequence, token_ids: list[int], tokenizer: Any) -> str:
+    output_text = output_text_of(seq.finish_rules)
+    if output_text is None or tokenizer is None:
+        return decode(tokenizer, token_ids, seq.sampling_params, seq.prompt_token_ids)
+    return output_text.final_text() if seq.is_finished else output_text.text
