@@ -303,7 +303,7 @@ class LLM(LLMEngine):
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What `generate` uses without parameters: those of the model's generation_config.json."""
-        return self._default_params.clone()
+        return self.input_processor.default_params.clone()
 
     # ---- inside knowledge ---------------------------------------------------------------------
 

@@ -11,24 +11,18 @@ from typing import Any, NoReturn
 from nanovllm.config import Config
 from nanovllm.engine import kv_cache
 from nanovllm.engine.executor import Executor, LaunchedStep, UniProcExecutor
+from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.model_runner import ModelRunner, choose_ops
 from nanovllm.engine.recovery import Isolation
-from nanovllm.engine.request import Request, RequestTable, raise_failed
-from nanovllm.engine.request_features import RequestFeatures
+from nanovllm.engine.request import Request, RequestTable
+from nanovllm.engine.request_output import make_output, raise_failed
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.engine.sequence import Sequence, Wants
-from nanovllm.errors import ArgumentError, EngineDeadError, is_fault
+from nanovllm.engine.sequence import Sequence
+from nanovllm.errors import EngineDeadError, is_fault
 from nanovllm.guards.interrupts import DeferredInterrupt
 from nanovllm.guards.ownership import Owner, bind_to_process, one_thread_at_a_time
 from nanovllm.inputs.generation_config import default_sampling_params, eos_token_ids
-from nanovllm.inputs.prompts import (
-    as_params_list,
-    as_priority_list,
-    as_prompt_list,
-    check_params,
-    check_unsupported,
-    encode_prompts,
-)
+from nanovllm.inputs.prompts import as_prompt_list, check_unsupported
 from nanovllm.inputs.tokenizer import load_tokenizer
 from nanovllm.models.size import check_size
 from nanovllm.outputs import RequestOutput
@@ -128,16 +122,18 @@ class LLMEngine:
         )
         # A tokenizer may name one that the model does not have: it is never sampled.
         config.eos_token_ids = frozenset(i for i in ids if 0 <= i < config.hf_config.vocab_size)
-        self._default_params = default_sampling_params(
+        default_params = default_sampling_params(
             config.model, config.generation_config, config.override_generation_config
         )
-        self._request_features = RequestFeatures(config, self.tokenizer)
         check_size(config, device)
         kv_cache.check_fits(config, device)
         self.owner = Owner()
         form = MultiprocExecutor if config.tensor_parallel_size > 1 else UniProcExecutor
         self.executor: Executor = form(config, device)
         config.num_kvcache_blocks = self.executor.num_kvcache_blocks
+        self.input_processor = InputProcessor(
+            config, self.tokenizer, default_params, self.model_runner.has_lm_head
+        )
         self.scheduler = Scheduler(config)
         self._in_flight: LaunchedStep | None = None
         self._step_seqs: list[Sequence] | None = None  # of what is launched or committed just now
@@ -204,7 +200,7 @@ class LLMEngine:
             as_prompt_list(prompts), sampling_params, priority, tokenization_kwargs
         )
         self.run(requests, use_tqdm)
-        outputs = [request.output(self.tokenizer) for request in requests]
+        outputs = [make_output(request, self.tokenizer) for request in requests]
         raise_failed(requests, outputs)
         return outputs
 
@@ -259,23 +255,9 @@ class LLMEngine:
         pooler: as of `Sequence`; None: tokens are generated.
         """
         self.check_ready()
-        if pooler is None and not self.model_runner.has_lm_head:
-            raise ArgumentError(
-                f"{self.config.model!r} was saved without an LM head: it can embed, not generate"
-            )
-        if sampling_params is None:
-            sampling_params = self._default_params
-        params_list = as_params_list(sampling_params, len(prompts))
-        priorities = as_priority_list(priority, len(prompts))
-        encoded = encode_prompts(
-            prompts, self.tokenizer, self.config.hf_config.vocab_size, tokenization_kwargs
+        return self.input_processor.process(
+            prompts, sampling_params, priority, tokenization_kwargs, pooler
         )
-        # Usually one object serves all prompts: checked, and copied, once.
-        checked = {id(params): check_params(params) for params in params_list}
-        return [
-            self._new_request(*prompt, checked[id(params)], priority, pooler)
-            for prompt, params, priority in zip(encoded, params_list, priorities, strict=True)
-        ]
 
     def queue(self, requests: list[Request]) -> None:
         """Number requests and put them into the queue."""
@@ -450,7 +432,7 @@ class LLMEngine:
             self._abort(list(self.requests.unfinished.values()))
             self._in_flight = None
             self.requests.clear()
-            self._request_features.close()
+            self.input_processor.close()
         finally:
             self.owner.leave(visit)
 
@@ -465,43 +447,6 @@ class LLMEngine:
 
     def __exit__(self, *exception: object) -> None:
         self.exit()
-
-    def _new_request(
-        self,
-        text: str | None,
-        token_ids: list[int],
-        params: SamplingParams,
-        priority: int,
-        pooler: Callable[[Any], Any] | None,
-    ) -> Request:
-        config = self.config
-        num_new_tokens, new_tokens = (0, "") if pooler else (1, " plus at least 1 output token")
-        if len(token_ids) + num_new_tokens > config.max_model_len:
-            raise ArgumentError(
-                f"prompt length {len(token_ids)}{new_tokens} is longer than the "
-                f"maximum model length of {config.max_model_len}"
-            )
-        assert config.num_kvcache_blocks is not None
-        pool_size = config.num_kvcache_blocks * config.kvcache_block_size
-        if len(token_ids) > pool_size:
-            raise ArgumentError(
-                f"prompt length {len(token_ids)} can never fit in the KV cache of {pool_size} "
-                f"tokens ({config.num_kvcache_blocks} blocks of {config.kvcache_block_size}); "
-                "raise num_kvcache_blocks"
-            )
-        # The newest token's K/V is never needed: a lone sequence may exceed the pool by one token.
-        max_length = min(config.max_model_len, pool_size + 1)
-        if params.max_tokens is not None:
-            max_length = min(max_length, len(token_ids) + params.max_tokens)
-        if pooler is not None:
-            max_length = len(token_ids) + 1  # it is pooled before it has so many
-        request = Request(text, token_ids, params, max_length, priority)
-        if pooler is not None:
-            [seq] = request.sequences
-            seq.wants |= Wants.POOLING
-            seq.features.pooler = pooler
-        self._request_features.prepare(request)
-        return request
 
     def _abort(self, requests: list[Request]) -> None:
         """End those of `requests` that are queued and not finished."""

@@ -14,7 +14,8 @@ import numpy as np
 
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.request import Request, raise_failed
+from nanovllm.engine.request import Request
+from nanovllm.engine.request_output import raise_failed
 from nanovllm.errors import ArgumentError, check_choice, check_integer, shown
 from nanovllm.inputs.prompts import (
     as_prompt_list,

@@ -6,6 +6,7 @@ from operator import attrgetter
 from typing import Any
 
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.request_output import make_output
 from nanovllm.errors import ArgumentError, check_integer, shown
 from nanovllm.inputs.prompts import as_prompt_list
 from nanovllm.outputs import RequestOutput
@@ -36,7 +37,7 @@ def wait_for_completion(llm: LLMEngine, use_tqdm: bool | Callable[..., Any]) -> 
             llm.advance(table.unfinished, bar)
     table.forget()
     requests = sorted(table.take(), key=attrgetter("request_id"))
-    return [request.output(llm.tokenizer) for request in requests]
+    return [make_output(request, llm.tokenizer) for request in requests]
 
 
 def abort_request(llm: LLMEngine, request_ids: int | str | Iterable[int | str]) -> None:
@@ -61,7 +62,7 @@ def get_output(llm: LLMEngine, request_id: int | str) -> RequestOutput:
             f"there is no request {shown(request_id)}: an output is kept until step() or "
             "wait_for_completion() returns the next finished requests"
         )
-    return request.output(llm.tokenizer)
+    return make_output(request, llm.tokenizer)
 
 
 def _as_request_id(request_id: Any) -> int:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from threading import get_ident
 from typing import Any, NoReturn
 
+from nanovllm.engine.input_processor import follow_text
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.request import Request
-from nanovllm.engine.request_features import follow_text
+from nanovllm.engine.request_output import make_output
 from nanovllm.engine.sequence import Sequence
 from nanovllm.inputs.detokenizer import output_text_of
 from nanovllm.inputs.prompts import as_prompt_list
@@ -147,7 +148,7 @@ class _StreamedRequest:
             seq.finish_reason,
             seq.stop_reason,
             finished=not self.open,
-            output=None if self.open else self.request.output(tokenizer),
+            output=None if self.open else make_output(self.request, tokenizer),
         )
 
 

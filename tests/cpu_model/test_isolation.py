@@ -356,7 +356,7 @@ def tokenizer_that_fails(llm, monkeypatch, bad_id, error=None):
 
     backend = SimpleNamespace(encode=llm.tokenizer.encode, decode=failing)
     monkeypatch.setattr(llm, "tokenizer", backend)
-    monkeypatch.setattr(llm._request_features, "tokenizer", backend)
+    monkeypatch.setattr(llm.input_processor, "tokenizer", backend)
 
 
 @pytest.mark.parametrize("stop", [None, ["never"]])
@@ -478,7 +478,7 @@ def test_a_tokenizer_that_fails_to_encode_refuses_by_name(tiny_dir, monkeypatch,
 
         backend = SimpleNamespace(encode=encode, decode=llm.tokenizer.decode)
         monkeypatch.setattr(llm, "tokenizer", backend)
-        monkeypatch.setattr(llm._request_features, "tokenizer", backend)
+        monkeypatch.setattr(llm.input_processor, "tokenizer", backend)
         for call in (llm.generate, llm.add_request, llm.enqueue, llm.generate_stream, llm.embed):
             with pytest.raises(ArgumentError, match="tokenizer refuses the prompt: (odd|MuteErr)"):
                 call("the fox")

@@ -1,8 +1,9 @@
-"""Readies a request's sequences for the parameters that need more than numbers.
+"""Makes requests of what a user gives: checked, tokenised, readied for what they want.
 
-Everything that can be wrong about them is found here, before the request is queued.
+Everything that can be wrong about them is found here, before anything is queued.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from nanovllm.config import Config
@@ -10,6 +11,12 @@ from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Wants
 from nanovllm.errors import ArgumentError
 from nanovllm.inputs.detokenizer import OutputText, output_text_of
+from nanovllm.inputs.prompts import (
+    as_params_list,
+    as_priority_list,
+    check_params,
+    encode_prompts,
+)
 from nanovllm.sampling_params import SamplingParams
 
 MAX_BAD_WORD_TABLE = 2**22  # int32: 16 MiB for each request
@@ -22,25 +29,94 @@ def follow_text(request: Request, tokenizer: Any) -> None:
             seq.finish_rules.append(OutputText(tokenizer, request.params, seq.prompt_token_ids))
 
 
-class RequestFeatures:
-    """Checks against the model, and what stop strings, bad words and grammars are turned into.
+class InputProcessor:
+    """Prompts and parameters in, requests out.
 
     Args:
-        config: the engine's configuration.
+        config: the engine's configuration, with its number of KV blocks.
         tokenizer: the engine's; None: requests that need text are refused.
+        default_params: of requests without parameters.
+        has_lm_head: whether the model can generate.
     """
 
-    def __init__(self, config: Config, tokenizer: Any) -> None:
+    def __init__(
+        self, config: Config, tokenizer: Any, default_params: SamplingParams, has_lm_head: bool
+    ) -> None:
         self.config = config
         self.tokenizer = tokenizer
+        self.default_params = default_params
+        self.has_lm_head = has_lm_head
         self._compiler: Any = None  # of grammars; made when the first request needs it
 
-    def prepare(self, request: Request) -> None:
-        """Set up the sequences of a new request.
+    def process(
+        self,
+        prompts: list[Any],
+        sampling_params: SamplingParams | list[SamplingParams] | None,
+        priority: list[int] | None,
+        tokenization_kwargs: dict[str, Any] | None,
+        pooler: Callable[[Any], Any] | None = None,
+    ) -> list[Request]:
+        """Checked requests, not yet numbered or queued; arguments and errors as of `generate`.
 
-        Raises:
-            ArgumentError: a parameter does not fit the model, or needs what is not there.
+        pooler: as of `FeatureState`; None: tokens are generated.
         """
+        if pooler is None and not self.has_lm_head:
+            raise ArgumentError(
+                f"{self.config.model!r} was saved without an LM head: it can embed, not generate"
+            )
+        if sampling_params is None:
+            sampling_params = self.default_params
+        params_list = as_params_list(sampling_params, len(prompts))
+        priorities = as_priority_list(priority, len(prompts))
+        encoded = encode_prompts(
+            prompts, self.tokenizer, self.config.hf_config.vocab_size, tokenization_kwargs
+        )
+        # Usually one object serves all prompts: checked, and copied, once.
+        checked = {id(params): check_params(params) for params in params_list}
+        return [
+            self._new_request(*prompt, checked[id(params)], priority, pooler)
+            for prompt, params, priority in zip(encoded, params_list, priorities, strict=True)
+        ]
+
+    def _new_request(
+        self,
+        text: str | None,
+        token_ids: list[int],
+        params: SamplingParams,
+        priority: int,
+        pooler: Callable[[Any], Any] | None,
+    ) -> Request:
+        config = self.config
+        num_new_tokens, new_tokens = (0, "") if pooler else (1, " plus at least 1 output token")
+        if len(token_ids) + num_new_tokens > config.max_model_len:
+            raise ArgumentError(
+                f"prompt length {len(token_ids)}{new_tokens} is longer than the "
+                f"maximum model length of {config.max_model_len}"
+            )
+        assert config.num_kvcache_blocks is not None
+        pool_size = config.num_kvcache_blocks * config.kvcache_block_size
+        if len(token_ids) > pool_size:
+            raise ArgumentError(
+                f"prompt length {len(token_ids)} can never fit in the KV cache of {pool_size} "
+                f"tokens ({config.num_kvcache_blocks} blocks of {config.kvcache_block_size}); "
+                "raise num_kvcache_blocks"
+            )
+        # The newest token's K/V is never needed: a lone sequence may exceed the pool by one token.
+        max_length = min(config.max_model_len, pool_size + 1)
+        if params.max_tokens is not None:
+            max_length = min(max_length, len(token_ids) + params.max_tokens)
+        if pooler is not None:
+            max_length = len(token_ids) + 1  # it is pooled before it has so many
+        request = Request(text, token_ids, params, max_length, priority)
+        if pooler is not None:
+            [seq] = request.sequences
+            seq.wants |= Wants.POOLING
+            seq.features.pooler = pooler
+        self._prepare(request)
+        return request
+
+    def _prepare(self, request: Request) -> None:
+        """Set up the sequences of a new request."""
         params = request.params
         if params.stop:
             self._need_tokenizer("stop")
