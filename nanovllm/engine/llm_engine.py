@@ -1,9 +1,9 @@
 """The engine: takes requests, steps the scheduler and the model in turn, returns completions."""
 
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
+from functools import partial
 from threading import get_ident
 from time import perf_counter
 from typing import Any, NoReturn
@@ -13,12 +13,12 @@ from nanovllm.engine import kv_cache
 from nanovllm.engine.executor import Executor, LaunchedStep, UniProcExecutor
 from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.model_runner import ModelRunner, choose_ops
-from nanovllm.engine.recovery import Isolation
+from nanovllm.engine.recovery import Recovery
 from nanovllm.engine.request import Request, RequestTable
 from nanovllm.engine.request_output import make_output, raise_failed
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.errors import EngineDeadError, is_fault
+from nanovllm.errors import EngineDeadError
 from nanovllm.guards.interrupts import DeferredInterrupt
 from nanovllm.guards.ownership import Owner, bind_to_process, one_thread_at_a_time
 from nanovllm.inputs.generation_config import default_sampling_params, eos_token_ids
@@ -138,8 +138,7 @@ class LLMEngine:
         self._in_flight: LaunchedStep | None = None
         self._step_seqs: list[Sequence] | None = None  # of what is launched or committed just now
         self.requests = RequestTable()
-        self._isolation = Isolation(self.requests, self.scheduler)
-        self._abandoned: deque[Request] = deque()  # to be aborted as soon as possible
+        self._recovery = Recovery(self.requests, self.scheduler, self.executor)
         self._step_seconds = 0.0  # spent on launching the last committed step and waiting for it
         self._next_request_id = 0
         self.asleep: frozenset[str] = frozenset()  # what `LLM.sleep` has switched off
@@ -295,11 +294,7 @@ class LLMEngine:
         It happens now, or in the next call if this thread is outside, or in mid-step. The garbage
         collector calls it as the finalizer of a stream.
         """
-        if self.owner.is_foreign:
-            return
-        self._abandoned += requests
-        if self.owner.is_inside and not self.owner.is_stepping:
-            self._abort_abandoned()
+        self.owner.defer(partial(self._forget, requests))
 
     def call_ranks(
         self,
@@ -355,16 +350,16 @@ class LLMEngine:
         """
         self.check_awake()
         num_left, num_tokens = len(unfinished), 0
-        with DeferredInterrupt(), self._stepping():
+        with self._stepping():
             current = self._in_flight or self._launch(in_flight=False)
             if current is not None:
                 if self.config.async_scheduling:
                     self._in_flight = self._launch(in_flight=True)
                 num_tokens = self._commit(current)
                 self._drop_dead_step()
-            if self._isolation.has_passed():
+            if self._recovery.has_passed():
                 self._in_flight = None
-                self._isolation.go_on()
+                self._recovery.go_on()
         assert not unfinished or not self.scheduler.is_finished(), "requests that no queue holds"
         if bar is not None:
             bar.update(num_left - len(unfinished), num_tokens, self._step_seconds)
@@ -372,24 +367,25 @@ class LLMEngine:
 
     @contextmanager
     def _stepping(self) -> Iterator[None]:
-        """Within it, requests that are abandoned are kept; they are aborted at its end.
+        """Around a step: a failure that some request may have caused is that request's end.
 
-        A failure in it that some request may have caused is that request's end, and not raised.
+        Any other is raised. Ctrl-C, and what else wants the engine, waits until the end.
         """
-        self.owner.is_stepping = True
-        try:
-            yield
-        except BaseException as error:
-            self._recover(error)
-        finally:
-            self.owner.is_stepping = False
-            self._abort_abandoned()
+        with DeferredInterrupt(), self.owner.stepping():
+            try:
+                yield
+            except BaseException as error:
+                self._in_flight = None
+                self._recovery.recover(error, self._step_seqs)
+            finally:
+                if self.executor.cause_of_death is not None:
+                    self.exit()
 
     def drain(self) -> None:
         """Commit the step in flight, if any: the device is idle then, and nothing is pending."""
         launched, self._in_flight = self._in_flight, None
         if launched is not None:
-            with DeferredInterrupt(), self._stepping():
+            with self._stepping():
                 self._commit(launched)
 
     def _launch(self, in_flight: bool) -> LaunchedStep | None:
@@ -455,30 +451,9 @@ class LLMEngine:
         self.scheduler.abort(seqs)
         self._drop_dead_step()
 
-    def _abort_abandoned(self) -> None:
-        requests = [self._abandoned.popleft() for _ in range(len(self._abandoned))]
-        if requests:
-            self.requests.forget(requests)
-            self._abort(requests)
-
-    def _recover(self, error: BaseException) -> None:
-        """After a failed step: queue all requests anew, trust nothing in the cache.
-
-        Returns if a request may have caused it, whose end this is; else raises `error`, or an
-        EngineDeadError if the engine can not go on.
-        """
-        self._in_flight = None
-        cause = self.executor.failure_after(error)
-        if cause is None and is_fault(error):
-            seqs = self._step_seqs
-            self._isolation.fail(error, self.requests.sequences() if seqs is None else seqs)
-            return
-        self._isolation.restart()
-        if cause is not None:
-            self.exit()
-        if not is_fault(error):
-            raise error
-        raise EngineDeadError(cause) from error
+    def _forget(self, requests: list[Request]) -> None:
+        self.requests.forget(requests)
+        self._abort(requests)
 
 
 def _release(owner: Owner, executor: Executor) -> None:

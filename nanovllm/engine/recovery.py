@@ -7,10 +7,11 @@ in a step that fails: that one is ended. A failure that does not come again ends
 import logging
 from collections.abc import Iterable
 
+from nanovllm.engine.executor import Executor
 from nanovllm.engine.request import Request, RequestTable
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.errors import describe
+from nanovllm.errors import EngineDeadError, describe, is_fault
 
 # A sequence that starts again samples the token that failed first or second: with a step in flight,
 # the token before was not confirmed yet.
@@ -19,27 +20,40 @@ TOKENS_TO_PASS = 2
 logger = logging.getLogger("nanovllm")
 
 
-class Isolation:
+class Recovery:
     """The groups of requests that are still to be run by themselves; none while all is well.
 
     Args:
         requests: the engine's.
         scheduler: the engine's.
+        executor: the engine's.
     """
 
-    def __init__(self, requests: RequestTable, scheduler: Scheduler) -> None:
+    def __init__(self, requests: RequestTable, scheduler: Scheduler, executor: Executor) -> None:
         self._requests = requests
         self._scheduler = scheduler
+        self._executor = executor
         self._groups: list[list[Request]] = []  # the last one is running
         self._goals: list[tuple[Sequence, int]] = []  # tokens with which that group has passed
 
-    def restart(self) -> None:
-        """Queue all unfinished requests anew, after a step that no request made fail."""
+    def recover(self, error: BaseException, seqs: list[Sequence] | None) -> None:
+        """After a step of `seqs` (None: of any) has failed: queue all anew, with an empty cache.
+
+        Returns if a request may have caused it, whose end this is or will be. Else raises `error`,
+        or an EngineDeadError if nothing can be computed any more.
+        """
+        cause = self._executor.failure_after(error)
+        if cause is None and is_fault(error):
+            self._isolate(error, self._requests.sequences() if seqs is None else seqs)
+            return
         self._groups.clear()
         self._run_next_group()
+        if is_fault(error):
+            raise EngineDeadError(cause) from error
+        raise error
 
-    def fail(self, error: BaseException, seqs: list[Sequence]) -> None:
-        """After a step of `seqs` has failed: look for the request to blame, or end it if found.
+    def _isolate(self, error: BaseException, seqs: list[Sequence]) -> None:
+        """Look for the request to blame, or end it if it is found.
 
         The other requests are queued to be computed anew, or held back until the search is over.
         """

@@ -2,7 +2,9 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from ctypes import py_object, pythonapi
 from functools import wraps
 from threading import get_ident
@@ -24,6 +26,7 @@ class Owner:
 
     def __init__(self) -> None:
         self.is_stepping = False  # the engine is half-changed, and takes no call but `exit`
+        self._deferred: deque[Callable[[], None]] = deque()
         self._pid = _pid
         self._holder: dict[None, Visit] = {}  # the outermost visit of the thread that is inside
 
@@ -63,6 +66,31 @@ class Owner:
                 "handler: call it between two steps"
             )
 
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Within it `is_stepping`; at its end what was deferred is called."""
+        self.is_stepping = True
+        try:
+            yield
+        finally:
+            self.is_stepping = False
+            self.call_deferred()
+
+    def defer(self, call: Callable[[], None]) -> None:
+        """Make a call now, or in the next visit if this thread is outside or in mid-step.
+
+        In a forked child it is not made. The garbage collector may come here at any time.
+        """
+        if not self.is_foreign:
+            self._deferred.append(call)
+            if self.is_inside and not self.is_stepping:
+                self.call_deferred()
+
+    def call_deferred(self) -> None:
+        """Make the calls that were deferred; this thread is inside, between two steps."""
+        for _ in range(len(self._deferred)):
+            self._deferred.popleft()()
+
     def leave(self, visit: Visit) -> None:
         """Let other threads in again, unless this visit is part of an earlier one."""
         if self._holder.get(None) is visit:
@@ -89,8 +117,8 @@ def _exclusive(method: Callable[..., Any]) -> Callable[..., Any]:
         visit = get_ident(), name
         try:
             self.owner.enter(visit)
-            if self._abandoned:
-                self._abort_abandoned()
+            if not self.owner.is_stepping:
+                self.owner.call_deferred()
             return method(self, *args, **kwargs)
         finally:
             self.owner.leave(visit)
