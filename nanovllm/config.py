@@ -323,7 +323,7 @@ class Config:
 
     def resolve_kv_cache_dtype(self) -> "torch.dtype":
         """The dtype of the KV cache: that of the activations, or fp8."""
-        from nanovllm.kernels.ops import FP8_DTYPE
+        from nanovllm.kernels.types import FP8_DTYPE
 
         return self.resolve_dtype() if self.kv_cache_dtype == "auto" else FP8_DTYPE
 

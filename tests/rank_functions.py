@@ -5,6 +5,8 @@ import time
 
 import torch
 
+from nanovllm.kernels.types import Unreduced
+
 
 def echo_rank(worker, *args, **kwargs):
     return worker.rank, os.getpid(), args, kwargs
@@ -13,7 +15,7 @@ def echo_rank(worker, *args, **kwargs):
 def sum_of_ranks(worker):
     """A collective in a call: the ranks run it together."""
     total = torch.tensor([float(worker.rank + 1)])
-    return worker.tp.all_reduce(total).item()
+    return worker.tp.all_reduce(Unreduced(total)).item()
 
 
 def fail_on_rank(worker, rank):

@@ -1,13 +1,14 @@
-"""How many KV blocks fit, and their tensors."""
+"""How many KV blocks fit, and the memory of all layers' caches."""
 
 import gc
-import math
+from collections.abc import Sequence
 
 import torch
 
 from nanovllm.config import Config
 from nanovllm.errors import ArgumentError
-from nanovllm.kernels.ops import FP8_DTYPE
+from nanovllm.kernels.types import FP8_DTYPE, KVCache, KVCacheSpec
+from nanovllm.models.decoder import kv_cache_spec
 from nanovllm.models.size import device_memory
 
 MAX_CPU_CACHE_BYTES = 4 << 30
@@ -15,58 +16,54 @@ MAX_CPU_CACHE_BYTES = 4 << 30
 RESERVED_GPU_BYTES = 1 << 30
 
 
-def cache_shape(config: Config, tp_size: int, num_blocks: int) -> tuple[int, ...]:
-    """[K and V, layers, num_blocks, block_size, KV heads of a rank, head_dim]."""
-    hf_config = config.hf_config
-    # With more ranks than KV heads, every rank holds one.
-    num_kv_heads = max(hf_config.num_key_value_heads // tp_size, 1)
-    num_layers = hf_config.num_hidden_layers
-    block_size = config.kvcache_block_size
-    return (2, num_layers, num_blocks, block_size, num_kv_heads, hf_config.head_dim)
-
-
-def scales_shape(config: Config, tp_size: int, num_blocks: int) -> tuple[int, ...] | None:
-    """[K and V, layers, num_blocks, KV heads of a rank, block_size] with fp8, else None."""
-    if config.resolve_kv_cache_dtype() != FP8_DTYPE:
-        return None
-    *outer, block_size, num_kv_heads, _ = cache_shape(config, tp_size, num_blocks)
-    return (*outer, num_kv_heads, block_size)
-
-
-def block_bytes(config: Config, tp_size: int) -> int:
+def block_bytes(specs: Sequence[KVCacheSpec], block_size: int) -> int:
     """Bytes of one block and its scales over all layers, on one rank."""
-    num_elements = math.prod(cache_shape(config, tp_size, num_blocks=1))
-    scales = scales_shape(config, tp_size, num_blocks=1)
-    scale_bytes = math.prod(scales) * torch.float32.itemsize if scales else 0
-    return num_elements * config.resolve_kv_cache_dtype().itemsize + scale_bytes
+
+    def head_bytes(spec: KVCacheSpec) -> int:
+        scale_bytes = torch.float32.itemsize if spec.dtype == FP8_DTYPE else 0
+        return spec.head_dim * spec.dtype.itemsize + scale_bytes
+
+    return sum(2 * block_size * spec.num_kv_heads * head_bytes(spec) for spec in specs)
 
 
 def allocate(
-    config: Config, tp_size: int, num_blocks: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The cache of one rank, of `cache_shape`, and its float32 scales, of `scales_shape`.
+    specs: Sequence[KVCacheSpec], num_blocks: int, block_size: int, device: torch.device
+) -> tuple[list[KVCache], torch.Tensor, torch.Tensor | None]:
+    """Each layer's cache, the memory of all of them, and that of their scales (None: not fp8).
 
     Zeroed on the GPU, where a kernel may multiply what it masks. On the CPU untouched pages cost
     nothing, and the torch operations never read what was not written.
     """
     new = torch.zeros if device.type == "cuda" else torch.empty
-    shape = cache_shape(config, tp_size, num_blocks)
-    scales = scales_shape(config, tp_size, num_blocks)
+    (dtype,) = {spec.dtype for spec in specs}
+    num_heads = [2 * num_blocks * block_size * spec.num_kv_heads for spec in specs]
+    sizes = [n * spec.head_dim for n, spec in zip(num_heads, specs, strict=True)]
+    scales = None
     try:
-        return (
-            new(shape, dtype=config.resolve_kv_cache_dtype(), device=device),
-            new(scales, dtype=torch.float32, device=device) if scales else None,
-        )
+        memory = new(sum(sizes), dtype=dtype, device=device)
+        if dtype == FP8_DTYPE:
+            scales = new(sum(num_heads), dtype=torch.float32, device=device)
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         raise ArgumentError(
             f"no memory for {num_blocks} KV blocks of "
-            f"{block_bytes(config, tp_size) / 2**20:.1f} MiB; lower num_kvcache_blocks or "
+            f"{block_bytes(specs, block_size) / 2**20:.1f} MiB; lower num_kvcache_blocks or "
             "kv_cache_memory_bytes"
         ) from error
+    caches = [
+        KVCache(*part.view(2, num_blocks, block_size, spec.num_kv_heads, spec.head_dim))
+        for spec, part in zip(specs, memory.split(sizes), strict=True)
+    ]
+    if scales is not None:
+        parts = zip(caches, specs, scales.split(num_heads), strict=True)
+        caches = [
+            KVCache(*cache[:2], *part.view(2, num_blocks, spec.num_kv_heads, block_size))
+            for cache, spec, part in parts
+        ]
+    return caches, memory, scales
 
 
-def decide_num_blocks(config: Config, tp_size: int, gpu_bytes: int | None) -> int:
-    """The number of KV blocks of one rank.
+def decide_num_blocks(config: Config, per_block: int, gpu_bytes: int | None) -> int:
+    """The number of KV blocks of one rank, of `per_block` bytes each.
 
     In order of precedence: `num_kvcache_blocks`; `kv_cache_memory_bytes`; on the GPU `gpu_bytes`,
     what the utilization share leaves; on the CPU enough for `max_num_seqs` sequences of
@@ -77,7 +74,6 @@ def decide_num_blocks(config: Config, tp_size: int, gpu_bytes: int | None) -> in
     """
     if config.num_kvcache_blocks is not None:
         return config.num_kvcache_blocks
-    per_block = block_bytes(config, tp_size)
     if config.kv_cache_memory_bytes is not None:
         available, knob = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
     elif gpu_bytes is not None:
@@ -96,7 +92,11 @@ def decide_num_blocks(config: Config, tp_size: int, gpu_bytes: int | None) -> in
 def check_fits(config: Config, device: torch.device) -> None:
     """ArgumentError for a cache or tables larger than all memory of `device`, in use or not."""
     total = device_memory(device)
-    per_block = block_bytes(config, config.tensor_parallel_size)
+    spec = kv_cache_spec(
+        config.hf_config, config.tensor_parallel_size, config.resolve_kv_cache_dtype()
+    )
+    specs = [spec] * config.hf_config.num_hidden_layers
+    per_block = block_bytes(specs, config.kvcache_block_size)
     # A row of the row table, and one of logits.
     per_seq = 4 * config.row_width + (
         config.resolve_dtype().itemsize
@@ -115,7 +115,7 @@ def check_fits(config: Config, device: torch.device) -> None:
                 f"{device.type} memory, got {value}; lower {name}"
             )
     if config.kv_cache_memory_bytes is not None:
-        decide_num_blocks(config, config.tensor_parallel_size, None)
+        decide_num_blocks(config, per_block, None)
 
 
 def available_gpu_bytes(

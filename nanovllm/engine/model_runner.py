@@ -19,13 +19,10 @@ from nanovllm.engine.sequence import Sequence, Wants
 from nanovllm.engine.step_plan import StepPlan
 from nanovllm.errors import ArgumentError
 from nanovllm.kernels.copies import upload
-from nanovllm.kernels.ops import DecodeInputs, Ops, select_ops
-from nanovllm.layers.attention import (
-    Attention,
-    DecodeMetadata,
-    LastTokensMetadata,
-    PrefillMetadata,
-)
+from nanovllm.kernels.ops import Ops
+from nanovllm.kernels.select import select_ops
+from nanovllm.kernels.types import DecodeMetadata, PrefillMetadata
+from nanovllm.layers.attention import Attention
 from nanovllm.layers.context import ModelContext
 from nanovllm.models.loader import load_model
 from nanovllm.models.registry import model_class
@@ -89,6 +86,7 @@ class ModelRunner:
                 device,
                 config.max_model_len,
                 config.fp8_scales,
+                config.resolve_kv_cache_dtype(),
             )
             self.model = model_class(hf_config.architectures or [])(hf_config, context)
             self.reload_weights()
@@ -160,13 +158,13 @@ class ModelRunner:
             cu_seqlens_k=inputs.cu_seqlens_k,
             max_seqlen_q=int(plan.lengths.max()),
             max_seqlen_k=int((plan.starts + plan.lengths).max()),
-            last_layer=None
+            last_tokens=None
             if wants_all
-            else LastTokensMetadata(
+            else DecodeMetadata(
                 slot_mapping=inputs.slot_mapping,
                 block_tables=inputs.last_block_tables,
                 context_lens=inputs.last_positions + 1,
-                last_tokens=inputs.last_tokens,
+                logits_indices=inputs.last_tokens,
             ),
         )
         hidden_states = self.model.model(inputs.token_ids, inputs.positions, metadata)
@@ -213,9 +211,9 @@ class ModelRunner:
 
         has_common_blocks: read the rows' `num_common_blocks` leading blocks once for all.
         """
-        inputs: DecodeInputs = self.ops.gather_decode_inputs(self.row_table, rows, self.block_size)
+        inputs = self.ops.gather_decode_inputs(self.row_table, rows, self.block_size)
         plan = self.ops.plan_decode(
-            self._attentions[0].key_cache,
+            self._attentions[0].cache,
             inputs.block_tables,
             inputs.context_lens,
             self.decode_batch[:1] if has_common_blocks else None,
@@ -256,14 +254,12 @@ class ModelRunner:
         )
 
     def _allocate_kv_cache(self, num_blocks: int) -> None:
-        self.kv_cache, self.kv_scales = kv_cache.allocate(
-            self.config, self.tp.size, num_blocks, self.device
+        specs = [attention.cache_spec for attention in self._attentions]
+        caches, self.kv_cache, self.kv_scales = kv_cache.allocate(
+            specs, num_blocks, self.block_size, self.device
         )
-        for attention, key, value in zip(self._attentions, *self.kv_cache, strict=True):
-            attention.key_cache, attention.value_cache = key, value
-        if self.kv_scales is not None:
-            for attention, key, value in zip(self._attentions, *self.kv_scales, strict=True):
-                attention.key_scales, attention.value_scales = key, value
+        for attention, cache in zip(self._attentions, caches, strict=True):
+            attention.cache = cache
 
     def _decide_num_blocks(self, free_at_start: int) -> int:
         available = None
@@ -272,7 +268,9 @@ class ModelRunner:
             available = kv_cache.available_gpu_bytes(
                 self.device, self.config.gpu_memory_utilization, free_at_start, peak_bytes
             )
-        return kv_cache.decide_num_blocks(self.config, self.tp.size, available)
+        specs = [attention.cache_spec for attention in self._attentions]
+        per_block = kv_cache.block_bytes(specs, self.block_size)
+        return kv_cache.decide_num_blocks(self.config, per_block, available)
 
     def _warm_up(self) -> int:
         """Run the largest prefill and decode steps once, which builds the kernels.
@@ -336,8 +334,7 @@ class ModelRunner:
         """Drop the graphs, the cache and the weights."""
         self.drop_graphs()
         for attention in self._attentions:
-            del attention.key_cache, attention.value_cache
-            attention.key_scales = attention.value_scales = None
+            del attention.cache
         self._attentions = []
         del self.model, self.kv_cache, self.kv_scales, self.row_table
         del self.decode_batch, self.decode_rows, self.decode_logits

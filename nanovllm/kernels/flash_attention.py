@@ -1,4 +1,4 @@
-"""The attention operations of `Ops` on the flash-attn 2 package, imported only when asked for.
+"""Attention on the flash-attn 2 package, imported only when asked for; the rest in Triton.
 
 flash-attn reads the same paged caches (pages of a multiple of 256 tokens) in float16 and bfloat16,
 not in fp8: `select_ops` never gives it scales.
@@ -7,55 +7,44 @@ not in fp8: `select_ops` never gives it scales.
 import torch
 from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 
+from nanovllm.kernels import torch_ops
+from nanovllm.kernels.triton.ops import TritonKernels
+from nanovllm.kernels.types import AttentionMetadata, KVCache, PrefillMetadata
 
-def prefill_attention(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    key_scales: torch.Tensor | None = None,
-    value_scales: torch.Tensor | None = None,
+
+def attend(
+    query: torch.Tensor, cache: KVCache, metadata: AttentionMetadata, scale: float
 ) -> torch.Tensor:
-    """query [T, Hq, D] -> [T, Hq, D]; see `Ops.prefill_attention`."""
-    assert key_scales is None and value_scales is None
-    return flash_attn_varlen_func(
-        query,
-        key_cache,
-        value_cache,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        softmax_scale=scale,
-        causal=True,
-        block_table=block_tables,
-    )
-
-
-def decode_attention(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    context_lens: torch.Tensor,
-    scale: float,
-    key_scales: torch.Tensor | None = None,
-    value_scales: torch.Tensor | None = None,
-    plan: None = None,
-) -> torch.Tensor:
-    """query [B, Hq, D] -> [B, Hq, D]; see `Ops.decode_attention`."""
-    assert key_scales is None and value_scales is None
+    """See `Ops.attend`."""
+    assert cache.key_scales is None
+    if isinstance(metadata, PrefillMetadata):
+        return flash_attn_varlen_func(
+            query,
+            cache.key,
+            cache.value,
+            cu_seqlens_q=metadata.cu_seqlens_q,
+            cu_seqlens_k=metadata.cu_seqlens_k,
+            max_seqlen_q=metadata.max_seqlen_q,
+            max_seqlen_k=metadata.max_seqlen_k,
+            softmax_scale=scale,
+            causal=True,
+            block_table=metadata.block_tables,
+        )
     return flash_attn_with_kvcache(
         query.unsqueeze(1),
-        key_cache,
-        value_cache,
-        cache_seqlens=context_lens,
-        block_table=block_tables,
+        cache.key,
+        cache.value,
+        cache_seqlens=metadata.context_lens,
+        block_table=metadata.block_tables,
         softmax_scale=scale,
         causal=True,
     ).squeeze(1)
+
+
+class FlashAttentionOps(TritonKernels):
+    """`Ops` with the attention of flash-attn."""
+
+    reads_common_blocks_once = False
+
+    attend = staticmethod(attend)
+    plan_decode = staticmethod(torch_ops.plan_decode)

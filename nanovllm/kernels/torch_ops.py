@@ -6,12 +6,27 @@ changed in place, and unwritten cache slots (which may hold NaN) never reach a r
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels import row_state
-from nanovllm.kernels.ops import FP8_BLOCK, FP8_DTYPE, FP8_MAX, FP8_MIN_AMAX, DecodeInputs
+from nanovllm.kernels.types import (
+    FP8_BLOCK,
+    FP8_DTYPE,
+    FP8_MAX,
+    FP8_MIN_AMAX,
+    AttentionMetadata,
+    DecodeInputs,
+    DecodeMetadata,
+    KVCache,
+    LinearOutput,
+    PrefillMetadata,
+    summed,
+)
 
 MAX_SCORE_ELEMENTS = 2**26  # attention scores alive at a time in prefill
 MAX_GATHER_ELEMENTS = 2**24  # keys (and as many values) copied out of the cache at a time in decode
@@ -29,16 +44,16 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    x: LinearOutput, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Residual sum in x.dtype, then its norm. x, residual [T, H] -> (norm [T, H], sum [T, H])."""
-    total = x + residual
+    total = summed(x) + residual
     return rms_norm(total, weight, eps), total
 
 
-def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+def silu_and_mul(gate_up: LinearOutput) -> torch.Tensor:
     """SwiGLU: gate_up [T, 2I] -> silu(gate) * up [T, I]."""
-    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = summed(gate_up).chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
@@ -75,7 +90,7 @@ def dequantize_weight(
 
 def experts(
     x: torch.Tensor,
-    router_logits: torch.Tensor,
+    router_logits: LinearOutput,
     gate_up_weight: torch.Tensor,
     down_weight: torch.Tensor,
     num_experts_per_tok: int,
@@ -84,8 +99,8 @@ def experts(
     down_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [T, H], router_logits [T, E] -> [T, H], an expert at a time; see `Ops.experts`."""
-    num_experts = router_logits.shape[1]
-    probabilities = router_logits.softmax(-1, dtype=torch.float32)
+    probabilities = summed(router_logits).softmax(-1, dtype=torch.float32)
+    num_experts = probabilities.shape[1]
     weights, ids = probabilities.topk(num_experts_per_tok)
     if norm_topk_prob:
         weights = weights / weights.sum(-1, keepdim=True)
@@ -152,37 +167,40 @@ def qk_norm_rope(
 
 
 def qk_norm_rope_store(
-    qkv: torch.Tensor,
+    qkv: LinearOutput,
     q_norm_weight: torch.Tensor | None,
     k_norm_weight: torch.Tensor | None,
     eps: float,
     cos_sin: torch.Tensor,
     positions: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    cache: KVCache,
     slot_mapping: torch.Tensor,
-    key_scales: torch.Tensor | None = None,
-    value_scales: torch.Tensor | None = None,
     *,
-    pure_part=qk_norm_rope,
+    pure_part: Callable[..., tuple[torch.Tensor, torch.Tensor]] = qk_norm_rope,
 ) -> torch.Tensor:
     """Norms and rotates q and k, writes K/V to their slots; see `Ops.qk_norm_rope_store`.
 
     `pure_part` is `qk_norm_rope` or its compiled form; the store depends on the slots' values.
     """
-    block_size, num_kv_heads, head_dim = key_cache.shape[1:]
+    qkv = summed(qkv)
+    block_size, num_kv_heads, head_dim = cache.key.shape[1:]
     query, key = pure_part(
         qkv, q_norm_weight, k_norm_weight, eps, cos_sin, positions, num_kv_heads, head_dim
     )
     value = qkv.unflatten(-1, (-1, head_dim))[:, -num_kv_heads:]
     stored = slot_mapping >= 0
     slots = slot_mapping[stored]
-    for new, cache, scales in ((key, key_cache, key_scales), (value, value_cache, value_scales)):
+    for new, (memory, scales) in zip((key, value), _halves(cache), strict=True):
         heads = new[stored]
         if scales is not None:
             heads, scales[slots // block_size, :, slots % block_size] = quantize(heads)
-        cache.view(-1, num_kv_heads, head_dim)[slots] = heads
+        memory.view(-1, num_kv_heads, head_dim)[slots] = heads
     return query
+
+
+def _halves(cache: KVCache) -> tuple[tuple[torch.Tensor, torch.Tensor | None], ...]:
+    """Keys with their scales, and values with theirs."""
+    return (cache.key, cache.key_scales), (cache.value, cache.value_scales)
 
 
 def quantize(heads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -206,36 +224,35 @@ def _dequantize(
 # Attention
 
 
+def attend(
+    query: torch.Tensor, cache: KVCache, metadata: AttentionMetadata, scale: float
+) -> torch.Tensor:
+    """See `Ops.attend`."""
+    if isinstance(metadata, PrefillMetadata):
+        return prefill_attention(query, cache, metadata, scale)
+    return decode_attention(query, cache, metadata, scale)
+
+
 def prefill_attention(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    key_scales: torch.Tensor | None = None,
-    value_scales: torch.Tensor | None = None,
+    query: torch.Tensor, cache: KVCache, metadata: PrefillMetadata, scale: float
 ) -> torch.Tensor:
     """Causal attention of each sequence's last positions over its pages, a sequence at a time.
 
-    query [T, Hq, D] -> [T, Hq, D]; softmax in float32. See `Ops.prefill_attention`.
+    query [T, Hq, D] -> [T, Hq, D]; softmax in float32.
     """
     num_heads = query.shape[1]
-    block_size, num_kv_heads = key_cache.shape[1:3]
+    block_size, num_kv_heads = cache.key.shape[1:3]
     group = num_heads // num_kv_heads
     out = torch.empty_like(query)
-    q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for seq, table in enumerate(block_tables):
+    q_ends, k_ends = metadata.cu_seqlens_q.tolist(), metadata.cu_seqlens_k.tolist()
+    for seq, table in enumerate(metadata.block_tables):
         q_begin, q_end = q_ends[seq : seq + 2]
         len_k = k_ends[seq + 1] - k_ends[seq]
         num_cached = len_k - (q_end - q_begin)
         pages = table[: -(-len_k // block_size)].long()
         keys, values = (
             _dequantize(
-                cache.index_select(0, pages),
+                memory.index_select(0, pages),
                 None if scales is None else scales[pages].transpose(1, 2),
                 query.dtype,
             )
@@ -243,7 +260,7 @@ def prefill_attention(
             # [Hkv, G, len_k, D]: each KV head seen by its group of query heads without a copy.
             .permute(1, 0, 2)[:, None]
             .expand(-1, group, -1, -1)
-            for cache, scales in ((key_cache, key_scales), (value_cache, value_scales))
+            for memory, scales in _halves(cache)
         )
         rows = max(1, MAX_SCORE_ELEMENTS // max(1, num_heads * len_k))
         for begin in range(q_begin, q_end, rows):
@@ -266,24 +283,16 @@ def prefill_attention(
 
 
 def decode_attention(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    context_lens: torch.Tensor,
-    scale: float,
-    key_scales: torch.Tensor | None = None,
-    value_scales: torch.Tensor | None = None,
-    plan: None = None,
+    query: torch.Tensor, cache: KVCache, metadata: DecodeMetadata, scale: float
 ) -> torch.Tensor:
     """Attention of one query per row over its pages; query [B, Hq, D] -> [B, Hq, D].
 
     Works on slices of rows, padded to the slice's longest context. A row of length 0 gives zeros.
     """
     batch_size = query.shape[0]
-    block_size, num_kv_heads, head_dim = key_cache.shape[1:]
-    key_slots, value_slots = key_cache.flatten(0, 1), value_cache.flatten(0, 1)
+    block_size, num_kv_heads, head_dim = cache.key.shape[1:]
     out = torch.empty_like(query)
+    context_lens = metadata.context_lens
     lens = context_lens.tolist()
     per_row = max(lens, default=0) * num_kv_heads * head_dim
     rows = max(1, MAX_GATHER_ELEMENTS // max(1, per_row))
@@ -294,17 +303,17 @@ def decode_attention(
         visible = position < length  # [b, L]
         # Past its end a row reads its own first slot: a masked NaN would still spoil the product.
         position = torch.where(visible, position, 0)
-        pages = block_tables[part].long().gather(1, position // block_size)
+        pages = metadata.block_tables[part].long().gather(1, position // block_size)
         offset = position % block_size
         slots = pages * block_size + offset
         keys, values = (
             _dequantize(
-                # Whole rows at a time, five times as fast as cache[slots].
-                cache.index_select(0, slots.view(-1)).unflatten(0, slots.shape),
+                # Whole rows at a time, five times as fast as indexing by slots.
+                memory.flatten(0, 1).index_select(0, slots.view(-1)).unflatten(0, slots.shape),
                 None if scales is None else scales[pages, :, offset],
                 query.dtype,
             )  # [b, L, Hkv, D]
-            for cache, scales in ((key_slots, key_scales), (value_slots, value_scales))
+            for memory, scales in _halves(cache)
         )
         attended = F.scaled_dot_product_attention(
             query[part].unflatten(1, (num_kv_heads, -1)),  # [b, Hkv, G, D]
@@ -315,6 +324,15 @@ def decode_attention(
         ).flatten(1, 2)
         out[part] = attended.masked_fill(length.unsqueeze(2) == 0, 0)
     return out
+
+
+def plan_decode(
+    cache: KVCache,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    num_common_blocks: torch.Tensor | None = None,
+) -> None:
+    """None: `decode_attention` divides the work itself."""
 
 
 # Sampling
@@ -373,7 +391,7 @@ def sample(
     vocab_size: int,
     thresholds: torch.Tensor | None = None,
     *,
-    scores_part=race_scores,
+    scores_part: Callable[..., torch.Tensor] = race_scores,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The winner of each row's race: (scores [B] float32, token_ids [B] int32); see `Ops.sample`.
 
@@ -473,3 +491,37 @@ def write_back(
     index = rows[live].long()
     row_table[index, row_state.LAST_TOKEN] = token_ids[live]
     row_table[index, row_state.LENGTH] = positions[live] + 2
+
+
+Inputs = ParamSpec("Inputs")
+Output = TypeVar("Output")
+
+
+def _compiled(function: Callable[Inputs, Output], compiles: bool) -> Callable[Inputs, Output]:
+    return torch.compile(function, dynamic=True) if compiles else function
+
+
+class TorchOps:
+    """`Ops` in plain PyTorch; the elementwise parts go through torch.compile if `compiles`."""
+
+    has_fp8_products = False
+    supports_cuda_graphs = False
+    reads_common_blocks_once = False
+
+    linear = staticmethod(linear)
+    fp8_linear = staticmethod(fp8_linear)
+    experts = staticmethod(experts)
+    attend = staticmethod(attend)
+    plan_decode = staticmethod(plan_decode)
+    filter_thresholds = staticmethod(filter_thresholds)
+    gather_decode_inputs = staticmethod(gather_decode_inputs)
+    write_back = staticmethod(write_back)
+
+    def __init__(self, compiles: bool = False) -> None:
+        self.rms_norm = _compiled(rms_norm, compiles)
+        self.add_rms_norm = _compiled(add_rms_norm, compiles)
+        self.silu_and_mul = _compiled(silu_and_mul, compiles)
+        self.qk_norm_rope_store = partial(
+            qk_norm_rope_store, pure_part=_compiled(qk_norm_rope, compiles)
+        )
+        self.sample = partial(sample, scores_part=_compiled(race_scores, compiles))

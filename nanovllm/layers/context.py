@@ -1,9 +1,10 @@
-"""What every layer is built with, passed down explicitly instead of kept in globals."""
+"""The base of layers, and their context: passed down explicitly instead of kept in globals."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Generic, Literal, ParamSpec, TypeVar
 
 import torch
+from torch import nn
 
 from nanovllm.kernels.ops import Ops
 from nanovllm.parallel.tensor_parallel import TensorParallel
@@ -14,7 +15,8 @@ class ModelContext:
     """The backend's operations, this rank's place, and where and how parameters are stored.
 
     Positions reach `max_model_len`, or where that is None, all that the model is meant for. With
-    `fp8_scales` the weights of linear layers are fp8: see layers/fp8_weights.py.
+    `fp8_scales` the weights of linear layers are fp8: see layers/fp8_weights.py. `kv_cache_dtype`
+    is `dtype` (None) or FP8_DTYPE.
     """
 
     ops: Ops
@@ -23,3 +25,16 @@ class ModelContext:
     device: torch.device
     max_model_len: int | None = None
     fp8_scales: Literal["rows", "blocks"] | None = None
+    kv_cache_dtype: torch.dtype | None = None
+
+
+Inputs = ParamSpec("Inputs")
+Output = TypeVar("Output")
+
+
+class Layer(nn.Module, Generic[Inputs, Output]):
+    """A module whose calls are checked: a `Layer[[x], y]` takes an x and gives a y."""
+
+    if TYPE_CHECKING:
+
+        def __call__(self, *args: Inputs.args, **kwargs: Inputs.kwargs) -> Output: ...

@@ -2,9 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from nanovllm.layers.context import ModelContext
+from nanovllm.kernels.types import Unreduced
+from nanovllm.layers.context import Layer, ModelContext
 from nanovllm.layers.weights import Parameter, Shard, new_parameter
 
 VOCAB_ALIGNMENT = 64  # rows per rank are a multiple, which matrix products like
@@ -24,7 +25,7 @@ def _vocab_parameter(vocab_size: int, hidden_size: int, context: ModelContext) -
     return parameter
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(Layer[[Tensor], Tensor]):
     """Rows of the embedding table; a rank gives zeros for ids it does not hold."""
 
     def __init__(self, vocab_size: int, hidden_size: int, context: ModelContext) -> None:
@@ -33,7 +34,7 @@ class VocabParallelEmbedding(nn.Module):
         self.weight = _vocab_parameter(vocab_size, hidden_size, context)
         self.first_token_id = self.tp.rank * self.weight.shape[0]
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids [T] int32 -> [T, hidden_size]."""
         if self.tp.size == 1:
             return F.embedding(input_ids, self.weight)
@@ -43,7 +44,7 @@ class VocabParallelEmbedding(nn.Module):
         local_ids = input_ids - self.first_token_id
         held = (local_ids >= 0) & (local_ids < self.weight.shape[0])
         y = F.embedding(torch.where(held, local_ids, 0), self.weight)
-        return self.tp.all_reduce(y * held.unsqueeze(-1))
+        return self.tp.all_reduce(Unreduced(y * held.unsqueeze(-1)))
 
 
 class ParallelLMHead(nn.Module):
@@ -61,7 +62,7 @@ class ParallelLMHead(nn.Module):
         self.weight = tied.weight if tied else _vocab_parameter(vocab_size, hidden_size, context)
         self.first_token_id = context.tp.rank * self.weight.shape[0]
 
-    def forward(self, hidden_states: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
         """hidden_states [B, hidden_size] -> logits [B, rows of this rank], padding included.
 
         out: where to put the logits.

@@ -6,8 +6,8 @@ rank's slice cuts through blocks, the model's dtype keeps the values that fp8 ga
 
 import torch
 
-from nanovllm.kernels.ops import FP8_BLOCK, FP8_DTYPE
 from nanovllm.kernels.torch_ops import dequantize_weight, quantize
+from nanovllm.kernels.types import FP8_BLOCK, FP8_DTYPE
 from nanovllm.layers.context import ModelContext
 from nanovllm.layers.weights import Parameter, Shard, new_parameter
 
@@ -45,11 +45,14 @@ def keeps_fp8(shape: tuple[int, int], shards: dict[str, Shard], context: ModelCo
 
 
 def new_linear_weight(
-    shape: tuple[int, int], shards: dict[str, Shard], context: ModelContext
+    shape: tuple[int, int],
+    shards: dict[str, Shard],
+    context: ModelContext,
+    may_be_fp8: bool = True,
 ) -> tuple[Parameter, Parameter | None]:
     """An uninitialised weight of `shape` and, if it is fp8, the scales for `Ops.fp8_linear`."""
     kind, device = context.fp8_scales, context.device
-    is_fp8 = keeps_fp8(shape, shards, context)
+    is_fp8 = may_be_fp8 and keeps_fp8(shape, shards, context)
     if is_fp8 and kind == "blocks":
         return (
             new_parameter(shape, shards, FP8_DTYPE, device),

@@ -1,10 +1,9 @@
 """Linear layers, split over the tensor-parallel ranks by output (column) or by input (row)."""
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from nanovllm.kernels.ops import Product
-from nanovllm.layers.context import ModelContext
+from nanovllm.kernels.types import LinearOutput, Unreduced
+from nanovllm.layers.context import Layer, ModelContext
 from nanovllm.layers.fp8_weights import new_linear_weight
 from nanovllm.layers.weights import Shard, new_parameter
 
@@ -21,20 +20,20 @@ class _Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.ops = context.ops
-        self.weight, self.weight_scale_inv = new_linear_weight(shape, weight_shards, context)
+        self.weight, self.weight_scale = new_linear_weight(shape, weight_shards, context)
         self.bias = (
             new_parameter(shape[:1], bias_shards, context.dtype, context.device)
             if bias_shards
             else None
         )
 
-    def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> Product:
-        if self.weight_scale_inv is None:
+    def _multiply(self, x: Tensor, bias: Tensor | None) -> LinearOutput:
+        if self.weight_scale is None:
             return self.ops.linear(x, self.weight, bias)
-        return self.ops.fp8_linear(x, self.weight, self.weight_scale_inv, bias)
+        return self.ops.fp8_linear(x, self.weight, self.weight_scale, bias)
 
 
-class ColumnParallelLinear(_Linear):
+class ColumnParallelLinear(_Linear, Layer[[Tensor], LinearOutput]):
     """Several projections of one input, merged; each rank computes a slice of each output.
 
     Args:
@@ -63,15 +62,15 @@ class ColumnParallelLinear(_Linear):
         shape = offset, input_size
         super().__init__(shape, weight_shards, bias_shards if bias else None, context)
 
-    def forward(self, x: torch.Tensor) -> Product:
+    def forward(self, x: Tensor) -> LinearOutput:
         """x [T, input_size] -> [T, sum of this rank's row counts]."""
-        return self._product(x, self.bias)
+        return self._multiply(x, self.bias)
 
 
-class RowParallelLinear(_Linear):
+class RowParallelLinear(_Linear, Layer[[Tensor], Unreduced]):
     """A projection whose input is split over the ranks: each computes a term of the output.
 
-    `RMSNorm.add`, which comes next in every layer, sums them over the ranks.
+    `RMSNorm.add` or `TensorParallel.all_reduce` sums the terms.
     """
 
     def __init__(
@@ -87,6 +86,6 @@ class RowParallelLinear(_Linear):
         super().__init__((output_size, size), {"": shard}, bias_shards, context)
         self.rank = rank
 
-    def forward(self, x: torch.Tensor) -> Product:
+    def forward(self, x: Tensor) -> Unreduced:
         """x [T, input_size / ranks] -> this rank's term of [T, output_size]."""
-        return self._product(x, self.bias if self.rank == 0 else None)
+        return Unreduced(self._multiply(x, self.bias if self.rank == 0 else None))

@@ -4,21 +4,18 @@ Each rank holds a slice of every expert, as it does of a dense MLP. Parameters k
 weights one below another; module names are those of the checkpoints' tensors.
 """
 
-from dataclasses import replace
-
-import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from nanovllm.kernels.ops import Product
-from nanovllm.layers.context import ModelContext
+from nanovllm.kernels.types import LinearOutput, Unreduced
+from nanovllm.layers.context import Layer, ModelContext
 from nanovllm.layers.fp8_weights import keeps_fp8, new_linear_weight
 from nanovllm.layers.weights import Shard, new_parameter, whole
 
 
-class SparseMLP(nn.Module):
+class SparseMLP(Layer[[Tensor], Unreduced]):
     """Sum over a token's most probable experts of probability * expert (Shazeer et al. 2017,
-    arXiv 1701.06538); `RMSNorm.add`, which comes next, sums over the ranks."""
+    arXiv 1701.06538)."""
 
     def __init__(self, config: PretrainedConfig, context: ModelContext) -> None:
         super().__init__()
@@ -30,22 +27,23 @@ class SparseMLP(nn.Module):
             config.num_experts, config.hidden_size, config.moe_intermediate_size, context
         )
 
-    def forward(self, x: torch.Tensor) -> Product:
+    def forward(self, x: Tensor) -> Unreduced:
         """x [T, hidden_size] -> this rank's term of [T, hidden_size]."""
         gate_up, down = self.experts.gate_up_proj, self.experts.down_proj
-        return self.ops.experts(
+        term = self.ops.experts(
             x,
             self.gate(x),
             gate_up.weight,
             down.weight,
             self.num_experts_per_tok,
             self.norm_topk_prob,
-            gate_up.weight_scale_inv,
-            down.weight_scale_inv,
+            gate_up.weight_scale,
+            down.weight_scale,
         )
+        return Unreduced(term)
 
 
-class Router(nn.Module):
+class Router(Layer[[Tensor], LinearOutput]):
     """Scores the experts; every rank holds it whole, in the model's dtype."""
 
     def __init__(self, num_experts: int, hidden_size: int, context: ModelContext) -> None:
@@ -54,7 +52,7 @@ class Router(nn.Module):
         shape = num_experts, hidden_size
         self.weight = new_parameter(shape, whole(shape), context.dtype, context.device)
 
-    def forward(self, x: torch.Tensor) -> Product:
+    def forward(self, x: Tensor) -> LinearOutput:
         """x [T, hidden_size] -> [T, num_experts], the logits of their probabilities."""
         return self.ops.linear(x, self.weight, None)
 
@@ -86,17 +84,20 @@ class Experts(nn.Module):
             )
         gate_up = (num_experts * 2 * size, hidden_size), gate_up_shards
         down = (num_experts * hidden_size, size), down_shards
-        if not (keeps_fp8(*gate_up, context) and keeps_fp8(*down, context)):  # both or none
-            context = replace(context, ops=replace(context.ops, has_fp8_products=False))
-        self.gate_up_proj = ExpertWeights(*gate_up, context)
-        self.down_proj = ExpertWeights(*down, context)
+        is_fp8 = keeps_fp8(*gate_up, context) and keeps_fp8(*down, context)  # both or none
+        self.gate_up_proj = ExpertWeights(*gate_up, context, is_fp8)
+        self.down_proj = ExpertWeights(*down, context, is_fp8)
 
 
 class ExpertWeights(nn.Module):
     """One weight of all experts, with its scales if it is fp8."""
 
     def __init__(
-        self, shape: tuple[int, int], shards: dict[str, Shard], context: ModelContext
+        self,
+        shape: tuple[int, int],
+        shards: dict[str, Shard],
+        context: ModelContext,
+        may_be_fp8: bool,
     ) -> None:
         super().__init__()
-        self.weight, self.weight_scale_inv = new_linear_weight(shape, shards, context)
+        self.weight, self.weight_scale = new_linear_weight(shape, shards, context, may_be_fp8)

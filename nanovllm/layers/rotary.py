@@ -5,14 +5,30 @@ were trained on short sequences and extended afterwards scale the frequencies.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from typing import TypedDict
 
 import torch
 
 
+class RopeParameters(TypedDict, total=False):
+    """The fields of a config of transformers 5; `models.rope_config` checks them."""
+
+    rope_type: str  # "default", "linear", "llama3" or "yarn"
+    rope_theta: float
+    factor: float  # by how much the context grew
+    original_max_position_embeddings: int
+    low_freq_factor: float  # of "llama3"
+    high_freq_factor: float
+    beta_fast: float | None  # of "yarn", like all that follows
+    beta_slow: float | None
+    truncate: bool
+    attention_factor: float | None
+    mscale: float | None
+    mscale_all_dim: float | None
+
+
 def cos_sin_table(
-    head_dim: int, num_positions: int, rope_parameters: Mapping[str, Any], device: torch.device
+    head_dim: int, num_positions: int, rope_parameters: RopeParameters, device: torch.device
 ) -> torch.Tensor:
     """[num_positions, head_dim] float32: cos of each position's angles, then their sin.
 
@@ -21,8 +37,7 @@ def cos_sin_table(
     Args:
         head_dim: features of a head, even.
         num_positions: the table's rows.
-        rope_parameters: as in a config of transformers 5: "rope_theta", "rope_type" and the fields
-            of that type; see `models.rope_config`, which checks them.
+        rope_parameters: "rope_theta", "rope_type" and the fields of that type.
         device: where to put the table.
     """
     frequencies, magnitude = rope_frequencies(head_dim, rope_parameters)
@@ -31,9 +46,7 @@ def cos_sin_table(
     return torch.cat([angles.cos(), angles.sin()], dim=-1).mul_(magnitude).to(device)
 
 
-def rope_frequencies(
-    head_dim: int, rope_parameters: Mapping[str, Any]
-) -> tuple[torch.Tensor, float]:
+def rope_frequencies(head_dim: int, rope_parameters: RopeParameters) -> tuple[torch.Tensor, float]:
     """Radians per position of each pair [head_dim / 2] float32, and what cos and sin are scaled by.
 
     Unscaled, frequency i is rope_theta ** (-2i / head_dim). Position interpolation ("linear", Chen
@@ -53,7 +66,7 @@ def rope_frequencies(
     raise ValueError(f"rope_type {rope_type!r} is unknown")
 
 
-def _llama3(frequencies: torch.Tensor, rope: Mapping[str, Any]) -> torch.Tensor:
+def _llama3(frequencies: torch.Tensor, rope: RopeParameters) -> torch.Tensor:
     """The scaling of Llama 3.1 (Meta 2024, `apply_scaling` of the released llama-models).
 
     r = rotations within the original context. A pair with r < low_freq_factor is divided by
@@ -66,7 +79,7 @@ def _llama3(frequencies: torch.Tensor, rope: Mapping[str, Any]) -> torch.Tensor:
     return kept * frequencies + (1 - kept) * frequencies / rope["factor"]
 
 
-def _yarn(frequencies: torch.Tensor, rope: Mapping[str, Any]) -> torch.Tensor:
+def _yarn(frequencies: torch.Tensor, rope: RopeParameters) -> torch.Tensor:
     """YaRN's "NTK-by-parts" (Peng et al. 2023, arXiv 2309.00071, section 3.2).
 
     A pair that rotates `beta_fast` times or more within the original context is left, one that
@@ -89,14 +102,14 @@ def _yarn(frequencies: torch.Tensor, rope: Mapping[str, Any]) -> torch.Tensor:
     return (1 - divided) * frequencies + divided * frequencies / rope["factor"]
 
 
-def _yarn_magnitude(rope: Mapping[str, Any]) -> float:
+def _yarn_magnitude(rope: RopeParameters) -> float:
     """What YaRN scales cos and sin by, so that the logits of attention grow by its square.
 
     `attention_factor` if given, else 0.1 * ln(factor) + 1 (section 3.4); with `mscale` and
     `mscale_all_dim` the ratio of 0.1 * m * ln(factor) + 1 of the two (DeepSeek-V2's released code).
     """
-    if rope.get("attention_factor") is not None:
-        return float(rope["attention_factor"])
+    if (attention_factor := rope.get("attention_factor")) is not None:
+        return float(attention_factor)
     growth = 0.1 * math.log(rope["factor"])
     mscale, mscale_all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
     if mscale and mscale_all_dim:

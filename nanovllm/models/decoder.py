@@ -7,12 +7,12 @@ tensors.
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from nanovllm.kernels.ops import Product
-from nanovllm.layers.attention import Attention, AttentionMetadata
-from nanovllm.layers.context import ModelContext
+from nanovllm.kernels.types import AttentionMetadata, KVCacheSpec, Unreduced
+from nanovllm.layers.attention import Attention, at_logits_indices
+from nanovllm.layers.context import Layer, ModelContext
 from nanovllm.layers.embedding import VocabParallelEmbedding
 from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
 from nanovllm.layers.norm import RMSNorm
@@ -34,7 +34,7 @@ class Decoder(nn.Module):
         self,
         config: PretrainedConfig,
         context: ModelContext,
-        new_layer: "Callable[[PretrainedConfig, torch.Tensor, ModelContext, int], DecoderLayer]",
+        new_layer: "Callable[[PretrainedConfig, Tensor, ModelContext, int], DecoderLayer]",
     ) -> None:
         super().__init__()
         cos_sin = cos_sin_table(
@@ -49,16 +49,13 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
 
-    def forward(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
-    ) -> torch.Tensor:
-        """input_ids and positions [T] int32 -> [T, hidden_size], the rows to sample from."""
-        x: Product = self.embed_tokens(input_ids)
-        residual: torch.Tensor | None = None
+    def forward(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """input_ids and positions [T] int32 -> [T, hidden_size], the last tokens' of a prefill."""
+        x: Unreduced | None = None
+        residual = self.embed_tokens(input_ids)
         for layer in self.layers[:-1]:
             x, residual = layer(x, residual, positions, metadata)
-        x, residual = self.layers[-1](x, residual, positions, metadata.of_last_layer())
-        assert residual is not None
+        x, residual = self.layers[-1](x, residual, positions, metadata.last_tokens or metadata)
         return self.norm.add(x, residual)[0]
 
 
@@ -70,7 +67,7 @@ class DecoderLayer(nn.Module):
         config: PretrainedConfig,
         context: ModelContext,
         self_attn: "SelfAttention",
-        mlp: nn.Module,
+        mlp: Layer[[Tensor], Unreduced],
     ) -> None:
         super().__init__()
         self.self_attn = self_attn
@@ -80,23 +77,31 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self,
-        x: Product,
-        residual: torch.Tensor | None,
-        positions: torch.Tensor,
+        x: Unreduced | None,
+        residual: Tensor,
+        positions: Tensor,
         metadata: AttentionMetadata,
-    ) -> tuple[Product, torch.Tensor]:
-        """(x, residual) [T, hidden_size] each -> the same for the next layer, the wanted rows."""
-        if residual is None:
-            assert isinstance(x, torch.Tensor)  # the embedding's
-            normed, residual = self.input_layernorm(x), x
+    ) -> tuple[Unreduced, Tensor]:
+        """(x, residual) [T, hidden_size] each -> the same for the next layer, at `logits_indices`.
+
+        x is what is to be added to the residual; the first layer has none.
+        """
+        if x is None:
+            normed = self.input_layernorm(residual)
         else:
             normed, residual = self.input_layernorm.add(x, residual)
-        x, residual = self.self_attn(normed, positions, metadata), metadata.wanted(residual)
+        x = self.self_attn(normed, positions, metadata)
+        residual = at_logits_indices(residual, metadata)
         normed, residual = self.post_attention_layernorm.add(x, residual)
         return self.mlp(normed), residual
 
 
-class SelfAttention(nn.Module):
+def kv_cache_spec(config: PretrainedConfig, tp_size: int, dtype: torch.dtype) -> KVCacheSpec:
+    """A layer's cache on one rank; with more ranks than KV heads, every rank holds one."""
+    return KVCacheSpec(max(config.num_key_value_heads // tp_size, 1), config.head_dim, dtype)
+
+
+class SelfAttention(Layer[[Tensor, Tensor, AttentionMetadata], Unreduced]):
     """Grouped-query self-attention (Ainslie et al. 2023, arXiv 2305.13245) of one layer.
 
     Query heads are split over the ranks. So are KV heads; with more ranks than KV heads,
@@ -113,7 +118,7 @@ class SelfAttention(nn.Module):
     def __init__(
         self,
         config: PretrainedConfig,
-        cos_sin: torch.Tensor,
+        cos_sin: Tensor,
         context: ModelContext,
         *,
         qkv_bias: bool,
@@ -123,7 +128,8 @@ class SelfAttention(nn.Module):
         tp, head_dim = context.tp, config.head_dim
         total_heads, total_kv_heads = config.num_attention_heads, config.num_key_value_heads
         q_size = total_heads // tp.size * head_dim
-        kv_size = max(total_kv_heads // tp.size, 1) * head_dim
+        spec = kv_cache_spec(config, tp.size, context.kv_cache_dtype or context.dtype)
+        kv_size = spec.num_kv_heads * head_dim
         first_kv = tp.rank * total_kv_heads // tp.size * head_dim
         kv_slice = (total_kv_heads * head_dim, first_kv, kv_size)
         self.qkv_proj = ColumnParallelLinear(
@@ -139,16 +145,14 @@ class SelfAttention(nn.Module):
         self.o_proj = RowParallelLinear(
             total_heads * head_dim, config.hidden_size, output_bias, context
         )
-        self.attn = Attention(head_dim, cos_sin, context)
+        self.attn = Attention(spec, cos_sin, context)
 
-    def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
-    ) -> Product:
-        """x [T, hidden_size] -> [T, hidden_size], the wanted rows."""
+    def forward(self, x: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Unreduced:
+        """x [T, hidden_size] -> [T, hidden_size], at `logits_indices`."""
         return self.o_proj(self.attn(self.qkv_proj(x), positions, metadata))
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(Layer[[Tensor], Unreduced]):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202), with biases or without."""
 
     def __init__(self, config: PretrainedConfig, context: ModelContext, bias: bool = False) -> None:
@@ -163,6 +167,6 @@ class GatedMLP(nn.Module):
             config.intermediate_size, config.hidden_size, bias, context
         )
 
-    def forward(self, x: torch.Tensor) -> Product:
+    def forward(self, x: Tensor) -> Unreduced:
         """x [T, hidden_size] -> [T, hidden_size]."""
         return self.down_proj(self.ops.silu_and_mul(self.gate_up_proj(x)))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from nanovllm.errors import ArgumentError, shown
-from nanovllm.kernels.ops import FP8_BLOCK, FP8_DTYPE
 from nanovllm.kernels.torch_ops import dequantize_weight
+from nanovllm.kernels.types import FP8_BLOCK, FP8_DTYPE
 from nanovllm.layers.fp8_weights import blocks_of
 
 if TYPE_CHECKING:

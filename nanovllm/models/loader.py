@@ -186,7 +186,7 @@ def expected_tensors(model: nn.Module) -> dict[str, tuple[Parameter, Shard]]:
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, Parameter), name
         for module_name, shard in parameter.shards.items():
-            parts = name.split(".")
+            parts = name.replace(".weight_scale", f".weight{SCALES_SUFFIX}").split(".")
             if module_name:
                 parts[-2] = module_name
             expected[".".join(parts)] = (parameter, shard)

@@ -1,10 +1,9 @@
 """Qwen3 dense (Qwen team 2025, arXiv 2505.09388): q and k are normalised per head, then rotated."""
 
-import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
-from nanovllm.kernels.ops import Product
-from nanovllm.layers.attention import AttentionMetadata
+from nanovllm.kernels.types import AttentionMetadata, Unreduced
 from nanovllm.layers.context import ModelContext
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.models.base import CausalLM
@@ -14,18 +13,14 @@ from nanovllm.models.decoder import DecoderLayer, GatedMLP, SelfAttention
 class Qwen3Attention(SelfAttention):
     """Self-attention with an RMS norm for query heads and one for key heads."""
 
-    def __init__(
-        self, config: PretrainedConfig, cos_sin: torch.Tensor, context: ModelContext
-    ) -> None:
+    def __init__(self, config: PretrainedConfig, cos_sin: Tensor, context: ModelContext) -> None:
         bias = config.attention_bias
         super().__init__(config, cos_sin, context, qkv_bias=bias, output_bias=bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, context)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, context)
 
-    def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
-    ) -> Product:
-        """x [T, hidden_size] -> [T, hidden_size], the wanted rows."""
+    def forward(self, x: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Unreduced:
+        """x [T, hidden_size] -> [T, hidden_size], at `logits_indices`."""
         qkv = self.qkv_proj(x)
         out = self.attn(
             qkv, positions, metadata, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
@@ -38,7 +33,7 @@ class Qwen3ForCausalLM(CausalLM):
 
     @staticmethod
     def new_layer(
-        config: PretrainedConfig, cos_sin: torch.Tensor, context: ModelContext, index: int
+        config: PretrainedConfig, cos_sin: Tensor, context: ModelContext, index: int
     ) -> DecoderLayer:
         """See `CausalLM.new_layer`."""
         attention = Qwen3Attention(config, cos_sin, context)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from nanovllm.kernels.ops import Ops, PartialSums, Product
+from nanovllm.kernels.ops import Ops
+from nanovllm.kernels.types import LinearOutput, PartialSums, Unreduced, summed
 from nanovllm.parallel.ipc_memory import IpcMemory, share_memory
 
 if TYPE_CHECKING:
@@ -123,28 +124,26 @@ class TensorParallel:
                 self.rank, memory.addresses, memory.tensor(), width, dtype, abort
             )
 
-    def all_reduce(self, x: Product) -> torch.Tensor:
+    def all_reduce(self, x: Unreduced) -> torch.Tensor:
         """x [T, hidden_size] -> its sum over the ranks; x's memory may be reused."""
-        if self.peers is not None and self.peers.takes(_num_rows(x)):
-            return self.peers.all_reduce(x)
-        if isinstance(x, PartialSums):
-            x = x.parts.sum(0).to(x.dtype)
-        if self.size > 1 and x.numel():
-            self._reduce(x, dist.ReduceOp.SUM)
-        return x
+        if self.peers is not None and self.peers.takes(_num_rows(x.term)):
+            return self.peers.all_reduce(x.term)
+        total = summed(x.term)
+        if self.size > 1 and total.numel():
+            self._reduce(total, dist.ReduceOp.SUM)
+        return total
 
     def add_rms_norm(
-        self, ops: Ops, x: Product, residual: torch.Tensor, weight: torch.Tensor, eps: float
+        self, ops: Ops, x: Unreduced, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`Ops.add_rms_norm` of x's sum over the ranks: (norm(sum + residual), sum + residual).
 
         One kernel, if the rows go through shared memory.
         """
-        if self.peers is not None and self.peers.takes(_num_rows(x)):
-            return self.peers.add_rms_norm(x, residual, weight, eps)
-        if self.size > 1:
-            x = self.all_reduce(x)
-        return ops.add_rms_norm(x, residual, weight, eps)
+        if self.peers is not None and self.peers.takes(_num_rows(x.term)):
+            return self.peers.add_rms_norm(x.term, residual, weight, eps)
+        total = self.all_reduce(x) if self.size > 1 else x.term
+        return ops.add_rms_norm(total, residual, weight, eps)
 
     def argmax(self, scores: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """Per row, the token id of the rank with the highest score; the lowest id wins a tie.
@@ -236,5 +235,5 @@ def _nothing() -> None:
     pass
 
 
-def _num_rows(x: Product) -> int:
+def _num_rows(x: LinearOutput) -> int:
     return x.parts.shape[1] if isinstance(x, PartialSums) else len(x)

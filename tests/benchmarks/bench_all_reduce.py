@@ -13,8 +13,10 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from nanovllm.kernels.ops import Ops, select_ops
+from nanovllm.kernels.ops import Ops
+from nanovllm.kernels.select import select_ops
 from nanovllm.kernels.triton import peer_memory
+from nanovllm.kernels.types import Unreduced
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
 DTYPE = torch.bfloat16
@@ -51,10 +53,10 @@ def bench_sums(tp: TensorParallel, ops: Ops, hidden_size: int, num_rows: int) ->
     residual, weight = torch.zeros_like(x), torch.ones_like(x[0])
 
     def add_rms_norm() -> None:
-        tp.add_rms_norm(ops, x, residual, weight, EPS)
+        tp.add_rms_norm(ops, Unreduced(x), residual, weight, EPS)
 
     def sum_then_norm() -> None:
-        ops.add_rms_norm(tp.all_reduce(x), residual, weight, EPS)
+        ops.add_rms_norm(tp.all_reduce(Unreduced(x)), residual, weight, EPS)
 
     peers, tp.peers = tp.peers, None
     times = [microseconds(add_rms_norm)]

@@ -13,12 +13,12 @@ from collections.abc import Callable
 import torch
 from graph_timing import microseconds
 
-from nanovllm.kernels.ops import FP8_BLOCK, PartialSums, Product
 from nanovllm.kernels.torch_ops import quantize
 from nanovllm.kernels.triton import fp8_linear as triton_fp8_linear
 from nanovllm.kernels.triton import linear as triton_linear
 from nanovllm.kernels.triton.fp8_linear import quantize_rows
 from nanovllm.kernels.triton.tiled_linear import LinearTile, tiled_linear
+from nanovllm.kernels.types import FP8_BLOCK, LinearOutput, PartialSums
 
 SHAPES = {
     "qkv": (6144, 4096),
@@ -52,7 +52,7 @@ class Weights:
         ]
 
 
-def time_products(product: Callable[..., Product], weights: list) -> float:
+def time_products(product: Callable[..., LinearOutput], weights: list) -> float:
     """Microseconds of a product and of the sum of its parts, as the next kernel adds them up."""
 
     def run() -> None:
@@ -64,18 +64,20 @@ def time_products(product: Callable[..., Product], weights: list) -> float:
     return microseconds(run, len(weights))
 
 
-def tiled(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, tile: LinearTile) -> Product:
+def tiled(
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, tile: LinearTile
+) -> LinearOutput:
     group = FP8_BLOCK if scales.dim() == 2 else None
     values, x_scales = quantize_rows(x, group, tile.block_m)
     return tiled_linear(values, weight, None, tile, x.dtype, len(x), x_scales, scales)
 
 
-def scaled_mm(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> Product:
+def scaled_mm(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> LinearOutput:
     values, x_scales = quantize_rows(x, FP8_BLOCK if scales.dim() == 2 else None)
     return triton_fp8_linear.scaled_mm(values, x_scales, weight, scales, None, x.dtype)
 
 
-def attempt(product: Callable[..., Product], weights: list) -> str:
+def attempt(product: Callable[..., LinearOutput], weights: list) -> str:
     try:
         return f"{time_products(product, weights):8.1f}"
     except (RuntimeError, ValueError) as error:

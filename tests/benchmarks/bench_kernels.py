@@ -17,15 +17,18 @@ from typing import NamedTuple
 import torch
 
 from nanovllm.kernels import row_state
-from nanovllm.kernels.ops import FP8_DTYPE, Ops, select_ops
+from nanovllm.kernels.ops import Ops
+from nanovllm.kernels.select import select_ops
 from nanovllm.kernels.triton import decode_attention as decode_kernel
 from nanovllm.kernels.triton import prefill_attention as prefill_kernel
+from nanovllm.kernels.types import FP8_DTYPE, DecodeMetadata, KVCache, PrefillMetadata
 
 NUM_LAYERS = 28
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 16, 8, 128, 256
 HIDDEN, INTERMEDIATE, VOCAB = 1024, 3072, 151_936
 DTYPE = torch.bfloat16
 SCALE = HEAD_DIM**-0.5
+NO_SLOTS = torch.empty(0, dtype=torch.int64)  # attention only reads the cache
 PREFILL_LENGTHS = ((4096,) * 4, (2117, 3861, 2946, 3990, 3433), (512,) * 32)
 DECODE_SHAPES = (
     *("1x128", "1x1100", "8x300", "8x1100", "16x1100", "32x128", "32x400", "64x1100", "128x1100"),
@@ -115,7 +118,7 @@ def bench_decode(
     num_caches = 2**31 // (num_blocks * BLOCK_SIZE * token_bytes)
     num_caches = max(2, min(NUM_LAYERS, num_caches))
     caches = randn(num_caches, 2, num_blocks, BLOCK_SIZE, num_kv_heads, HEAD_DIM)
-    scales: list[torch.Tensor] = []
+    scales = []
     if is_fp8:
         caches = caches.to(FP8_DTYPE)
         scales = list(torch.ones(2, num_blocks, num_kv_heads, BLOCK_SIZE, device="cuda"))
@@ -125,6 +128,7 @@ def bench_decode(
     tables[:, : shape.num_common_blocks] = tables[:1, : shape.num_common_blocks].clone()
     num_common_blocks = torch.tensor([shape.num_common_blocks], device="cuda", dtype=torch.int32)
     lens = shape.context_lens()
+    layers = [KVCache(*caches[i % num_caches], *scales) for i in range(NUM_LAYERS)]
     query = randn(batch_size, num_heads, HEAD_DIM)
     num_spared = (batch_size - 1) * shape.num_common_blocks * BLOCK_SIZE
     num_bytes = (int(lens.sum()) - num_spared) * token_bytes
@@ -136,10 +140,10 @@ def bench_decode(
         **tunables: object,
     ) -> None:
         def step() -> None:
-            plan = {"plan": make_plan()} if make_plan else {}
-            for layer in range(NUM_LAYERS):
-                args = query, *caches[layer % num_caches], tables, lens, SCALE, *scales
-                decode(*args, **tunables, **plan)
+            plan = make_plan() if make_plan else None
+            metadata = DecodeMetadata(NO_SLOTS, tables, lens, plan)
+            for cache in layers:
+                decode(query, cache, metadata, SCALE, **tunables)
 
         seconds = seconds_per_call([partial(step)]) / NUM_LAYERS
         label = f"{shape} {'fp8 ' * is_fp8}{name}"
@@ -162,7 +166,7 @@ def bench_decode(
         chosen = {name: value for name, value in zip(names, values, strict=True) if value}
         plan_options = {name: value for name, value in chosen.items() if name in plan_names}
         make_plan = partial(
-            decode_kernel.plan_decode, caches[0, 0], tables, lens, common, **plan_options
+            decode_kernel.plan_decode, layers[0], tables, lens, common, **plan_options
         )
         tunables = {name: value for name, value in chosen.items() if name in launch_names}
         label = " ".join(f"{name.removeprefix('num_')}={v}" for name, v in chosen.items())
@@ -173,7 +177,7 @@ def bench_decode(
             **tunables,
         )
     if "flash-attn" in backends and not is_fp8:
-        report("flash-attn", backends["flash-attn"].decode_attention)
+        report("flash-attn", backends["flash-attn"].attend)
 
 
 def bench_prefill(
@@ -184,7 +188,7 @@ def bench_prefill(
     label = f"{len(lengths)} prompts of {min(lengths)} to {max(lengths)}"
     print(f"\nprefill attention, {label:40} ms  TFLOP/s")
     num_pages = [-(-length // BLOCK_SIZE) for length in lengths]
-    key_cache, value_cache = randn(2, sum(num_pages), BLOCK_SIZE, num_kv_heads, HEAD_DIM)
+    cache = KVCache(*randn(2, sum(num_pages), BLOCK_SIZE, num_kv_heads, HEAD_DIM))
     tables = torch.zeros(len(lengths), max(num_pages), device="cuda").int()
     pages = torch.randperm(sum(num_pages), device="cuda").int().split(num_pages)
     for table, own in zip(tables, pages, strict=True):
@@ -192,7 +196,8 @@ def bench_prefill(
     cu_seqlens = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
     query = randn(sum(lengths), num_heads, HEAD_DIM)
     longest = max(lengths)
-    args = query, key_cache, value_cache, tables, cu_seqlens, cu_seqlens, longest, longest, SCALE
+    metadata = PrefillMetadata(NO_SLOTS, tables, cu_seqlens, cu_seqlens, longest, longest)
+    args = query, cache, metadata, SCALE
     flop = 2 * num_heads * HEAD_DIM * sum(length * length for length in lengths)
 
     def report(name: str, prefill: Callable[..., torch.Tensor], **tunables: object) -> None:
@@ -206,7 +211,7 @@ def bench_prefill(
         for config in options.prefill_config or [None]:
             report(f"{name} {config or ''}", version.prefill_attention, config=config)
     if "flash-attn" in backends:
-        report("flash-attn", backends["flash-attn"].prefill_attention)
+        report("flash-attn", backends["flash-attn"].attend)
 
 
 def bench_sample(ops: Ops) -> None:
@@ -235,7 +240,7 @@ def bench_elementwise(ops: Ops, tokens: list[int]) -> None:
         caches = randn(2, 64, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
         positions = torch.arange(num_tokens, device="cuda", dtype=torch.int32)
         slots = torch.randperm(64 * BLOCK_SIZE, device="cuda")[:num_tokens]
-        rope_args = qkv, head_weight, head_weight, 1e-6, cos_sin, positions, *caches, slots
+        rope_args = qkv, head_weight, head_weight, 1e-6, cos_sin, positions, KVCache(*caches), slots
         cases: dict[str, tuple[partial, int]] = {
             "rms_norm": (partial(ops.rms_norm, x, weight, 1e-6), 4 * HIDDEN),
             "add_rms_norm": (

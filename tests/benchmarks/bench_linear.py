@@ -15,12 +15,12 @@ import torch.nn.functional as F
 import triton
 from graph_timing import microseconds
 
-from nanovllm.kernels.ops import Product
 from nanovllm.kernels.triton import linear as triton_linear
 from nanovllm.kernels.triton.activation import silu_and_mul
 from nanovllm.kernels.triton.norm import add_rms_norm
 from nanovllm.kernels.triton.rope import qk_norm_rope_store
 from nanovllm.kernels.triton.tiled_linear import LinearTile, tiled_linear
+from nanovllm.kernels.types import KVCache, LinearOutput
 
 DTYPE = torch.bfloat16
 EPS = 1e-6
@@ -39,7 +39,7 @@ CANDIDATES = (
     *((64, 256, 4, 3, 2), (64, 256, 4, 3, 1), (64, 256, 4, 4, 1), (128, 64, 4, 6, 2)),
     *((128, 128, 4, 3, 1), (128, 128, 4, 4, 1), (64, 64, 4, 6, 3)),
 )
-Linear = Callable[[torch.Tensor, torch.Tensor], Product]
+Linear = Callable[[torch.Tensor, torch.Tensor], LinearOutput]
 
 
 def randn(*shape: int) -> torch.Tensor:
@@ -66,9 +66,8 @@ class Layers:
         self.norm = randn(hidden)
         self.head_norm = randn(HEAD_DIM)
         self.cos_sin = torch.randn(4096, HEAD_DIM, device="cuda")
-        self.caches = torch.zeros(
-            2, -(-num_tokens // 256), 256, num_kv_heads, HEAD_DIM, device="cuda", dtype=DTYPE
-        )
+        shape = 2, -(-num_tokens // 256), 256, num_kv_heads, HEAD_DIM
+        self.cache = KVCache(*torch.zeros(shape, device="cuda", dtype=DTYPE))
         self.set_tokens(num_tokens)
 
     def set_tokens(self, num_tokens: int) -> None:
@@ -77,7 +76,7 @@ class Layers:
         self.slots = torch.arange(num_tokens, device="cuda")
         self.positions = self.slots.int()
 
-    def read(self, name: str, product: Product) -> torch.Tensor:
+    def read(self, name: str, product: LinearOutput) -> torch.Tensor:
         """What follows the product in a layer."""
         if name == "qkv":
             return qk_norm_rope_store(
@@ -87,7 +86,7 @@ class Layers:
                 EPS,
                 self.cos_sin,
                 self.positions,
-                *self.caches,
+                self.cache,
                 self.slots,
             )
         if name == "gate_up":
@@ -129,7 +128,7 @@ def main() -> None:
             compare_tiles(layers, num_tokens, block_m)
             continue
 
-        def split(x: torch.Tensor, weight: torch.Tensor, block_m: int = block_m) -> Product:
+        def split(x: torch.Tensor, weight: torch.Tensor, block_m: int = block_m) -> LinearOutput:
             return triton_linear.split_linear(x, weight, None, block_m)
 
         line = f"T={num_tokens:<4}"

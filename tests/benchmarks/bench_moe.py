@@ -14,10 +14,10 @@ import triton
 from graph_timing import microseconds
 
 from nanovllm.kernels import torch_ops
-from nanovllm.kernels.ops import FP8_BLOCK, FP8_DTYPE
 from nanovllm.kernels.triton.linear import linear
 from nanovllm.kernels.triton.moe import Tile, Tiles, choose_tiles, experts
 from nanovllm.kernels.triton.norm import add_rms_norm
+from nanovllm.kernels.types import FP8_BLOCK, FP8_DTYPE
 
 HIDDEN_SIZE, SIZE, NUM_EXPERTS, TOP_K = 2048, 768, 128, 8
 NUM_LAYERS = 4  # 4.8 GB: none of it stays in a cache

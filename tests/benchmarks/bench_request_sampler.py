@@ -14,7 +14,7 @@ import torch
 
 from nanovllm import SamplingParams
 from nanovllm.engine.sequence import Sequence
-from nanovllm.kernels.ops import select_ops
+from nanovllm.kernels.select import select_ops
 from nanovllm.sampling.request_sampler import RequestSampler
 
 PENALTIES = {"repetition_penalty": 1.1, "frequency_penalty": 0.2}

@@ -12,7 +12,8 @@ from transformers import PretrainedConfig
 from workloads import Workload
 
 from nanovllm import LLM
-from nanovllm.kernels.ops import FP8_DTYPE, select_ops
+from nanovllm.kernels.select import select_ops
+from nanovllm.kernels.types import FP8_DTYPE
 from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
 from nanovllm.layers.moe import ExpertWeights, Router
 from nanovllm.models.base import CausalLM
@@ -98,7 +99,7 @@ def count_params(modules: Sequence[Any]) -> int:
 def count_bytes(modules: Sequence[Any]) -> int:
     """Bytes of the modules' weights and of their scales, if they are fp8."""
     weights = [m.weight for m in modules]
-    scales = [getattr(m, "weight_scale_inv", None) for m in modules]
+    scales = [getattr(m, "weight_scale", None) for m in modules]
     return sum(tensor.nbytes for tensor in weights + scales if tensor is not None)
 
 

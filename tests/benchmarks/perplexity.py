@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from nanovllm import LLM
 from nanovllm.assets.prepare import TEST_BOOK, novels
-from nanovllm.layers.attention import AttentionMetadata, DecodeMetadata, PrefillMetadata
+from nanovllm.kernels.types import AttentionMetadata, DecodeMetadata, PrefillMetadata
 
 REPO = Path(__file__).resolve().parents[2]
 WINDOW, STRIDE = 1024, 512

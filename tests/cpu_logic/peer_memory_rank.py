@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from nanovllm.kernels import torch_ops
-from nanovllm.kernels.ops import PartialSums
 from nanovllm.kernels.triton import peer_memory
 from nanovllm.kernels.triton.peer_memory import PeerMemory, clear_memory, num_memory_bytes
+from nanovllm.kernels.types import PartialSums
 
 WIDTH = 40
 NUM_IDS = 11  # of the embedding's table, per rank

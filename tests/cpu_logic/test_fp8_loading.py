@@ -1,6 +1,5 @@
 """fp8 weights in memory, each rank's slices against the whole weights that fp8 rounded."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,9 @@ from transformers import AutoConfig
 
 from nanovllm import ArgumentError
 from nanovllm.config import Config
-from nanovllm.kernels.ops import FP8_DTYPE, select_ops
+from nanovllm.kernels.select import select_ops
 from nanovllm.kernels.torch_ops import dequantize_weight
+from nanovllm.kernels.types import FP8_DTYPE
 from nanovllm.layers.context import ModelContext
 from nanovllm.layers.linear import RowParallelLinear
 from nanovllm.models.loader import expected_tensors, load_model, load_tensor
@@ -40,7 +40,7 @@ def fp8_dir(model_dir, tmp_path_factory) -> Path:
 def build(directory: Path, scales: str, keeps_fp8: bool, rank: int = 0, size: int = 1):
     config = AutoConfig.from_pretrained(directory)
     ops = select_ops("torch", CPU, torch.float32, config.head_dim, compile_torch_ops=False)
-    ops = replace(ops, has_fp8_products=keeps_fp8)
+    ops.has_fp8_products = keeps_fp8
     tp = TensorParallel(rank, size)
     model = Qwen3ForCausalLM(config, ModelContext(ops, tp, torch.float32, CPU, fp8_scales=scales))
     load_model(model, str(directory), "auto")
@@ -56,7 +56,7 @@ def check_weights(model, exact: dict[str, torch.Tensor], through_fp8, of_slice: 
             continue
         weight = parameter.data
         scales = next(
-            module.weight_scale_inv
+            module.weight_scale
             for module in modules.values()
             if getattr(module, "weight", None) is parameter
         )
@@ -111,9 +111,8 @@ def test_new_tensor_is_quantized(model_dir) -> None:
 
 def test_sizes_that_no_kernel_takes_are_dequantized() -> None:
     ops = select_ops("torch", CPU, torch.float32, 32, compile_torch_ops=False)
-    context = ModelContext(
-        replace(ops, has_fp8_products=True), TensorParallel(), torch.float32, CPU, None, "rows"
-    )
+    ops.has_fp8_products = True
+    context = ModelContext(ops, TensorParallel(), torch.float32, CPU, None, "rows")
     assert RowParallelLinear(96, 72, False, context).weight.dtype == torch.float32
     assert RowParallelLinear(96, 80, False, context).weight.dtype == FP8_DTYPE
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from nanovllm import ArgumentError
-from nanovllm.kernels.ops import select_ops
+from nanovllm.kernels.select import select_ops
 from nanovllm.layers.context import ModelContext
 from nanovllm.models.loader import MAX_NAMES_IN_ERROR, expected_tensors, load_model
 from nanovllm.models.qwen3 import Qwen3ForCausalLM

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from nanovllm.kernels import torch_ops
-from nanovllm.kernels.ops import PartialSums, select_ops
+from nanovllm.kernels.select import select_ops
+from nanovllm.kernels.types import PartialSums, Unreduced
 from nanovllm.parallel.ipc_memory import share_memory
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
@@ -114,10 +115,12 @@ def test_one_rank_adds_up_parts():
     tp, ops = TensorParallel(), select_ops("torch", torch.device("cpu"), torch.float32, 64, False)
     parts = PartialSums(torch.randn(3, 4, 16), torch.float32)
     exact = parts.parts.double().sum(0)
-    torch.testing.assert_close(tp.all_reduce(parts).double(), exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        tp.all_reduce(Unreduced(parts)).double(), exact, rtol=1e-6, atol=1e-6
+    )
     x, residual, weight = torch.randn(4, 16), torch.randn(4, 16), torch.randn(16)
     expected = torch_ops.add_rms_norm(x, residual, weight, 1e-6)
     for actual, right in zip(
-        tp.add_rms_norm(ops, x, residual, weight, 1e-6), expected, strict=True
+        tp.add_rms_norm(ops, Unreduced(x), residual, weight, 1e-6), expected, strict=True
     ):
         torch.testing.assert_close(actual, right)

@@ -9,11 +9,22 @@ import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
 from nanovllm.kernels import row_state, torch_ops
-from nanovllm.kernels.ops import FP8_DTYPE, FP8_MAX, FP8_MIN_AMAX, select_ops
+from nanovllm.kernels.select import select_ops
+from nanovllm.kernels.types import (
+    FP8_DTYPE,
+    FP8_MAX,
+    FP8_MIN_AMAX,
+    DecodeMetadata,
+    KVCache,
+    PartialSums,
+    PrefillMetadata,
+    Unreduced,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EPS = 1e-6
 # (query heads, KV heads, head_dim)
+NO_SLOTS = torch.empty(0, dtype=torch.int64)  # attention only reads the cache
 HEADS = ((2, 2, 24), (6, 2, 48), (16, 1, 64), (16, 8, 128), (3, 1, 80), (2, 1, 256))
 
 
@@ -79,6 +90,38 @@ def test_add_rms_norm_adds_first_and_changes_no_input(dtype):
     assert torch.equal(x, inputs[0]) and torch.equal(residual, inputs[1])
 
 
+def test_partial_sums_are_added_up_and_rounded():
+    whole = torch.randn(3, 32).half()
+    parts = PartialSums(torch.stack((whole.float() + 1, torch.full((3, 32), -1.0))), torch.float16)
+    residual, weight = torch.randn(3, 32).half(), torch.randn(32).half()
+    for got, want in zip(
+        torch_ops.add_rms_norm(parts, residual, weight, EPS),
+        torch_ops.add_rms_norm(whole, residual, weight, EPS),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch_ops.silu_and_mul(parts), torch_ops.silu_and_mul(whole))
+
+
+def test_no_operation_takes_a_term_that_is_not_summed_over_the_ranks():
+    """A norm after the block, say, must not pass one rank's term for the sum."""
+    term = Unreduced(torch.randn(3, 32))
+    x, weight = torch.randn(3, 32), torch.randn(32)
+    for use in (
+        lambda: torch_ops.rms_norm(term, weight, EPS),
+        lambda: torch_ops.add_rms_norm(term, x, weight, EPS),
+        lambda: torch_ops.silu_and_mul(term),
+        lambda: torch_ops.linear(term, x),
+        lambda: torch_ops.experts(x, term, x, x, 1, True),
+        lambda: term + x,
+        lambda: x + term,
+        lambda: x * term,
+        lambda: torch.cat((x, term)),
+    ):
+        with pytest.raises((AttributeError, TypeError)):
+            use()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_silu_and_mul(dtype):
     gate_up = torch.randn(5, 2 * 37).to(dtype)
@@ -102,7 +145,7 @@ def test_qk_norm_rope_store(heads, dtype, with_norm):
     q_weight, k_weight = torch.randn(2, head_dim).to(dtype) if with_norm else (None, None)
     caches = torch.full((2, 3, 16, num_kv_heads, head_dim), 7.0, dtype=dtype)
     query = torch_ops.qk_norm_rope_store(
-        qkv, q_weight, k_weight, EPS, cos_sin, positions, *caches, slots
+        qkv, q_weight, k_weight, EPS, cos_sin, positions, KVCache(*caches), slots
     )
 
     sizes = [n * head_dim for n in (num_heads, num_kv_heads, num_kv_heads)]
@@ -173,10 +216,11 @@ def test_qk_norm_rope_store_into_an_fp8_cache(dtype):
     positions = torch.tensor([0, 5, 99, 17], dtype=torch.int32)
     args = qkv, *weights, EPS, torch.randn(100, head_dim), positions
     plain = torch.zeros(2, 3, 16, num_kv_heads, head_dim, dtype=dtype)
-    query = torch_ops.qk_norm_rope_store(*args, *plain, slots)
+    query = torch_ops.qk_norm_rope_store(*args, KVCache(*plain), slots)
     caches = torch.full(plain.shape, 7.0).to(FP8_DTYPE)
     scales = torch.full((2, 3, num_kv_heads, 16), 7.0)
-    assert torch.equal(torch_ops.qk_norm_rope_store(*args, *caches, slots, *scales), query)
+    cache = KVCache(*caches, *scales)
+    assert torch.equal(torch_ops.qk_norm_rope_store(*args, cache, slots), query)
     stored = slots[slots >= 0]
     for cache, scale, content in zip(caches, scales, plain, strict=True):
         expected, expected_scale = torch_ops.quantize(content.flatten(0, 1)[stored])
@@ -225,29 +269,26 @@ def test_attention_over_an_fp8_cache(heads, dtype):
         v.copy_(value_cache.flatten(0, 1)[slots])
     key_cache, key_scales, keys = fp8_cache(key_cache, keys)
     value_cache, value_scales, values = fp8_cache(value_cache, values)
-    scales = key_scales, value_scales
+    cache = KVCache(key_cache, value_cache, key_scales, value_scales)
     cu_q, cu_k = (
         torch.tensor([0, *lens]).cumsum(0, dtype=torch.int32) for lens in (lens_q, lens_k)
     )
     query = torch.randn(sum(lens_q), num_heads, head_dim).to(dtype)
     scale = head_dim**-0.5
-    out = torch_ops.prefill_attention(
-        query, key_cache, value_cache, tables, cu_q, cu_k, 17, 40, scale, *scales
-    )
+    metadata = PrefillMetadata(NO_SLOTS, tables, cu_q, cu_k, 17, 40)
+    out = torch_ops.attend(query, cache, metadata, scale)
     parts = zip(query.split(lens_q), out.split(lens_q), keys, values, strict=True)
     expected = [dense_attention(part, k, v, scale) for part, _, k, v in parts]
     torch.testing.assert_close(out.double(), torch.cat(expected), **tolerance(dtype))
 
     last = cu_q[1:].long() - 1
     context_lens = torch.tensor(lens_k, dtype=torch.int32)
-    out = torch_ops.decode_attention(
-        query[last], key_cache, value_cache, tables, context_lens, scale, *scales
-    )
+    metadata = DecodeMetadata(NO_SLOTS, tables, context_lens)
+    out = torch_ops.attend(query[last], cache, metadata, scale)
     torch.testing.assert_close(out.double(), torch.cat(expected)[last], **tolerance(dtype))
     context_lens[2] = 0
-    out = torch_ops.decode_attention(
-        query[last], key_cache, value_cache, tables, context_lens, scale, *scales
-    )
+    metadata = DecodeMetadata(NO_SLOTS, tables, context_lens)
+    out = torch_ops.attend(query[last], cache, metadata, scale)
     assert out.isfinite().all()
 
 
@@ -267,9 +308,8 @@ def test_prefill_attention(heads, dtype):
     )
     query = torch.randn(sum(lens_q), num_heads, head_dim).to(dtype)
     scale = head_dim**-0.5
-    out = torch_ops.prefill_attention(
-        query, key_cache, value_cache, tables, cu_q, cu_k, 17, 40, scale
-    )
+    metadata = PrefillMetadata(NO_SLOTS, tables, cu_q, cu_k, 17, 40)
+    out = torch_ops.attend(query, KVCache(key_cache, value_cache), metadata, scale)
     for part, got, k, v in zip(query.split(lens_q), out.split(lens_q), keys, values, strict=True):
         expected = dense_attention(part, k, v, scale)
         torch.testing.assert_close(got.double(), expected, **tolerance(dtype))
@@ -280,7 +320,8 @@ def test_prefill_attention_in_slices_of_queries(monkeypatch):
     query = torch.randn(50, 4, 24)
     cu = torch.tensor([0, 50], dtype=torch.int32)
     monkeypatch.setattr(torch_ops, "MAX_SCORE_ELEMENTS", 7 * 4 * 50)
-    out = torch_ops.prefill_attention(query, key_cache, value_cache, tables, cu, cu, 50, 50, 0.2)
+    metadata = PrefillMetadata(NO_SLOTS, tables, cu, cu, 50, 50)
+    out = torch_ops.prefill_attention(query, KVCache(key_cache, value_cache), metadata, 0.2)
     expected = dense_attention(query, keys[0], values[0], 0.2)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -299,7 +340,8 @@ def test_decode_attention(heads, dtype, max_elements, monkeypatch):
     query = torch.randn(len(lens), num_heads, head_dim).to(dtype)
     scale = head_dim**-0.5
     context_lens = torch.tensor(lens, dtype=torch.int32)
-    out = torch_ops.decode_attention(query, key_cache, value_cache, tables, context_lens, scale)
+    metadata = DecodeMetadata(NO_SLOTS, tables, context_lens)
+    out = torch_ops.attend(query, KVCache(key_cache, value_cache), metadata, scale)
     assert out.isfinite().all()
     for row, length in enumerate(lens):
         if length > 0:
@@ -555,7 +597,7 @@ def test_select_ops_chooses_torch_without_a_gpu():
     for backend in ("auto", "torch"):
         ops = select_ops(backend, torch.device("cpu"), torch.float32, 64, compile_torch_ops=True)
         assert not ops.supports_cuda_graphs
-        assert ops.decode_attention is torch_ops.decode_attention
+        assert ops.attend is torch_ops.attend
 
 
 @pytest.mark.parametrize(
@@ -621,7 +663,7 @@ def test_a_flash_attn_that_cannot_be_imported_is_reported(monkeypatch):
 def test_torch_backend_imports_no_kernel_package():
     program = (
         "import sys, torch\n"
-        "from nanovllm.kernels.ops import select_ops\n"
+        "from nanovllm.kernels.select import select_ops\n"
         "before = set(sys.modules)\n"
         "select_ops('auto', torch.device('cpu'), torch.float32, 64, True)\n"
         "assert not {'triton', 'flash_attn'} & (set(sys.modules) - before)\n"

@@ -3,14 +3,16 @@
 float32 and float16 only, see `triton_interpreter_checks.py`, which also explains how it is started.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
-from triton_interpreter_checks import DTYPES, HEADS, OPS, assert_close, paged_inputs
+from triton_interpreter_checks import DTYPES, HEADS, NO_SLOTS, OPS, assert_close, paged_inputs
 
 from nanovllm.kernels import torch_ops
-from nanovllm.kernels.ops import FP8_DTYPE
 from nanovllm.kernels.triton import common_prefix as triton_common_prefix
 from nanovllm.kernels.triton import decode_attention as decode
+from nanovllm.kernels.types import FP8_DTYPE, DecodeMetadata, KVCache
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +52,7 @@ def test_a_plan_covers_every_token_once_in_splits_of_one_size(
 ):
     tile = 16
     tables = torch.zeros(len(lens), -(-max(16, *lens) // 16), dtype=torch.int32)
-    cache = torch.empty(1, 16, 2, 64)
+    cache = KVCache(torch.empty(1, 16, 2, 64), torch.empty(1, 16, 2, 64))
     common = ints([num_common]) if num_common else None
     plan = decode.plan_decode(
         cache,
@@ -87,10 +89,15 @@ def test_a_plan_covers_every_token_once_in_splits_of_one_size(
 
 def decode_inputs(lens: list[int], num_common: int, block_size: int, heads, dtype: torch.dtype):
     """Arguments of `decode_attention`, with the first rows' leading blocks in all tables."""
-    key_cache, value_cache, tables = paged_inputs(lens, block_size, heads, dtype)
+    cache, tables = paged_inputs(lens, block_size, heads, dtype)
     tables[:, :num_common] = tables[:1, :num_common].clone()
     query = torch.randn(len(lens), heads[0], heads[2]).to(dtype)
-    return query, key_cache, value_cache, tables, ints(lens), heads[2] ** -0.5
+    return query, cache, DecodeMetadata(NO_SLOTS, tables, ints(lens)), heads[2] ** -0.5
+
+
+def attend(args, plan: decode.DecodePlan) -> torch.Tensor:
+    query, cache, metadata, scale = args
+    return decode.decode_attention(query, cache, replace(metadata, plan=plan), scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -99,28 +106,33 @@ def decode_inputs(lens: list[int], num_common: int, block_size: int, heads, dtyp
 def test_decode_attention(dtype, heads, block_size, programs_per_sm, monkeypatch):
     """Whole rows, a few splits, and more splits than are merged at a time."""
     args = decode_inputs([1, 15, 0, 16, 17, 300], 0, block_size, heads, dtype)
-    _, key_cache, _, tables, lens, _ = args
-    expected = torch_ops.decode_attention(*args)
+    _, cache, metadata, _ = args
+    expected = torch_ops.attend(*args)
     plan = decode.plan_decode(
-        key_cache, tables, lens, tile=16, programs_per_sm=programs_per_sm, min_split=16
+        cache,
+        metadata.block_tables,
+        metadata.context_lens,
+        tile=16,
+        programs_per_sm=programs_per_sm,
+        min_split=16,
     )
     if programs_per_sm == 200:
         monkeypatch.setattr(decode, "MERGE_ELEMENTS", 512)
         merged_at_a_time = 512 // (heads[0] // heads[1] * heads[2])
         assert plan.items[:, decode.NUM_SPLITS.value].max() > merged_at_a_time
     for _ in range(2):  # a plan serves every layer
-        assert_close(decode.decode_attention(*args, plan=plan), expected)
+        assert_close(attend(args, plan), expected)
     if programs_per_sm == 1:
         assert_close(decode.decode_attention(*args), expected)
 
 
 def test_decode_attention_of_no_rows():
     args = decode_inputs([3], 0, 16, HEADS[0], torch.float32)
-    query, key_cache, value_cache, tables, lens, scale = args
-    empty = query[:0], key_cache, value_cache, tables[:0], lens[:0], scale
-    plan = OPS.plan_decode(key_cache, tables[:0], lens[:0], None)
-    assert OPS.decode_attention(*empty, plan=plan).shape == (0, 2, 64)
-    assert OPS.decode_attention(*empty).shape == (0, 2, 64)
+    query, cache, metadata, scale = args
+    tables, lens = metadata.block_tables[:0], metadata.context_lens[:0]
+    for plan in (OPS.plan_decode(cache, tables, lens, None), None):
+        empty = DecodeMetadata(NO_SLOTS, tables, lens, plan)
+        assert OPS.attend(query[:0], cache, empty, scale).shape == (0, 2, 64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -139,42 +151,44 @@ def test_common_blocks_are_read_once_with_the_same_result(
 ):
     monkeypatch.setattr(decode, "choose_prefix_splits", lambda *args: num_prefix_splits)
     args = decode_inputs(lens, num_common, 64, heads, dtype)
-    _, key_cache, _, tables, context_lens, _ = args
-    is_live = context_lens > 0
-    expected = torch_ops.decode_attention(*args)[is_live]
+    _, cache, metadata, _ = args
+    is_live = metadata.context_lens > 0
+    expected = torch_ops.attend(*args)[is_live]
     for programs_per_sm in (1, 50):
         plan = decode.plan_decode(
-            key_cache,
-            tables,
-            context_lens,
+            cache,
+            metadata.block_tables,
+            metadata.context_lens,
             ints([num_common]),
             tile=16,
             programs_per_sm=programs_per_sm,
             min_split=16,
         )
         for _ in range(2):
-            got = decode.decode_attention(*args, plan=plan)
+            got = attend(args, plan)
             assert got.isfinite().all()
             assert_close(got[is_live], expected)
 
 
 def test_the_common_prefix_reads_only_common_blocks():
     """Every other block holds NaN; the table's later entries are out of range."""
-    cache = torch.full((2, 3, 16, 2, 32), torch.nan)
-    cache[:, 1:] = torch.randn(2, 2, 16, 2, 32)
+    caches = torch.full((2, 3, 16, 2, 32), torch.nan)
+    caches[:, 1:] = torch.randn(2, 2, 16, 2, 32)
+    cache = KVCache(*caches)
     query = torch.randn(5, 4, 32)
     partial, partial_lse = torch.full((3, 5, 4, 32), torch.nan), torch.full((3, 5, 4), torch.nan)
     table = ints([2, 1, 2**30])
     triton_common_prefix.attend_to_common_prefix(
-        partial, partial_lse, query, *cache, table, ints([2]), 0.5
+        partial, partial_lse, query, cache, table, ints([2]), 0.5
     )
     weights = torch.exp2(partial_lse - partial_lse.amax(0))
     got = (partial * weights.unsqueeze(-1)).sum(0) / weights.sum(0).unsqueeze(-1)
     lens = torch.full((5,), 32, dtype=torch.int32)
-    expected = torch_ops.decode_attention(query, *cache, table[:2].expand(5, 2), lens, 0.5)
+    metadata = DecodeMetadata(NO_SLOTS, table[:2].expand(5, 2), lens)
+    expected = torch_ops.attend(query, cache, metadata, 0.5)
     assert_close(got, expected)
     triton_common_prefix.attend_to_common_prefix(
-        partial, partial_lse, query, *cache, table, ints([0]), 0.5
+        partial, partial_lse, query, cache, table, ints([0]), 0.5
     )
     assert (partial == 0).all() and (partial_lse == -torch.inf).all()
 
@@ -190,14 +204,14 @@ def test_fp8_cache(dtype, heads):
     tables = torch.randperm(num_blocks).view(len(lens), width).int()
     tables[:, 0] = tables[0, 0]
     query = torch.randn(len(lens), heads[0], head_dim).to(dtype)
-    args = query, *caches, tables, ints(lens), head_dim**-0.5, *scales
-    in_float = query.float(), *args[1:]
-    expected = torch_ops.decode_attention(*in_float)
+    cache, metadata = KVCache(*caches, *scales), DecodeMetadata(NO_SLOTS, tables, ints(lens))
+    args = query, cache, metadata, head_dim**-0.5
+    expected = torch_ops.attend(query.float(), *args[1:])
     for common in (None, ints([1])):
         plan = decode.plan_decode(
-            caches[0], tables, ints(lens), common, programs_per_sm=10, min_split=32
+            cache, tables, ints(lens), common, programs_per_sm=10, min_split=32
         )
-        got = decode.decode_attention(*args, plan=plan)
+        got = attend(args, plan)
         eps = torch.finfo(dtype).eps
         is_live = ints(lens) > 0
         torch.testing.assert_close(

@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels import torch_ops
-from nanovllm.kernels.ops import FP8_BLOCK, FP8_DTYPE, FP8_MAX, PartialSums, Product
 from nanovllm.kernels.triton import fp8_linear as triton_fp8_linear
 from nanovllm.kernels.triton import tiled_linear as triton_tiled_linear
 from nanovllm.kernels.triton.tiled_linear import LinearTile
+from nanovllm.kernels.types import FP8_BLOCK, FP8_DTYPE, FP8_MAX, LinearOutput, PartialSums
 
 
-def summed(product: Product) -> torch.Tensor:
+def summed(product: LinearOutput) -> torch.Tensor:
     return product.parts.sum(0) if isinstance(product, PartialSums) else product
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from nanovllm.kernels import row_state, torch_ops
-from nanovllm.kernels.ops import FP8_DTYPE, select_ops
+from nanovllm.kernels.select import select_ops
 from nanovllm.kernels.triton import rope as triton_rope
 from nanovllm.kernels.triton.prefill_attention import prefill_attention
+from nanovllm.kernels.types import FP8_DTYPE, KVCache, PrefillMetadata, Unreduced
 
 DTYPES = (torch.float32, torch.float16)
 EPS = 1e-6
@@ -43,6 +44,18 @@ def test_norms_and_activation(dtype, width, num_rows):
     assert_close(OPS.silu_and_mul(gate_up), torch_ops.silu_and_mul(gate_up))
 
 
+def test_no_kernel_takes_a_term_that_is_not_summed_over_the_ranks():
+    term, weight = Unreduced(torch.randn(3, 32)), torch.randn(32)
+    for use in (
+        lambda: OPS.rms_norm(term, weight, EPS),
+        lambda: OPS.add_rms_norm(term, term.term, weight, EPS),
+        lambda: OPS.silu_and_mul(term),
+        lambda: OPS.linear(term, term.term),
+    ):
+        with pytest.raises((AttributeError, TypeError)):
+            use()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("with_norm", (True, False))
@@ -58,10 +71,12 @@ def test_qk_norm_rope_store(dtype, heads, with_norm, many_tokens, monkeypatch):
     caches = torch.zeros(2, 3, 16, num_kv_heads, head_dim, dtype=dtype)
     expected_caches = caches.clone()
     args = qkv, *weights, EPS, cos_sin, positions
-    query = OPS.qk_norm_rope_store(*args, *caches, slots)
-    assert_close(query, torch_ops.qk_norm_rope_store(*args, *expected_caches, slots))
+    query = OPS.qk_norm_rope_store(*args, KVCache(*caches), slots)
+    expected = torch_ops.qk_norm_rope_store(*args, KVCache(*expected_caches), slots)
+    assert_close(query, expected)
     assert_close(caches, expected_caches)
-    assert OPS.qk_norm_rope_store(qkv[:0], *args[1:], *caches, slots[:0]).shape[0] == 0
+    none = OPS.qk_norm_rope_store(qkv[:0], *args[1:], KVCache(*caches), slots[:0])
+    assert none.shape[0] == 0
 
 
 def test_qk_norm_rope_store_into_an_fp8_cache():
@@ -76,13 +91,16 @@ def test_qk_norm_rope_store_into_an_fp8_cache():
         for ops in (OPS, torch_ops):
             caches = torch.full((2, 3, 16, num_kv_heads, head_dim), 7.0).to(FP8_DTYPE)
             scales = torch.full((2, 3, num_kv_heads, 16), 7.0)
-            query = ops.qk_norm_rope_store(*args, *caches, slots, *scales)
+            query = ops.qk_norm_rope_store(*args, KVCache(*caches, *scales), slots)
             results.append((query, scales, caches.float()))
         (query, scales, caches), (expected_query, expected_scales, expected_caches) = results
         assert_close(query, expected_query)
         torch.testing.assert_close(scales, expected_scales, rtol=1e-6, atol=0)
         assert (caches == expected_caches).float().mean() > 0.99
         torch.testing.assert_close(caches, expected_caches, rtol=0.5, atol=2**-9)
+
+
+NO_SLOTS = torch.empty(0, dtype=torch.int64)  # attention only reads the cache
 
 
 def fp8_cache(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,8 +110,10 @@ def fp8_cache(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return quantized.view(cache.shape), scales.view(cache.shape[:3]).transpose(1, 2).contiguous()
 
 
-def paged_inputs(lens: list[int], block_size: int, heads: tuple[int, int, int], dtype: torch.dtype):
-    """Caches that hold NaN (values: large numbers) outside the sequences' slots; block tables."""
+def paged_inputs(
+    lens: list[int], block_size: int, heads: tuple[int, int, int], dtype: torch.dtype
+) -> tuple[KVCache, torch.Tensor]:
+    """A cache of NaN (values: large numbers) outside the sequences' slots; block tables."""
     _, num_kv_heads, head_dim = heads
     width = -(-max(lens) // block_size) + 1
     num_blocks = width * len(lens)
@@ -105,7 +125,7 @@ def paged_inputs(lens: list[int], block_size: int, heads: tuple[int, int, int], 
         slots = table[position // block_size].long() * block_size + position % block_size
         values = torch.randn(2, length, num_kv_heads, head_dim).to(dtype)
         caches.flatten(1, 2)[:, slots] = values
-    return caches[0], caches[1], tables
+    return KVCache(*caches), tables
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -114,12 +134,13 @@ def paged_inputs(lens: list[int], block_size: int, heads: tuple[int, int, int], 
 def test_prefill_attention(dtype, heads, block_size):
     """Whole prompts, a cached prefix before 7 new tokens, and one new token."""
     lens_k, lens_q = [1, 15, 17, 40, 33, 70], [1, 15, 17, 7, 1, 70]
-    caches_and_tables = paged_inputs(lens_k, block_size, heads, dtype)
+    cache, tables = paged_inputs(lens_k, block_size, heads, dtype)
     cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0, dtype=torch.int32) for n in (lens_q, lens_k))
     query = torch.randn(sum(lens_q), heads[0], heads[2]).to(dtype)
-    args = query, *caches_and_tables, cu_q, cu_k, max(lens_q), max(lens_k), heads[2] ** -0.5
-    expected = torch_ops.prefill_attention(*args)
-    assert_close(prefill_attention(*args), expected)
+    metadata = PrefillMetadata(NO_SLOTS, tables, cu_q, cu_k, max(lens_q), max(lens_k))
+    args = query, cache, metadata, heads[2] ** -0.5
+    expected = torch_ops.attend(*args)
+    assert_close(OPS.attend(*args), expected)
     got = prefill_attention(*args, config=(16, 16, 4, 1), use_tensor_descriptors=False)
     assert_close(got, expected)
     for block_m, block_n in ((16, 16), (32, 16), (16, 64)):
@@ -127,11 +148,11 @@ def test_prefill_attention(dtype, heads, block_size):
         got = prefill_attention(*args, config=config, use_tensor_descriptors=True)
         assert_close(got, expected)
 
-    query, key_cache, value_cache, *rest = args
-    (key_cache, key_scales), (value_cache, value_scales) = map(fp8_cache, (key_cache, value_cache))
-    args = query, key_cache, value_cache, *rest, key_scales, value_scales
+    (key_cache, key_scales), (value_cache, value_scales) = map(fp8_cache, (cache.key, cache.value))
+    cache = KVCache(key_cache, value_cache, key_scales, value_scales)
+    args = query, cache, metadata, heads[2] ** -0.5
     got = prefill_attention(*args, config=(16, 16, 4, 1))
-    assert_close(got, torch_ops.prefill_attention(*args))
+    assert_close(got, torch_ops.attend(*args))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -4,12 +4,12 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels import torch_ops
-from nanovllm.kernels.ops import PartialSums
 from nanovllm.kernels.triton import tiled_linear as triton_tiled_linear
 from nanovllm.kernels.triton.activation import silu_and_mul
 from nanovllm.kernels.triton.linear import choose_block_m, choose_tile, split_linear
 from nanovllm.kernels.triton.norm import add_rms_norm
 from nanovllm.kernels.triton.tiled_linear import LinearTile, tiled_linear
+from nanovllm.kernels.types import PartialSums
 
 
 def test_products() -> None:

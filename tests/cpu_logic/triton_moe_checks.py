@@ -4,17 +4,17 @@ import pytest
 import torch
 
 from nanovllm.kernels import torch_ops
-from nanovllm.kernels.ops import FP8_BLOCK, FP8_DTYPE, FP8_MAX, PartialSums, Product
 from nanovllm.kernels.triton import moe as triton_moe
 from nanovllm.kernels.triton.fp8_linear import quantize_rows
 from nanovllm.kernels.triton.moe import Tile, Tiles, experts, route
+from nanovllm.kernels.types import FP8_BLOCK, FP8_DTYPE, FP8_MAX, LinearOutput, PartialSums
 
 
 def both(*tile: int) -> Tiles:
     return Tiles(Tile(*tile), Tile(*tile))
 
 
-def summed(product: Product) -> torch.Tensor:
+def summed(product: LinearOutput) -> torch.Tensor:
     return product.parts.sum(0) if isinstance(product, PartialSums) else product
 
 

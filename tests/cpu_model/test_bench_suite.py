@@ -23,7 +23,8 @@ from variants import VARIANTS, Variant, constants_set, settings_of
 from workloads import ROWS, Row, Workload, check_fits, workloads
 
 from nanovllm.config import Config
-from nanovllm.kernels.ops import FP8_DTYPE, select_ops
+from nanovllm.kernels.select import select_ops
+from nanovllm.kernels.types import FP8_DTYPE
 from nanovllm.layers.context import ModelContext
 from nanovllm.models.registry import model_class
 from nanovllm.parallel.tensor_parallel import TensorParallel
@@ -157,7 +158,7 @@ def cost_of(sizes, fp8_scales=None, tp_size=1, kv_dtype=torch.bfloat16) -> tuple
     hf_config = getattr(transformers, f"{architecture}Config")(**SIZES, **sizes)
     device = torch.device("cpu")
     ops = select_ops("torch", device, torch.bfloat16, 64, compile_torch_ops=False)
-    ops = dataclasses.replace(ops, has_fp8_products=True)
+    ops.has_fp8_products = True
     ranks = [
         model_class([f"{architecture}ForCausalLM"])(
             hf_config,

@@ -1,7 +1,6 @@
 """fp8 weights: the tokens of transformers with the values that fp8 gives the weights."""
 
 from copy import deepcopy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +10,8 @@ from safetensors.torch import load_file
 from tiny_models import reference_greedy, save_model
 
 from nanovllm import ArgumentError
-from nanovllm.engine import model_runner
-from nanovllm.kernels.ops import FP8_DTYPE
+from nanovllm.kernels.torch_ops import TorchOps
+from nanovllm.kernels.types import FP8_DTYPE
 
 MAX_TOKENS = 12
 PROMPTS = random_prompts((1, 40, 300), seed=8)
@@ -48,12 +47,7 @@ def references(directories):
 @pytest.fixture(params=[False, True], ids=["dequantized", "in fp8"])
 def keeps_fp8(request, monkeypatch):
     """Weights in the model's dtype, as on any CPU; or fp8 numbers and scales, as on Hopper."""
-    choose_ops = model_runner.choose_ops
-    monkeypatch.setattr(
-        model_runner,
-        "choose_ops",
-        lambda *args: replace(choose_ops(*args), has_fp8_products=request.param),
-    )
+    monkeypatch.setattr(TorchOps, "has_fp8_products", request.param)
     return request.param
 
 

@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 
 from nanovllm.kernels import torch_ops
-from nanovllm.kernels.ops import Ops, PartialSums, select_ops
+from nanovllm.kernels.ops import Ops
+from nanovllm.kernels.select import select_ops
 from nanovllm.kernels.triton import norm as triton_norm
 from nanovllm.kernels.triton import peer_memory
+from nanovllm.kernels.types import PartialSums, Unreduced
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
 EPS = 1e-6
@@ -92,7 +94,7 @@ def check_rows(
         name = f"{dtype} {hidden_size} {num_rows} {two_shot}"
         xs = rank.rows(num_rows, num_rows, hidden_size, dtype=dtype)
         exact = torch.stack(xs).double().sum(0)
-        total = tp.all_reduce(xs[rank.rank].clone())
+        total = tp.all_reduce(Unreduced(xs[rank.rank].clone()))
         close(total, exact)
         rank.check_equal_on_all(f"sum {name}", total)
         if num_rows <= peer_memory.MAX_ROWS and rank.size == 2:
@@ -101,7 +103,7 @@ def check_rows(
         [residual, *_] = rank.rows(1, num_rows, hidden_size, dtype=dtype)
         [weight, *_] = rank.rows(2, hidden_size, dtype=dtype)
         expected, expected_sum = triton_norm.add_rms_norm(total, residual.clone(), weight, EPS)
-        own = xs[rank.rank].clone()
+        own = Unreduced(xs[rank.rank].clone())
         normed, new_residual = tp.add_rms_norm(ops, own, residual.clone(), weight, EPS)
         assert torch.equal(new_residual, expected_sum)
         close(normed, expected)
@@ -115,7 +117,11 @@ def check_rows(
             sum_rounded_once(summed), residual, weight, EPS
         )
         normed, new_residual = tp.add_rms_norm(
-            ops, PartialSums(parts[rank.rank], dtype), residual.clone(), weight, EPS
+            ops,
+            Unreduced(PartialSums(parts[rank.rank], dtype)),
+            residual.clone(),
+            weight,
+            EPS,
         )
         close(new_residual, expected_sum)
         close(normed, expected)
@@ -174,11 +180,12 @@ def check_graphs(rank: Rank) -> None:
             expected = sum_rounded_once(xs)
             if lags and lag.random() < 0.5:
                 torch.cuda._sleep(lag.choice((1_000, 20_000)))
+            own = Unreduced(xs[rank.rank])
             if call % 2:
                 residual = torch.zeros_like(expected)
-                _, total = tp.add_rms_norm(ops, xs[rank.rank], residual, weight, EPS)
+                _, total = tp.add_rms_norm(ops, own, residual, weight, EPS)
             else:
-                total = tp.all_reduce(xs[rank.rank])
+                total = tp.all_reduce(own)
             num_errors.add_((total != expected).sum())
 
     run_calls(lags=False)
@@ -202,7 +209,7 @@ def check_abort(rank: Rank) -> None:
     """A rank whose peers are gone waits until the abort, no longer; and a new start works."""
     tp = rank.connect(64, torch.float32)
     if rank.rank == 0:
-        tp.all_reduce(torch.ones(4, 64, device=rank.device))
+        tp.all_reduce(Unreduced(torch.ones(4, 64, device=rank.device)))
         done = torch.cuda.Event()
         done.record()
         time.sleep(0.5)
@@ -216,7 +223,7 @@ def check_abort(rank: Rank) -> None:
         rank.store.get("aborted")
     tp.close()
     tp = rank.connect(64, torch.float32)
-    total = tp.all_reduce(torch.ones(4, 64, device=rank.device))
+    total = tp.all_reduce(Unreduced(torch.ones(4, 64, device=rank.device)))
     assert (total == rank.size).all()
     tp.close()
 

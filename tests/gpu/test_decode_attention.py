@@ -5,6 +5,7 @@ times the error of the torch op in the inputs' own dtype, plus a rounding of the
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanovllm.engine import step_plan
 from nanovllm.kernels import torch_ops
-from nanovllm.kernels.ops import FP8_DTYPE, FP8_MIN_CAPABILITY
+from nanovllm.kernels.types import FP8_DTYPE, FP8_MIN_CAPABILITY, DecodeMetadata, KVCache
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -25,6 +26,7 @@ from nanovllm.kernels.triton.decode_attention import decode_attention, plan_deco
 DEVICE = torch.device("cuda", torch.cuda.current_device())
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCK_SIZE = 256
+NO_SLOTS = torch.empty(0, dtype=torch.int64)  # attention only reads the cache
 # (query heads, KV heads, head_dim)
 HEADS = ((16, 8, 128), (4, 4, 64), (6, 2, 80), (64, 8, 128))
 EDGE_LENS = (1, 15, 0, 16, 17, 255, 256, 257, 0, 1000, 4000)
@@ -59,7 +61,7 @@ def decode_args(
     num_common: int = 0,
     block_size: int = BLOCK_SIZE,
 ) -> tuple:
-    """Caches that hold NaN outside the sequences' own slots; shuffled tables."""
+    """Arguments of `attend`; NaN outside the sequences' own slots, shuffled tables."""
     num_heads, num_kv_heads, head_dim = heads
     width = -(-max(lens) // block_size) + 1
     num_blocks = width * len(lens)
@@ -73,28 +75,43 @@ def decode_args(
     slots = slots[position < ints(lens).unsqueeze(1)]
     caches.flatten(1, 2)[:, slots] = randn(2, len(slots), num_kv_heads, head_dim, dtype=dtype)
     query = randn(len(lens), num_heads, head_dim, dtype=dtype)
-    return query, *caches, tables, ints(lens), head_dim**-0.5
+    metadata = DecodeMetadata(NO_SLOTS, tables, ints(lens))
+    return query, KVCache(*caches), metadata, head_dim**-0.5
 
 
 def exact_result(args: tuple) -> torch.Tensor:
     """In float64, some rows at a time."""
-    query, key_cache, value_cache, tables, lens, scale, *scales = args
+    query, cache, metadata, scale = args
+    tables = metadata.block_tables
     used, indices = tables.unique(return_inverse=True)  # only the blocks in use are upcast
-    caches = [cache[used].double() for cache in (key_cache, value_cache)]
-    scales = [part[used].double() for part in scales]
-    if scales:
-        caches = [c * s.transpose(1, 2).unsqueeze(-1) for c, s in zip(caches, scales, strict=True)]
-    with sdpa_kernel(SDPBackend.MATH):
-        return torch_ops.decode_attention(
-            query.double(), *caches, indices.int().view_as(tables), lens, scale
+    key, value = (part[used].double() for part in cache[:2])
+    if cache.key_scales is not None:
+        key, value = (
+            part * scales[used].double().transpose(1, 2).unsqueeze(-1)
+            for part, scales in ((key, cache.key_scales), (value, cache.value_scales))
         )
+    metadata = replace(metadata, block_tables=indices.int().view_as(tables))
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch_ops.attend(query.double(), KVCache(key, value), metadata, scale)
+
+
+def plan_of(args: tuple, num_common_blocks: torch.Tensor | None = None, **tunables: int):
+    _, cache, metadata, _ = args
+    return plan_decode(
+        cache, metadata.block_tables, metadata.context_lens, num_common_blocks, **tunables
+    )
+
+
+def attend(args: tuple, plan=None, **tunables: int) -> torch.Tensor:
+    query, cache, metadata, scale = args
+    return decode_attention(query, cache, replace(metadata, plan=plan), scale, **tunables)
 
 
 def check(got: torch.Tensor, args: tuple) -> None:
-    exact, torch_result = exact_result(args), torch_ops.decode_attention(*args)
+    exact, torch_result = exact_result(args), torch_ops.attend(*args)
     assert got.dtype == torch_result.dtype and got.shape == exact.shape
     assert got.isfinite().all()
-    is_live = args[4] > 0
+    is_live = args[2].context_lens > 0
     error = (got.double() - exact)[is_live].abs().max().item()
     torch_error = (torch_result.double() - exact)[is_live].abs().max().item()
     ulps = 8 if got.dtype == torch.float32 else 0.5
@@ -106,16 +123,16 @@ def check(got: torch.Tensor, args: tuple) -> None:
 @pytest.mark.parametrize("heads", HEADS)
 def test_edge_lengths(dtype, heads):
     args = decode_args(list(EDGE_LENS), heads, dtype)
-    got = decode_attention(*args)
+    got = attend(args)
     check(got, args)
-    assert (got[args[4] == 0] == 0).all()
+    assert (got[args[2].context_lens == 0] == 0).all()
 
 
 @pytest.mark.parametrize("batch_size", (1, 2, 7, 32, 33, 128, 512))
 def test_ragged_batches(batch_size):
     for longest in (300, 4000 if batch_size <= 128 else 1000):
         args = decode_args(ragged_lens(batch_size, longest), HEADS[0], torch.bfloat16)
-        check(decode_attention(*args), args)
+        check(attend(args), args)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +147,7 @@ def test_ragged_batches(batch_size):
 )
 def test_other_shapes(block_size, heads, lens):
     args = decode_args(list(lens), heads, torch.bfloat16, block_size=block_size)
-    check(decode_attention(*args), args)
+    check(attend(args), args)
 
 
 @pytest.mark.parametrize("programs_per_sm", (1, 4, 64))
@@ -138,10 +155,8 @@ def test_other_shapes(block_size, heads, lens):
 def test_every_division_of_the_work(programs_per_sm, tile, num_warps):
     lens = [*EDGE_LENS, *ragged_lens(20)]
     args = decode_args(lens, HEADS[0], torch.bfloat16)
-    plan = plan_decode(
-        args[1], args[3], args[4], tile=tile, programs_per_sm=programs_per_sm, min_split=64
-    )
-    results = [decode_attention(*args, plan=plan, num_warps=num_warps) for _ in range(20)]
+    plan = plan_of(args, tile=tile, programs_per_sm=programs_per_sm, min_split=64)
+    results = [attend(args, plan, num_warps=num_warps) for _ in range(20)]
     check(results[0], args)
     assert all(torch.equal(results[0], result) for result in results), "a race"
 
@@ -159,8 +174,8 @@ COMMON = (
 @pytest.mark.parametrize(("lens", "num_common"), COMMON)
 def test_common_blocks(dtype, heads, lens, num_common):
     args = decode_args(lens, heads, dtype, num_common)
-    plan = plan_decode(args[1], args[3], args[4], ints([num_common]))
-    results = [decode_attention(*args, plan=plan) for _ in range(10)]
+    plan = plan_of(args, ints([num_common]))
+    results = [attend(args, plan) for _ in range(10)]
     check(results[0], args)
     assert all(torch.equal(results[0], result) for result in results), "a race"
 
@@ -173,8 +188,8 @@ def test_common_prefix_in_other_tiles(block_m, programs_per_sm, monkeypatch):
     monkeypatch.setattr(triton_common_prefix, "PROGRAMS_PER_SM", programs_per_sm)
     lens, num_common = COMMON[-1]
     args = decode_args(lens, HEADS[0], torch.bfloat16, num_common)
-    plan = plan_decode(args[1], args[3], args[4], ints([num_common]))
-    check(decode_attention(*args, plan=plan), args)
+    plan = plan_of(args, ints([num_common]))
+    check(attend(args, plan), args)
 
 
 @pytest.mark.skipif(
@@ -185,14 +200,12 @@ def test_common_prefix_in_other_tiles(block_m, programs_per_sm, monkeypatch):
 @pytest.mark.parametrize("num_common", (0, 2))
 def test_fp8_cache(dtype, heads, num_common):
     lens = [700, 513, 2000, 514, 0, 1025] if num_common else list(EDGE_LENS)
-    query, *caches, tables, context_lens, scale = decode_args(lens, heads, dtype, num_common)
-    shape = caches[0].shape[0], heads[1], BLOCK_SIZE
+    query, cache, metadata, scale = decode_args(lens, heads, dtype, num_common)
+    shape = cache.key.shape[0], heads[1], BLOCK_SIZE
     scales = torch.rand(2, *shape, device=DEVICE) * 10 ** torch.linspace(-5, 1, BLOCK_SIZE).cuda()
-    caches = [cache.to(FP8_DTYPE) for cache in caches]
-    args = query, *caches, tables, context_lens, scale, *scales
-    common = ints([num_common]) if num_common else None
-    plan = plan_decode(caches[0], tables, context_lens, common)
-    check(decode_attention(*args, plan=plan), args)
+    cache = KVCache(cache.key.to(FP8_DTYPE), cache.value.to(FP8_DTYPE), *scales)
+    args = query, cache, metadata, scale
+    check(attend(args, plan_of(args, ints([num_common]) if num_common else None)), args)
 
 
 @pytest.mark.parametrize("has_common_blocks", (False, True))
@@ -201,17 +214,18 @@ def test_one_graph_serves_every_step(has_common_blocks):
     torch.use_deterministic_algorithms(False)  # no fills between the kernels, as in the engine
     batch_size, width, num_layers = 48, 8, 3
     num_blocks = batch_size * width
-    caches = randn(num_layers, 2, num_blocks, BLOCK_SIZE, 8, 128)
+    caches = [KVCache(*randn(2, num_blocks, BLOCK_SIZE, 8, 128)) for _ in range(num_layers)]
     query = randn(batch_size, 16, 128)
     tables = torch.zeros(batch_size, width, dtype=torch.int32, device=DEVICE)
     lens, num_common = torch.zeros_like(tables[:, 0]), ints([0])
 
     def step() -> list[torch.Tensor]:
-        plan = plan_decode(caches[0, 0], tables, lens, num_common if has_common_blocks else None)
+        plan = plan_decode(caches[0], tables, lens, num_common if has_common_blocks else None)
+        metadata = DecodeMetadata(NO_SLOTS, tables, lens, plan)
         results, x = [], query
-        for key_cache, value_cache in caches:
+        for cache in caches:
             # Each layer's queries depend on the layer before.
-            x = decode_attention(x, key_cache, value_cache, tables, lens, 0.1, plan=plan) + query
+            x = decode_attention(x, cache, metadata, 0.1) + query
             results.append(x)
         return results
 
@@ -233,7 +247,7 @@ def test_one_graph_serves_every_step(has_common_blocks):
         is_live = lens > 0
         for a, b in zip(captured, eager, strict=True):
             assert torch.equal(a[is_live], b[is_live])
-        args = captured[-2], *caches[-1], tables, lens, 0.1
+        args = captured[-2], caches[-1], DecodeMetadata(NO_SLOTS, tables, lens), 0.1
         expected = exact_result(args) + query
         assert captured[-1].isfinite().all()
         torch.testing.assert_close(

@@ -14,7 +14,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanovllm import LLM, ArgumentError, SamplingParams
 from nanovllm.kernels import torch_ops
-from nanovllm.kernels.ops import FP8_DTYPE, FP8_MIN_CAPABILITY, select_ops
+from nanovllm.kernels.select import select_ops
+from nanovllm.kernels.types import (
+    FP8_DTYPE,
+    FP8_MIN_CAPABILITY,
+    DecodeMetadata,
+    KVCache,
+    PrefillMetadata,
+)
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -27,6 +34,7 @@ DEVICE = torch.device("cuda", torch.cuda.current_device())
 OPS = select_ops("triton", DEVICE, torch.bfloat16, 128, False, FP8_DTYPE)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EPS = 1e-6
+NO_SLOTS = torch.empty(0, dtype=torch.int64)  # attention only reads the cache
 # (query heads, KV heads, head_dim)
 HEADS = ((16, 8, 128), (4, 4, 64), (6, 2, 80))
 # Whole prompts, cached prefixes, single new tokens; around pages and tiles of queries.
@@ -83,16 +91,16 @@ def test_qk_norm_rope_store(dtype, heads, with_norm):
         args = qkv, *weights, EPS, cos_sin, positions
         exact = torch.zeros(2, 64, 16, num_kv_heads, head_dim, device=DEVICE)
         in_float32 = (None if x is None else x.float() for x in (qkv, *weights))
-        torch_ops.qk_norm_rope_store(*in_float32, *args[3:], *exact, slots)
+        torch_ops.qk_norm_rope_store(*in_float32, *args[3:], KVCache(*exact), slots)
         results = []
         for ops in (OPS, torch_ops):
             caches = torch.zeros(exact.shape, device=DEVICE, dtype=FP8_DTYPE)
             scales = torch.zeros(2, 64, num_kv_heads, 16, device=DEVICE)
-            query = ops.qk_norm_rope_store(*args, *caches, slots, *scales)
+            query = ops.qk_norm_rope_store(*args, KVCache(*caches, *scales), slots)
             results.append((query, caches, scales))
         (query, caches, scales), (_, torch_caches, torch_scales) = results
         plain = torch.zeros(exact.shape, device=DEVICE, dtype=dtype)
-        assert torch.equal(query, OPS.qk_norm_rope_store(*args, *plain, slots))
+        assert torch.equal(query, OPS.qk_norm_rope_store(*args, KVCache(*plain), slots))
         # V is only quantised: as torch does it, but for ties that may round to the other neighbour.
         assert torch.equal(scales[1], torch_scales[1])
         values, torch_values = caches[1].float(), torch_caches[1].float()
@@ -118,8 +126,8 @@ def paged_inputs(
     block_size: int,
     heads: tuple[int, int, int],
     magnitude: float = 1.0,
-) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], torch.Tensor]:
-    """(K, K scales), (V, V scales) and shuffled block tables; NaN outside the sequences' slots."""
+) -> tuple[KVCache, torch.Tensor]:
+    """A cache with NaN outside the sequences' slots, and shuffled block tables."""
     _, num_kv_heads, head_dim = heads
     width = -(-max(lens) // block_size) + 1
     num_blocks = width * len(lens)
@@ -144,29 +152,29 @@ def paged_inputs(
                 scales.view(num_blocks, block_size, -1).transpose(1, 2).contiguous(),
             )
         )
-    return *quantised, tables
+    (keys, key_scales), (values, value_scales) = quantised
+    return KVCache(keys, values, key_scales, value_scales), tables
 
 
-def check_attention(kernel, oracle, query: torch.Tensor, *args) -> None:
-    got, low = kernel(query, *args), oracle(query, *args)
+def check_attention(kernel, query: torch.Tensor, *args) -> None:
+    got, low = kernel(query, *args), torch_ops.attend(query, *args)
     with sdpa_kernel(SDPBackend.MATH):
-        exact = oracle(query.float(), *args)
+        exact = torch_ops.attend(query.float(), *args)
     check_error(got, low, exact)
 
 
 def prefill_args(lens_q, lens_k, block_size, heads, dtype, magnitude=1.0) -> tuple:
-    keys, values, tables = paged_inputs(lens_k, block_size, heads, magnitude)
+    cache, tables = paged_inputs(lens_k, block_size, heads, magnitude)
     query = randn(sum(lens_q), heads[0], heads[2], dtype=dtype)
     cu_q, cu_k = (ints([0, *n]).cumsum(0, dtype=torch.int32) for n in (lens_q, lens_k))
-    lens = cu_q, cu_k, max(lens_q), max(lens_k)
-    return query, keys[0], values[0], tables, *lens, heads[2] ** -0.5, keys[1], values[1]
+    metadata = PrefillMetadata(NO_SLOTS, tables, cu_q, cu_k, max(lens_q), max(lens_k))
+    return query, cache, metadata, heads[2] ** -0.5
 
 
 def decode_args(lens, block_size, heads, dtype, magnitude=1.0) -> tuple:
-    keys, values, tables = paged_inputs(lens, block_size, heads, magnitude)
+    cache, tables = paged_inputs(lens, block_size, heads, magnitude)
     query = randn(len(lens), heads[0], heads[2], dtype=dtype)
-    scale = heads[2] ** -0.5
-    return query, keys[0], values[0], tables, ints(lens), scale, keys[1], values[1]
+    return query, cache, DecodeMetadata(NO_SLOTS, tables, ints(lens)), heads[2] ** -0.5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -175,7 +183,7 @@ def decode_args(lens, block_size, heads, dtype, magnitude=1.0) -> tuple:
 def test_prefill_attention(dtype, heads, magnitude):
     """Small and large values too: a half-precision p must not leave its range."""
     args = prefill_args(LENS_Q, LENS_K, 256, heads, dtype, magnitude)
-    check_attention(OPS.prefill_attention, torch_ops.prefill_attention, *args)
+    check_attention(OPS.attend, *args)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -183,7 +191,7 @@ def test_prefill_attention(dtype, heads, magnitude):
 @pytest.mark.parametrize("magnitude", (1e-4, 1.0, 1e3))
 def test_decode_attention(dtype, heads, magnitude):
     args = decode_args(LENS_K, 256, heads, dtype, magnitude)
-    check_attention(OPS.decode_attention, torch_ops.decode_attention, *args)
+    check_attention(OPS.attend, *args)
 
 
 @pytest.mark.parametrize(
@@ -199,9 +207,9 @@ def test_decode_attention(dtype, heads, magnitude):
 def test_attention_of_other_shapes(block_size, heads, lens):
     lens_q = [min(n, 700) for n in lens]
     args = prefill_args(lens_q, lens, block_size, heads, torch.bfloat16)
-    check_attention(OPS.prefill_attention, torch_ops.prefill_attention, *args)
+    check_attention(OPS.attend, *args)
     args = decode_args(lens, block_size, heads, torch.bfloat16)
-    check_attention(OPS.decode_attention, torch_ops.decode_attention, *args)
+    check_attention(OPS.attend, *args)
 
 
 @pytest.mark.parametrize("config", ((128, 128, 8, 3), (128, 64, 8, 4), (64, 64, 4, 3)))
@@ -210,7 +218,7 @@ def test_prefill_attention_in_other_tiles(config):
         return prefill_attention(*args, config=config)
 
     args = prefill_args(LENS_Q, LENS_K, 256, HEADS[0], torch.bfloat16)
-    check_attention(kernel, torch_ops.prefill_attention, *args)
+    check_attention(kernel, *args)
 
 
 # Engine

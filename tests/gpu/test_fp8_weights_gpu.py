@@ -10,10 +10,10 @@ from tiny_models import FAMILIES, save_model
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.kernels import torch_ops
-from nanovllm.kernels.ops import FP8_BLOCK, FP8_DTYPE, PartialSums, Product
 from nanovllm.kernels.triton import fp8_linear as triton_fp8_linear
 from nanovllm.kernels.triton.launch import has_bulk_copies
 from nanovllm.kernels.triton.tiled_linear import tiled_linear
+from nanovllm.kernels.types import FP8_BLOCK, FP8_DTYPE, LinearOutput, PartialSums
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9,
@@ -30,7 +30,7 @@ def _seed():
     torch.manual_seed(0)
 
 
-def summed(product: Product) -> torch.Tensor:
+def summed(product: LinearOutput) -> torch.Tensor:
     return product.parts.sum(0) if isinstance(product, PartialSums) else product
 
 
@@ -41,7 +41,7 @@ def fp8_weight(n: int, k: int, by_blocks: bool) -> tuple[torch.Tensor, torch.Ten
     return torch.randn(n, k, device="cuda").to(FP8_DTYPE), scales
 
 
-def check(product: Product, exact: torch.Tensor, tolerance: float) -> None:
+def check(product: LinearOutput, exact: torch.Tensor, tolerance: float) -> None:
     """Errors against the deviation of a row: `tolerance` on average, nowhere 20 times that."""
     out = summed(product)
     assert out.shape == exact.shape and out.isfinite().all()
@@ -164,7 +164,7 @@ def test_experts_of_a_checkpoint_stay_in_fp8(fp8_experts_dir) -> None:
     with LLM(str(fp8_experts_dir), dtype="bfloat16", num_kvcache_blocks=8) as llm:
         experts = llm.model_runner.model.model.layers[0].mlp.experts
         for weights in (experts.gate_up_proj, experts.down_proj):
-            assert weights.weight.dtype == FP8_DTYPE and weights.weight_scale_inv.dim() == 2
+            assert weights.weight.dtype == FP8_DTYPE and weights.weight_scale.dim() == 2
 
 
 @pytest.mark.parametrize("source", ["rows", "blocks", "experts"])

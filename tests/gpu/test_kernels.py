@@ -9,7 +9,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanovllm.kernels import row_state, torch_ops
-from nanovllm.kernels.ops import select_ops
+from nanovllm.kernels.select import select_ops
+from nanovllm.kernels.types import DecodeMetadata, KVCache, PrefillMetadata
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -51,9 +52,13 @@ def assert_as_exact_as_torch(
 
 
 def upcast(args: tuple) -> tuple:
-    return tuple(
-        a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args
-    )
+    def upcast_one(arg):
+        if isinstance(arg, KVCache):
+            return KVCache(*upcast(arg))
+        is_float = isinstance(arg, torch.Tensor) and arg.is_floating_point()
+        return arg.float() if is_float else arg
+
+    return tuple(map(upcast_one, args))
 
 
 # Norms, activation, rotary embedding
@@ -100,23 +105,28 @@ def test_qk_norm_rope_store(dtype, heads, with_norm):
         slots = torch.randperm(100 * 16, device=DEVICE)[:num_tokens]
         slots[num_tokens // 2] = -1
         caches = [
-            torch.zeros(2, 100, 16, num_kv_heads, head_dim, device=DEVICE, dtype=kind)
+            KVCache(*torch.zeros(2, 100, 16, num_kv_heads, head_dim, device=DEVICE, dtype=kind))
             for kind in (dtype, dtype, torch.float32)
         ]
         args = qkv, *weights, EPS, cos_sin, positions
-        got = OPS.qk_norm_rope_store(*args, *caches[0], slots)
-        low = torch_ops.qk_norm_rope_store(*args, *caches[1], slots)
-        exact = torch_ops.qk_norm_rope_store(*upcast(args), *caches[2], slots)
+        got = OPS.qk_norm_rope_store(*args, caches[0], slots)
+        low = torch_ops.qk_norm_rope_store(*args, caches[1], slots)
+        exact = torch_ops.qk_norm_rope_store(*upcast(args), caches[2], slots)
         assert_as_exact_as_torch(got, low, exact)
-        assert_as_exact_as_torch(caches[0][0], caches[1][0], caches[2][0])
-        assert torch.equal(caches[0][1], caches[1][1])
+        assert_as_exact_as_torch(caches[0].key, caches[1].key, caches[2].key)
+        assert torch.equal(caches[0].value, caches[1].value)
 
 
 # Attention
 
 
-def paged_inputs(lens: list[int], block_size: int, heads: tuple[int, int, int], dtype: torch.dtype):
-    """Caches that hold NaN (values: large numbers) outside the sequences' slots; block tables."""
+NO_SLOTS = torch.empty(0, dtype=torch.int64)  # attention only reads the cache
+
+
+def paged_inputs(
+    lens: list[int], block_size: int, heads: tuple[int, int, int], dtype: torch.dtype
+) -> tuple[KVCache, torch.Tensor]:
+    """A cache of NaN (values: large numbers) outside the sequences' slots; block tables."""
     _, num_kv_heads, head_dim = heads
     width = -(-max(lens) // block_size) + 1
     num_blocks = width * len(lens)
@@ -129,20 +139,20 @@ def paged_inputs(lens: list[int], block_size: int, heads: tuple[int, int, int], 
     slots = tables[:, position // block_size].long() * block_size + position % block_size
     slots = slots[position < ints(lens).unsqueeze(1)]
     caches.flatten(1, 2)[:, slots] = randn(2, len(slots), num_kv_heads, head_dim, dtype=dtype)
-    return caches[0], caches[1], tables
+    return KVCache(*caches), tables
 
 
-def check_attention(kernel, oracle, args: tuple) -> None:
-    got, low = kernel(*args), oracle(*args)
+def check_attention(kernel, args: tuple) -> None:
+    got, low = kernel(*args), torch_ops.attend(*args)
     with sdpa_kernel(SDPBackend.MATH):
-        exact = oracle(*upcast(args))
+        exact = torch_ops.attend(*upcast(args))
     assert_as_exact_as_torch(got, low, exact)
 
 
 def decode_args(lens: list[int], block_size: int, heads: tuple[int, int, int], dtype: torch.dtype):
-    caches_and_tables = paged_inputs(lens, block_size, heads, dtype)
+    cache, tables = paged_inputs(lens, block_size, heads, dtype)
     query = randn(len(lens), heads[0], heads[2], dtype=dtype)
-    return query, *caches_and_tables, ints(lens), heads[2] ** -0.5
+    return query, cache, DecodeMetadata(NO_SLOTS, tables, ints(lens)), heads[2] ** -0.5
 
 
 def prefill_args(
@@ -152,10 +162,11 @@ def prefill_args(
     heads: tuple[int, int, int],
     dtype: torch.dtype,
 ):
-    caches_and_tables = paged_inputs(lens_k, block_size, heads, dtype)
+    cache, tables = paged_inputs(lens_k, block_size, heads, dtype)
     query = randn(sum(lens_q), heads[0], heads[2], dtype=dtype)
     cu_q, cu_k = (ints([0, *n]).cumsum(0, dtype=torch.int32) for n in (lens_q, lens_k))
-    return query, *caches_and_tables, cu_q, cu_k, max(lens_q), max(lens_k), heads[2] ** -0.5
+    metadata = PrefillMetadata(NO_SLOTS, tables, cu_q, cu_k, max(lens_q), max(lens_k))
+    return query, cache, metadata, heads[2] ** -0.5
 
 
 # Whole prompts, cached prefixes, single new tokens; around pages and tiles of queries.
@@ -167,7 +178,7 @@ LENS_K = [1, 15, 17, 255, 256, 257, 384, 2, 700, 613, 700]
 @pytest.mark.parametrize("heads", HEADS)
 def test_prefill_attention(dtype, heads):
     args = prefill_args(LENS_Q, LENS_K, 256, heads, dtype)
-    check_attention(OPS.prefill_attention, torch_ops.prefill_attention, args)
+    check_attention(OPS.attend, args)
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -182,7 +193,7 @@ def test_prefill_attention_by_bulk_copies_and_by_pointers(heads, use_tensor_desc
         )
 
     args = prefill_args(LENS_Q, LENS_K, 256, heads, torch.bfloat16)
-    check_attention(kernel, torch_ops.prefill_attention, args)
+    check_attention(kernel, args)
 
 
 @pytest.mark.parametrize(
@@ -196,21 +207,18 @@ def test_prefill_attention_by_bulk_copies_and_by_pointers(heads, use_tensor_desc
 )
 def test_prefill_attention_other_shapes(block_size, heads, lens):
     args = prefill_args(lens, lens, block_size, heads, torch.bfloat16)
-    check_attention(OPS.prefill_attention, torch_ops.prefill_attention, args)
+    check_attention(OPS.attend, args)
 
 
 def test_flash_attn_agrees():
     pytest.importorskip("flash_attn", reason="flash_attn is not installed", exc_type=ImportError)
     flash = select_ops("flash-attn", DEVICE, torch.bfloat16, 128, compile_torch_ops=False)
     lens = [n for n in EDGE_LENS if n > 0]
-    args = decode_args(lens, 256, HEADS[0], torch.bfloat16)
-    torch.testing.assert_close(
-        flash.decode_attention(*args), OPS.decode_attention(*args), rtol=1.6e-2, atol=1e-2
-    )
-    args = prefill_args(LENS_Q, LENS_K, 256, HEADS[0], torch.bfloat16)
-    torch.testing.assert_close(
-        flash.prefill_attention(*args), OPS.prefill_attention(*args), rtol=1.6e-2, atol=1e-2
-    )
+    for args in (
+        decode_args(lens, 256, HEADS[0], torch.bfloat16),
+        prefill_args(LENS_Q, LENS_K, 256, HEADS[0], torch.bfloat16),
+    ):
+        torch.testing.assert_close(flash.attend(*args), OPS.attend(*args), rtol=1.6e-2, atol=1e-2)
 
 
 def test_cache_beyond_int32_elements():
@@ -229,7 +237,7 @@ def test_cache_beyond_int32_elements():
     qkv = randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim, dtype=torch.bfloat16)
     results = []
     for caches, pages in ((large, [num_blocks - 1, num_blocks - 2]), (small, [1, 0])):
-        table = ints([pages])
+        cache, table = KVCache(*caches), ints([pages])
         slots = table[0].long()[position // block_size] * block_size + position % block_size
         query = OPS.qk_norm_rope_store(
             qkv,
@@ -238,16 +246,14 @@ def test_cache_beyond_int32_elements():
             EPS,
             torch.full((512, head_dim), 0.5, device=DEVICE),
             position.int(),
-            *caches,
+            cache,
             slots,
         )
         cu = ints([0, num_tokens])
-        prefill = OPS.prefill_attention(
-            query, *caches, table, cu, cu, num_tokens, num_tokens, head_dim**-0.5
-        )
-        decode = OPS.decode_attention(
-            query[-1:], *caches, table, ints([num_tokens]), head_dim**-0.5
-        )
+        metadata = PrefillMetadata(slots, table, cu, cu, num_tokens, num_tokens)
+        prefill = OPS.attend(query, cache, metadata, head_dim**-0.5)
+        metadata = DecodeMetadata(slots, table, ints([num_tokens]))
+        decode = OPS.attend(query[-1:], cache, metadata, head_dim**-0.5)
         results.append((prefill, decode, caches.flatten(1, 2)[:, slots]))
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
@@ -361,7 +367,7 @@ def test_one_graph_serves_every_length():
     head = randn(num_heads * head_dim, 100, dtype=torch.bfloat16)
     cos_sin = randn(width * block_size, head_dim).clamp(-1, 1)
 
-    def step(ops, table, key_cache, value_cache):
+    def step(ops, table, cache):
         inputs = ops.gather_decode_inputs(table, rows, block_size)
         query = ops.qk_norm_rope_store(
             vectors[inputs.input_ids],
@@ -370,36 +376,34 @@ def test_one_graph_serves_every_length():
             EPS,
             cos_sin,
             inputs.positions,
-            key_cache,
-            value_cache,
+            cache,
             inputs.slot_mapping,
         )
-        attended = ops.decode_attention(
-            query, key_cache, value_cache, inputs.block_tables, inputs.context_lens, 0.1
-        )
+        metadata = DecodeMetadata(inputs.slot_mapping, inputs.block_tables, inputs.context_lens)
+        attended = ops.attend(query, cache, metadata, 0.1)
         logits = attended.flatten(1) @ head
         _, token_ids = ops.sample(logits, inputs.temperatures, inputs.seeds, inputs.positions, 0, 9)
         ops.write_back(table, rows, token_ids, inputs.positions)
         return attended
 
     table, graph_caches = start.clone(), caches.clone()
-    step(OPS, table, *graph_caches)  # compiles
+    step(OPS, table, KVCache(*graph_caches))  # compiles
     table.copy_(start)
     graph_caches.copy_(caches)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(OPS, table, *graph_caches)
+        captured = step(OPS, table, KVCache(*graph_caches))
     eager_table, eager_caches = start.clone(), caches.clone()
     for _ in range(40):
         graph.replay()
-        attended = step(OPS, eager_table, *eager_caches)
+        attended = step(OPS, eager_table, KVCache(*eager_caches))
         assert torch.equal(captured, attended)
         assert torch.equal(table, eager_table)
     assert (table[:-1, row_state.LENGTH] - start[:-1, row_state.LENGTH] == 40).all()
     assert (table[-1] == 0).all() and torch.equal(graph_caches, eager_caches)
     inputs = OPS.gather_decode_inputs(table, rows, block_size)
-    args = captured, *graph_caches, inputs.block_tables, inputs.context_lens, 0.1
-    check_attention(OPS.decode_attention, torch_ops.decode_attention, args)
+    metadata = DecodeMetadata(inputs.slot_mapping, inputs.block_tables, inputs.context_lens)
+    check_attention(OPS.attend, (captured, KVCache(*graph_caches), metadata, 0.1))
 
 
 def test_compiled_torch_ops_agree():
@@ -422,8 +426,8 @@ def test_compiled_torch_ops_agree():
     args = randn(5, 8 * 64), weight, weight, EPS, randn(99, 64), ints([0, 1, 2, 50, 98])
     slots = ints([3, -1, 31, 0, 7], torch.int64)
     torch.testing.assert_close(
-        ops.qk_norm_rope_store(*args, *caches[:2], slots),
-        torch_ops.qk_norm_rope_store(*args, *caches[2:], slots),
+        ops.qk_norm_rope_store(*args, KVCache(*caches[:2]), slots),
+        torch_ops.qk_norm_rope_store(*args, KVCache(*caches[2:]), slots),
         rtol=1e-5,
         atol=1e-5,
     )

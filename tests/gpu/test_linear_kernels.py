@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels import torch_ops
-from nanovllm.kernels.ops import PartialSums, Product
 from nanovllm.kernels.triton.activation import silu_and_mul
 from nanovllm.kernels.triton.linear import choose_block_m, choose_tile, linear, split_linear
 from nanovllm.kernels.triton.norm import add_rms_norm
 from nanovllm.kernels.triton.rope import qk_norm_rope_store
 from nanovllm.kernels.triton.tiled_linear import tiled_linear
+from nanovllm.kernels.types import KVCache, PartialSums, summed
 
 SHAPES = ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (100, 512), (64, 12288))
 EPS = 1e-6
@@ -18,13 +18,6 @@ EPS = 1e-6
 
 def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.randn(shape, device="cuda", dtype=torch.float32).to(dtype)
-
-
-def summed(product: Product) -> torch.Tensor:
-    """The product in its dtype, as the ops that read it round it."""
-    if isinstance(product, PartialSums):
-        return product.parts.sum(0).to(product.dtype)
-    return product
 
 
 def block_m(num_tokens: int) -> int:
@@ -89,7 +82,9 @@ def test_ops_add_up_parts(num_parts: int) -> None:
     slots = torch.arange(num_tokens, device="cuda")
     caches = [torch.zeros(2, 1, 16, 2, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     queries = [
-        qk_norm_rope_store(qkv, norm_weight, norm_weight, EPS, cos_sin, positions, *cache, slots)
+        qk_norm_rope_store(
+            qkv, norm_weight, norm_weight, EPS, cos_sin, positions, KVCache(*cache), slots
+        )
         for qkv, cache in zip((parts, whole), caches, strict=True)
     ]
     assert torch.equal(*queries) and torch.equal(*caches)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from nanovllm.kernels import torch_ops
-from nanovllm.kernels.ops import FP8_BLOCK, PartialSums, Product
 from nanovllm.kernels.triton.linear import linear
 from nanovllm.kernels.triton.moe import (
     FLOAT32_TILES,
@@ -17,6 +16,7 @@ from nanovllm.kernels.triton.moe import (
     route,
 )
 from nanovllm.kernels.triton.norm import add_rms_norm
+from nanovllm.kernels.types import FP8_BLOCK, LinearOutput, PartialSums
 
 HIDDEN_SIZE, SIZE, NUM_EXPERTS, TOP_K = 512, 192, 16, 4
 
@@ -42,7 +42,7 @@ def weights(
     )
 
 
-def summed(product: Product) -> torch.Tensor:
+def summed(product: LinearOutput) -> torch.Tensor:
     return product.parts.sum(0) if isinstance(product, PartialSums) else product
 
 

@@ -6,7 +6,7 @@ from sampler_runs import SPECS, Run, reference_completion
 
 from nanovllm import SamplingParams
 from nanovllm.engine.sequence import Sequence
-from nanovllm.kernels.ops import select_ops
+from nanovllm.kernels.select import select_ops
 from nanovllm.sampling.request_sampler import RequestSampler
 
 VOCAB_SIZE = 151_936

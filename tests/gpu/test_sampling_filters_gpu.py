@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanovllm.kernels import torch_ops
-from nanovllm.kernels.ops import select_ops
+from nanovllm.kernels.select import select_ops
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)

@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.ops import Product
 from nanovllm.kernels.triton.launch import await_previous, jit, overlap_options
 from nanovllm.kernels.triton.linear import load_summed, parts_of
+from nanovllm.kernels.types import LinearOutput
 
 BLOCK = 1024
 NUM_WARPS = 4
@@ -39,7 +39,7 @@ def _silu_and_mul_kernel(
     tl.store(out + row * WIDTH + column, (silu * up).to(dtype), mask=mask)
 
 
-def silu_and_mul(gate_up: Product) -> torch.Tensor:
+def silu_and_mul(gate_up: LinearOutput) -> torch.Tensor:
     """gate_up [T, 2I], gate first -> [T, I]."""
     gate_up, num_parts, stride_part, dtype = parts_of(gate_up)
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2

@@ -9,8 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels import ops
+from nanovllm.kernels import types
 from nanovllm.kernels.triton.launch import await_previous, jit, num_multiprocessors, overlap_options
+from nanovllm.kernels.types import KVCache
 
 BLOCK_M = 64  # queries of a program
 TILE = 64  # tokens per iteration
@@ -19,7 +20,7 @@ NUM_STAGES = 4
 PROGRAMS_PER_SM = 2  # the prefix is split over the keys until there are about as many programs
 MAX_SPLITS = 8
 
-FP8_MAX = tl.constexpr(ops.FP8_MAX)
+FP8_MAX = tl.constexpr(types.FP8_MAX)
 
 
 @jit(
@@ -125,22 +126,19 @@ def attend_to_common_prefix(
     partial: torch.Tensor,
     partial_lse: torch.Tensor,
     query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    cache: KVCache,
     block_table: torch.Tensor,
     num_common_blocks: torch.Tensor,
     scale: float,
-    key_scales: torch.Tensor | None = None,
-    value_scales: torch.Tensor | None = None,
 ) -> None:
     """Attention of query [B, Hq, D] to the first num_common_blocks [1] int32 blocks of block_table.
 
     Writes, for each of S splits of these blocks' tokens, the normalised outputs to `partial`
     [S, B, Hq, D] and the base-2 logarithm of the softmax's denominator to `partial_lse` [S, B, Hq]
-    (-inf for a split without tokens), both float32 and contiguous. Caches, scale and key_scales as
-    in `Ops.decode_attention`.
+    (-inf for a split without tokens), both float32 and contiguous. Scale as in `Ops.attend`.
     """
     num_splits, batch_size, num_heads, head_dim = partial.shape
+    key_cache, value_cache, key_scales, value_scales = cache
     block_size, num_kv_heads = key_cache.shape[1:3]
     assert partial.is_contiguous() and partial_lse.is_contiguous()
     assert query.stride(2) == 1 and key_cache.stride(3) == 1

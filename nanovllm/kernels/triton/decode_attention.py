@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels import ops
+from nanovllm.kernels import types
 from nanovllm.kernels.triton.common_prefix import attend_to_common_prefix, choose_prefix_splits
 from nanovllm.kernels.triton.fp8 import unpack_pairs
 from nanovllm.kernels.triton.launch import (
@@ -23,6 +23,7 @@ from nanovllm.kernels.triton.launch import (
     overlap_options,
     release_next,
 )
+from nanovllm.kernels.types import FP8_DTYPE, DecodeMetadata, KVCache
 
 TILE = 64  # tokens per iteration; lies within one page
 SMALL_BATCH_TILE = 32
@@ -37,7 +38,7 @@ PROGRAMS_PER_SM = {128: 6, 2**31: 3}
 MIN_SPLIT_TOKENS = (128, 512)
 MERGE_ELEMENTS = 4096  # of partial outputs that a program merges at a time
 
-FP8_MAX = tl.constexpr(ops.FP8_MAX)
+FP8_MAX = tl.constexpr(types.FP8_MAX)
 # Columns of the plan's items.
 ROW = tl.constexpr(0)
 BEGIN = tl.constexpr(1)  # first token of the split
@@ -316,7 +317,7 @@ def _decode_kernel(
 
 
 def plan_decode(
-    key_cache: torch.Tensor,
+    cache: KVCache,
     block_tables: torch.Tensor,
     context_lens: torch.Tensor,
     num_common_blocks: torch.Tensor | None = None,
@@ -330,10 +331,11 @@ def plan_decode(
     The keyword arguments override the tuned choices.
     """
     (batch_size,) = context_lens.shape
+    key_cache = cache.key
     block_size, num_kv_heads = key_cache.shape[1:3]
     if tile is None:
         tile = SMALL_BATCH_TILE if batch_size * num_kv_heads <= SMALL_BATCH else TILE
-        tile *= FP8_TILE_FACTOR if key_cache.dtype == ops.FP8_DTYPE else 1
+        tile *= FP8_TILE_FACTOR if key_cache.dtype == FP8_DTYPE else 1
     tile = min(tile, block_size)
     assert tile >= 16 and block_size % tile == 0
     row_heads = batch_size * num_kv_heads
@@ -373,22 +375,19 @@ def plan_decode(
 
 def decode_attention(
     query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    context_lens: torch.Tensor,
+    cache: KVCache,
+    metadata: DecodeMetadata,
     scale: float,
-    key_scales: torch.Tensor | None = None,
-    value_scales: torch.Tensor | None = None,
-    plan: DecodePlan | None = None,
     *,
     num_warps: int | None = None,
     num_stages: int | None = None,
 ) -> torch.Tensor:
-    """query [B, Hq, D] -> [B, Hq, D]; see `Ops.decode_attention`. Flash-decoding (Dao et al. 2023).
+    """query [B, Hq, D] -> [B, Hq, D]; see `Ops.attend`. Flash-decoding (Dao et al. 2023).
 
     The last two arguments override the tuned choices.
     """
+    key_cache, value_cache, key_scales, value_scales = cache
+    block_tables, plan = metadata.block_tables, metadata.plan
     batch_size, num_heads, head_dim = query.shape
     block_size, num_kv_heads = key_cache.shape[1:3]
     out = torch.empty((batch_size, num_heads, head_dim), dtype=query.dtype, device=query.device)
@@ -397,7 +396,8 @@ def decode_attention(
     assert query.stride(2) == 1 and key_cache.stride(3) == 1
     assert key_cache.stride() == value_cache.stride()
     if plan is None:
-        plan = plan_decode(key_cache, block_tables, context_lens)
+        plan = plan_decode(cache, block_tables, metadata.context_lens)
+    assert isinstance(plan, DecodePlan)
     num_items, tile = len(plan.items), plan.tile
     group = num_heads // num_kv_heads
     # A product has at least 16 columns; with fp8 it has half of the head's.
@@ -419,13 +419,10 @@ def decode_attention(
             partial[num_items:].view(num_prefix_splits, *query.shape),
             partial_lse[num_items:].view(num_prefix_splits, *query.shape[:2]),
             query,
-            key_cache,
-            value_cache,
+            cache,
             block_tables[0],
             plan.num_common_blocks,
             scale,
-            key_scales,
-            value_scales,
         )
     _decode_kernel[(num_kv_heads, num_items)](
         out,

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.ops import FP8_BLOCK, FP8_DTYPE, FP8_MAX, FP8_MIN_AMAX, Product
 from nanovllm.kernels.triton.launch import await_previous, jit, overlap_options
 from nanovllm.kernels.triton.tiled_linear import LinearTile, tiled_linear
+from nanovllm.kernels.types import FP8_BLOCK, FP8_DTYPE, FP8_MAX, FP8_MIN_AMAX, LinearOutput
 
 # Rows of the weight, at most -> tokens, at most -> tile; see bench_fp8_linear.py. Three
 # programs of 64 rows for each multiprocessor of an H200 are all there are at a time: weights of
@@ -98,7 +98,7 @@ def fp8_linear(
     weight: torch.Tensor,
     scales: torch.Tensor,
     bias: torch.Tensor | None = None,
-) -> Product:
+) -> LinearOutput:
     """x [T, K], fp8 weight [N, K] with its scales, bias [N] -> [T, N]; see `Ops.fp8_linear`.
 
     K and N are multiples of 16, what bulk copies and torch's product ask for.

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanovllm.kernels.ops import PartialSums, Product
 from nanovllm.kernels.triton.launch import (
     await_previous,
     has_bulk_copies,
@@ -20,6 +19,7 @@ from nanovllm.kernels.triton.launch import (
     release_next,
 )
 from nanovllm.kernels.triton.tiled_linear import LinearTile, tiled_linear
+from nanovllm.kernels.types import LinearOutput, PartialSums
 
 BLOCK_N = 64  # weight rows of a program: the rows of Hopper's smallest matrix instruction
 BLOCK_K = 512  # weight columns of a program: with BLOCK_N 64 KiB, so two programs share an SM
@@ -44,7 +44,7 @@ def load_summed(pointers, mask, part_stride, NUM_PARTS: tl.constexpr, dtype: tl.
     return x.to(dtype)
 
 
-def parts_of(x: Product) -> tuple[torch.Tensor, int, int, torch.dtype]:
+def parts_of(x: LinearOutput) -> tuple[torch.Tensor, int, int, torch.dtype]:
     """x's first part [T, N], the number of parts, elements from one to the next, x's dtype."""
     if isinstance(x, PartialSums):
         return x.parts[0], x.parts.shape[0], x.parts.stride(0), x.dtype
@@ -108,7 +108,7 @@ def choose_tile(num_tokens: int, n: int, k: int, dtype: torch.dtype) -> LinearTi
     return LinearTile(block_m, 64, 128, 4, 4, 2)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Product:
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> LinearOutput:
     """x [T, K], weight [N, K], bias [N] -> [T, N]; see `Ops.linear`."""
     num_tokens, k = x.shape
     n = weight.shape[0]
@@ -123,7 +123,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def split_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, block_m: int
-) -> Product:
+) -> LinearOutput:
     """`linear` by the kernel, whatever wins; T <= block_m, K a multiple of BLOCK_K."""
     num_tokens, k = x.shape
     n = weight.shape[0]

@@ -11,11 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.ops import FP8_BLOCK, FP8_DTYPE, PartialSums, Product
 from nanovllm.kernels.triton.fp8_linear import quantize_rows
 from nanovllm.kernels.triton.launch import await_previous, jit, overlap_options
 from nanovllm.kernels.triton.linear import load_summed, parts_of
 from nanovllm.kernels.triton.tiled_linear import along_tokens, multiply_add
+from nanovllm.kernels.types import FP8_BLOCK, FP8_DTYPE, LinearOutput, PartialSums
 
 # Up to here the products of a token's experts stay apart for the next op to add up.
 MAX_TOKENS_IN_PARTS = 256
@@ -329,7 +329,7 @@ class Routing(NamedTuple):
 
 
 def route(
-    router_logits: Product, num_experts_per_tok: int, norm_topk_prob: bool, block_m: int
+    router_logits: LinearOutput, num_experts_per_tok: int, norm_topk_prob: bool, block_m: int
 ) -> Routing:
     """The pairs of router_logits [T, E], T > 0, in blocks of at most `block_m`."""
     logits, num_parts, stride_part, dtype = parts_of(router_logits)
@@ -423,7 +423,7 @@ def _multiply(
 
 def experts(
     x: torch.Tensor,
-    router_logits: Product,
+    router_logits: LinearOutput,
     gate_up_weight: torch.Tensor,
     down_weight: torch.Tensor,
     num_experts_per_tok: int,
@@ -432,7 +432,7 @@ def experts(
     down_scales: torch.Tensor | None = None,
     *,
     tiles: Tiles | None = None,
-) -> Product:
+) -> LinearOutput:
     """x [T, H], router_logits [T, E] -> [T, H]; see `Ops.experts`. `tiles`: instead of the best."""
     num_tokens, hidden_size = x.shape
     if num_tokens == 0:

@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.ops import Product
 from nanovllm.kernels.triton.launch import await_previous, jit, overlap_options, release_next
 from nanovllm.kernels.triton.linear import load_summed, parts_of
+from nanovllm.kernels.types import LinearOutput
 
 ELEMENTS_PER_PROGRAM = 1024  # short rows share a program until it has this many elements
 ELEMENTS_PER_WARP = 256  # 8 elements a thread: one 16-byte access in half precision
@@ -60,7 +60,7 @@ def _rms_norm_kernel(
 
 
 def _launch(
-    x: Product, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    x: LinearOutput, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> torch.Tensor:
     x, num_parts, stride_part, dtype = parts_of(x)
     num_rows, width = x.shape
@@ -100,7 +100,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def add_rms_norm(
-    x: Product, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    x: LinearOutput, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(norm(x + residual), x + residual), both [T, H]; the sum takes the residual's memory."""
     return _launch(x, residual, weight, eps), residual

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import triton
 
-from nanovllm.kernels.ops import Product
 from nanovllm.kernels.triton.all_reduce import (
     NUM_SLOTS,
     all_reduce_kernel,
@@ -19,6 +18,7 @@ from nanovllm.kernels.triton.all_reduce import (
 )
 from nanovllm.kernels.triton.launch import overlap_options
 from nanovllm.kernels.triton.linear import parts_of
+from nanovllm.kernels.types import LinearOutput
 
 MAX_ROWS = 512  # of a call; with more the bandwidth counts, and NCCL is as good
 ELEMENTS_PER_WARP = 256  # 8 elements a thread: one 16-byte access in half precision
@@ -122,12 +122,12 @@ class PeerMemory:
         """Whether a call can have so many rows."""
         return 0 < num_rows <= MAX_ROWS
 
-    def all_reduce(self, x: Product) -> torch.Tensor:
+    def all_reduce(self, x: LinearOutput) -> torch.Tensor:
         """x [T, width] -> its sum over the ranks."""
         return self._all_reduce(x, None, None, 0.0)
 
     def add_rms_norm(
-        self, x: Product, residual: torch.Tensor, weight: torch.Tensor, eps: float
+        self, x: LinearOutput, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`Ops.add_rms_norm` of the sum of x over the ranks; that of x alone is rounded first."""
         return self._all_reduce(x, residual, weight, eps), residual
@@ -171,7 +171,7 @@ class PeerMemory:
 
     def _all_reduce(
         self,
-        x: Product,
+        x: LinearOutput,
         residual: torch.Tensor | None,
         weight: torch.Tensor | None,
         eps: float,

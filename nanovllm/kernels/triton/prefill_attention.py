@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanovllm.kernels import ops
+from nanovllm.kernels import types
 from nanovllm.kernels.triton.launch import jit
+from nanovllm.kernels.types import KVCache, PrefillMetadata
 
 # (BLOCK_M queries, BLOCK_N keys, warps, stages) for a head of up to 128 / 256 elements.
 HOPPER_CONFIGS = {128: (128, 128, 8, 5), 256: (64, 32, 4, 2)}
@@ -24,7 +25,7 @@ HOPPER_FP8_CONFIGS = {128: (128, 64, 8, 6), 256: (64, 32, 4, 2)}
 HALF_CONFIGS = {128: (128, 64, 8, 3), 256: (64, 32, 4, 2)}
 # float32 products are exact multiply-adds: small tiles keep them in registers and shared memory.
 FLOAT32_CONFIGS = {128: (32, 32, 8, 1), 256: (32, 16, 8, 1)}
-FP8_MAX = tl.constexpr(ops.FP8_MAX)
+FP8_MAX = tl.constexpr(types.FP8_MAX)
 
 
 @jit
@@ -295,26 +296,21 @@ def _is_hopper(device: torch.device) -> bool:
 
 def prefill_attention(
     query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    cache: KVCache,
+    metadata: PrefillMetadata,
     scale: float,
-    key_scales: torch.Tensor | None = None,
-    value_scales: torch.Tensor | None = None,
     *,
     config: tuple[int, int, int, int] | None = None,
     use_tensor_descriptors: bool | None = None,
 ) -> torch.Tensor:
-    """query [T, Hq, D] -> [T, Hq, D]; see `Ops.prefill_attention`. FlashAttention-2 (Dao 2023).
+    """query [T, Hq, D] -> [T, Hq, D]; see `Ops.attend`. FlashAttention-2 (Dao 2023).
 
     On Hopper, keys and values come by bulk tensor copies instead of pointers, unless the cache is
     fp8.
     `config` = (BLOCK_M, BLOCK_N, warps, stages) and `use_tensor_descriptors` override the choice.
     """
+    key_cache, value_cache, key_scales, value_scales = cache
+    block_tables = metadata.block_tables
     num_tokens, num_heads, head_dim = query.shape
     block_size, num_kv_heads = key_cache.shape[1:3]
     out = torch.empty((num_tokens, num_heads, head_dim), dtype=query.dtype, device=query.device)
@@ -343,8 +339,8 @@ def prefill_attention(
             )
             for cache in (key_cache, value_cache)
         )
-    num_seqs = cu_seqlens_q.shape[0] - 1
-    _prefill_kernel[(num_heads, triton.cdiv(max_seqlen_q, block_m), num_seqs)](
+    num_seqs = metadata.cu_seqlens_q.shape[0] - 1
+    _prefill_kernel[(num_heads, triton.cdiv(metadata.max_seqlen_q, block_m), num_seqs)](
         out,
         query,
         key_cache,
@@ -354,8 +350,8 @@ def prefill_attention(
         key_scales,
         value_scales,
         block_tables,
-        cu_seqlens_q,
-        cu_seqlens_k,
+        metadata.cu_seqlens_q,
+        metadata.cu_seqlens_k,
         scale * 1.4426950408889634,
         query.stride(0),
         query.stride(1),

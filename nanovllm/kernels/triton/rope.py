@@ -10,13 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels import ops
-from nanovllm.kernels.ops import Product
+from nanovllm.kernels import types
 from nanovllm.kernels.triton.launch import await_previous, jit, overlap_options, release_next
 from nanovllm.kernels.triton.linear import load_summed, parts_of
+from nanovllm.kernels.types import KVCache, LinearOutput
 
-FP8_MAX = tl.constexpr(ops.FP8_MAX)
-FP8_MIN_AMAX = tl.constexpr(ops.FP8_MIN_AMAX)
+FP8_MAX = tl.constexpr(types.FP8_MAX)
+FP8_MIN_AMAX = tl.constexpr(types.FP8_MIN_AMAX)
 HEADS_PER_PROGRAM = 8
 # From so many tokens on a program takes more of a token: fewer instructions per element.
 MANY_TOKENS = 1024
@@ -140,21 +140,19 @@ def _qk_norm_rope_store_kernel(
 
 
 def qk_norm_rope_store(
-    qkv: Product,
+    qkv: LinearOutput,
     q_norm_weight: torch.Tensor | None,
     k_norm_weight: torch.Tensor | None,
     eps: float,
     cos_sin: torch.Tensor,
     positions: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    cache: KVCache,
     slot_mapping: torch.Tensor,
-    key_scales: torch.Tensor | None = None,
-    value_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """qkv [T, (Hq + 2 Hkv) * D] -> query [T, Hq, D]; see `Ops.qk_norm_rope_store`."""
     qkv, num_parts, stride_part, dtype = parts_of(qkv)
     num_tokens = qkv.shape[0]
+    key_cache, value_cache, key_scales, value_scales = cache
     block_size, num_kv_heads, head_dim = key_cache.shape[1:]
     num_heads = qkv.shape[1] // head_dim
     num_q_heads = num_heads - 2 * num_kv_heads

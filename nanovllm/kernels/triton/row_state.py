@@ -9,13 +9,13 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels import row_state
-from nanovllm.kernels.ops import DecodeInputs
 from nanovllm.kernels.triton.launch import (
     await_previous,
     await_previous_alone,
     jit,
     overlap_options,
 )
+from nanovllm.kernels.types import DecodeInputs
 
 BLOCK = 256  # block-table entries copied, or rows written back, by one program
 

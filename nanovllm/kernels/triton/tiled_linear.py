@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanovllm.kernels.ops import FP8_BLOCK, PartialSums, Product
 from nanovllm.kernels.triton.launch import await_previous, jit, num_multiprocessors, overlap_options
+from nanovllm.kernels.types import FP8_BLOCK, LinearOutput, PartialSums
 
 GROUP_M = 16  # tiles of x that are multiplied side by side with the same weights
 MIN_COLUMNS_PER_PART = 512  # of a split K
@@ -121,7 +121,7 @@ def tiled_linear(
     num_tokens: int,
     x_scales: torch.Tensor | None = None,
     scales: torch.Tensor | None = None,
-) -> Product:
+) -> LinearOutput:
     """x [M, K], weight [N, K], bias [N] -> [T, N] in `dtype`, T = num_tokens <= M.
 
     Rows of x and weight are a multiple of 16 bytes. If they are fp8, with x_scales [M, 1] or, of

@@ -1,0 +1,110 @@
+"""Chooses the backend; triton and flash-attn are imported only if they are selected."""
+
+import os
+
+import torch
+
+from nanovllm.kernels.ops import Ops
+from nanovllm.kernels.torch_ops import TorchOps
+from nanovllm.kernels.types import FP8_DTYPE, FP8_MIN_CAPABILITY
+
+BACKENDS = ("torch", "triton", "flash-attn")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLASH_ATTN_DTYPES = (torch.float16, torch.bfloat16)
+MAX_TRITON_HEAD_DIM = 256
+
+
+def select_ops(
+    attention_backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    compile_torch_ops: bool,
+    kv_cache_dtype: torch.dtype | None = None,
+) -> Ops:
+    """The operations of the backend "auto", "torch", "triton" or "flash-attn" for a model.
+
+    "auto" is "triton" on CUDA where triton can be imported, otherwise "torch". `compile_torch_ops`
+    sends the elementwise operations of "torch" through torch.compile on CUDA. `kv_cache_dtype` is
+    `dtype` (None) or FP8_DTYPE. Raises ValueError for a backend that is unknown, not installed, or
+    unable to run this device, dtype, head_dim or kv_cache_dtype.
+    """
+    backend = attention_backend
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(
+            f"attention_backend is {backend!r}; choose one of {', '.join(('auto', *BACKENDS))}"
+        )
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype}; the kernels compute in {', '.join(map(str, DTYPES))}")
+    if head_dim <= 0 or head_dim % 2:
+        raise ValueError(f"head_dim is {head_dim}; rotary embeddings need an even number")
+    is_fp8 = kv_cache_dtype == FP8_DTYPE
+    if is_fp8 and backend == "flash-attn":
+        raise ValueError(
+            "kv_cache_dtype is 'fp8', which attention_backend 'flash-attn' cannot read; choose "
+            "'triton' or 'torch'"
+        )
+    if backend == "torch" or (backend == "auto" and device.type != "cuda"):
+        return TorchOps(compile_torch_ops and device.type == "cuda")
+
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not (backend == "triton" and interpreted):
+        raise ValueError(
+            f"attention_backend is {backend!r}, which needs a CUDA device, but the device is "
+            f"{str(device)!r}; choose 'auto' or 'torch'"
+        )
+    if is_fp8 and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < FP8_MIN_CAPABILITY:
+            raise ValueError(
+                f"kv_cache_dtype is 'fp8', which attention_backend {backend!r} offers on GPUs of "
+                f"compute capability {_version(FP8_MIN_CAPABILITY)} or higher, but {device} has "
+                f"{_version(capability)}; choose kv_cache_dtype 'auto' or attention_backend 'torch'"
+            )
+    try:
+        from nanovllm.kernels.triton.ops import TritonOps
+    except (ImportError, OSError) as error:
+        if backend == "auto":
+            return TorchOps(compile_torch_ops)
+        raise ValueError(
+            f"attention_backend is {backend!r}, but triton cannot be imported ({error}); "
+            "choose 'auto' or 'torch'"
+        ) from error
+    if head_dim > MAX_TRITON_HEAD_DIM:
+        if backend == "auto":
+            return TorchOps(compile_torch_ops)
+        raise ValueError(
+            f"head_dim is {head_dim}; attention_backend {backend!r} supports at most "
+            f"{MAX_TRITON_HEAD_DIM}, choose 'torch'"
+        )
+    if backend != "flash-attn":
+        return TritonOps(_has_fp8_products(device, dtype))
+
+    if dtype not in FLASH_ATTN_DTYPES:
+        raise ValueError(
+            f"dtype is {dtype}; attention_backend 'flash-attn' computes in "
+            f"{', '.join(map(str, FLASH_ATTN_DTYPES))} only, choose 'triton' or 'torch'"
+        )
+    if head_dim % 8:
+        raise ValueError(
+            f"head_dim is {head_dim}; attention_backend 'flash-attn' needs a multiple of 8, "
+            "choose 'triton' or 'torch'"
+        )
+    try:
+        from nanovllm.kernels.flash_attention import FlashAttentionOps
+    except (ImportError, OSError) as error:  # OSError: a shared object built for another torch
+        raise ValueError(
+            f"attention_backend is 'flash-attn', but flash_attn cannot be imported ({error}); "
+            "choose 'triton' or 'torch'"
+        ) from error
+    return FlashAttentionOps(_has_fp8_products(device, dtype))
+
+
+def _has_fp8_products(device: torch.device, dtype: torch.dtype) -> bool:
+    if device.type != "cuda" or dtype == torch.float32 or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _version(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"

@@ -1,0 +1,55 @@
+"""The Triton kernels as `Ops`."""
+
+import torch
+
+from nanovllm.kernels.triton.activation import silu_and_mul
+from nanovllm.kernels.triton.decode_attention import decode_attention, plan_decode
+from nanovllm.kernels.triton.filters import filter_thresholds
+from nanovllm.kernels.triton.fp8_linear import fp8_linear
+from nanovllm.kernels.triton.linear import linear
+from nanovllm.kernels.triton.moe import experts
+from nanovllm.kernels.triton.norm import add_rms_norm, rms_norm
+from nanovllm.kernels.triton.prefill_attention import prefill_attention
+from nanovllm.kernels.triton.rope import qk_norm_rope_store
+from nanovllm.kernels.triton.row_state import gather_decode_inputs, write_back
+from nanovllm.kernels.triton.sampling import sample
+from nanovllm.kernels.types import AttentionMetadata, KVCache, PrefillMetadata
+
+
+def attend(
+    query: torch.Tensor, cache: KVCache, metadata: AttentionMetadata, scale: float
+) -> torch.Tensor:
+    """See `Ops.attend`."""
+    if isinstance(metadata, PrefillMetadata):
+        return prefill_attention(query, cache, metadata, scale)
+    return decode_attention(query, cache, metadata, scale)
+
+
+class TritonKernels:
+    """All of `Ops` but attention."""
+
+    supports_cuda_graphs = True
+
+    rms_norm = staticmethod(rms_norm)
+    add_rms_norm = staticmethod(add_rms_norm)
+    silu_and_mul = staticmethod(silu_and_mul)
+    linear = staticmethod(linear)
+    fp8_linear = staticmethod(fp8_linear)
+    experts = staticmethod(experts)
+    qk_norm_rope_store = staticmethod(qk_norm_rope_store)
+    sample = staticmethod(sample)
+    filter_thresholds = staticmethod(filter_thresholds)
+    gather_decode_inputs = staticmethod(gather_decode_inputs)
+    write_back = staticmethod(write_back)
+
+    def __init__(self, has_fp8_products: bool) -> None:
+        self.has_fp8_products = has_fp8_products
+
+
+class TritonOps(TritonKernels):
+    """`Ops` in Triton, on NVIDIA GPUs and in Triton's interpreter."""
+
+    reads_common_blocks_once = True
+
+    attend = staticmethod(attend)
+    plan_decode = staticmethod(plan_decode)

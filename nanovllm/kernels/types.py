@@ -1,0 +1,112 @@
+"""The data that models, backends and the engine hand each other; nothing else is imported here.
+
+T tokens, S sequences, B rows, D head_dim, Hq query and Hkv KV heads. A cache slot is
+block_id * block_size + offset.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+FP8_DTYPE = torch.float8_e4m3fn
+FP8_MAX = 448.0  # the largest number of FP8_DTYPE
+FP8_MIN_AMAX = 2.0**-100  # a head whose elements are all below is stored as zeros
+FP8_MIN_CAPABILITY = (8, 9)  # of a GPU that converts FP8_DTYPE
+FP8_BLOCK = 128  # rows and columns of a weight's block that has a scale of its own
+
+
+class PartialSums(NamedTuple):
+    """A tensor [T, N] in parts that the op which reads it adds up, and then rounds to `dtype`."""
+
+    parts: Tensor  # float32 [P, T, N]
+    dtype: torch.dtype
+
+
+LinearOutput = Tensor | PartialSums
+
+
+def summed(x: LinearOutput) -> Tensor:
+    """x [T, N] as one tensor."""
+    return x if isinstance(x, Tensor) else x.parts.sum(0).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Unreduced:
+    """This rank's term of a sum over all ranks, also where there is one rank.
+
+    Only `TensorParallel.add_rms_norm` and `all_reduce` take it. No other operation does, so that a
+    term cannot pass for the sum.
+    """
+
+    term: LinearOutput  # [T, N]
+
+
+class KVCacheSpec(NamedTuple):
+    """An attention layer's memory of each token, on one rank."""
+
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+
+class KVCache(NamedTuple):
+    """One layer's keys and values in blocks, in the model's dtype or in FP8_DTYPE with scales.
+
+    An element of an fp8 cache is its number times the scale of its token and head, which is the
+    head's largest magnitude / FP8_MAX (1 below FP8_MIN_AMAX).
+    """
+
+    key: Tensor  # [num_blocks, block_size, Hkv, D]
+    value: Tensor
+    key_scales: Tensor | None = None  # float32 [num_blocks, Hkv, block_size]; None: not fp8
+    value_scales: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DecodeMetadata:
+    """One query of each of B sequences. It attends to all tokens up to its own.
+
+    In a decode step the queries are the T new tokens. In the last layer of a prefill they are those
+    at `logits_indices`, the last of each sequence, while the K/V of all T tokens are stored.
+    """
+
+    slot_mapping: Tensor  # [T] int64, cache slots of the tokens' K/V; -1: not written
+    block_tables: Tensor  # [B, W] int32
+    context_lens: Tensor  # [B] int32, tokens to attend to; 0: a padded row
+    plan: object = None  # of `Ops.plan_decode`
+    logits_indices: Tensor | None = None  # [B] int32; None: all T tokens
+    last_tokens: ClassVar[None] = None
+
+
+@dataclass(frozen=True)
+class PrefillMetadata:
+    """Several new tokens, the last ones, of each of S sequences, one sequence after another."""
+
+    slot_mapping: Tensor  # [T] int64, cache slots of the tokens' K/V; -1: not written
+    block_tables: Tensor  # [S, W] int32
+    cu_seqlens_q: Tensor  # [S + 1] int32, where each sequence's new tokens begin and the last end
+    cu_seqlens_k: Tensor  # [S + 1] int32, the same of all its tokens
+    max_seqlen_q: int
+    max_seqlen_k: int
+    last_tokens: DecodeMetadata | None = None  # for the last layer; None: all tokens matter after
+    logits_indices: ClassVar[None] = None
+
+
+AttentionMetadata = PrefillMetadata | DecodeMetadata
+
+
+class DecodeInputs(NamedTuple):
+    """A decode step's inputs, read from the row table: B rows of W blocks.
+
+    A padded slot has token 0, position 0, slot -1, length 0, temperature 0.
+    """
+
+    input_ids: Tensor  # [B] int32
+    positions: Tensor  # [B] int32, index of the input token in its sequence
+    slot_mapping: Tensor  # [B] int64, cache slot of the input token's K/V; -1: none
+    context_lens: Tensor  # [B] int32, tokens to attend to, the input token included
+    block_tables: Tensor  # [B, W] int32
+    temperatures: Tensor  # [B] float32
+    seeds: Tensor  # [B, 2] int32
