@@ -15,6 +15,7 @@ from nanovllm.config import Config
 from nanovllm.engine.launched_step import LaunchedStep
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.startup import start_model_runner
 from nanovllm.engine.step_plan import PlanBuilder
 from nanovllm.errors import describe, is_fault
 from nanovllm.parallel.tensor_parallel import TensorParallel
@@ -114,7 +115,7 @@ class UniProcExecutor(Executor):
     """One rank, in this process."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        super().__init__(config, ModelRunner(config, device, TensorParallel()))
+        super().__init__(config, start_model_runner(config, device, TensorParallel()))
 
     def launch(self, seqs: list[Sequence], is_prefill: bool) -> LaunchedStep:
         """See `Executor.launch`."""

@@ -9,15 +9,15 @@ from time import perf_counter
 from typing import Any, NoReturn
 
 from nanovllm.config import Config
-from nanovllm.engine import kv_cache
 from nanovllm.engine.executor import Executor, LaunchedStep, UniProcExecutor
 from nanovllm.engine.input_processor import InputProcessor
-from nanovllm.engine.model_runner import ModelRunner, choose_ops
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.recovery import Recovery
 from nanovllm.engine.request import Request, RequestTable
 from nanovllm.engine.request_output import make_output, raise_failed
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.startup import check_fits, choose_ops
 from nanovllm.errors import EngineDeadError
 from nanovllm.guards.interrupts import DeferredInterrupt
 from nanovllm.guards.ownership import Owner, bind_to_process, one_thread_at_a_time
@@ -126,7 +126,7 @@ class LLMEngine:
             config.model, config.generation_config, config.override_generation_config
         )
         check_size(config, device)
-        kv_cache.check_fits(config, device)
+        check_fits(config, device)
         self.owner = Owner()
         form = MultiprocExecutor if config.tensor_parallel_size > 1 else UniProcExecutor
         self.executor: Executor = form(config, device)

@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,31 +17,14 @@ from nanovllm.engine.prefill_inputs import prefill_inputs
 from nanovllm.engine.sampler import Sampler
 from nanovllm.engine.sequence import Sequence, Wants
 from nanovllm.engine.step_plan import StepPlan
-from nanovllm.errors import ArgumentError
 from nanovllm.kernels.copies import upload
 from nanovllm.kernels.ops import Ops
-from nanovllm.kernels.select import select_ops
 from nanovllm.kernels.types import DecodeMetadata, PrefillMetadata
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.context import ModelContext
 from nanovllm.models.loader import load_model
 from nanovllm.models.registry import model_class
 from nanovllm.parallel.tensor_parallel import TensorParallel
-
-
-def choose_ops(config: Config, device: torch.device) -> Ops:
-    """The operations of the configured backend; ArgumentError if it cannot run here."""
-    try:
-        return select_ops(
-            config.attention_backend,
-            device,
-            config.resolve_dtype(),
-            config.hf_config.head_dim,
-            compile_torch_ops=not config.enforce_eager,
-            kv_cache_dtype=config.resolve_kv_cache_dtype(),
-        )
-    except ValueError as error:
-        raise ArgumentError(str(error)) from error
 
 
 class ModelRunner:
@@ -53,7 +36,7 @@ class ModelRunner:
         config: the engine's configuration, the same on every rank.
         device: this rank's device.
         tp: this rank's place among the ranks.
-        agree: exchanges this rank's number of KV blocks for the smallest of all ranks.
+        ops: the backend.
 
     Attributes:
         run: on rank 0, `Executor.run`: loops written for nano-vLLM call it here.
@@ -61,13 +44,7 @@ class ModelRunner:
 
     run: Callable[[list[Sequence], bool], list[int | None]]
 
-    def __init__(
-        self,
-        config: Config,
-        device: torch.device,
-        tp: TensorParallel,
-        agree: Callable[[int], int] = int,
-    ) -> None:
+    def __init__(self, config: Config, device: torch.device, tp: TensorParallel, ops: Ops) -> None:
         self.config = config
         self.device = device
         self.tp = tp
@@ -76,9 +53,8 @@ class ModelRunner:
         self.profiler: tuple[torch.profiler.profile, str] | None = None  # and where its trace goes
         self._uploaded_batch: np.ndarray = np.empty(0, dtype=np.int32)  # in decode_batch
         hf_config = config.hf_config
-        self.ops = choose_ops(config, device)
-        with self._on_device():
-            free_at_start = torch.cuda.mem_get_info(device)[0] if self.is_cuda else 0
+        self.ops = ops
+        with self.on_device():
             context = ModelContext(
                 self.ops,
                 tp,
@@ -90,7 +66,7 @@ class ModelRunner:
             )
             self.model = model_class(hf_config.architectures or [])(hf_config, context)
             self.reload_weights()
-            self._attentions = [m for m in self.model.modules() if isinstance(m, Attention)]
+            self.attentions = [m for m in self.model.modules() if isinstance(m, Attention)]
             self._allocate_row_table()
             lm_head = self.model.lm_head
             self.sampler = Sampler(self.ops, tp, lm_head, self.row_table)
@@ -99,10 +75,7 @@ class ModelRunner:
                 Wants.PROMPT: PromptLogprobs(config, tp, lm_head),
                 Wants.POOLING: Pooling(),
             }
-            self.num_kvcache_blocks = agree(self._decide_num_blocks(free_at_start))
-            self._allocate_kv_cache(self.num_kvcache_blocks)
-            self.graphs: DecodeGraphs | None = None
-            self.capture_graphs()
+        self.graphs: DecodeGraphs | None = None
 
     @property
     def rank(self) -> int:
@@ -121,7 +94,7 @@ class ModelRunner:
         """Call a method by its name, or a callable with this runner as its first argument."""
         if isinstance(method, str):
             return getattr(self, method)(*args, **kwargs)
-        with self._on_device():
+        with self.on_device():
             return method(self, *args, **kwargs)
 
     @torch.inference_mode()
@@ -132,7 +105,7 @@ class ModelRunner:
         """
         self.sent_rows.reshape(-1)[plan.updates[:, 0]] = plan.updates[:, 1]
         step = LaunchedStep(plan, list(seqs))
-        with self._on_device():
+        with self.on_device():
             if plan.is_prefill:
                 self._execute_prefill(step)
             else:
@@ -200,11 +173,11 @@ class ModelRunner:
         if self.graphs:
             token_ids = self.graphs.replay(batch_size, num_common_blocks > 0)
         else:
-            token_ids = self._decode(self.decode_rows[:batch_size], num_common_blocks > 0)
+            token_ids = self.decode(self.decode_rows[:batch_size], num_common_blocks > 0)
         step.token_ids = token_ids[:num_seqs]
         self._give(Wants.LOGITS, step, self.decode_logits[:num_seqs])
 
-    def _decode(self, rows: torch.Tensor, has_common_blocks: bool = False) -> torch.Tensor:
+    def decode(self, rows: torch.Tensor, has_common_blocks: bool = False) -> torch.Tensor:
         """One decode step of `rows` [B], what a graph captures; returns token ids [B] int32.
 
         The logits are left in `decode_logits`.
@@ -213,7 +186,7 @@ class ModelRunner:
         """
         inputs = self.ops.gather_decode_inputs(self.row_table, rows, self.block_size)
         plan = self.ops.plan_decode(
-            self._attentions[0].cache,
+            self.attentions[0].cache,
             inputs.block_tables,
             inputs.context_lens,
             self.decode_batch[:1] if has_common_blocks else None,
@@ -253,64 +226,18 @@ class ModelRunner:
             device=self.device,
         )
 
-    def _allocate_kv_cache(self, num_blocks: int) -> None:
-        specs = [attention.cache_spec for attention in self._attentions]
+    def allocate_kv_cache(self, num_blocks: int) -> None:
+        """Give every attention layer a cache of `num_blocks` blocks."""
+        self.num_kvcache_blocks = num_blocks
+        specs = [attention.cache_spec for attention in self.attentions]
         caches, self.kv_cache, self.kv_scales = kv_cache.allocate(
             specs, num_blocks, self.block_size, self.device
         )
-        for attention, cache in zip(self._attentions, caches, strict=True):
+        for attention, cache in zip(self.attentions, caches, strict=True):
             attention.cache = cache
 
-    def _decide_num_blocks(self, free_at_start: int) -> int:
-        available = None
-        if self.is_cuda:
-            peak_bytes = self._warm_up()
-            available = kv_cache.available_gpu_bytes(
-                self.device, self.config.gpu_memory_utilization, free_at_start, peak_bytes
-            )
-        specs = [attention.cache_spec for attention in self._attentions]
-        per_block = kv_cache.block_bytes(specs, self.block_size)
-        return kv_cache.decide_num_blocks(self.config, per_block, available)
-
-    def _warm_up(self) -> int:
-        """Run the largest prefill and decode steps once, which builds the kernels.
-
-        Returns the peak of the activations' bytes.
-        """
-        config = self.config
-        self._allocate_kv_cache(num_blocks=1)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
-        length = min(config.max_num_batched_tokens // num_seqs, config.max_model_len)
-        # Every block table entry is 0, so all sequences read and write the one block there is.
-        rows = np.arange(num_seqs, dtype=np.int32)
-        ones = np.ones(num_seqs, dtype=np.int32)
-        self.execute(
-            StepPlan(
-                is_prefill=True,
-                rows=rows,
-                updates=np.empty((0, 2), dtype=np.int32),
-                token_ids=np.zeros(num_seqs * length, dtype=np.int32),
-                starts=0 * ones,
-                lengths=length * ones,
-                shared=length * ones,
-                is_last=ones,
-            )
-        )
-        torch.cuda.synchronize(self.device)
-        self._decode_padding(config.max_num_seqs)
-        if self.ops.reads_common_blocks_once:
-            self._decode_padding(config.max_num_seqs, has_common_blocks=True)
-        torch.cuda.synchronize(self.device)
-        self.row_table.zero_()
-        return torch.cuda.max_memory_allocated(self.device) - before
-
-    @torch.inference_mode()
-    def _decode_padding(self, batch_size: int, has_common_blocks: bool = False) -> None:
-        self._decode(self.decode_rows[:batch_size], has_common_blocks)
-
-    def _on_device(self):
+    def on_device(self) -> AbstractContextManager[object]:
+        """Within it this rank's GPU is the current one."""
         return torch.cuda.device(self.device) if self.is_cuda else nullcontext()
 
     def capture_graphs(self) -> None:
@@ -321,10 +248,10 @@ class ModelRunner:
         config = self.config
         if self.is_cuda and self.ops.supports_cuda_graphs and not config.enforce_eager:
             self._uploaded_batch = np.empty(0, dtype=np.int32)
-            with self._on_device():
+            with self.on_device():
                 self.decode_batch.fill_(config.max_num_seqs)  # every row is padding
                 self.decode_batch[0] = 0
-                self.graphs = DecodeGraphs(config.max_num_seqs, self.decode_rows, self._decode)
+                self.graphs = DecodeGraphs(config.max_num_seqs, self.decode_rows, self.decode)
 
     def drop_graphs(self) -> None:
         """Run without CUDA graphs from now on."""
@@ -333,9 +260,9 @@ class ModelRunner:
     def close(self) -> None:
         """Drop the graphs, the cache and the weights."""
         self.drop_graphs()
-        for attention in self._attentions:
+        for attention in self.attentions:
             del attention.cache
-        self._attentions = []
+        self.attentions = []
         del self.model, self.kv_cache, self.kv_scales, self.row_table
         del self.decode_batch, self.decode_rows, self.decode_logits
         self.consumers.clear()

@@ -13,6 +13,7 @@ from nanovllm.engine.executor import Executor
 from nanovllm.engine.launched_step import LaunchedStep
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.startup import start_model_runner
 from nanovllm.errors import ArgumentError, EngineDeadError, is_fault
 from nanovllm.parallel.packed_plans import pack
 from nanovllm.parallel.workers import WorkerGroup
@@ -37,7 +38,7 @@ class MultiprocExecutor(Executor):
         workers = self.workers
         try:
             assert workers.tp is not None
-            runner = ModelRunner(config, device, workers.tp, workers.agree)
+            runner = start_model_runner(config, device, workers.tp, workers.agree)
             workers.finish_start()
             return runner
         except BaseException as error:

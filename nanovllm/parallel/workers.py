@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from nanovllm.config import Config
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.startup import start_model_runner
 from nanovllm.errors import EngineDeadError
 from nanovllm.guards.ownership import bind_to_process
 from nanovllm.parallel.calls import Reply, pack_call, reply_to
@@ -486,7 +487,7 @@ def _worker_main(
         pipe.send(num_blocks)
         return pipe.recv()
 
-    runner = ModelRunner(config, device, tp, agree)
+    runner = start_model_runner(config, device, tp, agree)
     pipe.send("serving")
     _run_plans(runner, progress, ring, pipe)
     if device_type == "cuda":

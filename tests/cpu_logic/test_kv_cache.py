@@ -8,7 +8,7 @@ import torch
 
 from nanovllm import ArgumentError
 from nanovllm.config import Config
-from nanovllm.engine import kv_cache
+from nanovllm.engine import kv_cache, startup
 from nanovllm.kernels.types import FP8_DTYPE, KVCacheSpec
 from nanovllm.models.decoder import kv_cache_spec
 
@@ -117,7 +117,7 @@ def test_layers_of_several_shapes_share_the_memory_without_overlap(dtype):
 def test_fp8_about_doubles_the_blocks(model):
     for kwargs, gpu_bytes in (({"kv_cache_memory_bytes": 10 << 30}, None), ({}, 120 << 30)):
         plain, fp8 = (
-            kv_cache.decide_num_blocks(config, block_bytes(config), gpu_bytes)
+            startup.decide_num_blocks(config, block_bytes(config), gpu_bytes)
             for config in (Config(model, kv_cache_dtype=kind, **kwargs) for kind in ("auto", "fp8"))
         )
         assert math.isclose(fp8 / plain, 2 * HEAD_DIM / (HEAD_DIM + 4), rel_tol=0.01)  # 1.94
@@ -132,10 +132,10 @@ def test_precedence_and_refusal(model):
         ({"kv_cache_memory_bytes": 2 * per_block - 1}, None, 1),
         ({}, 7 * per_block, 7),
         ({"max_num_seqs": 1, "max_model_len": 300}, None, 2),
-        ({}, None, kv_cache.MAX_CPU_CACHE_BYTES // per_block),
+        ({}, None, startup.MAX_CPU_CACHE_BYTES // per_block),
     ):
         config = Config(model, **fp8, **given)
-        assert kv_cache.decide_num_blocks(config, per_block, gpu_bytes) == expected
+        assert startup.decide_num_blocks(config, per_block, gpu_bytes) == expected
     config = Config(model, **fp8, kv_cache_memory_bytes=per_block - 1)
     with pytest.raises(ArgumentError, match=r"one block takes 14\.4 MiB; raise kv_cache_memory"):
-        kv_cache.decide_num_blocks(config, per_block, None)
+        startup.decide_num_blocks(config, per_block, None)

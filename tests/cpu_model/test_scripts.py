@@ -245,11 +245,11 @@ for prompt in prompts:
 results = {}
 while not llm.is_finished():
     outputs, num_tokens = llm.step()
-    for request_id, token_ids in outputs:
+    for seq_id, token_ids in outputs:
         # decode as each sequence finishes
         text = llm.tokenizer.decode(token_ids)
-        results[request_id] = text
-        print(f"[seq {request_id}] {text}")
+        results[seq_id] = text
+        print(f"[seq {seq_id}] {text}")
 """,
 }
 

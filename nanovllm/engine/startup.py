@@ -1,0 +1,174 @@
+"""What happens once: the backend is chosen, a rank's model loaded, its KV blocks counted.
+
+The count is of what is left of the engine's share of the GPU when the largest steps have run.
+"""
+
+import gc
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from nanovllm.config import Config
+from nanovllm.engine.kv_cache import block_bytes
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.step_plan import StepPlan
+from nanovllm.errors import ArgumentError
+from nanovllm.kernels.ops import Ops
+from nanovllm.kernels.select import select_ops
+from nanovllm.models.decoder import kv_cache_spec
+from nanovllm.models.size import device_memory
+from nanovllm.parallel.tensor_parallel import TensorParallel
+
+MAX_CPU_CACHE_BYTES = 4 << 30
+# GPU memory kept for what no profile shows: CUDA context, captured graphs, fragmentation.
+RESERVED_GPU_BYTES = 1 << 30
+
+
+def choose_ops(config: Config, device: torch.device) -> Ops:
+    """The operations of the configured backend; ArgumentError if it cannot run here."""
+    try:
+        return select_ops(
+            config.attention_backend,
+            device,
+            config.resolve_dtype(),
+            config.hf_config.head_dim,
+            compile_torch_ops=not config.enforce_eager,
+            kv_cache_dtype=config.resolve_kv_cache_dtype(),
+        )
+    except ValueError as error:
+        raise ArgumentError(str(error)) from error
+
+
+def start_model_runner(
+    config: Config, device: torch.device, tp: TensorParallel, agree: Callable[[int], int] = int
+) -> ModelRunner:
+    """A rank's runner, ready for plans.
+
+    Args:
+        config: the engine's configuration, the same on every rank.
+        device: this rank's device.
+        tp: this rank's place among the ranks.
+        agree: exchanges this rank's number of KV blocks for the smallest of all ranks.
+    """
+    is_cuda = device.type == "cuda"
+    free_at_start = torch.cuda.mem_get_info(device)[0] if is_cuda else 0
+    runner = ModelRunner(config, device, tp, choose_ops(config, device))
+    with runner.on_device():
+        gpu_bytes = None
+        if is_cuda:
+            gpu_bytes = available_gpu_bytes(
+                device, config.gpu_memory_utilization, free_at_start, _warm_up(runner)
+            )
+        specs = [attention.cache_spec for attention in runner.attentions]
+        per_block = block_bytes(specs, runner.block_size)
+        runner.allocate_kv_cache(agree(decide_num_blocks(config, per_block, gpu_bytes)))
+        runner.capture_graphs()
+    return runner
+
+
+def _warm_up(runner: ModelRunner) -> int:
+    """Run the largest prefill and decode steps once, which builds the kernels.
+
+    Returns the peak of the activations' bytes.
+    """
+    config, device = runner.config, runner.device
+    runner.allocate_kv_cache(num_blocks=1)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
+    length = min(config.max_num_batched_tokens // num_seqs, config.max_model_len)
+    # Every block table entry is 0, so all sequences read and write the one block there is.
+    ones = np.ones(num_seqs, dtype=np.int32)
+    runner.execute(
+        StepPlan(
+            is_prefill=True,
+            rows=np.arange(num_seqs, dtype=np.int32),
+            updates=np.empty((0, 2), dtype=np.int32),
+            token_ids=np.zeros(num_seqs * length, dtype=np.int32),
+            starts=0 * ones,
+            lengths=length * ones,
+            shared=length * ones,
+            is_last=ones,
+        )
+    )
+    torch.cuda.synchronize(device)
+    with torch.inference_mode():
+        runner.decode(runner.decode_rows)
+        if runner.ops.reads_common_blocks_once:
+            runner.decode(runner.decode_rows, has_common_blocks=True)
+    torch.cuda.synchronize(device)
+    runner.row_table.zero_()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def decide_num_blocks(config: Config, per_block: int, gpu_bytes: int | None) -> int:
+    """The number of KV blocks of one rank, of `per_block` bytes each.
+
+    In order of precedence: `num_kvcache_blocks`; `kv_cache_memory_bytes`; on the GPU `gpu_bytes`,
+    what the utilization share leaves; on the CPU enough for `max_num_seqs` sequences of
+    `max_model_len` tokens, 4 GiB at most.
+
+    Raises:
+        ArgumentError: not one block fits; the message names the parameter to raise.
+    """
+    if config.num_kvcache_blocks is not None:
+        return config.num_kvcache_blocks
+    if config.kv_cache_memory_bytes is not None:
+        available, knob = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
+    elif gpu_bytes is not None:
+        available, knob = gpu_bytes, "gpu_memory_utilization"
+    else:
+        most = config.max_num_seqs * config.max_blocks_per_seq * per_block
+        available, knob = min(MAX_CPU_CACHE_BYTES, most), "kv_cache_memory_bytes"
+    if available < per_block:
+        raise ArgumentError(
+            f"no room for the KV cache: {available / 2**20:.0f} MiB are left for it, one block "
+            f"takes {per_block / 2**20:.1f} MiB; raise {knob}"
+        )
+    return available // per_block
+
+
+def check_fits(config: Config, device: torch.device) -> None:
+    """ArgumentError for a cache or tables larger than all memory of `device`, in use or not."""
+    total = device_memory(device)
+    spec = kv_cache_spec(
+        config.hf_config, config.tensor_parallel_size, config.resolve_kv_cache_dtype()
+    )
+    specs = [spec] * config.hf_config.num_hidden_layers
+    per_block = block_bytes(specs, config.kvcache_block_size)
+    # A row of the row table, and one of logits.
+    per_seq = 4 * config.row_width + (
+        config.resolve_dtype().itemsize
+        * -(-config.hf_config.vocab_size // config.tensor_parallel_size)
+    )
+    for name, unit in (
+        ("kvcache_block_size", per_block // config.kvcache_block_size),
+        ("num_kvcache_blocks", per_block),
+        ("kv_cache_memory_bytes", 1),
+        ("max_num_seqs", per_seq),
+    ):
+        value = getattr(config, name) or 0
+        if value * unit > total:
+            raise ArgumentError(
+                f"{name} must be <= {total // unit}, which takes all {total / 2**30:.0f} GiB of "
+                f"{device.type} memory, got {value}; lower {name}"
+            )
+    if config.kv_cache_memory_bytes is not None:
+        decide_num_blocks(config, per_block, None)
+
+
+def available_gpu_bytes(
+    device: torch.device, utilization: float, free_at_start: int, peak_activation_bytes: int
+) -> int:
+    """What is left for the cache of the engine's share of `device`, once the weights are loaded.
+
+    The share is `utilization` of the device's memory, and no more than was free before the weights
+    (`free_at_start`), so what other processes hold counts against the device, not against us.
+    """
+    total = torch.cuda.mem_get_info(device)[1]
+    share = min(int(total * utilization), free_at_start)
+    gc.collect()
+    torch.cuda.empty_cache()
+    held = free_at_start - torch.cuda.mem_get_info(device)[0]
+    return share - held - peak_activation_bytes - RESERVED_GPU_BYTES
