@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from nanovllm.compat import POOLING_NAMES, explain_fields
-from nanovllm.errors import check_bool, check_int32
+from nanovllm.errors import check_at_least, check_bool
 
 
 @dataclass
@@ -24,7 +24,7 @@ class PoolingParams:
 
     def __post_init__(self) -> None:
         if self.dimensions is not None:
-            self.dimensions = check_int32("dimensions", self.dimensions, minimum=1)
+            self.dimensions = check_at_least("dimensions", self.dimensions, minimum=1)
         if self.use_activation is not None:
             check_bool("use_activation", self.use_activation)
 

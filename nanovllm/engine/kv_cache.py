@@ -17,12 +17,12 @@ RESERVED_GPU_BYTES = 1 << 30
 
 def cache_shape(config: Config, tp_size: int, num_blocks: int) -> tuple[int, ...]:
     """[K and V, layers, num_blocks, block_size, KV heads of a rank, head_dim]."""
-    hf_config = config.hf_config
+    model = config.model_config
     # With more ranks than KV heads, every rank holds one.
-    num_kv_heads = max(hf_config.num_key_value_heads // tp_size, 1)
-    num_layers = hf_config.num_hidden_layers
+    num_kv_heads = max(model.num_key_value_heads // tp_size, 1)
+    num_layers = model.num_hidden_layers
     block_size = config.kvcache_block_size
-    return (2, num_layers, num_blocks, block_size, num_kv_heads, hf_config.head_dim)
+    return (2, num_layers, num_blocks, block_size, num_kv_heads, model.head_dim)
 
 
 def scales_shape(config: Config, tp_size: int, num_blocks: int) -> tuple[int, ...] | None:
@@ -100,7 +100,7 @@ def check_fits(config: Config, device: torch.device) -> None:
     # A row of the row table, and one of logits.
     per_seq = 4 * config.row_width + (
         config.resolve_dtype().itemsize
-        * -(-config.hf_config.vocab_size // config.tensor_parallel_size)
+        * -(-config.model_config.vocab_size // config.tensor_parallel_size)
     )
     for name, unit in (
         ("kvcache_block_size", per_block // config.kvcache_block_size),

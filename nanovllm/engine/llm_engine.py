@@ -4,7 +4,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager, suppress
-from copy import copy
 from ctypes import py_object, pythonapi
 from threading import get_ident
 from time import perf_counter
@@ -38,6 +37,7 @@ from nanovllm.models.size import check_size
 from nanovllm.outputs import RequestOutput
 from nanovllm.parallel.tensor_parallel import TensorParallel
 from nanovllm.parallel.workers import WorkerGroup
+from nanovllm.parameters import document
 from nanovllm.progress import ProgressBar, check_use_tqdm
 from nanovllm.sampling_params import SamplingParams
 
@@ -48,63 +48,7 @@ StepOutput = tuple[list[tuple[int, list[int]]], int]
 class LLMEngine:
     """Offline inference on one model.
 
-    Args:
-        model: path of a local model directory: config.json, tokenizer and *.safetensors. Nothing is
-            downloaded and "~" is not expanded.
-        max_num_batched_tokens: tokens that one step computes at most; >= `max_model_len` unless
-            chunked prefill is on. Default 16384.
-        max_num_seqs: sequences in flight at most. Default 512.
-        max_model_len: tokens of a sequence at most, prompt and completion; capped to the model's
-            max_position_embeddings; None: that maximum. Default 4096.
-        gpu_memory_utilization: share of the GPU's memory, in (0, 1], for weights, activations and
-            KV cache together. Default 0.9.
-        tensor_parallel_size: ranks that share the model, 1 to 8; each has a process. Default 1.
-        disable_custom_all_reduce: sum over the ranks by NCCL alone instead of, for few rows, in
-            memory that the GPUs share. Default False.
-        worker_timeout: seconds, 1 to 86400, that a rank may keep rank 0 waiting in a step before
-            the engine gives it up. Both compute the same, so this is not the length of a step.
-            Raise it where a CPU is so overloaded that one rank falls behind. Default 8.
-        enforce_eager: no CUDA graphs (and no torch.compile, which only `attention_backend="torch"`
-            uses on CUDA). Default False.
-        kvcache_block_size (block_size): tokens per KV block, a multiple of 256. Default 256.
-        num_kvcache_blocks (num_gpu_blocks_override): KV blocks; None: as memory allows.
-        kv_cache_memory_bytes: bytes of KV cache per rank, instead of `gpu_memory_utilization`.
-        kv_cache_dtype: "auto" (that of the activations), or "fp8" ("fp8_e4m3"): about half the
-            bytes, with a scale for each token and KV head; slightly less exact. Default "auto".
-        watermark: KV blocks kept free for each running sequence when a waiting one is admitted;
-            they spare preemptions when memory is short. 0: none. Default 0.25.
-        enable_prefix_caching: share equal prefixes of whole blocks. Default True.
-        enable_chunked_prefill: split prompts that exceed what is left of a step. Default False.
-        async_scheduling: prepare step n + 1 while n runs. Default True.
-        attention_backend: "auto" (triton on CUDA, torch elsewhere), "torch", "triton" or
-            "flash-attn".
-        dtype: "auto" (the model's), "bfloat16", "float16" ("half"), "float32" ("float"), or one of
-            these as a torch.dtype.
-        quantization: "fp8": weights of linear layers in fp8 (e4m3), quantised on load with a scale
-            for each row; embedding, LM head and norms stay as they are. Default None: as in the
-            checkpoint, which may be fp8 itself.
-        device: "auto" (CUDA if there is one), "cuda", "cpu".
-        seed: keys the sampling of every request, with the request's number. Default 0.
-        load_format: "auto", or "dummy" for random weights (config and tokenizer are still read).
-        hf_overrides: a dict of fields that replace those of config.json, or a callable that gets
-            the `PretrainedConfig` and returns one.
-        tokenizer: path of another tokenizer's directory, or a tokenizer object; None: the model's.
-        tokenizer_mode: only "auto".
-        skip_tokenizer_init: no tokenizer: prompts are token ids, texts are empty. Default False.
-        trust_remote_code: let the tokenizer's directory bring Python code of its own. Default
-            False.
-        chat_template: Jinja template of `chat`, or the path of a file with one; None: the
-            tokenizer's.
-        generation_config: where `get_default_sampling_params` reads: "auto" (the model's
-            directory), "vllm" (nowhere), or the path of another directory.
-        override_generation_config: keys of a generation_config.json that win over the file's.
-        max_logprobs: the most `logprobs` and `prompt_logprobs` may ask for; -1: no limit. Default
-            20.
-        structured_outputs_timeout: seconds that a schema, regex, choice list or grammar may take to
-            compile; a request whose takes longer is refused. Default 10.
-        scheduling_policy: "fcfs", or "priority": by the requests' `priority`. Default "fcfs".
-        runner ("auto", "generate" or "pooling"), enable_sleep_mode, disable_log_stats: vLLM's; they
-            change nothing: pooling, sleep and metrics are always there.
+    {parameters}
 
     Use an engine from one thread at a time: a call while another thread is inside raises an
     EngineUseError. It belongs to the process that made it: in a forked child its methods raise that
@@ -120,7 +64,6 @@ class LLMEngine:
     def __init__(self, model: str | None = None, **kwargs: Any) -> None:
         config = Config.from_kwargs(model, kwargs)
         device = config.resolve_device()
-        self.config = config
         # What cannot run is refused before anything is started.
         choose_ops(config, device)
         self.tokenizer = load_tokenizer(config)
@@ -128,10 +71,11 @@ class LLMEngine:
             config.model,
             self.tokenizer,
             config.generation_config,
-            fallback=getattr(config.hf_config, "eos_token_id", None),
+            fallback=config.model_config.eos_token_id,
         )
         # A tokenizer may name one that the model does not have: it is never sampled.
-        config.eos_token_ids = frozenset(i for i in ids if 0 <= i < config.hf_config.vocab_size)
+        vocab_size = config.model_config.vocab_size
+        config = config.replace(eos_token_ids=frozenset(i for i in ids if 0 <= i < vocab_size))
         self._default_params = default_sampling_params(
             config.model, config.generation_config, config.override_generation_config
         )
@@ -141,10 +85,12 @@ class LLMEngine:
         self._owner = Owner()
         self._workers: WorkerGroup | None = None
         if config.tensor_parallel_size > 1:
-            self._workers = WorkerGroup(_for_workers(config), device.type)
-        self.model_runner = self._start_model_runner(device)
-        config.num_kvcache_blocks = self.model_runner.num_kvcache_blocks
-        self.scheduler = Scheduler(config)
+            # Only rank 0 needs these, and they may not be picklable.
+            for_workers = config.replace(tokenizer=None, hf_overrides=None)
+            self._workers = WorkerGroup(for_workers, device.type)
+        self.model_runner = self._start_model_runner(config, device)
+        self.config = config.replace(num_kvcache_blocks=self.model_runner.num_kvcache_blocks)
+        self.scheduler = Scheduler(self.config)
         self._in_flight: LaunchedStep | None = None
         self._step_seqs: list[Sequence] | None = None  # of what is launched or committed just now
         self._requests = RequestTable()
@@ -160,13 +106,13 @@ class LLMEngine:
         )
         bind_to_process(self.model_runner)
 
-    def _start_model_runner(self, device: torch.device) -> ModelRunner:
+    def _start_model_runner(self, config: Config, device: torch.device) -> ModelRunner:
         workers = self._workers
         if workers is None:
-            return ModelRunner(self.config, device, TensorParallel())
+            return ModelRunner(config, device, TensorParallel())
         try:
             assert workers.tp is not None
-            runner = ModelRunner(self.config, device, workers.tp, workers.agree, workers)
+            runner = ModelRunner(config, device, workers.tp, workers.agree, workers)
             workers.finish_start()
             return runner
         except BaseException as error:
@@ -430,7 +376,7 @@ class LLMEngine:
         params_list = as_params_list(sampling_params, len(prompts))
         priorities = as_priority_list(priority, len(prompts))
         encoded = encode_prompts(
-            prompts, self.tokenizer, self.config.hf_config.vocab_size, tokenization_kwargs
+            prompts, self.tokenizer, self.config.model_config.vocab_size, tokenization_kwargs
         )
         # Usually one object serves all prompts: checked, and copied, once.
         checked = {id(params): check_params(params) for params in params_list}
@@ -573,13 +519,6 @@ class LLMEngine:
             raise RuntimeError(f"the engine sleeps ({off}): call wake_up() first")
 
 
-def _for_workers(config: Config) -> Config:
-    """The configuration without what only rank 0 needs, and what may not be pickled."""
-    config = copy(config)
-    config.tokenizer = config.hf_overrides = None
-    return config
-
-
 def _release(owner: Owner, model_runner: ModelRunner, workers: WorkerGroup | None) -> None:
     if owner.is_foreign:  # a forked child ends: everything is its parent's
         return
@@ -589,3 +528,6 @@ def _release(owner: Owner, model_runner: ModelRunner, workers: WorkerGroup | Non
     if workers is not None:
         workers.close()
     model_runner.close()
+
+
+document(LLMEngine, Config)

@@ -44,7 +44,7 @@ def choose_ops(config: Config, device: torch.device) -> Ops:
             config.attention_backend,
             device,
             config.resolve_dtype(),
-            config.hf_config.head_dim,
+            config.model_config.head_dim,
             compile_torch_ops=not config.enforce_eager,
             kv_cache_dtype=config.resolve_kv_cache_dtype(),
         )
@@ -84,7 +84,7 @@ class ModelRunner:
         self._seqs: list[Sequence] = []  # of the step that is being launched; rank 0 only
         self._extras = StepExtras()
         self.is_mid_step = False  # after a failed launch: the ranks are out of step
-        hf_config = config.hf_config
+        model_config = config.model_config
         self.ops = choose_ops(config, device)
         self.apart_sampler = ApartSampler(config, device, tp, self.ops)
         with self._on_device():
@@ -97,7 +97,7 @@ class ModelRunner:
                 config.max_model_len,
                 config.fp8_scales,
             )
-            self.model = model_class(hf_config.architectures or [])(hf_config, context)
+            self.model = model_class(model_config.architectures)(model_config, context)
             self.reload_weights()
             self._attentions = [m for m in self.model.modules() if isinstance(m, Attention)]
             self._allocate_row_table()
@@ -114,7 +114,7 @@ class ModelRunner:
     def reload_weights(self) -> None:
         """Fill the parameters again from the model's directory, or with the same random numbers."""
         config = self.config
-        std = config.hf_config.initializer_range
+        std = config.model_config.initializer_range
         self.has_lm_head = load_model(self.model, config.model, config.load_format, std)
 
     # ---- a step -------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ class RequestFeatures:
     def _prepare_sampling(self, request: Request) -> None:
         from nanovllm.sampling.vocabulary import check_against_vocab, encode_bad_words
 
-        params, vocab_size = request.params, self.config.hf_config.vocab_size
+        params, vocab_size = request.params, self.config.model_config.vocab_size
         check_against_vocab(params, vocab_size)
         if params.logprobs is not None:
             self._check_num_logprobs("logprobs", params.logprobs)
@@ -75,7 +75,7 @@ class RequestFeatures:
             end_token_ids = {i for i in self.config.eos_token_ids if i < len(self.tokenizer)}
             self._compiler = GrammarCompiler(
                 self.tokenizer,
-                self.config.hf_config.vocab_size,
+                self.config.model_config.vocab_size,
                 end_token_ids,
                 self.config.structured_outputs_timeout,
             )
@@ -96,7 +96,7 @@ class RequestFeatures:
 
     def _check_num_logprobs(self, name: str, value: int) -> None:
         limit = self.config.max_logprobs
-        num_logprobs = self.config.hf_config.vocab_size if value == -1 else value
+        num_logprobs = self.config.model_config.vocab_size if value == -1 else value
         if limit != -1 and num_logprobs > limit:
             raise ArgumentError(
                 f"{name} must be at most max_logprobs ({limit}), got {value}"

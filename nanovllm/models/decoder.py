@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
 
 from nanovllm.kernels.ops import Product
 from nanovllm.layers.attention import Attention, AttentionMetadata
@@ -17,7 +16,7 @@ from nanovllm.layers.embedding import VocabParallelEmbedding
 from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rotary import cos_sin_table
-from nanovllm.models.rope_config import max_positions
+from nanovllm.models.model_config import ModelConfig
 
 
 class Decoder(nn.Module):
@@ -32,14 +31,14 @@ class Decoder(nn.Module):
 
     def __init__(
         self,
-        config: PretrainedConfig,
+        config: ModelConfig,
         context: ModelContext,
-        new_layer: "Callable[[PretrainedConfig, torch.Tensor, ModelContext, int], DecoderLayer]",
+        new_layer: "Callable[[ModelConfig, torch.Tensor, ModelContext, int], DecoderLayer]",
     ) -> None:
         super().__init__()
         cos_sin = cos_sin_table(
             config.head_dim,
-            context.max_model_len or max_positions(config),
+            context.max_model_len or config.max_positions,
             config.rope_parameters,
             context.device,
         )
@@ -67,7 +66,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(
         self,
-        config: PretrainedConfig,
+        config: ModelConfig,
         context: ModelContext,
         self_attn: "SelfAttention",
         mlp: nn.Module,
@@ -112,7 +111,7 @@ class SelfAttention(nn.Module):
 
     def __init__(
         self,
-        config: PretrainedConfig,
+        config: ModelConfig,
         cos_sin: torch.Tensor,
         context: ModelContext,
         *,
@@ -151,7 +150,7 @@ class SelfAttention(nn.Module):
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202), with biases or without."""
 
-    def __init__(self, config: PretrainedConfig, context: ModelContext, bias: bool = False) -> None:
+    def __init__(self, config: ModelConfig, context: ModelContext, bias: bool = False) -> None:
         super().__init__()
         self.ops = context.ops
         size = config.intermediate_size // context.tp.size

@@ -40,8 +40,3 @@ def check_quantization(raw_config: Mapping[str, Any], path: str) -> None:
                     f"{path}: quantization_config 'fp8' whose modules_to_not_convert has "
                     f"{shown(module)} is not supported"
                 )
-
-
-def has_block_scales(hf_config: Any) -> bool:
-    """Whether a configuration that passed `check_quantization` is of an fp8 checkpoint."""
-    return bool(getattr(hf_config, "quantization_config", None))

@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.errors import MAX_SHOWN, ArgumentError, cut, shown
@@ -104,8 +104,8 @@ def _first_supported(architectures: Any) -> str | None:
     return next((a for a in architectures if isinstance(a, str) and a in ARCHITECTURES), None)
 
 
-def model_class(architectures: list[str]) -> "type[CausalLM]":
+def model_class(architectures: Iterable[str]) -> "type[CausalLM]":
     """The class that runs the first supported name of `architectures`."""
-    name = _first_supported(architectures)
+    name = _first_supported([*architectures])
     assert name is not None, architectures
     return getattr(importlib.import_module(ARCHITECTURES[name][1]), name)

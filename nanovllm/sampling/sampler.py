@@ -156,7 +156,7 @@ class ApartSampler:
             self._request_sampler = RequestSampler(
                 self.ops,
                 self.device,
-                self.config.hf_config.vocab_size,
+                self.config.model_config.vocab_size,
                 self.config.max_num_seqs,
                 self.config.max_model_len,
             )

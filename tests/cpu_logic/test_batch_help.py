@@ -3,19 +3,18 @@
 import re
 import subprocess
 import sys
-from dataclasses import fields
 
 import pytest
 
 from nanovllm.batch import ray_data
 from nanovllm.batch.options import parse_options
-from nanovllm.config import DEFAULT_MAX_NUM_BATCHED_TOKENS, Config
+from nanovllm.config import Config
+from nanovllm.parameters import parameters
 from nanovllm.sampling_params import SamplingParams
 
 # The library keeps special tokens; a batch leaves them out, as OpenAI's does.
-DEFAULTS = {f.name: f.default for f in (*fields(Config), *fields(SamplingParams)) if f.init}
-DEFAULTS |= {"max_num_batched_tokens": DEFAULT_MAX_NUM_BATCHED_TOKENS, "skip_special_tokens": True}
-DEFAULTS |= {"return_token_ids": False, "no_progress": False}
+DEFAULTS = {p.name: p.default for p in (*parameters(Config), *parameters(SamplingParams))}
+DEFAULTS |= {"skip_special_tokens": True, "return_token_ids": False, "no_progress": False}
 del DEFAULTS["model"]
 DEFAULTS["seed"] = 0
 

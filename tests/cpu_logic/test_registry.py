@@ -55,9 +55,9 @@ def test_every_family_has_its_class_and_a_short_file(architecture):
 def test_head_dim_is_derived_where_the_file_lacks_it(architecture, tmp_path):
     of_transformers = CONFIG_MAPPING[ARCHITECTURES[architecture][0]](**SIZES)
     expected = getattr(of_transformers, "head_dim", None) or 64 // 4  # Qwen3's default is 128
-    assert config_of(tmp_path, raw_config(architecture)).hf_config.head_dim == expected
+    assert config_of(tmp_path, raw_config(architecture)).model_config.head_dim == expected
     given = config_of(tmp_path, raw_config(architecture, head_dim=24))
-    assert given.hf_config.head_dim == 24
+    assert given.model_config.head_dim == 24
 
 
 @pytest.mark.parametrize("head_dim", [0, "x", 1.5, [16]])

@@ -25,6 +25,7 @@ from workloads import ROWS, Row, Workload, check_fits, workloads
 from nanovllm.config import Config
 from nanovllm.kernels.ops import FP8_DTYPE, select_ops
 from nanovllm.layers.context import ModelContext
+from nanovllm.models.model_config import ModelConfig
 from nanovllm.models.registry import model_class
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
@@ -154,13 +155,14 @@ MOE_PARAMS = MOE_LINEARS + 2 * 2 * EXPERT
 def cost_of(sizes, fp8_scales=None, tp_size=1, kv_dtype=torch.bfloat16) -> tuple[ModelCost, list]:
     """The cost of a model of 3 layers, and the model of each rank; fp8 as on Hopper."""
     architecture = "Qwen3Moe" if sizes else "Qwen3"
-    hf_config = getattr(transformers, f"{architecture}Config")(**SIZES, **sizes)
+    config_class = getattr(transformers, f"{architecture}Config")
+    model_config = ModelConfig.from_hf(config_class(**SIZES, **sizes))
     device = torch.device("cpu")
     ops = select_ops("torch", device, torch.bfloat16, 64, compile_torch_ops=False)
     ops = dataclasses.replace(ops, has_fp8_products=True)
     ranks = [
         model_class([f"{architecture}ForCausalLM"])(
-            hf_config,
+            model_config,
             ModelContext(
                 ops,
                 TensorParallel(rank, tp_size),
@@ -171,7 +173,7 @@ def cost_of(sizes, fp8_scales=None, tp_size=1, kv_dtype=torch.bfloat16) -> tuple
         )
         for rank in range(tp_size)
     ]
-    return ModelCost.of(ranks[0], hf_config, kv_dtype, tp_size), ranks
+    return ModelCost.of(ranks[0], model_config, kv_dtype, tp_size), ranks
 
 
 def test_cost_of_a_dense_model():
