@@ -16,7 +16,6 @@ from nanovllm.models.hf_config import read_hf_config
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.parameters import (
     Check,
-    anything,
     at_least,
     boolean,
     check_values,
@@ -27,6 +26,7 @@ from nanovllm.parameters import (
     optional,
     parameter,
     parameters,
+    unchecked,
 )
 from nanovllm.sampling_params import SAMPLING_FIELDS
 
@@ -97,8 +97,8 @@ class Config:
     model: str = parameter(
         MISSING,
         Check("path of a directory", _check_model),
-        "a local model directory: config.json, tokenizer and *.safetensors. Nothing is downloaded "
-        'and "~" is not expanded.',
+        "a local model directory: config.json, tokenizer and `*.safetensors`. Nothing is "
+        'downloaded, and "~" is not expanded.',
     )
     max_num_batched_tokens: int = parameter(
         None,
@@ -159,7 +159,7 @@ class Config:
         0.25,
         Check(BLOCKS.limits, lambda name, value: min(BLOCKS.run(name, value), float(MAX_INT32))),
         "KV blocks kept free for each running sequence when a waiting one is admitted. They spare "
-        "preemptions when memory is short.",
+        "preemptions when memory is short; 0 keeps none.",
     )
     enable_prefix_caching: bool = parameter(
         True, boolean, "share equal prefixes of whole KV blocks."
@@ -212,7 +212,7 @@ class Config:
     )
     tokenizer: Any = parameter(
         None,
-        anything,
+        unchecked("path or object"),
         "path of another tokenizer's directory, or a tokenizer object. None: the model's.",
     )
     tokenizer_mode: str = parameter("auto", choice("auto"), "vLLM's, which changes nothing.")
@@ -224,17 +224,17 @@ class Config:
     )
     chat_template: str | None = parameter(
         None,
-        Check("", lambda name, value: read_chat_template(value)),
+        Check("template or path", lambda name, value: read_chat_template(value)),
         "Jinja template of `chat`, or the path of a file with one. None: the tokenizer's.",
     )
     generation_config: str = parameter(
         "auto",
-        anything,
+        unchecked('"auto", "vllm" or path'),
         'where default sampling parameters are read: "auto" (the model\'s directory), "vllm" '
         "(nowhere), or the path of another directory.",
     )
     override_generation_config: dict[str, Any] | None = parameter(
-        None, anything, "keys of a generation_config.json that win over the file's."
+        None, unchecked("dict"), "keys of a generation_config.json that win over the file's."
     )
     max_logprobs: int = parameter(
         20,

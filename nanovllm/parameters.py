@@ -101,7 +101,11 @@ def document(cls: type, declared: type) -> None:
 # ---- checks -----------------------------------------------------------------------------------
 
 boolean = Check("True or False", check_bool)
-anything = Check("", lambda name, value: value)
+
+
+def unchecked(limits: str = "") -> Check:
+    """What is checked where it is used."""
+    return Check(limits, lambda name, value: value)
 
 
 def integer(minimum: int, maximum: int, words: str = "") -> Check:

@@ -230,7 +230,7 @@ class SamplingParams:
     ignore_eos: bool = parameter(False, boolean, "go on past EOS tokens.")
     _: KW_ONLY
     n: int = parameter(
-        1, integer(1, MAX_COMPLETIONS), "completions of the prompt. 1 if decoding is greedy."
+        1, integer(1, MAX_COMPLETIONS), "completions of each prompt. Greedy decoding has only one."
     )
     top_p: float = parameter(
         1.0,
@@ -256,13 +256,13 @@ class SamplingParams:
     )
     stop: str | list[str] | None = parameter(
         None,
-        Check("", _check_strings),
-        "a string, or several, that end the completion. The text is cut before it, the token ids "
+        Check("string or list of strings", _check_strings),
+        "strings that end the completion. The text is cut before it, the token ids "
         "are not. Needs `detokenize`.",
     )
     stop_token_ids: list[int] | None = parameter(
         None,
-        Check("", _check_token_ids),
+        Check("list of token ids", _check_token_ids),
         "further token ids that end the completion. They are kept in it, as an EOS token is.",
     )
     include_stop_str_in_output: bool = parameter(
@@ -288,23 +288,26 @@ class SamplingParams:
     )
     logit_bias: dict[int, float] | dict[str, float] | None = parameter(
         None,
-        Check("", _check_logit_bias),
-        "added to the logits of these token ids (integers or strings of digits). Clamped to "
+        Check("dict of token ids and numbers", _check_logit_bias),
+        "added to the logits of these token ids, which may be strings of digits. Clamped to "
         "[-100, 100].",
     )
     allowed_token_ids: list[int] | None = parameter(
-        None, Check("", _check_allowed_token_ids), "sample among these token ids only."
+        None,
+        Check("list of token ids", _check_allowed_token_ids),
+        "sample among these only.",
     )
     bad_words: list[str] | None = parameter(
         None,
-        Check("", _check_strings),
+        Check("string or list of strings", _check_strings),
         "strings whose last token is not sampled after their other ones.",
     )
     logprobs: int | None = parameter(
         None,
         at_least(-1),
-        "log probabilities, before all of the above, of the sampled token and of this many of the "
-        "most probable ones at each position. 0: of the sampled one; -1: of all.",
+        "log probabilities of the sampled token and of this many of the most probable ones at each "
+        "position, as the model gives them before any other parameter counts. 0: of the sampled "
+        "one; -1: of all.",
     )
     prompt_logprobs: int | None = parameter(
         None, at_least(-1), "log probabilities of the prompt's tokens, as of `logprobs`."
@@ -315,7 +318,9 @@ class SamplingParams:
         True, boolean, "as of the tokenizer's `decode`."
     )
     structured_outputs: StructuredOutputsParams | None = parameter(
-        None, Check("", _check_structured_outputs), "what the completion must look like."
+        None,
+        Check("`StructuredOutputsParams`", _check_structured_outputs),
+        "what the completion must look like.",
     )
     skip_reading_prefix_cache: bool | None = parameter(
         None, boolean, "compute the whole prompt. None: only if `prompt_logprobs` ask for it."

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 def check_attention(raw_config: Mapping[str, Any], path: str) -> None:
     """ArgumentError, beginning with `path`, for attention that is not supported."""
-    if raw_config.get("sliding_window") is not None:
-        check_integer(f"{path}: sliding_window", raw_config["sliding_window"], minimum=1)
     _check_dual_chunk(raw_config.get("dual_chunk_attention_config"), path)
     layer_types = raw_config.get("layer_types") or []
     if not isinstance(layer_types, list) or any(t != "full_attention" for t in layer_types):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nanovllm.errors import ArgumentError, check_integer, shown
-from nanovllm.parameters import Check, anything, at_least, boolean, finite, optional
+from nanovllm.parameters import Check, at_least, boolean, finite, optional, unchecked
 
 MAX_SIZE = 2**31 - 1  # of a dimension
 MAX_LAYERS = 1024
@@ -68,7 +68,7 @@ FIELDS = {
     **dict.fromkeys(
         """architectures dual_chunk_attention_config eos_token_id hidden_act layer_types
         partial_rotary_factor quantization_config rope_theta""".split(),
-        anything,
+        unchecked(),
     ),
 }
 EXPERT_FIELDS = {
