@@ -5,9 +5,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.errors import ArgumentError, check_integer
-from nanovllm.models.attention_config import full_attention_limit
 from nanovllm.models.config_fields import MAX_POSITIONS
-from nanovllm.models.rope_config import max_positions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -69,8 +67,8 @@ class ModelConfig:
             "dtype": str(hf_config.dtype).removeprefix("torch.") if hf_config.dtype else None,
             "head_dim": head_dim,
             "rope_parameters": dict(hf_config.rope_parameters),
-            "max_positions": max_positions(hf_config),
-            "full_attention_limit": full_attention_limit(hf_config),
+            "max_positions": _max_positions(hf_config),
+            "full_attention_limit": _full_attention_limit(hf_config),
             "has_block_scales": bool(getattr(hf_config, "quantization_config", None)),
             "mlp_only_layers": tuple(getattr(hf_config, "mlp_only_layers", None) or ()),
         }
@@ -117,3 +115,35 @@ class ModelConfig:
         """Whether layer `index` has experts; the others have a dense MLP."""
         is_dense = not self.num_experts or index in self.mlp_only_layers
         return not is_dense and (index + 1) % self.decoder_sparse_step == 0
+
+
+def _max_positions(hf_config: "PretrainedConfig") -> int:
+    """Tokens of the longest sequence that the model's rotary embeddings are meant for.
+
+    That is `max_position_embeddings`, which already counts llama3's scaling. It need not count that
+    of yarn, whose limit is `factor * original_max_position_embeddings`, and does not count linear's
+    `factor`. The same rules as vLLM's.
+    """
+    rope, stated = hf_config.rope_parameters, hf_config.max_position_embeddings
+    if rope["rope_type"] == "yarn":
+        return int(rope["factor"] * rope["original_max_position_embeddings"])
+    if rope["rope_type"] == "linear":
+        return int(rope["factor"] * stated)
+    return stated
+
+
+def _full_attention_limit(hf_config: "PretrainedConfig") -> tuple[int, str] | None:
+    """Tokens of the longest sequence that full attention is right for, and why; None: any.
+
+    Dual chunk attention (An et al. 2024, arXiv 2402.17463) is full attention within the first
+    chunk.
+    """
+    limits = []
+    window = getattr(hf_config, "sliding_window", None)
+    if window is not None:
+        limits.append((window, "sliding_window"))
+    chunks = getattr(hf_config, "dual_chunk_attention_config", None)
+    if chunks is not None:
+        first_chunk = chunks["chunk_size"] - chunks["local_size"]
+        limits.append((first_chunk, "first chunk of dual chunk attention"))
+    return min(limits, default=None)

@@ -1,18 +1,15 @@
-"""Which rotary embeddings a config.json may ask for, and how many positions they reach.
+"""Which rotary embeddings a config.json may ask for.
 
 transformers 5 writes `rope_parameters`, older versions `rope_theta` and `rope_scaling`.
 `layers.rotary` computes them.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nanovllm.errors import ArgumentError, check_integer, cut, shown
 from nanovllm.models.config_fields import MAX_POSITIONS
 from nanovllm.parameters import Check, at_least, boolean, number
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 # Beyond these, numbers overflow on the way to an angle.
 BASE = number("> 1 and <= 1e30", lambda x: 1 < x <= 1e30)
@@ -89,18 +86,3 @@ def _check_type(rope: Mapping[str, Any], where: str) -> str:
             f"({given['high_freq_factor']})"
         )
     return rope_type
-
-
-def max_positions(hf_config: "PretrainedConfig") -> int:
-    """Tokens of the longest sequence that the model's rotary embeddings are meant for.
-
-    That is `max_position_embeddings`, which already counts llama3's scaling. It need not count that
-    of yarn, whose limit is `factor * original_max_position_embeddings`, and does not count linear's
-    `factor`. The same rules as vLLM's.
-    """
-    rope, stated = hf_config.rope_parameters, hf_config.max_position_embeddings
-    if rope["rope_type"] == "yarn":
-        return int(rope["factor"] * rope["original_max_position_embeddings"])
-    if rope["rope_type"] == "linear":
-        return int(rope["factor"] * stated)
-    return stated
