@@ -29,8 +29,8 @@ from nanovllm.layers.attention import (
     PrefillMetadata,
 )
 from nanovllm.layers.context import ModelContext
+from nanovllm.models.base import model_class
 from nanovllm.models.loader import load_model
-from nanovllm.models.registry import model_class
 from nanovllm.parallel.tensor_parallel import TensorParallel
 from nanovllm.parallel.workers import WorkerGroup
 from nanovllm.sampling.pooler import HiddenStatesDownload

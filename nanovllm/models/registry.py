@@ -1,18 +1,14 @@
 """The supported model families, and the features that they have: all else is refused by name."""
 
-import importlib
 import json
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from nanovllm.errors import MAX_SHOWN, ArgumentError, check_integer, cut, shown
 from nanovllm.models.rope_config import check_rope
 
-if TYPE_CHECKING:
-    from nanovllm.models.base import CausalLM
-
-# architecture -> (model_type, module); the module's class of that name is imported when the model
-# is built.
+# architecture -> (model_type, module); `models.base.model_class` imports the module's class of that
+# name.
 ARCHITECTURES = {
     "LlamaForCausalLM": ("llama", "nanovllm.models.llama"),
     "MistralForCausalLM": ("mistral", "nanovllm.models.mistral"),
@@ -117,7 +113,7 @@ def _is_unsupported(name: str, value: Any) -> bool:
 
 def _check_family(raw_config: Mapping[str, Any], path: str) -> None:
     architectures = raw_config.get("architectures") or []
-    name = _first_supported(architectures)
+    name = first_supported(architectures)
     if name is None:
         raise ArgumentError(
             f"{path}: architectures {_shown_names(architectures)} is not supported; "
@@ -137,14 +133,8 @@ def _shown_names(architectures: Any) -> str:
     return architectures if is_short else shown(architectures)
 
 
-def _first_supported(architectures: Any) -> str | None:
+def first_supported(architectures: Any) -> str | None:
+    """The first name of config.json's `architectures` that is supported."""
     if not isinstance(architectures, list):
         return None
     return next((a for a in architectures if isinstance(a, str) and a in ARCHITECTURES), None)
-
-
-def model_class(architectures: Iterable[str]) -> "type[CausalLM]":
-    """The class that runs the first supported name of `architectures`."""
-    name = _first_supported([*architectures])
-    assert name is not None, architectures
-    return getattr(importlib.import_module(ARCHITECTURES[name][1]), name)

@@ -8,7 +8,8 @@ from transformers import CONFIG_MAPPING
 
 from nanovllm import ArgumentError
 from nanovllm.config import Config
-from nanovllm.models.registry import ARCHITECTURES, check_supported, model_class
+from nanovllm.models.base import model_class
+from nanovllm.models.registry import ARCHITECTURES, check_supported
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
 SIZES = {
@@ -45,7 +46,7 @@ def refused(message: str):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_family_has_its_class_and_a_short_file(architecture):
-    family = model_class(["SomethingElse", architecture])
+    family = model_class(("SomethingElse", architecture))
     assert family.__name__ == architecture
     path = Path(__import__(family.__module__, fromlist=["x"]).__file__)
     assert len(path.read_text().splitlines()) < 100

@@ -25,8 +25,8 @@ from workloads import ROWS, Row, Workload, check_fits, workloads
 from nanovllm.config import Config
 from nanovllm.kernels.ops import FP8_DTYPE, select_ops
 from nanovllm.layers.context import ModelContext
+from nanovllm.models.base import model_class
 from nanovllm.models.model_config import ModelConfig
-from nanovllm.models.registry import model_class
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
 SCALE = 0.05  # the least that leaves every row but prefill a decode step
@@ -161,7 +161,7 @@ def cost_of(sizes, fp8_scales=None, tp_size=1, kv_dtype=torch.bfloat16) -> tuple
     ops = select_ops("torch", device, torch.bfloat16, 64, compile_torch_ops=False)
     ops = dataclasses.replace(ops, has_fp8_products=True)
     ranks = [
-        model_class([f"{architecture}ForCausalLM"])(
+        model_class((f"{architecture}ForCausalLM",))(
             model_config,
             ModelContext(
                 ops,
