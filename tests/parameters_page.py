@@ -5,15 +5,17 @@ from pathlib import Path
 
 from nanovllm.config import Config
 from nanovllm.parameters import parameters
+from nanovllm.pooling_params import PoolingParams
 from nanovllm.sampling_params import SamplingParams
 
 PATH = Path(__file__).resolve().parents[1] / "docs" / "parameters.md"
 INTRODUCTION = """\
 # Parameters
 
-This page is made of the declarations in `nanovllm/config.py` and `nanovllm/sampling_params.py`, as
-are `help(nanovllm.LLM)`, `help(nanovllm.SamplingParams)` and `python -m nanovllm.batch --help`. A
-value of another type or outside the limits is refused with an `ArgumentError`.
+This page is made of the declarations in `nanovllm/config.py`, `nanovllm/sampling_params.py` and
+`nanovllm/pooling_params.py`, as are `help(nanovllm.LLM)`, `help(nanovllm.SamplingParams)` and
+`python -m nanovllm.batch --help`. A value of another type or outside the limits is refused with an
+`ArgumentError`.
 """
 SECTIONS = (
     (
@@ -26,6 +28,11 @@ SECTIONS = (
         "Of `SamplingParams(temperature, max_tokens, ignore_eos, ...)`. All but these three are "
         "given by name.",
         SamplingParams,
+    ),
+    (
+        "Pooling parameters",
+        "Of `PoolingParams(...)`, an argument of `embed`.",
+        PoolingParams,
     ),
 )
 

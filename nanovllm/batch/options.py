@@ -185,6 +185,8 @@ def _add_options(group: Any, declared: list[Parameter]) -> None:
             if "list" in words:
                 settings |= {"type": kind, "action": "append"}
                 sentence += "; may be given several times"
+            elif p.limits:
+                sentence += f"; {p.limits}"
         flags = [f"--{name.replace('_', '-')}" for name in (p.name, *p.aliases)]
         option = group.add_argument(*flags, dest=p.name, **settings)
         option.help = f"{sentence} (default: {default})".replace("%", "%%")
