@@ -1,9 +1,11 @@
 """Names of other libraries: what they are called here, or that there is nothing like them.
 
-Only errors come from here, but for vLLM's options with values that change nothing: they are taken.
+vLLM's options with values that change nothing are taken. Other names are errors that say what to
+write instead.
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from functools import wraps
 from typing import Any, TypeVar
@@ -13,6 +15,11 @@ from nanovllm.errors import nearest, shown
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # ---- LLM(...) ---------------------------------------------------------------------------------
+
+# vLLM's names and values that are taken in place of ours.
+ALIASES = {"block_size": "kvcache_block_size", "num_gpu_blocks_override": "num_kvcache_blocks"}
+DTYPE_ALIASES = {"half": "float16", "float": "float32"}
+KV_CACHE_DTYPE_ALIASES = {"fp8_e4m3": "fp8"}
 
 # vLLM's constructor parameters that this library does not have: named as such in the error, unless
 # their value is false ("off").
@@ -381,8 +388,57 @@ def unexpected(
     return f"{message}; help(nanovllm.{owner}) names those there are"
 
 
-def unknown_option(name: str, known: Collection[str], sampling: Collection[str]) -> str:
-    """The same for a keyword of `LLM`, with the `known` ones and those of SamplingParams."""
+def engine_arguments(
+    given: Mapping[str, Any], known: Collection[str], sampling: Collection[str]
+) -> dict[str, Any]:
+    """Keywords of `LLM` by our names, without those of vLLM that change nothing here.
+
+    Args:
+        given: the keywords.
+        known: the names of the engine's parameters.
+        sampling: those of sampling parameters.
+
+    Raises:
+        TypeError: a keyword that does not exist, or one that is given under two names.
+    """
+    arguments: dict[str, Any] = {}
+    for name, value in given.items():
+        if name in VLLM_IGNORED:
+            _check_ignored(name, value)
+            continue
+        if name in VLLM_ONLY and _is_false(value):
+            continue
+        target = ALIASES.get(name, name)
+        if target not in known:
+            raise TypeError(_unknown_option(name, [*known, *ALIASES], sampling))
+        if target in arguments:
+            alias = next(a for a, t in ALIASES.items() if t == target)
+            raise TypeError(f"LLM() got {target!r} twice: {alias!r} is another name for it")
+        arguments[target] = value
+    return arguments
+
+
+def _is_false(value: Any) -> bool:
+    try:
+        return not value
+    except Exception:  # an array is neither
+        return False
+
+
+def _check_ignored(name: str, value: Any) -> None:
+    if name == "swap_space":
+        message = "swap_space changes nothing: preempted requests are computed anew"
+        warnings.warn(message, DeprecationWarning, stacklevel=5)
+    allowed = VLLM_IGNORED[name]
+    if allowed is not None and not is_one_of(value, allowed):
+        raise TypeError(
+            f"LLM() got {name}={shown(value)}, an option of vLLM that nanovllm does not have; it "
+            f"takes {' or '.join(map(repr, allowed))} alone"
+        )
+
+
+def _unknown_option(name: str, known: Collection[str], sampling: Collection[str]) -> str:
+    """`unexpected` for a keyword of `LLM`, with the `known` ones and those of SamplingParams."""
     if name in VLLM_ONLY:
         return f"LLM() got {name!r}, an option of vLLM that nanovllm does not have"
     is_ours = name in LLM_NAMES or name in LLM_HINTS or nearest(name, known)

@@ -1,278 +1,327 @@
-"""The engine's configuration: the constructor parameters of `LLM`, checked before other work."""
+"""The engine's parameters, each declared once, and the configuration that is made of them."""
 
 import math
 import os
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import MISSING, dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
-from nanovllm.compat import VLLM_IGNORED, VLLM_ONLY, is_one_of, unknown_option
-from nanovllm.errors import (
-    MAX_INT32,
-    ArgumentError,
-    check_bool,
-    check_choice,
-    check_int32,
-    check_integer,
-    check_number,
-    clamp_int32,
-    shown,
-)
+from nanovllm.compat import DTYPE_ALIASES, KV_CACHE_DTYPE_ALIASES, engine_arguments
+from nanovllm.errors import MAX_INT32, ArgumentError, check_at_least, shown
 from nanovllm.kernels import row_state
-from nanovllm.models.attention_config import full_attention_limit
-from nanovllm.models.config_fields import MAX_POSITIONS
+from nanovllm.model_files import read_chat_template
 from nanovllm.models.hf_config import read_hf_config
-from nanovllm.models.moe_config import check_experts
-from nanovllm.models.quantization_config import has_block_scales
-from nanovllm.models.rope_config import max_positions
+from nanovllm.models.model_config import ModelConfig
+from nanovllm.parameters import (
+    Check,
+    at_least,
+    boolean,
+    check_values,
+    choice,
+    clamped,
+    integer,
+    number,
+    optional,
+    parameter,
+    parameters,
+    unchecked,
+)
 from nanovllm.sampling_params import SAMPLING_FIELDS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from transformers import PretrainedConfig
 
-DTYPES = ("auto", "bfloat16", "float16", "float32")
-DTYPE_ALIASES = {"half": "float16", "float": "float32"}
-KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")
-QUANTIZATIONS = ("fp8",)
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 16384
-MAX_BYTES = 2**63 - 1
-ALIASES = {"block_size": "kvcache_block_size", "num_gpu_blocks_override": "num_kvcache_blocks"}
 
 
-@dataclass
+def _check_model(name: str, value: Any) -> str:
+    if not isinstance(value, (str, os.PathLike)):
+        raise ArgumentError(
+            f"{name} must be the path of a directory, got {shown(value)}; to get one: "
+            "hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B"
+        )
+    return os.fsdecode(value)
+
+
+def _check_block_size(name: str, value: Any) -> int:
+    block_size = check_at_least(name, value, minimum=1)
+    if block_size % 256 != 0:
+        raise ArgumentError(f"{name} must be a multiple of 256, got {block_size}")
+    return block_size
+
+
+def _check_num_blocks(name: str, value: Any) -> int | None:
+    if isinstance(value, Integral) and value == -1:  # nano-vLLM's "let the engine decide"
+        return None
+    return check_at_least(name, value, minimum=1)
+
+
+def _check_dtype(name: str, value: Any) -> str:
+    if not isinstance(value, str):  # a torch.dtype
+        value = shown(value).removeprefix("torch.")
+    return DTYPE.run(name, value)
+
+
+def _check_overrides(name: str, value: Any) -> Any:
+    if not (callable(value) or isinstance(value, Mapping)):
+        raise ArgumentError(f"{name} must be a dict or a callable, got {shown(value)}")
+    return value
+
+
+DTYPE = choice("auto", "bfloat16", "float16", "float32", aliases=DTYPE_ALIASES)
+SHARE = number("in (0, 1]", lambda share: 0 < share <= 1)
+# A larger watermark is more blocks than there are.
+BLOCKS = number("finite and >= 0", lambda n: 0 <= n < math.inf)
+
+
+@dataclass(frozen=True)
 class Config:
-    """Constructor parameters of `LLM`; the class docstring of `LLMEngine` describes each.
+    """The checked parameters of `LLM`, and the model's configuration.
+
+    Nothing changes it; `replace` makes another one.
+
+    Attributes:
+        hf_config: transformers' configuration of the model, for users.
+        model_config: what is computed of it.
+        eos_token_ids: ids that end a completion; the engine reads them with the tokenizer.
 
     Raises:
         ArgumentError: a value is of the wrong type or outside its range.
     """
 
-    model: str
-    max_num_batched_tokens: int = None  # type: ignore[assignment]  # resolved by _check_lengths
-    max_num_seqs: int = 512
-    max_model_len: int = 4096  # None until _check_lengths: the model's maximum
-    gpu_memory_utilization: float = 0.9
-    tensor_parallel_size: int = 1
-    disable_custom_all_reduce: bool = False
-    worker_timeout: float = 8.0
-    enforce_eager: bool = False
-    kvcache_block_size: int = 256
-    num_kvcache_blocks: int | None = None
-    kv_cache_memory_bytes: int | None = None
-    kv_cache_dtype: str = "auto"
-    watermark: float = 0.25
-    enable_prefix_caching: bool = True
-    enable_chunked_prefill: bool = False
-    async_scheduling: bool = True
-    attention_backend: str = "auto"
-    dtype: "str | torch.dtype" = "auto"  # a string after the checks
-    quantization: str | None = None
-    device: str = "auto"
-    seed: int = 0
-    load_format: str = "auto"
-    hf_overrides: "dict[str, Any] | Callable[[PretrainedConfig], PretrainedConfig] | None" = None
-    tokenizer: Any = None  # the path of its directory, or the object; None: the model's
-    tokenizer_mode: str = "auto"
-    skip_tokenizer_init: bool = False
-    trust_remote_code: bool = False
-    chat_template: str | None = None
-    generation_config: str = "auto"
-    override_generation_config: dict[str, Any] | None = None
-    max_logprobs: int = 20
-    structured_outputs_timeout: float = 10.0
-    scheduling_policy: str = "fcfs"
-    runner: str = "auto"
-    enable_sleep_mode: bool = False
-    disable_log_stats: bool = True
+    model: str = parameter(
+        MISSING,
+        Check("path of a directory", _check_model),
+        "a local model directory: config.json, tokenizer and `*.safetensors`. Nothing is "
+        'downloaded, and "~" is not expanded.',
+    )
+    max_num_batched_tokens: int = parameter(
+        None,
+        clamped(1),
+        f"tokens that one step computes at most, None: {DEFAULT_MAX_NUM_BATCHED_TOKENS}. At least "
+        "`max_model_len` unless chunked prefill is on; None follows a `max_model_len` of None.",
+    )
+    max_num_seqs: int = parameter(512, at_least(1), "sequences in flight at most.")
+    max_model_len: int = parameter(
+        4096,
+        optional(clamped(2)),  # a prompt of one token and a completion of one
+        "tokens of a sequence at most, prompt and completion. Capped to what the model's positions "
+        "reach; None is that maximum.",
+    )
+    gpu_memory_utilization: float = parameter(
+        0.9, SHARE, "share of the GPU's memory for weights, activations and KV cache together."
+    )
+    tensor_parallel_size: int = parameter(
+        1, integer(1, 8), "ranks that share the model. Each has a process and a GPU."
+    )
+    disable_custom_all_reduce: bool = parameter(
+        False,
+        boolean,
+        "sum over the ranks by NCCL alone instead of, for few rows, in memory that the GPUs share.",
+    )
+    worker_timeout: float = parameter(
+        8.0,
+        number("seconds between 1 and 86400", lambda seconds: 1 <= seconds <= 86400),
+        "how long a rank may keep rank 0 waiting in a step before the engine gives it up. Both "
+        "compute the same, so this is not the length of a step. Raise it where a CPU is so "
+        "overloaded that one rank falls behind.",
+    )
+    enforce_eager: bool = parameter(
+        False,
+        boolean,
+        'no CUDA graphs (and no torch.compile, which only `attention_backend="torch"` uses on '
+        "CUDA).",
+    )
+    kvcache_block_size: int = parameter(
+        256, Check("multiple of 256", _check_block_size), "tokens per KV block."
+    )
+    num_kvcache_blocks: int | None = parameter(
+        None, Check("integer >= 1", _check_num_blocks), "KV blocks, None: as memory allows."
+    )
+    kv_cache_memory_bytes: int | None = parameter(
+        None,
+        at_least(1, 2**63 - 1),
+        "bytes of KV cache per rank, instead of `gpu_memory_utilization`.",
+    )
+    kv_cache_dtype: str = parameter(
+        "auto",
+        choice("auto", "fp8", "fp8_e4m3", aliases=KV_CACHE_DTYPE_ALIASES),
+        'the dtype of the KV cache: that of the activations, or fp8 (e4m3). "fp8" takes about half '
+        "the bytes, with a scale for each token and KV head; it is slightly less exact, and needs "
+        "compute capability 8.9 on CUDA.",
+    )
+    watermark: float = parameter(
+        0.25,
+        Check(BLOCKS.limits, lambda name, value: min(BLOCKS.run(name, value), float(MAX_INT32))),
+        "KV blocks kept free for each running sequence when a waiting one is admitted. They spare "
+        "preemptions when memory is short; 0 keeps none.",
+    )
+    enable_prefix_caching: bool = parameter(
+        True, boolean, "share equal prefixes of whole KV blocks."
+    )
+    enable_chunked_prefill: bool = parameter(
+        False, boolean, "split prompts that exceed what is left of a step."
+    )
+    async_scheduling: bool = parameter(True, boolean, "prepare step n + 1 while n runs.")
+    attention_backend: str = parameter(
+        "auto",
+        choice("auto", "torch", "triton", "flash-attn"),
+        'what computes attention; "auto" is triton on CUDA, torch elsewhere.',
+    )
+    dtype: str = parameter(
+        "auto",
+        Check(DTYPE.limits, _check_dtype),
+        'the dtype of weights and activations; "auto" is the checkpoint\'s. vLLM\'s "half" and '
+        '"float" and a torch.dtype are taken as well.',
+    )
+    quantization: str | None = parameter(
+        None,
+        choice("fp8"),
+        "keep the weights of linear layers in fp8 (e4m3), quantised on load with a scale for each "
+        "row. Embedding, LM head and norms stay as they are. None: as in the checkpoint, which may "
+        "be fp8 itself.",
+    )
+    device: str = parameter(
+        "auto",
+        choice("auto", "cuda", "cpu"),
+        'where the model runs; "auto" is CUDA if there is a GPU.',
+    )
+    seed: int = parameter(
+        0,
+        integer(-(2**63), 2**63 - 1, "of 64 bits"),
+        "keys the sampling of every request, with the request's number.",
+    )
+    load_format: str = parameter(
+        "auto",
+        choice("auto", "dummy"),
+        'how weights are loaded; "dummy" makes random ones, and only config.json and the tokenizer '
+        "are read.",
+    )
+    hf_overrides: "dict[str, Any] | Callable[[PretrainedConfig], PretrainedConfig] | None" = (
+        parameter(
+            None,
+            Check("dict or callable", _check_overrides),
+            "a dict of fields that replace those of config.json, or a callable that gets the "
+            "`PretrainedConfig` and returns one.",
+        )
+    )
+    tokenizer: Any = parameter(
+        None,
+        unchecked("path or object"),
+        "path of another tokenizer's directory, or a tokenizer object. None: the model's.",
+    )
+    tokenizer_mode: str = parameter("auto", choice("auto"), "vLLM's, which changes nothing.")
+    skip_tokenizer_init: bool = parameter(
+        False, boolean, "load no tokenizer: prompts are token ids, texts are empty."
+    )
+    trust_remote_code: bool = parameter(
+        False, boolean, "let the tokenizer's directory bring Python code of its own."
+    )
+    chat_template: str | None = parameter(
+        None,
+        Check("template or path", lambda name, value: read_chat_template(value)),
+        "Jinja template of `chat`, or the path of a file with one. None: the tokenizer's.",
+    )
+    generation_config: str = parameter(
+        "auto",
+        unchecked('"auto", "vllm" or path'),
+        'where default sampling parameters are read: "auto" (the model\'s directory), "vllm" '
+        "(nowhere), or the path of another directory.",
+    )
+    override_generation_config: dict[str, Any] | None = parameter(
+        None, unchecked("dict"), "keys of a generation_config.json that win over the file's."
+    )
+    max_logprobs: int = parameter(
+        20,
+        clamped(-1),
+        "the most `logprobs` and `prompt_logprobs` that a request may ask for; -1 is no limit.",
+    )
+    structured_outputs_timeout: float = parameter(
+        10.0,
+        number("seconds, > 0 and <= 86400", lambda seconds: 0 < seconds <= 86400),
+        "how long a schema, regex, choice list or grammar may take to compile. A request whose "
+        "takes longer is refused.",
+    )
+    scheduling_policy: str = parameter(
+        "fcfs",
+        choice("fcfs", "priority"),
+        'who is admitted first: who came first, or with "priority" who has the lowest `priority`.',
+    )
+    runner: str = parameter(
+        "auto",
+        choice("auto", "generate", "pooling"),
+        "vLLM's, which changes nothing: every model generates and is pooled.",
+    )
+    enable_sleep_mode: bool = parameter(
+        False, boolean, "vLLM's, which changes nothing: every engine can sleep."
+    )
+    disable_log_stats: bool = parameter(
+        True, boolean, "vLLM's, which changes nothing: metrics are always there."
+    )
     hf_config: "PretrainedConfig" = field(init=False, repr=False)
+    model_config: ModelConfig = field(init=False, repr=False)
     eos_token_ids: frozenset[int] = field(init=False, default=frozenset())
 
     @classmethod
     def from_kwargs(cls, model: str | None, kwargs: dict[str, Any]) -> "Config":
         """Config from the keywords of `LLM(...)`; TypeError for one that does not exist."""
-        known = {f.name for f in fields(cls) if f.init} | ALIASES.keys()
-        arguments: dict[str, Any] = {}
-        for name, value in kwargs.items():
-            if name in VLLM_IGNORED:
-                _check_ignored(name, value)
-                continue
-            if name in VLLM_ONLY and _is_false(value):
-                continue
-            if name not in known:
-                raise TypeError(unknown_option(name, known, SAMPLING_FIELDS))
-            target = ALIASES.get(name, name)
-            if target in arguments:
-                alias = next(a for a, t in ALIASES.items() if t == target)
-                raise TypeError(f"LLM() got {target!r} twice: {alias!r} is another name for it")
-            arguments[target] = value
-        return cls(model, **arguments)  # type: ignore[arg-type]  # None is refused by name
+        known = [p.name for p in parameters(cls)]
+        return cls(model, **engine_arguments(kwargs, known, SAMPLING_FIELDS))  # type: ignore[arg-type]
 
     def __post_init__(self) -> None:
-        self._check_ranges()
-        self.hf_config = read_hf_config(self.model, self.hf_overrides)
-        self.model = os.path.abspath(self.model)  # `os.chdir` does not move it
-        self._check_lengths()
-        self._check_tensor_parallel()
+        derive = vars(self).update  # the one place that sets fields
+        check_values(vars(self), parameters(Config))
+        hf_config = read_hf_config(self.model, self.hf_overrides)
+        derive(hf_config=hf_config, model_config=ModelConfig.from_hf(hf_config))
+        derive(model=os.path.abspath(self.model))  # `os.chdir` does not move it
+        budget = self.max_num_batched_tokens
+        if budget is None:
+            budget = DEFAULT_MAX_NUM_BATCHED_TOKENS
+            if self.max_model_len is None and not self.enable_chunked_prefill:
+                budget = max(budget, self.model_config.max_positions)
+        derive(max_model_len=self._longest_sequence())
+        derive(max_num_batched_tokens=self._token_budget(budget))
+        self.model_config.check_ranks(self.tensor_parallel_size)
 
-    def _check_ranges(self) -> None:
-        if not isinstance(self.model, (str, os.PathLike)):
-            raise ArgumentError(
-                f"model must be the path of a directory, got {shown(self.model)}; to get one: "
-                "hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B"
-            )
-        self.model = os.fsdecode(self.model)
-        self.max_num_seqs = check_int32("max_num_seqs", self.max_num_seqs, minimum=1)
-        self.tensor_parallel_size = check_integer(
-            "tensor_parallel_size", self.tensor_parallel_size, minimum=1, maximum=8
-        )
-        self.kvcache_block_size = check_int32(
-            "kvcache_block_size", self.kvcache_block_size, minimum=1
-        )
-        if self.kvcache_block_size % 256 != 0:
-            raise ArgumentError(
-                f"kvcache_block_size must be a multiple of 256, got {self.kvcache_block_size}"
-            )
-        # A sequence is a prompt of one token and a completion of one at least.
-        minima = {"max_num_batched_tokens": 1, "max_model_len": 2, "kv_cache_memory_bytes": 1}
-        for name, minimum in minima.items():
-            value = getattr(self, name)
-            if value is not None:
-                setattr(self, name, check_integer(name, value, minimum))
-        if (self.kv_cache_memory_bytes or 0) > MAX_BYTES:
-            raise ArgumentError(
-                f"kv_cache_memory_bytes must be <= {MAX_BYTES}, "
-                f"got {shown(self.kv_cache_memory_bytes)}"
-            )
-        is_integer = isinstance(self.num_kvcache_blocks, Integral)
-        if is_integer and self.num_kvcache_blocks == -1:  # nano-vLLM's "let the engine decide"
-            self.num_kvcache_blocks = None
-        if self.num_kvcache_blocks is not None:
-            self.num_kvcache_blocks = check_integer(
-                "num_kvcache_blocks", self.num_kvcache_blocks, minimum=1
-            )
-            if self.num_kvcache_blocks > MAX_INT32:
-                raise ArgumentError(
-                    f"num_kvcache_blocks must be <= {MAX_INT32}, got "
-                    f"{shown(self.num_kvcache_blocks)}; lower num_kvcache_blocks, or leave it out: "
-                    "as memory allows"
-                )
-        self.seed = check_integer("seed", self.seed, minimum=-(2**63), maximum=2**63 - 1)
-        self.max_logprobs = clamp_int32("max_logprobs", self.max_logprobs, minimum=-1)
-        for name in (
-            "disable_custom_all_reduce",
-            "enforce_eager",
-            "enable_prefix_caching",
-            "enable_chunked_prefill",
-            "async_scheduling",
-            "skip_tokenizer_init",
-            "trust_remote_code",
-            "enable_sleep_mode",
-            "disable_log_stats",
-        ):
-            check_bool(name, getattr(self, name))
-        self.gpu_memory_utilization = check_number(
-            "gpu_memory_utilization",
-            self.gpu_memory_utilization,
-            "in (0, 1]",
-            lambda share: 0 < share <= 1,
-        )
-        watermark = check_number(
-            "watermark", self.watermark, "finite and >= 0", lambda n: 0 <= n < math.inf
-        )
-        self.watermark = min(watermark, float(MAX_INT32))  # more blocks than there are
-        self.worker_timeout = check_number(
-            "worker_timeout",
-            self.worker_timeout,
-            "seconds between 1 and 86400",
-            lambda seconds: 1 <= seconds <= 86400,
-        )
-        self.structured_outputs_timeout = check_number(
-            "structured_outputs_timeout",
-            self.structured_outputs_timeout,
-            "seconds, > 0 and <= 86400",
-            lambda seconds: 0 < seconds <= 86400,
-        )
-        if not isinstance(self.dtype, str):  # a torch.dtype
-            self.dtype = shown(self.dtype).removeprefix("torch.")
-        self.dtype = DTYPE_ALIASES.get(self.dtype, self.dtype)
-        check_choice("dtype", self.dtype, DTYPES)
-        check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
-        if self.quantization is not None:
-            check_choice("quantization", self.quantization, QUANTIZATIONS)
-        check_choice("device", self.device, ("auto", "cuda", "cpu"))
-        check_choice("load_format", self.load_format, ("auto", "dummy"))
-        check_choice("tokenizer_mode", self.tokenizer_mode, ("auto",))
-        check_choice("runner", self.runner, ("auto", "generate", "pooling"))
-        check_choice("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
-        check_choice(
-            "attention_backend", self.attention_backend, ("auto", "torch", "triton", "flash-attn")
-        )
+    def replace(self, **values: Any) -> "Config":
+        """A copy with other values, which are taken as they are."""
+        config = copy(self)
+        vars(config).update(values)
+        return config
 
-    def _check_lengths(self) -> None:
-        longest = max_positions(self.hf_config)
-        check_integer("the model's longest sequence", longest, 1, MAX_POSITIONS)
-        budget_follows = self.max_num_batched_tokens is None and self.max_model_len is None
-        self.max_model_len = min(self.max_model_len or longest, longest)
-        limit = full_attention_limit(self.hf_config)
-        if limit is not None and self.max_model_len > limit[0]:
+    def _longest_sequence(self) -> int:
+        """`max_model_len`, capped to the model's positions."""
+        longest, limit = self.model_config.max_positions, self.model_config.full_attention_limit
+        max_model_len = min(self.max_model_len or longest, longest)
+        if limit is not None and max_model_len > limit[0]:
             raise ArgumentError(
-                f"max_model_len ({self.max_model_len}) must be <= the model's {limit[1]} "
+                f"max_model_len ({max_model_len}) must be <= the model's {limit[1]} "
                 f"({limit[0]}): only full attention is supported"
             )
-        if self.max_num_batched_tokens is None:
-            self.max_num_batched_tokens = DEFAULT_MAX_NUM_BATCHED_TOKENS
-        if budget_follows and not self.enable_chunked_prefill:
-            self.max_num_batched_tokens = max(self.max_num_batched_tokens, self.max_model_len)
-        if self.max_num_batched_tokens < self.max_model_len and not self.enable_chunked_prefill:
+        return max_model_len
+
+    def _token_budget(self, budget: int) -> int:
+        """`max_num_batched_tokens`, capped to all sequences in full."""
+        if budget < self.max_model_len and not self.enable_chunked_prefill:
             raise ArgumentError(
-                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be >= max_model_len "
+                f"max_num_batched_tokens ({budget}) must be >= max_model_len "
                 f"({self.max_model_len}) unless enable_chunked_prefill=True; its default is "
                 f"{DEFAULT_MAX_NUM_BATCHED_TOKENS}"
             )
-        self._check_tables()
-
-    def _check_tables(self) -> None:
-        """Whether positions and places in the row table fit in 32 bits."""
-        if self.max_model_len >= MAX_INT32:
-            raise ArgumentError(f"max_model_len must be < {MAX_INT32}, got {self.max_model_len}")
+        # Places in the row table have 32 bits.
         most = (MAX_INT32 - row_state.BLOCK_TABLE) // self.row_width - 1
         if self.max_num_seqs > most:
             raise ArgumentError(
                 f"max_num_seqs must be <= {most} with sequences of max_model_len "
                 f"({self.max_model_len}) tokens, got {self.max_num_seqs}"
             )
-        # All sequences in full are the most that a step computes.
-        most = max(self.max_num_seqs * self.max_model_len, DEFAULT_MAX_NUM_BATCHED_TOKENS)
-        self.max_num_batched_tokens = min(self.max_num_batched_tokens, most, MAX_INT32)
-
-    def _check_tensor_parallel(self) -> None:
-        size, hf_config = self.tensor_parallel_size, self.hf_config
-        if getattr(hf_config, "head_dim", None) is None:
-            hf_config.head_dim = hf_config.hidden_size // hf_config.num_attention_heads
-        check_integer("the model's head_dim", hf_config.head_dim, minimum=1)
-        if hf_config.head_dim % 2 != 0:
-            raise ArgumentError(f"the model's head_dim must be even, got {hf_config.head_dim}")
-        num_kv_heads = hf_config.num_key_value_heads
-        if hf_config.num_attention_heads % num_kv_heads != 0:
-            raise ArgumentError(
-                f"the model's num_attention_heads ({hf_config.num_attention_heads}) must be a "
-                f"multiple of its num_key_value_heads ({num_kv_heads})"
-            )
-        for name in ("num_attention_heads", "intermediate_size"):
-            value = getattr(hf_config, name)
-            if value % size != 0:
-                raise ArgumentError(
-                    f"tensor_parallel_size ({size}) must divide the model's {name} ({value})"
-                )
-        if num_kv_heads % size != 0 and size % num_kv_heads != 0:
-            raise ArgumentError(
-                f"tensor_parallel_size ({size}) must divide, or be a multiple of, the model's "
-                f"num_key_value_heads ({num_kv_heads})"
-            )
-        check_experts(hf_config, size)
+        all_tokens = max(self.max_num_seqs * self.max_model_len, DEFAULT_MAX_NUM_BATCHED_TOKENS)
+        return min(budget, all_tokens, MAX_INT32)
 
     @property
     def max_blocks_per_seq(self) -> int:
@@ -306,18 +355,13 @@ class Config:
         """The dtype of weights and activations; "auto" is the model's, else bfloat16."""
         import torch
 
-        assert isinstance(self.dtype, str)
-        if self.dtype != "auto":
-            return getattr(torch, self.dtype)
-        dtype = self.hf_config.dtype
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype)
-        return dtype or torch.bfloat16
+        of_model = self.model_config.dtype or "bfloat16"
+        return getattr(torch, of_model if self.dtype == "auto" else self.dtype)
 
     @property
     def fp8_scales(self) -> 'Literal["rows", "blocks"] | None':
         """What has a scale of its own in the linear layers' fp8 weights; None: they are not fp8."""
-        if has_block_scales(self.hf_config):
+        if self.model_config.has_block_scales:
             return "blocks"
         return "rows" if self.quantization == "fp8" else None
 
@@ -326,22 +370,3 @@ class Config:
         from nanovllm.kernels.types import FP8_DTYPE
 
         return self.resolve_dtype() if self.kv_cache_dtype == "auto" else FP8_DTYPE
-
-
-def _is_false(value: Any) -> bool:
-    try:
-        return not value
-    except Exception:  # an array is neither
-        return False
-
-
-def _check_ignored(name: str, value: Any) -> None:
-    if name == "swap_space":
-        message = "swap_space changes nothing: preempted requests are computed anew"
-        warnings.warn(message, DeprecationWarning, stacklevel=4)
-    allowed = VLLM_IGNORED[name]
-    if allowed is not None and not is_one_of(value, allowed):
-        raise TypeError(
-            f"LLM() got {name}={shown(value)}, an option of vLLM that nanovllm does not have; it "
-            f"takes {' or '.join(map(repr, allowed))} alone"
-        )

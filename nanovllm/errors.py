@@ -133,16 +133,16 @@ def check_integer(name: str, value: Any, minimum: int, maximum: int | None = Non
     return value
 
 
-def check_int32(name: str, value: Any, minimum: int) -> int:
-    """`value` as an int; ArgumentError if it is not an integer >= minimum, or above 32 bits."""
+def check_at_least(name: str, value: Any, minimum: int, maximum: int = MAX_INT32) -> int:
+    """As `check_integer`, where the maximum is what a representation holds."""
     value = check_integer(name, value, minimum)
-    if value > MAX_INT32:
-        raise ArgumentError(f"{name} must be <= {MAX_INT32}, got {shown(value)}")
+    if value > maximum:
+        raise ArgumentError(f"{name} must be <= {maximum}, got {shown(value)}")
     return value
 
 
 def clamp_int32(name: str, value: Any, minimum: int) -> int:
-    """As `check_int32`, where more than 32 bits hold means "as many as there are"."""
+    """As `check_at_least`, where more than 32 bits hold means "as many as there are"."""
     return min(check_integer(name, value, minimum), MAX_INT32)
 
 

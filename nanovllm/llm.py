@@ -33,7 +33,7 @@ from nanovllm.sampling_params import SAMPLING_FIELDS, SamplingParams
     free=["get_tokenizer", "get_default_sampling_params", "get_world_size", "shutdown"]
 )
 class LLM(LLMEngine):
-    """Offline inference on one model; see `LLMEngine` for the parameters and methods."""
+    __doc__ = LLMEngine.__doc__
 
     generate = explain_keywords(SAMPLING_FIELDS)(LLMEngine.generate)
     add_request = explain_keywords(SAMPLING_FIELDS)(LLMEngine.add_request)

@@ -95,6 +95,26 @@ def read_text(path: str, max_bytes: int = MAX_JSON_BYTES) -> str:
         ) from error
 
 
+def read_chat_template(template: Any) -> str:
+    """The text of a Jinja template: a string that is none is the path of a file that holds it.
+
+    Raises:
+        ArgumentError: it is neither, or the file cannot be read.
+    """
+    if not isinstance(template, (str, os.PathLike)):
+        raise ArgumentError(f"chat_template must be a template or a path, got {shown(template)}")
+    if isinstance(template, str) and not {"{", "}", "\n"}.isdisjoint(template):
+        return template
+    path = os.fsdecode(template)
+    try:
+        return read_text(path, MAX_TEMPLATE_BYTES)
+    except ArgumentError as error:
+        raise ArgumentError(
+            f"chat_template {shown(path)} is no Jinja template, and no file that can be read: "
+            f"{shown_error(error)}"
+        ) from error
+
+
 def read_json(path: str) -> Any:
     """What a JSON file holds; ArgumentError if it is damaged, too large or nested too deeply."""
     try:

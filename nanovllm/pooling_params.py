@@ -3,30 +3,39 @@
 from dataclasses import dataclass
 
 from nanovllm.compat import POOLING_NAMES, explain_fields
-from nanovllm.errors import check_bool, check_int32
+from nanovllm.parameters import (
+    at_least,
+    boolean,
+    check_values,
+    document,
+    parameter,
+    parameters,
+)
 
 
 @dataclass
 class PoolingParams:
     """How `LLM.embed` turns the last token's final hidden state into an embedding.
 
-    Args:
-        dimensions: keep only so many leading numbers, as models trained for it allow (Matryoshka
-            representation learning, Kusupati et al. 2022, arXiv 2205.13147); None: all.
-        use_activation: scale what is kept to length 1; None is True.
+    {parameters}
 
     Raises:
         ArgumentError: a value is of the wrong type, below 1 or above 2^31 - 1.
     """
 
-    dimensions: int | None = None
-    use_activation: bool | None = None
+    dimensions: int | None = parameter(
+        None,
+        at_least(1),
+        "keep only so many leading numbers, as models trained for it allow (Matryoshka "
+        "representation learning, Kusupati et al. 2022, arXiv 2205.13147). None: all.",
+    )
+    use_activation: bool | None = parameter(
+        None, boolean, "scale what is kept to length 1. None is True."
+    )
 
     def __post_init__(self) -> None:
-        if self.dimensions is not None:
-            self.dimensions = check_int32("dimensions", self.dimensions, minimum=1)
-        if self.use_activation is not None:
-            check_bool("use_activation", self.use_activation)
+        check_values(vars(self), parameters(PoolingParams))
 
 
+document(PoolingParams, PoolingParams)
 explain_fields(PoolingParams, POOLING_NAMES, {})

@@ -6,8 +6,8 @@ thousand, so a field that was left alone costs no check.
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 from nanovllm.compat import (
@@ -20,8 +20,8 @@ from nanovllm.compat import (
 from nanovllm.errors import (
     MAX_INT32,
     ArgumentError,
+    check_at_least,
     check_bool,
-    check_int32,
     check_integer,
     check_number,
     check_unicode,
@@ -29,10 +29,23 @@ from nanovllm.errors import (
     shown,
     shown_error,
 )
+from nanovllm.parameters import (
+    Check,
+    at_least,
+    boolean,
+    check_values,
+    clamped,
+    document,
+    integer,
+    number,
+    optional,
+    parameter,
+    parameters,
+)
 
 GREEDY_TEMPERATURE = 1e-5  # below this a request is greedy, as in vLLM
 MAX_FLOAT32 = 3.4028234663852886e38  # beyond it a float32, as the device keeps it, is infinite
-MIN_FLOAT32 = 1.1754943508222875e-38  # smallest normal one
+MIN_FLOAT32 = 1.1754943508222875e-38  # smallest normal one; below it is 0 on some devices
 MAX_LOGIT_BIAS = 100.0
 MAX_COMPLETIONS = 16384
 MAX_STRINGS = 10000  # each is looked for after every token
@@ -95,157 +108,9 @@ class StructuredOutputsParams:
                 check_unicode(name, value)
 
 
-@dataclass
-class SamplingParams:
-    """Sampling parameters of a request. All but the first three are given by name.
-
-    Args:
-        temperature: divides the logits; finite and >= 0. Below 1e-5 (so also 0) is greedy decoding,
-            which sets `top_p`, `top_k` and `min_p` to their defaults.
-        max_tokens: completion tokens at most, an EOS token counted; >= 1, or None for as many as
-            `max_model_len` allows; so is any number above that.
-        ignore_eos: go on past EOS tokens.
-        n: completions of the prompt, 1 to 16384; 1 if greedy.
-        top_p: sample among the most probable tokens whose probabilities first reach this sum, in
-            (0, 1]; 1 is off.
-        top_k: sample among this many of the most probable tokens; 0, -1 and any number from the
-            vocabulary's size on are off.
-        min_p: sample among tokens of at least this share of the highest probability, in [0, 1].
-        seed: keys the draws of this request, whatever runs beside it; 64 bits, completion i of `n`
-            has seed + i. None and -1: derived from the engine's seed and the request's number.
-        stop: a string, or several, that end the completion; the text is cut before it, the token
-            ids are not. Needs `detokenize`.
-        stop_token_ids: further token ids that end the completion; kept in it as an EOS token is.
-        include_stop_str_in_output: cut the text after the stop string.
-        min_tokens: completion tokens before which neither EOS nor a stop id is sampled, nor a stop
-            string looked for; at most `max_tokens`.
-        presence_penalty: taken off the logit of each token generated before, in [-2, 2].
-        frequency_penalty: the same for each time that it was generated, in [-2, 2].
-        repetition_penalty: divides the positive and multiplies the negative logits of tokens of
-            prompt and completion; > 0, 1 is off.
-        logit_bias: added to the logits of these token ids (ints or strings of digits); clamped to
-            [-100, 100].
-        allowed_token_ids: sample among these only.
-        bad_words: strings whose last token is not sampled after their other ones.
-        logprobs: log probabilities, before all of the above, of the sampled token and of this many
-            of the most probable ones at each position; 0: of the sampled one; -1: of all.
-        prompt_logprobs: the same for the prompt's tokens.
-        detokenize: decode the completion; False leaves the text "".
-        skip_special_tokens: leave special tokens out of the text.
-        spaces_between_special_tokens: as of the tokenizer's `decode`.
-        structured_outputs: what the completion must look like.
-        skip_reading_prefix_cache: compute the whole prompt; None: only if `prompt_logprobs` ask.
-
-    Raises:
-        ArgumentError: a value is of the wrong type or outside its range.
-        TypeError: an unknown keyword; the message says what it is called here.
-    """
-
-    temperature: float = 1.0
-    max_tokens: int | None = 64
-    ignore_eos: bool = False
-    _: KW_ONLY
-    n: int = 1
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    include_stop_str_in_output: bool = False
-    min_tokens: int = 0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: dict[int, float] | dict[str, float] | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    detokenize: bool = True
-    skip_special_tokens: bool = False
-    spaces_between_special_tokens: bool = True
-    structured_outputs: StructuredOutputsParams | None = None
-    skip_reading_prefix_cache: bool | None = None
-
-    def __post_init__(self) -> None:
-        values = self.__dict__
-        for name, (default, check) in _CHECKS.items():
-            if values[name] is not default:
-                values[name] = check(name, values[name])
-        self.stop = self.stop or []
-        self.stop_token_ids = self.stop_token_ids or []
-        self.bad_words = self.bad_words or []
-        if self.temperature < GREEDY_TEMPERATURE:
-            self.temperature, self.top_p, self.top_k, self.min_p = 0.0, 1.0, 0, 0.0
-            if self.n > 1:
-                raise ArgumentError(f"n must be 1 if greedy (temperature 0), got {self.n}")
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ArgumentError(
-                f"min_tokens must be <= max_tokens ({self.max_tokens}), got {self.min_tokens}"
-            )
-        if self.stop and not self.detokenize:
-            raise ArgumentError(f"stop needs detokenize=True, got stop={shown(self.stop)} without")
-
-    @property
-    def needs_logits(self) -> bool:
-        """Whether sampling needs more on the device than the temperature.
-
-        Neither what ends a completion afterwards (`stop`, `stop_token_ids`, `max_tokens`) nor
-        `seed`, `n`, `prompt_logprobs` and the text's options count.
-        """
-        return bool(
-            self.top_p < 1.0
-            or self.top_k
-            or self.min_p
-            or self.min_tokens
-            or self.presence_penalty
-            or self.frequency_penalty
-            or self.repetition_penalty != 1.0
-            or self.logit_bias
-            or self.allowed_token_ids
-            or self.bad_words
-            or self.logprobs is not None
-            or self.structured_outputs
-        )
-
-    def clone(self) -> "SamplingParams":
-        """A copy that shares no list or dict with this one; checked anew."""
-        return replace(self)
-
-
-def _number(limit: str, is_allowed: Callable[[float], bool]) -> Callable[[str, Any], float]:
-    return lambda name, value: check_number(name, value, limit, is_allowed)
-
-
-def _check_n(name: str, value: Any) -> int:
-    return check_integer(name, value, 1, MAX_COMPLETIONS)
-
-
-def _check_max_tokens(name: str, value: Any) -> int | None:
-    return None if value is None else clamp_int32(name, value, minimum=1)
-
-
-def _check_min_tokens(name: str, value: Any) -> int:
-    return clamp_int32(name, value, minimum=0)
-
-
-def _check_top_k(name: str, value: Any) -> int:
-    return max(clamp_int32(name, value, minimum=-1), 0)
-
-
-def _check_top_p(name: str, value: Any) -> float:
-    top_p = check_number(name, value, "in (0, 1]", lambda p: 0 < p <= 1)
-    return max(top_p, MIN_FLOAT32)  # below it a float32 is 0 on some devices
-
-
 def _check_seed(name: str, value: Any) -> int | None:
     seed = check_integer(name, value, minimum=-(2**63), maximum=2**64 - 1)
     return None if seed == -1 else seed
-
-
-def _check_num_logprobs(name: str, value: Any) -> int:
-    return check_int32(name, value, minimum=-1)
 
 
 def _check_strings(name: str, value: Any, most: int = MAX_STRINGS) -> list[str]:
@@ -268,7 +133,7 @@ def _check_token_ids(name: str, value: Any) -> list[int]:
     is_plain = set(map(type, token_ids)) <= {int}  # a fast way for many
     if is_plain and 0 <= min(token_ids, default=0) <= max(token_ids, default=0) <= MAX_INT32:
         return token_ids
-    return [check_int32(f"{name}: a token id", token_id, minimum=0) for token_id in token_ids]
+    return [check_at_least(f"{name}: a token id", token_id, minimum=0) for token_id in token_ids]
 
 
 def _check_allowed_token_ids(name: str, value: Any) -> list[int]:
@@ -287,7 +152,7 @@ def _check_logit_bias(name: str, value: Any) -> dict[int, float] | None:
         if not (type(key) is int and 0 <= key <= MAX_INT32):  # there may be one for every token
             # JSON has no other keys than strings.
             is_digits = isinstance(key, str) and len(key) <= 20 and key.isascii() and key.isdigit()
-            key = check_int32(f"{name}: a token id", int(key) if is_digits else key, minimum=0)
+            key = check_at_least(f"{name}: a token id", int(key) if is_digits else key, minimum=0)
         if not (type(bias) is float and abs(bias) <= MAX_LOGIT_BIAS):
             bias = check_number(f"{name}[{key}]", bias, "finite", math.isfinite)
         biases[key] = max(-MAX_LOGIT_BIAS, min(bias, MAX_LOGIT_BIAS))
@@ -335,40 +200,178 @@ def _json_text(schema: Any) -> str:
     return check_unicode("json", text)
 
 
-_penalty = _number("in [-2, 2]", lambda penalty: -2 <= penalty <= 2)
+SHARE = number("in (0, 1]", lambda share: 0 < share <= 1)
+PENALTY = number("in [-2, 2]", lambda penalty: -2 <= penalty <= 2)
 
-_FIELD_CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "temperature": _number("finite and >= 0", lambda t: 0 <= t <= MAX_FLOAT32),
-    "max_tokens": _check_max_tokens,
-    "ignore_eos": check_bool,
-    "n": _check_n,
-    "top_p": _check_top_p,
-    "top_k": _check_top_k,
-    "min_p": _number("in [0, 1]", lambda p: 0 <= p <= 1),
-    "seed": _check_seed,
-    "stop": _check_strings,
-    "stop_token_ids": _check_token_ids,
-    "include_stop_str_in_output": check_bool,
-    "min_tokens": _check_min_tokens,
-    "presence_penalty": _penalty,
-    "frequency_penalty": _penalty,
-    "repetition_penalty": _number("finite and > 0", lambda p: MIN_FLOAT32 <= p <= MAX_FLOAT32),
-    "logit_bias": _check_logit_bias,
-    "allowed_token_ids": _check_allowed_token_ids,
-    "bad_words": _check_strings,
-    "logprobs": _check_num_logprobs,
-    "prompt_logprobs": _check_num_logprobs,
-    "detokenize": check_bool,
-    "skip_special_tokens": check_bool,
-    "spaces_between_special_tokens": check_bool,
-    "structured_outputs": _check_structured_outputs,
-    "skip_reading_prefix_cache": check_bool,
-}
-# What a field is if it was left alone, and the check of what it is otherwise.
-_CHECKS = {
-    field.name: (field.default, _FIELD_CHECKS[field.name]) for field in fields(SamplingParams)
-}
-SAMPLING_FIELDS = frozenset(_CHECKS)
 
+@dataclass
+class SamplingParams:
+    """Sampling parameters of a request. All but the first three are given by name.
+
+    {parameters}
+
+    Raises:
+        ArgumentError: a value is of the wrong type or outside its range.
+        TypeError: an unknown keyword; the message says what it is called here.
+    """
+
+    temperature: float = parameter(
+        1.0,
+        number("finite and >= 0", lambda t: 0 <= t <= MAX_FLOAT32),
+        "divides the logits. Below 1e-5 (so also 0) is greedy decoding, which sets `top_p`, "
+        "`top_k` and `min_p` to their defaults.",
+    )
+    max_tokens: int | None = parameter(
+        64,
+        optional(clamped(1)),
+        "completion tokens at most, an EOS token counted. None: as many as `max_model_len` allows; "
+        "so is any number above that.",
+    )
+    ignore_eos: bool = parameter(False, boolean, "go on past EOS tokens.")
+    _: KW_ONLY
+    n: int = parameter(
+        1, integer(1, MAX_COMPLETIONS), "completions of each prompt. Greedy decoding has only one."
+    )
+    top_p: float = parameter(
+        1.0,
+        Check(SHARE.limits, lambda name, value: max(SHARE.run(name, value), MIN_FLOAT32)),
+        "sample among the most probable tokens whose probabilities first reach this sum. 1 is off.",
+    )
+    top_k: int = parameter(
+        0,
+        Check("integer >= -1", lambda name, value: max(clamp_int32(name, value, minimum=-1), 0)),
+        "sample among this many of the most probable tokens. 0, -1 and any number from the "
+        "vocabulary's size on are off.",
+    )
+    min_p: float = parameter(
+        0.0,
+        number("in [0, 1]", lambda p: 0 <= p <= 1),
+        "sample among tokens of at least this share of the highest probability.",
+    )
+    seed: int | None = parameter(
+        None,
+        Check("integer from -2^63 to 2^64 - 1", _check_seed),
+        "keys the draws of this request, whatever runs beside it. Completion i of `n` has seed + "
+        "i. None and -1: derived from the engine's seed and the request's number.",
+    )
+    stop: str | list[str] | None = parameter(
+        None,
+        Check("string or list of strings", _check_strings),
+        "strings that end the completion. The text is cut before it, the token ids "
+        "are not. Needs `detokenize`.",
+    )
+    stop_token_ids: list[int] | None = parameter(
+        None,
+        Check("list of token ids", _check_token_ids),
+        "further token ids that end the completion. They are kept in it, as an EOS token is.",
+    )
+    include_stop_str_in_output: bool = parameter(
+        False, boolean, "cut the text after the stop string."
+    )
+    min_tokens: int = parameter(
+        0,
+        clamped(0),
+        "completion tokens before which neither EOS nor a stop id is sampled, nor a stop string "
+        "looked for. At most `max_tokens`.",
+    )
+    presence_penalty: float = parameter(
+        0.0, PENALTY, "taken off the logit of each token generated before."
+    )
+    frequency_penalty: float = parameter(
+        0.0, PENALTY, "taken off a token's logit for each time that it was generated."
+    )
+    repetition_penalty: float = parameter(
+        1.0,
+        number("finite and > 0", lambda p: MIN_FLOAT32 <= p <= MAX_FLOAT32),
+        "divides the positive and multiplies the negative logits of tokens of prompt and "
+        "completion. 1 is off.",
+    )
+    logit_bias: dict[int, float] | dict[str, float] | None = parameter(
+        None,
+        Check("dict of token ids and numbers", _check_logit_bias),
+        "added to the logits of these token ids, which may be strings of digits. Clamped to "
+        "[-100, 100].",
+    )
+    allowed_token_ids: list[int] | None = parameter(
+        None,
+        Check("list of token ids", _check_allowed_token_ids),
+        "sample among these only.",
+    )
+    bad_words: list[str] | None = parameter(
+        None,
+        Check("string or list of strings", _check_strings),
+        "strings whose last token is not sampled after their other ones.",
+    )
+    logprobs: int | None = parameter(
+        None,
+        at_least(-1),
+        "log probabilities of the sampled token and of this many of the most probable ones at each "
+        "position, as the model gives them before any other parameter counts. 0: of the sampled "
+        "one; -1: of all.",
+    )
+    prompt_logprobs: int | None = parameter(
+        None, at_least(-1), "log probabilities of the prompt's tokens, as of `logprobs`."
+    )
+    detokenize: bool = parameter(True, boolean, 'decode the completion. False leaves the text "".')
+    skip_special_tokens: bool = parameter(False, boolean, "leave special tokens out of the text.")
+    spaces_between_special_tokens: bool = parameter(
+        True, boolean, "as of the tokenizer's `decode`."
+    )
+    structured_outputs: StructuredOutputsParams | None = parameter(
+        None,
+        Check("`StructuredOutputsParams`", _check_structured_outputs),
+        "what the completion must look like.",
+    )
+    skip_reading_prefix_cache: bool | None = parameter(
+        None, boolean, "compute the whole prompt. None: only if `prompt_logprobs` ask for it."
+    )
+
+    def __post_init__(self) -> None:
+        check_values(self.__dict__, _PARAMETERS)
+        self.stop = self.stop or []
+        self.stop_token_ids = self.stop_token_ids or []
+        self.bad_words = self.bad_words or []
+        if self.temperature < GREEDY_TEMPERATURE:
+            self.temperature, self.top_p, self.top_k, self.min_p = 0.0, 1.0, 0, 0.0
+            if self.n > 1:
+                raise ArgumentError(f"n must be 1 if greedy (temperature 0), got {self.n}")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ArgumentError(
+                f"min_tokens must be <= max_tokens ({self.max_tokens}), got {self.min_tokens}"
+            )
+        if self.stop and not self.detokenize:
+            raise ArgumentError(f"stop needs detokenize=True, got stop={shown(self.stop)} without")
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether sampling needs more of the parameters on the device than the temperature.
+
+        Neither what ends a completion afterwards (`stop`, `stop_token_ids`, `max_tokens`) nor
+        `seed`, `n`, `prompt_logprobs` and the text's options count.
+        """
+        return bool(
+            self.top_p < 1.0
+            or self.top_k
+            or self.min_p
+            or self.min_tokens
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1.0
+            or self.logit_bias
+            or self.allowed_token_ids
+            or self.bad_words
+            or self.logprobs is not None
+            or self.structured_outputs
+        )
+
+    def clone(self) -> "SamplingParams":
+        """A copy that shares no list or dict with this one; checked anew."""
+        return replace(self)
+
+
+_PARAMETERS = parameters(SamplingParams)
+SAMPLING_FIELDS = frozenset(p.name for p in _PARAMETERS)
+
+document(SamplingParams, SamplingParams)
 explain_fields(SamplingParams, SAMPLING_NAMES, SAMPLING_HINTS, SAMPLING_OFF)
 explain_fields(StructuredOutputsParams, STRUCTURED_NAMES, {})

@@ -11,8 +11,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from nanovllm.batch.parser import Parser
-from nanovllm.config import ALIASES, Config
+from nanovllm.config import Config
 from nanovllm.errors import ArgumentError
+from nanovllm.parameters import Parameter, parameters
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 DESCRIPTION = """\
@@ -24,6 +25,8 @@ nothing was run; 3 the engine or a write failed; 130, 143 ended by SIGINT, SIGTE
 143 the results so far are kept, and the same command goes on; so it does when the process was
 killed. A line that kills the process twice gets an error record in the third run: OUTPUT.journal,
 which is gone at the end, says which lines were at work."""
+
+BATCH_DEFAULTS = {"skip_special_tokens": True}  # as in OpenAI's batches
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
 def add_parameters(parser: argparse.ArgumentParser) -> None:
     """Add what `options_of` reads, but for "output"."""
     parser.add_argument("input", metavar="INPUT", help="JSON Lines file of requests")
-    parser.add_argument("--model", required=True, metavar="DIR", help="model directory")
+    parser.add_argument(
+        "--model", required=True, default=argparse.SUPPRESS, metavar="DIR", help="model directory"
+    )
     parser.add_argument(
         "--seed",
         type=int,
@@ -103,13 +108,13 @@ def add_parameters(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-progress", action="store_true", help="draw no bar on stderr")
     engine = parser.add_argument_group("parameters of LLM")
-    _add_options(engine, _engine_types())
+    _add_options(engine, _engine_parameters())
     sampling = parser.add_argument_group(
         "sampling parameters of lines that do not set them",
         "What is not given here is taken from the model's generation_config.json, if it is there.",
     )
     sampling.add_argument("--return-token-ids", action="store_true", help="add them to the choices")
-    _add_options(sampling, _sampling_types())
+    _add_options(sampling, _sampling_parameters())
 
 
 def options_of(given: dict[str, Any]) -> Options:
@@ -118,12 +123,12 @@ def options_of(given: dict[str, Any]) -> Options:
     Raises:
         ArgumentError: the input or a default sampling parameter is wrong.
     """
-    defaults = {name: given[name] for name in _sampling_types() if name in given}
+    defaults = _given(given, _sampling_parameters())
     if isinstance(defaults.get("structured_outputs"), dict):
         defaults["structured_outputs"] = structured_outputs(defaults["structured_outputs"])
     SamplingParams(**defaults)
     _check_input(given["input"])
-    engine_given = {name: given[name] for name in _engine_types() if name in given}
+    engine_given = _given(given, _engine_parameters())
     return Options(
         input_path=given["input"],
         output_path=given["output"],
@@ -146,19 +151,25 @@ def structured_outputs(values: dict[str, Any]) -> StructuredOutputsParams:
     return StructuredOutputsParams(**values)
 
 
-def _engine_types() -> dict[str, Any]:
-    names = ("model", "seed")  # options of their own
-    return {f.name: f.type for f in fields(Config) if f.init and f.name not in names}
+def _engine_parameters() -> list[Parameter]:
+    own = ("model", "seed")  # options of their own
+    return [p for p in parameters(Config) if p.name not in own]
 
 
-def _sampling_types() -> dict[str, Any]:
-    return {f.name: f.type for f in fields(SamplingParams) if f.name != "seed"}
+def _sampling_parameters() -> list[Parameter]:
+    return [p for p in parameters(SamplingParams) if p.name != "seed"]
 
 
-def _add_options(group: Any, types: dict[str, Any]) -> None:
+def _given(values: dict[str, Any], known: list[Parameter]) -> dict[str, Any]:
+    return {p.name: values[p.name] for p in known if p.name in values}
+
+
+def _add_options(group: Any, declared: list[Parameter]) -> None:
     """An option for each parameter, of its type; only what is given is in the result."""
-    for name, annotation in types.items():
-        text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    for p in declared:
+        text = p.type.__name__ if isinstance(p.type, type) else str(p.type)
+        default = BATCH_DEFAULTS.get(p.name, p.default)
+        sentence = p.help.partition(". ")[0].removesuffix(".").replace("`", "")
         settings: dict[str, Any] = {"default": argparse.SUPPRESS}
         words = re.findall(r"\w+", text)
         if text.startswith("bool"):
@@ -172,11 +183,13 @@ def _add_options(group: Any, types: dict[str, Any]) -> None:
                 "metavar": {float: "X", int: "N", str: "TEXT"}[kind],
             }
             if "list" in words:
-                settings |= {"type": kind, "action": "append", "help": "may be given several times"}
-        flags = [name, *(alias for alias, target in ALIASES.items() if target == name)]
-        group.add_argument(
-            *(f"--{flag.replace('_', '-')}" for flag in flags), dest=name, **settings
-        )
+                settings |= {"type": kind, "action": "append"}
+                sentence += "; may be given several times"
+            elif p.limits:
+                sentence += f"; {p.limits}"
+        flags = [f"--{name.replace('_', '-')}" for name in (p.name, *p.aliases)]
+        option = group.add_argument(*flags, dest=p.name, **settings)
+        option.help = f"{sentence} (default: {default})".replace("%", "%%")
 
 
 def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -15,7 +15,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from nanovllm.batch.journal import Journal, remove_journal
-from nanovllm.batch.options import Options, parse_options
+from nanovllm.batch.options import BATCH_DEFAULTS, Options, parse_options
 from nanovllm.batch.records import LineInfo, error_record, result_record
 from nanovllm.batch.requests import (
     SAMPLING_NAMES,
@@ -144,7 +144,7 @@ class Run:
         # OpenAI's texts hold no special tokens; the library keeps them unless told otherwise.
         model_defaults = llm.get_default_sampling_params()
         values = {name: getattr(model_defaults, name) for name in SAMPLING_NAMES}
-        self.defaults = values | {"skip_special_tokens": True} | options.defaults
+        self.defaults = values | BATCH_DEFAULTS | options.defaults
         self.pending: dict[int, LineInfo] = {}  # by the engine's id
         self.num_queued = 0  # sequences
         self.put_off: set[int] = set()  # lines that are taken last

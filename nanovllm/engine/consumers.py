@@ -123,7 +123,7 @@ class LogitsProcessing(StepConsumer):
             self._sampler = RequestSampler(
                 self.ops,
                 self.device,
-                config.hf_config.vocab_size,
+                config.model_config.vocab_size,
                 config.max_num_seqs,
                 config.max_model_len,
             )
@@ -140,7 +140,7 @@ class PromptLogprobs(StepConsumer):
     """
 
     def __init__(self, config: Config, tp: TensorParallel, lm_head: ParallelLMHead) -> None:
-        self.vocab_size = config.hf_config.vocab_size
+        self.vocab_size = config.model_config.vocab_size
         self.tp = tp
         self.lm_head = lm_head
 

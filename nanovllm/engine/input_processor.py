@@ -69,7 +69,7 @@ class InputProcessor:
         params_list = as_params_list(sampling_params, len(prompts))
         priorities = as_priority_list(priority, len(prompts))
         encoded = encode_prompts(
-            prompts, self.tokenizer, self.config.hf_config.vocab_size, tokenization_kwargs
+            prompts, self.tokenizer, self.config.model_config.vocab_size, tokenization_kwargs
         )
         # Usually one object serves all prompts: checked, and copied, once.
         checked = {id(params): check_params(params) for params in params_list}
@@ -139,7 +139,7 @@ class InputProcessor:
     def _prepare_sampling(self, request: Request) -> None:
         from nanovllm.sampling.vocabulary import check_against_vocab, encode_bad_words
 
-        params, vocab_size = request.params, self.config.hf_config.vocab_size
+        params, vocab_size = request.params, self.config.model_config.vocab_size
         check_against_vocab(params, vocab_size)
         if params.logprobs is not None:
             self._check_num_logprobs("logprobs", params.logprobs)
@@ -164,7 +164,7 @@ class InputProcessor:
             end_token_ids = {i for i in self.config.eos_token_ids if i < len(self.tokenizer)}
             self._compiler = GrammarCompiler(
                 self.tokenizer,
-                self.config.hf_config.vocab_size,
+                self.config.model_config.vocab_size,
                 end_token_ids,
                 self.config.structured_outputs_timeout,
             )
@@ -185,7 +185,7 @@ class InputProcessor:
 
     def _check_num_logprobs(self, name: str, value: int) -> None:
         limit = self.config.max_logprobs
-        num_logprobs = self.config.hf_config.vocab_size if value == -1 else value
+        num_logprobs = self.config.model_config.vocab_size if value == -1 else value
         if limit != -1 and num_logprobs > limit:
             raise ArgumentError(
                 f"{name} must be at most max_logprobs ({limit}), got {value}"

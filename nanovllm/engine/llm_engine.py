@@ -27,6 +27,7 @@ from nanovllm.inputs.tokenizer import load_tokenizer
 from nanovllm.models.size import check_size
 from nanovllm.outputs import RequestOutput
 from nanovllm.parallel.executor import MultiprocExecutor
+from nanovllm.parameters import document
 from nanovllm.progress import ProgressBar, check_use_tqdm
 from nanovllm.sampling_params import SamplingParams
 
@@ -38,63 +39,7 @@ StepOutput = tuple[list[tuple[int, list[int]]], int]
 class LLMEngine:
     """Offline inference on one model.
 
-    Args:
-        model: path of a local model directory: config.json, tokenizer and *.safetensors. Nothing is
-            downloaded and "~" is not expanded.
-        max_num_batched_tokens: tokens that one step computes at most; >= `max_model_len` unless
-            chunked prefill is on. Default 16384.
-        max_num_seqs: sequences in flight at most. Default 512.
-        max_model_len: tokens of a sequence at most, prompt and completion; capped to the model's
-            max_position_embeddings; None: that maximum. Default 4096.
-        gpu_memory_utilization: share of the GPU's memory, in (0, 1], for weights, activations and
-            KV cache together. Default 0.9.
-        tensor_parallel_size: ranks that share the model, 1 to 8; each has a process. Default 1.
-        disable_custom_all_reduce: sum over the ranks by NCCL alone instead of, for few rows, in
-            memory that the GPUs share. Default False.
-        worker_timeout: seconds, 1 to 86400, that a rank may keep rank 0 waiting in a step before
-            the engine gives it up. Both compute the same, so this is not the length of a step.
-            Raise it where a CPU is so overloaded that one rank falls behind. Default 8.
-        enforce_eager: no CUDA graphs (and no torch.compile, which only `attention_backend="torch"`
-            uses on CUDA). Default False.
-        kvcache_block_size (block_size): tokens per KV block, a multiple of 256. Default 256.
-        num_kvcache_blocks (num_gpu_blocks_override): KV blocks; None: as memory allows.
-        kv_cache_memory_bytes: bytes of KV cache per rank, instead of `gpu_memory_utilization`.
-        kv_cache_dtype: "auto" (that of the activations), or "fp8" ("fp8_e4m3"): about half the
-            bytes, with a scale for each token and KV head; slightly less exact. Default "auto".
-        watermark: KV blocks kept free for each running sequence when a waiting one is admitted;
-            they spare preemptions when memory is short. 0: none. Default 0.25.
-        enable_prefix_caching: share equal prefixes of whole blocks. Default True.
-        enable_chunked_prefill: split prompts that exceed what is left of a step. Default False.
-        async_scheduling: prepare step n + 1 while n runs. Default True.
-        attention_backend: "auto" (triton on CUDA, torch elsewhere), "torch", "triton" or
-            "flash-attn".
-        dtype: "auto" (the model's), "bfloat16", "float16" ("half"), "float32" ("float"), or one of
-            these as a torch.dtype.
-        quantization: "fp8": weights of linear layers in fp8 (e4m3), quantised on load with a scale
-            for each row; embedding, LM head and norms stay as they are. Default None: as in the
-            checkpoint, which may be fp8 itself.
-        device: "auto" (CUDA if there is one), "cuda", "cpu".
-        seed: keys the sampling of every request, with the request's number. Default 0.
-        load_format: "auto", or "dummy" for random weights (config and tokenizer are still read).
-        hf_overrides: a dict of fields that replace those of config.json, or a callable that gets
-            the `PretrainedConfig` and returns one.
-        tokenizer: path of another tokenizer's directory, or a tokenizer object; None: the model's.
-        tokenizer_mode: only "auto".
-        skip_tokenizer_init: no tokenizer: prompts are token ids, texts are empty. Default False.
-        trust_remote_code: let the tokenizer's directory bring Python code of its own. Default
-            False.
-        chat_template: Jinja template of `chat`, or the path of a file with one; None: the
-            tokenizer's.
-        generation_config: where `get_default_sampling_params` reads: "auto" (the model's
-            directory), "vllm" (nowhere), or the path of another directory.
-        override_generation_config: keys of a generation_config.json that win over the file's.
-        max_logprobs: the most `logprobs` and `prompt_logprobs` may ask for; -1: no limit. Default
-            20.
-        structured_outputs_timeout: seconds that a schema, regex, choice list or grammar may take to
-            compile; a request whose takes longer is refused. Default 10.
-        scheduling_policy: "fcfs", or "priority": by the requests' `priority`. Default "fcfs".
-        runner ("auto", "generate" or "pooling"), enable_sleep_mode, disable_log_stats: vLLM's; they
-            change nothing: pooling, sleep and metrics are always there.
+    {parameters}
 
     Use an engine from one thread at a time: a call while another thread is inside raises an
     EngineUseError. It belongs to the process that made it: in a forked child its methods raise that
@@ -110,7 +55,6 @@ class LLMEngine:
     def __init__(self, model: str | None = None, **kwargs: Any) -> None:
         config = Config.from_kwargs(model, kwargs)
         device = config.resolve_device()
-        self.config = config
         # What cannot run is refused before anything is started.
         choose_ops(config, device)
         self.tokenizer = load_tokenizer(config)
@@ -118,10 +62,11 @@ class LLMEngine:
             config.model,
             self.tokenizer,
             config.generation_config,
-            fallback=getattr(config.hf_config, "eos_token_id", None),
+            fallback=config.model_config.eos_token_id,
         )
         # A tokenizer may name one that the model does not have: it is never sampled.
-        config.eos_token_ids = frozenset(i for i in ids if 0 <= i < config.hf_config.vocab_size)
+        vocab_size = config.model_config.vocab_size
+        config = config.replace(eos_token_ids=frozenset(i for i in ids if 0 <= i < vocab_size))
         default_params = default_sampling_params(
             config.model, config.generation_config, config.override_generation_config
         )
@@ -130,11 +75,11 @@ class LLMEngine:
         self.owner = Owner()
         form = MultiprocExecutor if config.tensor_parallel_size > 1 else UniProcExecutor
         self.executor: Executor = form(config, device)
-        config.num_kvcache_blocks = self.executor.num_kvcache_blocks
+        self.config = config.replace(num_kvcache_blocks=self.executor.num_kvcache_blocks)
         self.input_processor = InputProcessor(
-            config, self.tokenizer, default_params, self.model_runner.has_lm_head
+            self.config, self.tokenizer, default_params, self.model_runner.has_lm_head
         )
-        self.scheduler = Scheduler(config)
+        self.scheduler = Scheduler(self.config)
         self._in_flight: LaunchedStep | None = None
         self._step_seqs: list[Sequence] | None = None  # of what is launched or committed just now
         self.requests = RequestTable()
@@ -459,3 +404,6 @@ class LLMEngine:
 def _release(owner: Owner, executor: Executor) -> None:
     if not owner.is_foreign:  # a forked child ends: everything is its parent's
         executor.close()
+
+
+document(LLMEngine, Config)

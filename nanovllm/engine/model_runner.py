@@ -22,8 +22,8 @@ from nanovllm.kernels.ops import Ops
 from nanovllm.kernels.types import DecodeMetadata, PrefillMetadata
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.context import ModelContext
+from nanovllm.models.base import model_class
 from nanovllm.models.loader import load_model
-from nanovllm.models.registry import model_class
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
 
@@ -52,7 +52,7 @@ class ModelRunner:
         self.is_cuda = device.type == "cuda"
         self.profiler: tuple[torch.profiler.profile, str] | None = None  # and where its trace goes
         self._uploaded_batch: np.ndarray = np.empty(0, dtype=np.int32)  # in decode_batch
-        hf_config = config.hf_config
+        model_config = config.model_config
         self.ops = ops
         with self.on_device():
             context = ModelContext(
@@ -64,7 +64,7 @@ class ModelRunner:
                 config.fp8_scales,
                 config.resolve_kv_cache_dtype(),
             )
-            self.model = model_class(hf_config.architectures or [])(hf_config, context)
+            self.model = model_class(model_config.architectures)(model_config, context)
             self.reload_weights()
             self.attentions = [m for m in self.model.modules() if isinstance(m, Attention)]
             self._allocate_row_table()
@@ -85,7 +85,7 @@ class ModelRunner:
     def reload_weights(self) -> None:
         """Fill the parameters again from the model's directory, or with the same random numbers."""
         config = self.config
-        std = config.hf_config.initializer_range
+        std = config.model_config.initializer_range
         self.has_lm_head = load_model(self.model, config.model, config.load_format, std)
 
     # ---- a step -------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def choose_ops(config: Config, device: torch.device) -> Ops:
             config.attention_backend,
             device,
             config.resolve_dtype(),
-            config.hf_config.head_dim,
+            config.model_config.head_dim,
             compile_torch_ops=not config.enforce_eager,
             kv_cache_dtype=config.resolve_kv_cache_dtype(),
         )
@@ -133,14 +133,14 @@ def check_fits(config: Config, device: torch.device) -> None:
     """ArgumentError for a cache or tables larger than all memory of `device`, in use or not."""
     total = device_memory(device)
     spec = kv_cache_spec(
-        config.hf_config, config.tensor_parallel_size, config.resolve_kv_cache_dtype()
+        config.model_config, config.tensor_parallel_size, config.resolve_kv_cache_dtype()
     )
-    specs = [spec] * config.hf_config.num_hidden_layers
+    specs = [spec] * config.model_config.num_hidden_layers
     per_block = block_bytes(specs, config.kvcache_block_size)
     # A row of the row table, and one of logits.
     per_seq = 4 * config.row_width + (
         config.resolve_dtype().itemsize
-        * -(-config.hf_config.vocab_size // config.tensor_parallel_size)
+        * -(-config.model_config.vocab_size // config.tensor_parallel_size)
     )
     for name, unit in (
         ("kvcache_block_size", per_block // config.kvcache_block_size),

@@ -65,7 +65,7 @@ def embed(
 ) -> list[EmbeddingRequestOutput]:
     """See `LLM.embed`."""
     _check_pooling_mode(os.path.join(_pooling_folder(llm.config.model), "config.json"))
-    pooler = _embedding_pooler(pooling_params, llm.config.hf_config.hidden_size)
+    pooler = _embedding_pooler(pooling_params, llm.config.model_config.hidden_size)
     kwargs = _truncating(llm, truncate_prompt_tokens, tokenization_kwargs)
     requests = _pool(llm, as_prompt_list(prompts), pooler, use_tqdm, kwargs, priority)
     outputs = []
@@ -237,7 +237,7 @@ def _rerank(
         raise ArgumentError(
             f"{llm.config.model!r} was saved without an LM head: only method='embedding' scores"
         )
-    tokenizer, vocab_size = llm.tokenizer, llm.config.hf_config.vocab_size
+    tokenizer, vocab_size = llm.tokenizer, llm.config.model_config.vocab_size
     yes_id, no_id = _check_question_tokens(tokenizer)
     plain = {"add_special_tokens": False}
     (_, before), (_, after) = encode_prompts(

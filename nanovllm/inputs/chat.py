@@ -20,7 +20,7 @@ from nanovllm.inputs.prompts import (
     check_unsupported,
     encode_prompts,
 )
-from nanovllm.inputs.tokenizer import read_chat_template
+from nanovllm.model_files import read_chat_template
 
 TEMPLATE_SECONDS = 10.0  # for one conversation
 TEMPLATE_BYTES = 512 << 20  # likewise
@@ -84,7 +84,7 @@ def render_prompts(
     finally:
         limit.close()
     encode_kwargs = {"add_special_tokens": False, **check_tokenization_kwargs(tokenization_kwargs)}
-    vocab_size = llm.config.hf_config.vocab_size
+    vocab_size = llm.config.model_config.vocab_size
     return [
         {"prompt": text, "prompt_token_ids": token_ids}
         for text, token_ids in encode_prompts(texts, llm.tokenizer, vocab_size, encode_kwargs)

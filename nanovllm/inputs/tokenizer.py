@@ -1,35 +1,25 @@
-"""Loads the tokenizer and reads chat templates: before any weight is read or process started."""
+"""Loads the tokenizer: before any weight is read or process started."""
 
 import os
 import tempfile
 from typing import Any
 
 from nanovllm.config import Config
-from nanovllm.errors import ArgumentError, cut, shown, shown_error
+from nanovllm.errors import ArgumentError, cut, shown
 from nanovllm.inputs.tokenizer_check import PROBE, check_agreement, read_fields
 from nanovllm.inputs.tokenizer_files import TOKENIZER_JSON, copy_files, has_vocabulary
-from nanovllm.model_files import (
-    MAX_TEMPLATE_BYTES,
-    MAX_VOCABULARY_BYTES,
-    is_file,
-    read_json_object,
-    read_text,
-)
+from nanovllm.model_files import MAX_VOCABULARY_BYTES, is_file, read_json_object, read_text
 
 
 def load_tokenizer(config: Config) -> Any:
     """The engine's tokenizer: that of the model, or what `config.tokenizer` names or is.
 
-    The chat template of `config` is replaced by its text.
-
     Returns:
         None with `skip_tokenizer_init`; else what transformers loads, or the object given.
 
     Raises:
-        ArgumentError: there is none, it cannot be loaded, or the chat template cannot be read.
+        ArgumentError: there is none, or it cannot be loaded.
     """
-    if config.chat_template is not None:
-        config.chat_template = read_chat_template(config.chat_template)
     given = config.tokenizer
     is_object = given is not None and not isinstance(given, (str, os.PathLike))
     if is_object and not all(callable(getattr(given, name, None)) for name in ("encode", "decode")):
@@ -113,23 +103,3 @@ def _rename(tokenizer: Any, copies: str, path: str) -> None:
         for name, value in list(values.items()):
             if isinstance(value, str) and value.startswith(copies):
                 values[name] = path + value.removeprefix(copies)
-
-
-def read_chat_template(template: Any) -> str:
-    """The text of a Jinja template: a string that is none is the path of a file that holds it.
-
-    Raises:
-        ArgumentError: it is neither, or the file cannot be read.
-    """
-    if not isinstance(template, (str, os.PathLike)):
-        raise ArgumentError(f"chat_template must be a template or a path, got {shown(template)}")
-    if isinstance(template, str) and not {"{", "}", "\n"}.isdisjoint(template):
-        return template
-    path = os.fsdecode(template)
-    try:
-        return read_text(path, MAX_TEMPLATE_BYTES)
-    except ArgumentError as error:
-        raise ArgumentError(
-            f"chat_template {shown(path)} is no Jinja template, and no file that can be read: "
-            f"{shown_error(error)}"
-        ) from error

@@ -5,7 +5,6 @@ weights one below another; module names are those of the checkpoints' tensors.
 """
 
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from nanovllm.kernels.types import LinearOutput, Unreduced
 from nanovllm.layers.context import Layer, ModelContext
@@ -17,15 +16,21 @@ class SparseMLP(Layer[[Tensor], Unreduced]):
     """Sum over a token's most probable experts of probability * expert (Shazeer et al. 2017,
     arXiv 1701.06538)."""
 
-    def __init__(self, config: PretrainedConfig, context: ModelContext) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        num_experts_per_tok: int,
+        hidden_size: int,
+        intermediate_size: int,
+        norm_topk_prob: bool,
+        context: ModelContext,
+    ) -> None:
         super().__init__()
         self.ops = context.ops
-        self.num_experts_per_tok = config.num_experts_per_tok
-        self.norm_topk_prob = config.norm_topk_prob
-        self.gate = Router(config.num_experts, config.hidden_size, context)
-        self.experts = Experts(
-            config.num_experts, config.hidden_size, config.moe_intermediate_size, context
-        )
+        self.num_experts_per_tok = num_experts_per_tok
+        self.norm_topk_prob = norm_topk_prob
+        self.gate = Router(num_experts, hidden_size, context)
+        self.experts = Experts(num_experts, hidden_size, intermediate_size, context)
 
     def forward(self, x: Tensor) -> Unreduced:
         """x [T, hidden_size] -> this rank's term of [T, hidden_size]."""

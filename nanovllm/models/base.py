@@ -1,14 +1,16 @@
 """What the runner needs of a model, and what a family's file defines: how a layer is made."""
 
+import importlib
 from abc import ABC, abstractmethod
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
 
 from nanovllm.layers.context import ModelContext
 from nanovllm.layers.embedding import ParallelLMHead
 from nanovllm.models.decoder import Decoder, DecoderLayer
+from nanovllm.models.model_config import ModelConfig
+from nanovllm.models.registry import ARCHITECTURES, first_supported
 
 
 class CausalLM(nn.Module, ABC):
@@ -19,7 +21,7 @@ class CausalLM(nn.Module, ABC):
     those of the checkpoint's tensors.
     """
 
-    def __init__(self, config: PretrainedConfig, context: ModelContext) -> None:
+    def __init__(self, config: ModelConfig, context: ModelContext) -> None:
         super().__init__()
         self.model = Decoder(config, context, self.new_layer)
         tied = self.model.embed_tokens if config.tie_word_embeddings else None
@@ -28,6 +30,13 @@ class CausalLM(nn.Module, ABC):
     @staticmethod
     @abstractmethod
     def new_layer(
-        config: PretrainedConfig, cos_sin: torch.Tensor, context: ModelContext, index: int
+        config: ModelConfig, cos_sin: torch.Tensor, context: ModelContext, index: int
     ) -> DecoderLayer:
         """Layer `index` of the family; cos_sin as of `layers.rotary.cos_sin_table`."""
+
+
+def model_class(architectures: tuple[str, ...]) -> type[CausalLM]:
+    """The class that runs the first supported name of `architectures`."""
+    name = first_supported([*architectures])
+    assert name is not None, architectures
+    return getattr(importlib.import_module(ARCHITECTURES[name][1]), name)

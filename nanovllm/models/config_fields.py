@@ -1,82 +1,91 @@
-"""The fields of a config.json that are used, each checked: all others are left out.
+"""The fields of a config.json that are used, each with its check: all others are left out.
 
 So no value that nobody looked at reaches transformers' configuration classes, which take any name.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from nanovllm.errors import ArgumentError, check_bool, check_integer, check_number, shown
+from nanovllm.errors import ArgumentError, check_integer, shown
+from nanovllm.parameters import Check, at_least, boolean, finite, optional, unchecked
 
 MAX_SIZE = 2**31 - 1  # of a dimension
 MAX_LAYERS = 1024
 MAX_EXPERTS = 4096
 MAX_POSITIONS = 2**24  # whose rotations are a table
-# Smallest and largest value. Those of NULLABLE may be null, which is "derived" or "none".
-INTEGERS: dict[str, tuple[int, int]] = {
-    "vocab_size": (1, MAX_SIZE),
-    "hidden_size": (1, MAX_SIZE),
-    "intermediate_size": (1, MAX_SIZE),
-    "num_hidden_layers": (1, MAX_LAYERS),
-    "num_attention_heads": (1, MAX_SIZE),
-    "num_key_value_heads": (1, MAX_SIZE),
-    "head_dim": (1, MAX_SIZE),
-    "max_position_embeddings": (1, MAX_POSITIONS),
-    "original_max_position_embeddings": (1, MAX_POSITIONS),
-    "sliding_window": (1, 2**63 - 1),
-    "max_window_layers": (0, 2**63 - 1),
-    "num_experts": (1, MAX_EXPERTS),
-    "num_experts_per_tok": (1, MAX_EXPERTS),
-    "moe_intermediate_size": (1, MAX_SIZE),
-    "decoder_sparse_step": (1, MAX_SIZE),
-}
-NUMBERS = ("rms_norm_eps", "initializer_range")  # finite and >= 0
-BOOLS = (
-    "tie_word_embeddings",
-    "attention_bias",
-    "mlp_bias",
-    "norm_topk_prob",
-    "use_sliding_window",
-)
 DTYPES = ("bfloat16", "float16", "float32", "float64")
-DTYPE_FIELDS = ("dtype", "torch_dtype")
+
+
+def _check_dtype(where: str, value: Any) -> str:
+    """The dtype's name; a torch.dtype may be one of `hf_overrides`."""
+    name = str(value).removeprefix("torch.") if len(shown(value)) < 32 else ""
+    if name not in DTYPES:
+        raise ArgumentError(f"{where} {shown(value)} is not supported; supported: {DTYPES}")
+    return name
+
+
+def _check_layers(where: str, value: Any) -> list[int] | tuple[int, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ArgumentError(f"{where} must be a list, got {shown(value)}")
+    for layer in value:
+        check_integer(where, layer, 0, MAX_SIZE)
+    return value
+
+
+def _without_nulls(where: str, value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {key: entry for key, entry in value.items() if entry is not None}
+
+
+SIZE = at_least(1, MAX_SIZE)
+DTYPE = optional(Check("", _check_dtype))
+ROPE = Check("", _without_nulls)
+# null is "derived" or "none" where it is allowed.
+FIELDS = {
+    "vocab_size": SIZE,
+    "hidden_size": SIZE,
+    "intermediate_size": SIZE,
+    "num_hidden_layers": at_least(1, MAX_LAYERS),
+    "num_attention_heads": SIZE,
+    "num_key_value_heads": optional(SIZE),
+    "head_dim": optional(SIZE),
+    "max_position_embeddings": at_least(1, MAX_POSITIONS),
+    "original_max_position_embeddings": optional(at_least(1, MAX_POSITIONS)),
+    "sliding_window": optional(at_least(1, 2**63 - 1)),
+    "max_window_layers": optional(at_least(0, 2**63 - 1)),
+    "rms_norm_eps": finite(0),
+    "initializer_range": finite(0),
+    "tie_word_embeddings": boolean,
+    "attention_bias": boolean,
+    "mlp_bias": boolean,
+    "use_sliding_window": boolean,
+    "dtype": DTYPE,
+    "torch_dtype": DTYPE,
+    "rope_parameters": ROPE,
+    "rope_scaling": ROPE,
+    # What other modules check.
+    **dict.fromkeys(
+        """architectures dual_chunk_attention_config eos_token_id hidden_act layer_types
+        partial_rotary_factor quantization_config rope_theta""".split(),
+        unchecked(),
+    ),
+}
+EXPERT_FIELDS = {
+    "num_experts": at_least(1, MAX_EXPERTS),
+    "num_experts_per_tok": at_least(1, MAX_EXPERTS),
+    "moe_intermediate_size": SIZE,
+    "decoder_sparse_step": SIZE,
+    "norm_topk_prob": boolean,
+    "mlp_only_layers": optional(Check("", _check_layers)),
+}
 # Left out unless they are of this type: little depends on them.
-KINDS = {
+TYPES = {
     "tokenizer_class": str,
     "transformers_version": str,
     "bos_token_id": int,
     "pad_token_id": int,
 }
-# What other modules check.
-OTHERS = (
-    "architectures",
-    "dual_chunk_attention_config",
-    "eos_token_id",
-    "hidden_act",
-    "layer_types",
-    "mlp_only_layers",
-    "partial_rotary_factor",
-    "quantization_config",
-    "rope_parameters",
-    "rope_scaling",
-    "rope_theta",
-)
-NULLABLE = (
-    "head_dim",
-    "num_key_value_heads",
-    "original_max_position_embeddings",
-    "sliding_window",
-    "max_window_layers",
-)
-ONLY_EXPERTS = (
-    "num_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "decoder_sparse_step",
-    "norm_topk_prob",
-    "mlp_only_layers",
-)
 
 
 def check_fields(raw: Mapping[str, Any], path: str, has_experts: bool) -> dict[str, Any]:
@@ -90,51 +99,11 @@ def check_fields(raw: Mapping[str, Any], path: str, has_experts: bool) -> dict[s
     Raises:
         ArgumentError: a field is of another type than it must be, or outside its range.
     """
+    known = FIELDS | EXPERT_FIELDS if has_experts else FIELDS
     checked: dict[str, Any] = {}
     for name, value in raw.items():
-        if name in ONLY_EXPERTS and not has_experts:
-            continue
-        where = f"{path}: the model's {name}"
-        if value is None and name in NULLABLE:
-            checked[name] = None
-        elif name in INTEGERS:
-            minimum, maximum = INTEGERS[name]
-            check_integer(where, value, minimum)
-            checked[name] = check_integer(where, value, minimum, maximum)
-        elif name in NUMBERS:
-            check_number(where, value, "finite and >= 0", _is_finite)
-            checked[name] = value  # an integer may be refused by transformers
-        elif name in BOOLS:
-            checked[name] = check_bool(where, value)
-        elif name in DTYPE_FIELDS:
-            checked[name] = _check_dtype(where, value)
-        elif name in ("rope_parameters", "rope_scaling") and isinstance(value, Mapping):
-            checked[name] = {key: entry for key, entry in value.items() if entry is not None}
-        elif name in OTHERS or type(value) is KINDS.get(name):
+        if name in known:
+            checked[name] = known[name].run(f"{path}: the model's {name}", value)
+        elif type(value) is TYPES.get(name):
             checked[name] = value
-    _check_layers(checked, path)
     return checked
-
-
-def _is_finite(number: float) -> bool:
-    return 0 <= number < math.inf
-
-
-def _check_dtype(where: str, value: Any) -> str | None:
-    """The dtype's name; a torch.dtype may be one of `hf_overrides`."""
-    if value is None:
-        return None
-    name = str(value).removeprefix("torch.") if len(shown(value)) < 32 else ""
-    if name not in DTYPES:
-        raise ArgumentError(f"{where} {shown(value)} is not supported; supported: {DTYPES}")
-    return name
-
-
-def _check_layers(checked: Mapping[str, Any], path: str) -> None:
-    layers = checked.get("mlp_only_layers")
-    if layers is None:
-        return
-    if not isinstance(layers, (list, tuple)):
-        raise ArgumentError(f"{path}: mlp_only_layers must be a list, got {shown(layers)}")
-    for layer in layers:
-        check_integer(f"{path}: a layer of the model's mlp_only_layers", layer, 0, MAX_SIZE)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from nanovllm.kernels.types import AttentionMetadata, KVCacheSpec, Unreduced
 from nanovllm.layers.attention import Attention, at_logits_indices
@@ -17,7 +16,7 @@ from nanovllm.layers.embedding import VocabParallelEmbedding
 from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rotary import cos_sin_table
-from nanovllm.models.rope_config import max_positions
+from nanovllm.models.model_config import ModelConfig
 
 
 class Decoder(nn.Module):
@@ -32,14 +31,14 @@ class Decoder(nn.Module):
 
     def __init__(
         self,
-        config: PretrainedConfig,
+        config: ModelConfig,
         context: ModelContext,
-        new_layer: "Callable[[PretrainedConfig, Tensor, ModelContext, int], DecoderLayer]",
+        new_layer: "Callable[[ModelConfig, Tensor, ModelContext, int], DecoderLayer]",
     ) -> None:
         super().__init__()
         cos_sin = cos_sin_table(
             config.head_dim,
-            context.max_model_len or max_positions(config),
+            context.max_model_len or config.max_positions,
             config.rope_parameters,
             context.device,
         )
@@ -64,7 +63,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(
         self,
-        config: PretrainedConfig,
+        config: ModelConfig,
         context: ModelContext,
         self_attn: "SelfAttention",
         mlp: Layer[[Tensor], Unreduced],
@@ -96,7 +95,7 @@ class DecoderLayer(nn.Module):
         return self.mlp(normed), residual
 
 
-def kv_cache_spec(config: PretrainedConfig, tp_size: int, dtype: torch.dtype) -> KVCacheSpec:
+def kv_cache_spec(config: ModelConfig, tp_size: int, dtype: torch.dtype) -> KVCacheSpec:
     """A layer's cache on one rank; with more ranks than KV heads, every rank holds one."""
     return KVCacheSpec(max(config.num_key_value_heads // tp_size, 1), config.head_dim, dtype)
 
@@ -117,7 +116,7 @@ class SelfAttention(Layer[[Tensor, Tensor, AttentionMetadata], Unreduced]):
 
     def __init__(
         self,
-        config: PretrainedConfig,
+        config: ModelConfig,
         cos_sin: Tensor,
         context: ModelContext,
         *,
@@ -155,7 +154,7 @@ class SelfAttention(Layer[[Tensor, Tensor, AttentionMetadata], Unreduced]):
 class GatedMLP(Layer[[Tensor], Unreduced]):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202), with biases or without."""
 
-    def __init__(self, config: PretrainedConfig, context: ModelContext, bias: bool = False) -> None:
+    def __init__(self, config: ModelConfig, context: ModelContext, bias: bool = False) -> None:
         super().__init__()
         self.ops = context.ops
         size = config.intermediate_size // context.tp.size

@@ -38,11 +38,9 @@ def read_hf_config(model: str, overrides: Any = None) -> "PretrainedConfig":
 
     Raises:
         ArgumentError: no directory, no valid config.json, a model that is not supported, or
-            overrides of another type, with a field that the model's configuration does not have,
-            or with different values under two names of one field.
+            overrides with a field that the model's configuration does not have, or with different
+            values under two names of one field.
     """
-    if not (overrides is None or callable(overrides) or isinstance(overrides, Mapping)):
-        raise ArgumentError(f"hf_overrides must be a dict or a callable, got {shown(overrides)}")
     where, raw = _read_config_json(model)
     fields = overrides if isinstance(overrides, Mapping) else {}
     if fields:

@@ -3,11 +3,11 @@
 Biases are the config's choice; Meta's own models have none."""
 
 import torch
-from transformers import PretrainedConfig
 
 from nanovllm.layers.context import ModelContext
 from nanovllm.models.base import CausalLM
 from nanovllm.models.decoder import DecoderLayer, GatedMLP, SelfAttention
+from nanovllm.models.model_config import ModelConfig
 
 
 class LlamaForCausalLM(CausalLM):
@@ -15,7 +15,7 @@ class LlamaForCausalLM(CausalLM):
 
     @staticmethod
     def new_layer(
-        config: PretrainedConfig, cos_sin: torch.Tensor, context: ModelContext, index: int
+        config: ModelConfig, cos_sin: torch.Tensor, context: ModelContext, index: int
     ) -> DecoderLayer:
         """See `CausalLM.new_layer`."""
         bias = config.attention_bias

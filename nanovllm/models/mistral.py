@@ -3,11 +3,11 @@
 A sequence that is no longer than the window sees all of itself; `Config` refuses longer ones."""
 
 import torch
-from transformers import PretrainedConfig
 
 from nanovllm.layers.context import ModelContext
 from nanovllm.models.base import CausalLM
 from nanovllm.models.decoder import DecoderLayer, GatedMLP, SelfAttention
+from nanovllm.models.model_config import ModelConfig
 
 
 class MistralForCausalLM(CausalLM):
@@ -15,7 +15,7 @@ class MistralForCausalLM(CausalLM):
 
     @staticmethod
     def new_layer(
-        config: PretrainedConfig, cos_sin: torch.Tensor, context: ModelContext, index: int
+        config: ModelConfig, cos_sin: torch.Tensor, context: ModelContext, index: int
     ) -> DecoderLayer:
         """See `CausalLM.new_layer`."""
         attention = SelfAttention(config, cos_sin, context, qkv_bias=False, output_bias=False)

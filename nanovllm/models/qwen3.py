@@ -1,19 +1,19 @@
 """Qwen3 dense (Qwen team 2025, arXiv 2505.09388): q and k are normalised per head, then rotated."""
 
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from nanovllm.kernels.types import AttentionMetadata, Unreduced
 from nanovllm.layers.context import ModelContext
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.models.base import CausalLM
 from nanovllm.models.decoder import DecoderLayer, GatedMLP, SelfAttention
+from nanovllm.models.model_config import ModelConfig
 
 
 class Qwen3Attention(SelfAttention):
     """Self-attention with an RMS norm for query heads and one for key heads."""
 
-    def __init__(self, config: PretrainedConfig, cos_sin: Tensor, context: ModelContext) -> None:
+    def __init__(self, config: ModelConfig, cos_sin: Tensor, context: ModelContext) -> None:
         bias = config.attention_bias
         super().__init__(config, cos_sin, context, qkv_bias=bias, output_bias=bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, context)
@@ -33,7 +33,7 @@ class Qwen3ForCausalLM(CausalLM):
 
     @staticmethod
     def new_layer(
-        config: PretrainedConfig, cos_sin: Tensor, context: ModelContext, index: int
+        config: ModelConfig, cos_sin: Tensor, context: ModelContext, index: int
     ) -> DecoderLayer:
         """See `CausalLM.new_layer`."""
         attention = Qwen3Attention(config, cos_sin, context)

@@ -1,20 +1,14 @@
-"""The supported model families, keyed on `architectures`; all else is refused by name."""
+"""The supported model families, and the features that they have: all else is refused by name."""
 
-import importlib
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nanovllm.errors import MAX_SHOWN, ArgumentError, cut, shown
-from nanovllm.models.attention_config import check_attention
-from nanovllm.models.quantization_config import check_quantization
+from nanovllm.errors import MAX_SHOWN, ArgumentError, check_integer, cut, shown
 from nanovllm.models.rope_config import check_rope
 
-if TYPE_CHECKING:
-    from nanovllm.models.base import CausalLM
-
-# architecture -> (model_type, module); the module's class of that name is imported when the model
-# is built.
+# architecture -> (model_type, module); `models.base.model_class` imports the module's class of that
+# name.
 ARCHITECTURES = {
     "LlamaForCausalLM": ("llama", "nanovllm.models.llama"),
     "MistralForCausalLM": ("mistral", "nanovllm.models.mistral"),
@@ -24,21 +18,17 @@ ARCHITECTURES = {
 }
 # What changes a model's results and no family here implements: `is_causal` if it is false; fields,
 # also those with a word in their names, unless they are false, null, 0 or empty; factors beside 1.
-UNSUPPORTED_FIELDS = (
-    "use_sliding_window",
-    "use_mrope",
-    "rope_interleaved",
-    "alibi",
-    "per_layer_config",
-)
+UNSUPPORTED_FIELDS = "use_sliding_window use_mrope rope_interleaved alibi per_layer_config".split()
 UNSUPPORTED_WORDS = ("softcap", "soft_cap")
 FACTORS = (
-    "logit_scale",
-    "logits_scaling",
-    "embedding_multiplier",
-    "residual_multiplier",
-    "attention_multiplier",
-)
+    "logit_scale logits_scaling embedding_multiplier residual_multiplier attention_multiplier"
+).split()
+# Of "fp8": what the fields must be, None standing for what is left out.
+FP8_FIELDS: dict[str, tuple[Any, ...]] = {
+    "weight_block_size": ([128, 128],),
+    "activation_scheme": ("dynamic",),
+    "fmt": ("e4m3", None),
+}
 
 
 def check_supported(raw_config: Mapping[str, Any], path: str) -> None:
@@ -53,13 +43,58 @@ def check_supported(raw_config: Mapping[str, Any], path: str) -> None:
     for name, value in raw_config.items():
         if _is_unsupported(name, value):
             raise ArgumentError(f"{path}: {cut(name)}={_as_json(value)} is not supported")
-    check_attention(raw_config, path)
-    check_quantization(raw_config, path)
+    _check_attention(raw_config, path)
+    _check_quantization(raw_config, path)
     hidden_act = raw_config.get("hidden_act", "silu")
     if hidden_act != "silu":
         raise ArgumentError(
             f"{path}: hidden_act {shown(hidden_act)} is not supported; supported: silu"
         )
+
+
+def _check_attention(raw_config: Mapping[str, Any], path: str) -> None:
+    """ArgumentError for other attention than full one, or what is the same up to some length."""
+    _check_dual_chunk(raw_config.get("dual_chunk_attention_config"), path)
+    layer_types = raw_config.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(t != "full_attention" for t in layer_types):
+        raise ArgumentError(
+            f"{path}: layer_types {shown(layer_types)} is not supported; supported: full_attention"
+        )
+
+
+def _check_dual_chunk(fields: Any, path: str) -> None:
+    if fields is None:
+        return
+    where = f"{path}: dual_chunk_attention_config"
+    if not isinstance(fields, Mapping):
+        raise ArgumentError(f"{where} must be an object, got {shown(fields)}")
+    check_integer(f"{where}: chunk_size", fields.get("chunk_size"), minimum=2)
+    maximum = fields["chunk_size"] - 1
+    check_integer(f"{where}: local_size", fields.get("local_size"), minimum=1, maximum=maximum)
+
+
+def _check_quantization(raw_config: Mapping[str, Any], path: str) -> None:
+    """ArgumentError for weights of another kind than fp8 with scales for blocks."""
+    for name in ("quantization_config", "compression_config"):
+        value = raw_config.get(name)
+        if not value:
+            continue
+        fields = value if isinstance(value, Mapping) else {}
+        method = fields.get("quant_method", "unnamed")
+        if name != "quantization_config" or method != "fp8":
+            raise ArgumentError(f"{path}: {name} {shown(method)} is not supported")
+        for field, supported in FP8_FIELDS.items():
+            if fields.get(field) not in supported:
+                raise ArgumentError(
+                    f"{path}: quantization_config 'fp8' with {field} "
+                    f"{shown(fields.get(field))} is not supported; supported: {supported[0]!r}"
+                )
+        for module in fields.get("modules_to_not_convert") or []:
+            if str(module).endswith("_proj"):  # the embedding, norms and routers never are
+                raise ArgumentError(
+                    f"{path}: quantization_config 'fp8' whose modules_to_not_convert has "
+                    f"{shown(module)} is not supported"
+                )
 
 
 def _as_json(value: Any) -> str:
@@ -78,7 +113,7 @@ def _is_unsupported(name: str, value: Any) -> bool:
 
 def _check_family(raw_config: Mapping[str, Any], path: str) -> None:
     architectures = raw_config.get("architectures") or []
-    name = _first_supported(architectures)
+    name = first_supported(architectures)
     if name is None:
         raise ArgumentError(
             f"{path}: architectures {_shown_names(architectures)} is not supported; "
@@ -98,14 +133,8 @@ def _shown_names(architectures: Any) -> str:
     return architectures if is_short else shown(architectures)
 
 
-def _first_supported(architectures: Any) -> str | None:
+def first_supported(architectures: Any) -> str | None:
+    """The first name of config.json's `architectures` that is supported."""
     if not isinstance(architectures, list):
         return None
     return next((a for a in architectures if isinstance(a, str) and a in ARCHITECTURES), None)
-
-
-def model_class(architectures: list[str]) -> "type[CausalLM]":
-    """The class that runs the first supported name of `architectures`."""
-    name = _first_supported(architectures)
-    assert name is not None, architectures
-    return getattr(importlib.import_module(ARCHITECTURES[name][1]), name)

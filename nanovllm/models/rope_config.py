@@ -1,43 +1,37 @@
-"""Which rotary embeddings a config.json may ask for, and how many positions they reach.
+"""Which rotary embeddings a config.json may ask for.
 
 transformers 5 writes `rope_parameters`, older versions `rope_theta` and `rope_scaling`.
 `layers.rotary` computes them.
 """
 
-import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nanovllm.errors import ArgumentError, check_bool, check_integer, check_number, cut, shown
+from nanovllm.errors import ArgumentError, check_integer, cut, shown
 from nanovllm.models.config_fields import MAX_POSITIONS
+from nanovllm.parameters import Check, at_least, boolean, number
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
+# Beyond these, numbers overflow on the way to an angle.
+BASE = number("> 1 and <= 1e30", lambda x: 1 < x <= 1e30)
+FACTOR = number("between 1 and 1e9", lambda x: 1 <= x <= 1e9)
+SCALE = number("between 1e-9 and 1e9", lambda x: 1e-9 <= x <= 1e9)
+ORIGINAL = {"original_max_position_embeddings": at_least(1, MAX_POSITIONS)}
 # rope_type -> the fields that it must have, and those that it may have.
-ROPE_TYPES: dict[str, tuple[set[str], set[str]]] = {
-    "default": (set(), set()),
-    "linear": ({"factor"}, set()),
-    "llama3": (
-        {"factor", "low_freq_factor", "high_freq_factor"},
-        {"original_max_position_embeddings"},
-    ),
+ROPE_TYPES: dict[str, tuple[dict[str, Check], dict[str, Check]]] = {
+    "default": ({}, {}),
+    "linear": ({"factor": FACTOR}, {}),
+    "llama3": ({"factor": FACTOR, "low_freq_factor": SCALE, "high_freq_factor": SCALE}, ORIGINAL),
     "yarn": (
-        {"factor"},
+        {"factor": FACTOR},
         {
-            "original_max_position_embeddings",
-            "attention_factor",
-            "beta_fast",
-            "beta_slow",
-            "mscale",
-            "mscale_all_dim",
-            "truncate",
+            **ORIGINAL,
+            **dict.fromkeys(
+                "attention_factor beta_fast beta_slow mscale mscale_all_dim".split(), SCALE
+            ),
+            "truncate": boolean,
         },
     ),
 }
-# Beyond these, numbers overflow on the way to an angle.
-MAX_BASE = 1e30
-SMALLEST, LARGEST = 1e-9, 1e9
 # "finetuned" tells how a checkpoint came about, and nothing of how to compute.
 COMMON_FIELDS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
 
@@ -46,8 +40,6 @@ def check_rope(raw_config: Mapping[str, Any], path: str) -> None:
     """ArgumentError, beginning with `path`, for rotary embeddings that are not supported."""
     _check_common(raw_config, path)
     name = "original_max_position_embeddings"
-    if raw_config.get(name) is not None:
-        check_integer(f"{path}: {name}", raw_config[name], minimum=1)
     for key in ("rope_parameters", "rope_scaling"):
         rope = raw_config.get(key)
         if rope is not None:
@@ -62,9 +54,7 @@ def check_rope(raw_config: Mapping[str, Any], path: str) -> None:
 
 def _check_common(fields: Mapping[str, Any], where: str) -> None:
     if "rope_theta" in fields:
-        named, limit = f"{where}: rope_theta", "finite and > 1"
-        check_number(named, fields["rope_theta"], limit, lambda x: 1 < x < math.inf)
-        check_number(named, fields["rope_theta"], f"<= {MAX_BASE}", lambda x: x <= MAX_BASE)
+        BASE.run(f"{where}: rope_theta", fields["rope_theta"])
     rotary_factor = fields.get("partial_rotary_factor")
     if rotary_factor is not None and rotary_factor != 1:
         raise ArgumentError(
@@ -83,44 +73,16 @@ def _check_type(rope: Mapping[str, Any], where: str) -> str:
     where = f"{where} of type {shown(rope_type)}"
     required, optional = ROPE_TYPES[rope_type]
     given = {name: value for name, value in rope.items() if value is not None}
-    for name in sorted(required - given.keys()):
+    for name in sorted(required.keys() - given.keys()):
         raise ArgumentError(f"{where} lacks {name}")
-    for name, value in given.items():
-        if name in COMMON_FIELDS:
-            continue
-        if name not in required | optional:
+    for name in (name for name in given if name not in COMMON_FIELDS):
+        check = required.get(name) or optional.get(name)
+        if check is None:
             raise ArgumentError(f"{where}: {cut(name)} is not supported")
-        named = f"{where}: {name}"
-        if name == "truncate":
-            check_bool(named, value)
-        elif name == "original_max_position_embeddings":
-            check_integer(named, value, minimum=1)
-            check_integer(named, value, 1, MAX_POSITIONS)
-        elif name == "factor":
-            check_number(named, value, "finite and >= 1", lambda x: 1 <= x < math.inf)
-        else:
-            check_number(named, value, "finite and > 0", lambda x: 0 < x < math.inf)
-        if name not in ("truncate", "original_max_position_embeddings"):
-            limit = f"between {SMALLEST} and {LARGEST}"
-            check_number(named, value, limit, lambda x: SMALLEST <= x <= LARGEST)
+        check.run(f"{where}: {name}", given[name])
     if rope_type == "llama3" and given["low_freq_factor"] >= given["high_freq_factor"]:
         raise ArgumentError(
             f"{where}: low_freq_factor ({given['low_freq_factor']}) must be < high_freq_factor "
             f"({given['high_freq_factor']})"
         )
     return rope_type
-
-
-def max_positions(hf_config: "PretrainedConfig") -> int:
-    """Tokens of the longest sequence that the model's rotary embeddings are meant for.
-
-    That is `max_position_embeddings`, which already counts llama3's scaling. It need not count that
-    of yarn, whose limit is `factor * original_max_position_embeddings`, and does not count linear's
-    `factor`. The same rules as vLLM's.
-    """
-    rope, stated = hf_config.rope_parameters, hf_config.max_position_embeddings
-    if rope["rope_type"] == "yarn":
-        return int(rope["factor"] * rope["original_max_position_embeddings"])
-    if rope["rope_type"] == "linear":
-        return int(rope["factor"] * stated)
-    return stated

@@ -2,17 +2,13 @@
 
 import os
 import resource
-from typing import TYPE_CHECKING
 
 import torch
 
 from nanovllm.config import Config
 from nanovllm.errors import ArgumentError
 from nanovllm.models.loader import SafetensorsCheckpoint
-from nanovllm.models.moe_config import is_sparse
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from nanovllm.models.model_config import ModelConfig
 
 SMALL = 2**26  # weights: what does not fit its files is named by the tensor then
 
@@ -22,7 +18,7 @@ def check_size(config: Config, device: torch.device) -> None:
 
     Raised before anything of the size that config.json asks for is allocated.
     """
-    needed = num_weights(config.hf_config)
+    needed = num_weights(config.model_config)
     if config.load_format == "auto":
         found = SafetensorsCheckpoint(config.model).num_weights()
         if needed > max(found, SMALL):
@@ -31,7 +27,8 @@ def check_size(config: Config, device: torch.device) -> None:
                 f"least {needed} weights: the *.safetensors files hold {found}"
             )
     weight_bytes = 1 if config.fp8_scales else config.resolve_dtype().itemsize
-    table = 2 * 4 * config.max_model_len * config.hf_config.head_dim  # of rotations, and its angles
+    # The table of rotations, and its angles.
+    table = 2 * 4 * config.max_model_len * config.model_config.head_dim
     num_bytes = needed * weight_bytes // config.tensor_parallel_size + table
     available = device_memory(device)
     if num_bytes > available:
@@ -42,16 +39,16 @@ def check_size(config: Config, device: torch.device) -> None:
         )
 
 
-def num_weights(hf_config: "PretrainedConfig") -> int:
+def num_weights(config: ModelConfig) -> int:
     """The weights of the model's matrices; an LM head, biases and norms are left out."""
-    hidden_size = hf_config.hidden_size
-    heads = 2 * (hf_config.num_attention_heads + hf_config.num_key_value_heads)
-    dense = 3 * hf_config.intermediate_size * hidden_size
-    total = hf_config.vocab_size * hidden_size
-    for index in range(hf_config.num_hidden_layers):
-        total += heads * hf_config.head_dim * hidden_size
-        if hasattr(hf_config, "mlp_only_layers") and is_sparse(hf_config, index):
-            total += 3 * hf_config.num_experts * hf_config.moe_intermediate_size * hidden_size
+    hidden_size = config.hidden_size
+    heads = 2 * (config.num_attention_heads + config.num_key_value_heads)
+    dense = 3 * config.intermediate_size * hidden_size
+    total = config.vocab_size * hidden_size
+    for index in range(config.num_hidden_layers):
+        total += heads * config.head_dim * hidden_size
+        if config.is_sparse(index):
+            total += 3 * config.num_experts * config.moe_intermediate_size * hidden_size
         else:
             total += dense
     return total

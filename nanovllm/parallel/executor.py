@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import suppress
-from copy import copy
 from time import perf_counter
 from typing import Any
 
@@ -30,7 +29,9 @@ class MultiprocExecutor(Executor):
     has_busy_ranks = True
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        self.workers = WorkerGroup(_for_workers(config), device.type)
+        # Only rank 0 needs these, and they may not be picklable.
+        for_workers = config.replace(tokenizer=None, hf_overrides=None)
+        self.workers = WorkerGroup(for_workers, device.type)
         super().__init__(config, self._start_model_runner(config, device))
         self._is_mid_step = False  # after a failed launch: the ranks are out of step
 
@@ -113,10 +114,3 @@ class MultiprocExecutor(Executor):
         self.model_runner.drop_graphs()
         self.workers.close()
         super().close()
-
-
-def _for_workers(config: Config) -> Config:
-    """The configuration without what only rank 0 needs, and what may not be pickled."""
-    config = copy(config)
-    config.tokenizer = config.hf_overrides = None
-    return config

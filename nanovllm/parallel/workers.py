@@ -399,7 +399,7 @@ def _device(rank: int, device_type: str) -> torch.device:
 
 def _connect(rank: int, config: Config, port: int, device: torch.device) -> TensorParallel:
     # Rank 0 too is only a client here, so that closing the store ends its waits.
-    size, hidden_size = config.tensor_parallel_size, config.hf_config.hidden_size
+    size, hidden_size = config.tensor_parallel_size, config.model_config.hidden_size
     store = dist.TCPStore("127.0.0.1", port, size, is_master=False)
     dtype = config.resolve_dtype()
     shares_memory = not config.disable_custom_all_reduce

@@ -8,7 +8,6 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
 from workloads import Workload
 
 from nanovllm import LLM
@@ -17,6 +16,7 @@ from nanovllm.kernels.types import FP8_DTYPE
 from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
 from nanovllm.layers.moe import ExpertWeights, Router
 from nanovllm.models.base import CausalLM
+from nanovllm.models.model_config import ModelConfig
 
 # ---- counted from the model ---------------------------------------------------------------------
 
@@ -39,7 +39,7 @@ class ModelCost:
 
     @classmethod
     def of(
-        cls, model: CausalLM, hf_config: PretrainedConfig, kv_dtype: torch.dtype, tp_size: int = 1
+        cls, model: CausalLM, config: ModelConfig, kv_dtype: torch.dtype, tp_size: int = 1
     ) -> "ModelCost":
         """Of rank 0's `model`, whose parameters are those of every rank in shape and dtype.
 
@@ -54,19 +54,19 @@ class ModelCost:
         experts = [m for m in model.modules() if isinstance(m, ExpertWeights)]
         share = Fraction(0)
         if experts:
-            share = Fraction(hf_config.num_experts_per_tok, hf_config.num_experts)
+            share = Fraction(config.num_experts_per_tok, config.num_experts)
         fp8_linears, fp8_experts = (
             [m for m in modules if m.weight.dtype == FP8_DTYPE] for modules in (linears, experts)
         )
-        head_dim, num_layers = hf_config.head_dim, hf_config.num_hidden_layers
-        num_kv_heads = max(hf_config.num_key_value_heads, tp_size)
+        head_dim, num_layers = config.head_dim, config.num_hidden_layers
+        num_kv_heads = max(config.num_key_value_heads, tp_size)
         scale_bytes = torch.float32.itemsize if kv_dtype == FP8_DTYPE else 0
         head = model.lm_head.weight  # tied to the embedding or not
         return cls(
             layer_params=tp_size * int(count_params(linears) + share * count_params(experts)),
             head_params=tp_size * head.numel(),
             # q k and p v, a multiplication and an addition
-            pair_flops=num_layers * 4 * hf_config.num_attention_heads * head_dim,
+            pair_flops=num_layers * 4 * config.num_attention_heads * head_dim,
             kv_bytes=num_layers * 2 * num_kv_heads * (head_dim * kv_dtype.itemsize + scale_bytes),
             weight_bytes=tp_size * (count_bytes(linears) + head.nbytes),
             fp8_params=tp_size * int(count_params(fp8_linears) + share * count_params(fp8_experts)),
@@ -79,7 +79,7 @@ class ModelCost:
         """Of an engine's model, as it is loaded."""
         config = llm.config
         kv_dtype, tp_size = config.resolve_kv_cache_dtype(), config.tensor_parallel_size
-        return cls.of(llm.model_runner.model, config.hf_config, kv_dtype, tp_size)
+        return cls.of(llm.model_runner.model, config.model_config, kv_dtype, tp_size)
 
     def decode_weight_bytes(self, batch_size: int) -> float:
         """What a decode step of `batch_size` rows reads of the weights.

@@ -3,19 +3,18 @@
 import re
 import subprocess
 import sys
-from dataclasses import fields
 
 import pytest
 
 from nanovllm.batch import ray_data
 from nanovllm.batch.options import parse_options
-from nanovllm.config import DEFAULT_MAX_NUM_BATCHED_TOKENS, Config
+from nanovllm.config import Config
+from nanovllm.parameters import parameters
 from nanovllm.sampling_params import SamplingParams
 
 # The library keeps special tokens; a batch leaves them out, as OpenAI's does.
-DEFAULTS = {f.name: f.default for f in (*fields(Config), *fields(SamplingParams)) if f.init}
-DEFAULTS |= {"max_num_batched_tokens": DEFAULT_MAX_NUM_BATCHED_TOKENS, "skip_special_tokens": True}
-DEFAULTS |= {"return_token_ids": False, "no_progress": False}
+DEFAULTS = {p.name: p.default for p in (*parameters(Config), *parameters(SamplingParams))}
+DEFAULTS |= {"skip_special_tokens": True, "return_token_ids": False, "no_progress": False}
 del DEFAULTS["model"]
 DEFAULTS["seed"] = 0
 
@@ -45,7 +44,7 @@ def test_every_option_has_words_and_its_default(monkeypatch, capsys):
         words = re.sub(r"^(--[\w-]+,? )?(--[\w-]+ )?([A-Z]+ )?", "", words)
         assert len(words.split()) >= 2, name
     assert found["model"] == "DIR model directory"
-    assert "sequences in flight at most" in found["max_num_seqs"]
+    assert "sequences in flight at most; integer >= 1 (default: 512)" in found["max_num_seqs"]
     assert "divides the logits" in found["temperature"]
     assert "may be given several times" in found["stop"]
     assert all("`" not in text for text in found.values())

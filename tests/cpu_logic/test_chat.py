@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from nanovllm import ArgumentError
 from nanovllm.inputs.chat import render_prompts
-from nanovllm.inputs.tokenizer import read_chat_template
+from nanovllm.model_files import read_chat_template
 
 QWEN3 = Path(__file__).resolve().parents[2].parent / "shared" / "qwen3-0.6b"
 needs_qwen3 = pytest.mark.skipif(
@@ -42,7 +42,7 @@ def add(a: int) -> int:
 def stand_in(tokenizer, vocab_size: int, chat_template: str | None = None) -> SimpleNamespace:
     """What `render_prompts` reads of an engine."""
     config = SimpleNamespace(
-        chat_template=chat_template, hf_config=SimpleNamespace(vocab_size=vocab_size)
+        chat_template=chat_template, model_config=SimpleNamespace(vocab_size=vocab_size)
     )
     return SimpleNamespace(tokenizer=tokenizer, config=config)
 

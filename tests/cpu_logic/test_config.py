@@ -695,7 +695,7 @@ def without_rope_parameters(hf_config):
         ({"num_hidden_layers": 0}, "the model's num_hidden_layers must be >= 1, got 0"),
         ({"model_type": ["qwen3"]}, r"with model_type \['qwen3'\] is not supported"),
         ({"rope_scaling": "yarn"}, "hf_overrides: rope_scaling must be an object, got 'yarn'"),
-        ({"rope_theta": None}, "rope_theta must be finite and > 1, got None"),
+        ({"rope_theta": None}, "rope_theta must be > 1 and <= 1e30, got None"),
         (
             {"dtype": "float16", "torch_dtype": "float32"},
             "hf_overrides: 'dtype' and 'torch_dtype' are names of one field, with different values",

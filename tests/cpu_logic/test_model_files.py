@@ -10,7 +10,6 @@ from transformers import CONFIG_MAPPING
 
 from nanovllm import ArgumentError
 from nanovllm.config import Config
-from nanovllm.inputs.tokenizer import read_chat_template
 from nanovllm.inputs.tokenizer_check import read_fields
 from nanovllm.inputs.tokenizer_files import copy_files
 from nanovllm.model_files import (
@@ -18,10 +17,10 @@ from nanovllm.model_files import (
     MAX_TEMPLATE_BYTES,
     is_file,
     read_bytes,
+    read_chat_template,
     read_json_object,
     read_text,
 )
-from nanovllm.models.config_fields import BOOLS, INTEGERS, NULLABLE, NUMBERS
 from nanovllm.models.registry import ARCHITECTURES
 
 SIZES = {
@@ -153,6 +152,39 @@ def test_json_is_read_down_to_the_depth_that_is_stated(tmp_path):
 # The fields of config.json
 
 
+MAX_SIZE = 2**31 - 1
+INTEGERS = {
+    "vocab_size": (1, MAX_SIZE),
+    "hidden_size": (1, MAX_SIZE),
+    "intermediate_size": (1, MAX_SIZE),
+    "num_hidden_layers": (1, 1024),
+    "num_attention_heads": (1, MAX_SIZE),
+    "num_key_value_heads": (1, MAX_SIZE),
+    "head_dim": (1, MAX_SIZE),
+    "max_position_embeddings": (1, 2**24),
+    "original_max_position_embeddings": (1, 2**24),
+    "sliding_window": (1, 2**63 - 1),
+    "max_window_layers": (0, 2**63 - 1),
+    "num_experts": (1, 4096),
+    "num_experts_per_tok": (1, 4096),
+    "moe_intermediate_size": (1, MAX_SIZE),
+    "decoder_sparse_step": (1, MAX_SIZE),
+}
+NULLABLE = (
+    "head_dim",
+    "num_key_value_heads",
+    "original_max_position_embeddings",
+    "sliding_window",
+    "max_window_layers",
+)
+NUMBERS = ("rms_norm_eps", "initializer_range")
+SWITCHES = (
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "norm_topk_prob",
+    "use_sliding_window",
+)
 NOT_NUMBERS = ["64", [64], {"a": 1}, True, "x" * 5000]
 
 
@@ -174,7 +206,7 @@ def test_a_number_is_finite_and_not_negative(name, tmp_path):
     assert getattr(Config(write_config(tmp_path, **{name: 0.5})).hf_config, name) == 0.5
 
 
-@pytest.mark.parametrize("name", BOOLS)
+@pytest.mark.parametrize("name", SWITCHES)
 def test_a_switch_is_true_or_false(name, tmp_path):
     for value in (0, 1, "true", None, []):
         with refused(name):

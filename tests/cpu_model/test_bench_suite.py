@@ -26,7 +26,8 @@ from nanovllm.config import Config
 from nanovllm.kernels.select import select_ops
 from nanovllm.kernels.types import FP8_DTYPE
 from nanovllm.layers.context import ModelContext
-from nanovllm.models.registry import model_class
+from nanovllm.models.base import model_class
+from nanovllm.models.model_config import ModelConfig
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
 SCALE = 0.05  # the least that leaves every row but prefill a decode step
@@ -155,13 +156,14 @@ MOE_PARAMS = MOE_LINEARS + 2 * 2 * EXPERT
 def cost_of(sizes, fp8_scales=None, tp_size=1, kv_dtype=torch.bfloat16) -> tuple[ModelCost, list]:
     """The cost of a model of 3 layers, and the model of each rank; fp8 as on Hopper."""
     architecture = "Qwen3Moe" if sizes else "Qwen3"
-    hf_config = getattr(transformers, f"{architecture}Config")(**SIZES, **sizes)
+    config_class = getattr(transformers, f"{architecture}Config")
+    model_config = ModelConfig.from_hf(config_class(**SIZES, **sizes))
     device = torch.device("cpu")
     ops = select_ops("torch", device, torch.bfloat16, 64, compile_torch_ops=False)
     ops.has_fp8_products = True
     ranks = [
-        model_class([f"{architecture}ForCausalLM"])(
-            hf_config,
+        model_class((f"{architecture}ForCausalLM",))(
+            model_config,
             ModelContext(
                 ops,
                 TensorParallel(rank, tp_size),
@@ -172,7 +174,7 @@ def cost_of(sizes, fp8_scales=None, tp_size=1, kv_dtype=torch.bfloat16) -> tuple
         )
         for rank in range(tp_size)
     ]
-    return ModelCost.of(ranks[0], hf_config, kv_dtype, tp_size), ranks
+    return ModelCost.of(ranks[0], model_config, kv_dtype, tp_size), ranks
 
 
 def test_cost_of_a_dense_model():

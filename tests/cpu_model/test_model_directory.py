@@ -85,7 +85,7 @@ def test_a_broken_tokenizer_is_refused_with_the_directory(model_dir):
 
 
 def test_more_blocks_than_memory_name_the_parameter(tiny_dir):
-    with pytest.raises(ArgumentError, match="lower num_kvcache_blocks"):
+    with pytest.raises(ArgumentError, match="num_kvcache_blocks must be <= "):
         LLM(str(tiny_dir), device="cpu", num_kvcache_blocks=10**10)
 
 

@@ -13,10 +13,10 @@ from nanovllm.config import Config
 from nanovllm.kernels.select import select_ops
 from nanovllm.kernels.types import FP8_DTYPE
 from nanovllm.layers.context import ModelContext
-from nanovllm.layers.moe import SparseMLP
+from nanovllm.models import qwen3_moe
 from nanovllm.models.fp8_checkpoint import DequantizedCheckpoint
 from nanovllm.models.loader import SafetensorsCheckpoint, expected_tensors
-from nanovllm.models.moe_config import is_sparse
+from nanovllm.models.model_config import ModelConfig
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
 PROMPTS = random_prompts((1, 30, 100), seed=3)
@@ -53,7 +53,8 @@ def test_ranks_must_divide_the_experts(tmp_path):
 def test_which_layers_are_sparse(path):
     config = Config(str(path)).hf_config
     config.decoder_sparse_step, config.mlp_only_layers = 2, [3]
-    assert [is_sparse(config, index) for index in range(6)] == [False, True, *[False] * 3, True]
+    model = ModelConfig.from_hf(config)
+    assert [model.is_sparse(index) for index in range(6)] == [False, True, *[False] * 3, True]
 
 
 def test_new_weights_by_their_names_in_checkpoints(path, tmp_path):
@@ -69,12 +70,14 @@ def test_new_weights_by_their_names_in_checkpoints(path, tmp_path):
 
 def sparse_mlp(path, fp8_scales, keeps_fp8, rank=0, size=1):
     """The first layer's, with its part of the weights."""
-    config = Config(str(path)).hf_config
+    config = Config(str(path)).model_config
     device = torch.device("cpu")
     ops = select_ops("torch", device, torch.float32, config.head_dim, False)
     ops.has_fp8_products = keeps_fp8
     tp = TensorParallel(rank, size)
-    mlp = SparseMLP(config, ModelContext(ops, tp, torch.float32, device, fp8_scales=fp8_scales))
+    mlp = qwen3_moe.sparse_mlp(
+        config, ModelContext(ops, tp, torch.float32, device, fp8_scales=fp8_scales)
+    )
     expected = expected_tensors(mlp)
     prefix = "model.layers.0.mlp."
     checkpoint = DequantizedCheckpoint(

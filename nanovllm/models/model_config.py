@@ -1,0 +1,150 @@
+"""The shape of a model: what its layers, its KV cache and its ranks need to know of config.json."""
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from nanovllm.errors import ArgumentError, check_integer
+from nanovllm.models.config_fields import MAX_POSITIONS
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from nanovllm.layers.rotary import RopeParameters
+
+MAX_EXPERTS_OF_ALL_LAYERS = 2**17  # each has three weights with a shard
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model's configuration: checked, complete and never changed.
+
+    Fields have the names of config.json, but for these.
+
+    Attributes:
+        max_positions: tokens of the longest sequence that the rotary embeddings are meant for.
+        full_attention_limit: tokens of the longest sequence that full attention is right for, and
+            the field that says so; None: any.
+        has_block_scales: whether the checkpoint's linear weights are fp8 with scales for blocks.
+    """
+
+    architectures: tuple[str, ...]
+    dtype: str | None  # of the checkpoint's weights, if it says
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    initializer_range: float
+    rope_parameters: "RopeParameters"  # see `models.rope_config`
+    max_positions: int
+    full_attention_limit: tuple[int, str] | None
+    has_block_scales: bool
+    eos_token_id: int | list[int] | None = None  # as it is: not checked
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    num_experts: int = 0  # 0: a dense model, whose other fields of experts mean nothing
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+
+    @classmethod
+    def from_hf(cls, hf_config: "PretrainedConfig") -> "ModelConfig":
+        """From a configuration whose fields are checked, as `read_hf_config` gives it.
+
+        Raises:
+            ArgumentError: fields do not fit each other.
+        """
+        head_dim = getattr(hf_config, "head_dim", None)
+        if head_dim is None:
+            head_dim = hf_config.hidden_size // hf_config.num_attention_heads
+        values: dict[str, Any] = {
+            "architectures": tuple(hf_config.architectures or ()),
+            "dtype": str(hf_config.dtype).removeprefix("torch.") if hf_config.dtype else None,
+            "head_dim": head_dim,
+            "rope_parameters": dict(hf_config.rope_parameters),
+            "max_positions": _max_positions(hf_config),
+            "full_attention_limit": _full_attention_limit(hf_config),
+            "has_block_scales": bool(getattr(hf_config, "quantization_config", None)),
+            "mlp_only_layers": tuple(getattr(hf_config, "mlp_only_layers", None) or ()),
+        }
+        for f in fields(cls):
+            if f.name not in values:
+                values[f.name] = getattr(hf_config, f.name, f.default)
+        config = cls(**values)
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        check_integer("the model's longest sequence", self.max_positions, 1, MAX_POSITIONS)
+        check_integer("the model's head_dim", self.head_dim, minimum=1)
+        if self.head_dim % 2 != 0:
+            raise ArgumentError(f"the model's head_dim must be even, got {self.head_dim}")
+        if self.num_attention_heads % self.num_key_value_heads != 0:
+            raise ArgumentError(
+                f"the model's num_attention_heads ({self.num_attention_heads}) must be a multiple "
+                f"of its num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.num_experts:
+            name = "the model's num_experts_per_tok"
+            check_integer(name, self.num_experts_per_tok, 1, self.num_experts)
+            name, number = "the model's experts of all layers", self.num_experts
+            check_integer(name, self.num_hidden_layers * number, 1, MAX_EXPERTS_OF_ALL_LAYERS)
+
+    def check_ranks(self, size: int) -> None:
+        """ArgumentError if the model cannot be divided over `size` ranks."""
+        names = ["num_attention_heads", "intermediate_size"]
+        num_kv_heads = self.num_key_value_heads
+        for name in [*names, "moe_intermediate_size"] if self.num_experts else names:
+            value = getattr(self, name)
+            if value % size != 0:
+                raise ArgumentError(
+                    f"tensor_parallel_size ({size}) must divide the model's {name} ({value})"
+                )
+        if num_kv_heads % size != 0 and size % num_kv_heads != 0:
+            raise ArgumentError(
+                f"tensor_parallel_size ({size}) must divide, or be a multiple of, the model's "
+                f"num_key_value_heads ({num_kv_heads})"
+            )
+
+    def is_sparse(self, index: int) -> bool:
+        """Whether layer `index` has experts; the others have a dense MLP."""
+        is_dense = not self.num_experts or index in self.mlp_only_layers
+        return not is_dense and (index + 1) % self.decoder_sparse_step == 0
+
+
+def _max_positions(hf_config: "PretrainedConfig") -> int:
+    """Tokens of the longest sequence that the model's rotary embeddings are meant for.
+
+    That is `max_position_embeddings`, which already counts llama3's scaling. It need not count that
+    of yarn, whose limit is `factor * original_max_position_embeddings`, and does not count linear's
+    `factor`. The same rules as vLLM's.
+    """
+    rope, stated = hf_config.rope_parameters, hf_config.max_position_embeddings
+    if rope["rope_type"] == "yarn":
+        return int(rope["factor"] * rope["original_max_position_embeddings"])
+    if rope["rope_type"] == "linear":
+        return int(rope["factor"] * stated)
+    return stated
+
+
+def _full_attention_limit(hf_config: "PretrainedConfig") -> tuple[int, str] | None:
+    """Tokens of the longest sequence that full attention is right for, and why; None: any.
+
+    Dual chunk attention (An et al. 2024, arXiv 2402.17463) is full attention within the first
+    chunk.
+    """
+    limits = []
+    window = getattr(hf_config, "sliding_window", None)
+    if window is not None:
+        limits.append((window, "sliding_window"))
+    chunks = getattr(hf_config, "dual_chunk_attention_config", None)
+    if chunks is not None:
+        first_chunk = chunks["chunk_size"] - chunks["local_size"]
+        limits.append((first_chunk, "first chunk of dual chunk attention"))
+    return min(limits, default=None)
