@@ -5,7 +5,7 @@
 
 import gc
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 from typing import Any
 
@@ -359,7 +359,7 @@ class ModelRunner:
     def _decode_padding(self, batch_size: int, has_common_blocks: bool = False) -> None:
         self._decode(self.decode_rows[:batch_size], has_common_blocks)
 
-    def _on_device(self):
+    def _on_device(self) -> AbstractContextManager[object]:
         return torch.cuda.device(self.device) if self.is_cuda else nullcontext()
 
     def capture_graphs(self) -> None:

@@ -84,7 +84,7 @@ def render_prompts(
 
 
 def _apply_template(
-    tokenizer: Any, conversation: list[dict], options: dict[str, Any], limit: TimeLimit
+    tokenizer: Any, conversation: list[dict[str, Any]], options: dict[str, Any], limit: TimeLimit
 ) -> str:
     try:
         with limited_memory(TEMPLATE_BYTES), limit.running():

@@ -6,6 +6,7 @@ changed in place, and unwritten cache slots (which may hold NaN) never reach a r
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -164,7 +165,7 @@ def qk_norm_rope_store(
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
     *,
-    pure_part=qk_norm_rope,
+    pure_part: Callable[..., tuple[torch.Tensor, torch.Tensor]] = qk_norm_rope,
 ) -> torch.Tensor:
     """Norms and rotates q and k, writes K/V to their slots; see `Ops.qk_norm_rope_store`.
 
@@ -373,7 +374,7 @@ def sample(
     vocab_size: int,
     thresholds: torch.Tensor | None = None,
     *,
-    scores_part=race_scores,
+    scores_part: Callable[..., torch.Tensor] = race_scores,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The winner of each row's race: (scores [B] float32, token_ids [B] int32); see `Ops.sample`.
 

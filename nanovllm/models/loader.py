@@ -3,6 +3,7 @@
 import math
 import os
 import zlib
+from collections.abc import Set
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -133,7 +134,7 @@ class SafetensorsCheckpoint:
         """See `Checkpoint`; its shape was asked for before."""
         return self._slice(name)[index]
 
-    def _slice(self, name: str):
+    def _slice(self, name: str) -> Any:
         if self.is_bare:
             name = name.removeprefix("model.")
         return self._handles[self._files[name]].get_slice(name)
@@ -286,7 +287,7 @@ def _check_tied(checkpoint: Checkpoint, shard: Shard, where: str) -> None:
         )
 
 
-def _check_names(expected, found: set[str], where: str) -> None:
+def _check_names(expected: Set[str], found: set[str], where: str) -> None:
     missing = sorted(expected - found)
     unexpected = sorted(name for name in found - expected if not is_ignored(name))
     problems = [
