@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from nanovllm.compat import POOLING_NAMES, explain_fields
-from nanovllm.errors import check_at_least, check_bool
+from nanovllm.validation import check_at_least, check_bool
 
 
 @dataclass

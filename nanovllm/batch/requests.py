@@ -17,8 +17,9 @@ from typing import Any, NoReturn
 from nanovllm.batch.options import structured_outputs
 from nanovllm.compat import SAMPLING_HINTS
 from nanovllm.compat import SAMPLING_NAMES as FOREIGN_NAMES
-from nanovllm.errors import ArgumentError, check_bool, check_integer, nearest
+from nanovllm.errors import ArgumentError, nearest
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.validation import check_bool, check_integer
 
 KIND_OF_URL = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}
 CHAT_OPTIONS = (

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nanovllm.engine.request import Request, raise_failed
-from nanovllm.errors import ArgumentError, check_choice, check_integer, shown
+from nanovllm.errors import ArgumentError, shown
 from nanovllm.features.rpc import collective_rpc
 from nanovllm.inputs.prompts import (
     as_prompt_list,
@@ -31,6 +31,7 @@ from nanovllm.outputs import (
 from nanovllm.pooling_params import PoolingParams
 from nanovllm.progress import check_use_tqdm
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.validation import check_choice, check_integer
 
 if TYPE_CHECKING:
     from nanovllm.engine.model_runner import ModelRunner

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from nanovllm.errors import check_bool
+from nanovllm.validation import check_bool
 
 if TYPE_CHECKING:
     from nanovllm.llm import LLM

@@ -5,10 +5,11 @@ from numbers import Integral
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.errors import ArgumentError, check_integer, shown
+from nanovllm.errors import ArgumentError, shown
 from nanovllm.inputs.prompts import as_prompt_list
 from nanovllm.outputs import RequestOutput
 from nanovllm.progress import ProgressBar, check_use_tqdm
+from nanovllm.validation import check_integer
 
 if TYPE_CHECKING:
     from nanovllm.engine.llm_engine import LLMEngine

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from nanovllm.errors import ArgumentError, EngineDeadError, check_number, shown
+from nanovllm.errors import ArgumentError, EngineDeadError, shown
 from nanovllm.guards.interrupts import DeferredInterrupt
+from nanovllm.validation import check_number
 
 if TYPE_CHECKING:
     from nanovllm.engine.model_runner import ModelRunner

@@ -6,10 +6,11 @@ While anything is off, requests can be queued, but nothing is computed.
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from nanovllm.errors import ArgumentError, check_choice, check_integer, shown
+from nanovllm.errors import ArgumentError, shown
 from nanovllm.features.offload import release_memory, restore_kv_cache, restore_weights
 from nanovllm.features.prefix_cache import reset_prefix_cache
 from nanovllm.features.rpc import collective_rpc
+from nanovllm.validation import check_choice, check_integer
 
 if TYPE_CHECKING:
     from nanovllm.llm import LLM

@@ -4,17 +4,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from nanovllm.errors import (
-    ArgumentError,
-    check_bool,
-    check_choice,
-    is_fault,
-    shown,
-    shown_error,
-)
+from nanovllm.errors import ArgumentError, is_fault, shown, shown_error
 from nanovllm.guards.limits import TimeLimit, limited_memory
 from nanovllm.inputs.prompts import check_each, check_tokenization_kwargs, encode_prompts
 from nanovllm.model_files import read_chat_template
+from nanovllm.validation import check_bool, check_choice
 
 TEMPLATE_SECONDS = 10.0  # for one conversation
 TEMPLATE_BYTES = 512 << 20  # likewise

@@ -5,8 +5,9 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.errors import MAX_SHOWN, ArgumentError, check_integer, cut, shown
+from nanovllm.errors import MAX_SHOWN, ArgumentError, cut, shown
 from nanovllm.models.rope_config import check_rope
+from nanovllm.validation import check_integer
 
 if TYPE_CHECKING:
     from nanovllm.models.base import CausalLM
