@@ -8,9 +8,9 @@ import torch
 from nanovllm.errors import ArgumentError, shown
 from nanovllm.features.prefix_cache import reset_prefix_cache
 from nanovllm.features.rpc import collective_rpc
+from nanovllm.models.checkpoint import LM_HEAD
 from nanovllm.models.loader import (
     FLOAT_DTYPES,
-    LM_HEAD,
     expected_tensors,
     is_ignored,
     load_tensor,
