@@ -14,11 +14,10 @@ from collections import Counter
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
-from nanovllm.batch.options import structured_outputs
 from nanovllm.compat import SAMPLING_HINTS
 from nanovllm.compat import SAMPLING_NAMES as FOREIGN_NAMES
 from nanovllm.errors import ArgumentError, nearest
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from nanovllm.validation import check_bool, check_integer
 
 KIND_OF_URL = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}
@@ -112,6 +111,17 @@ def as_request(
         if own_return is None
         else check_bool("return_token_ids", own_return),
     )
+
+
+def structured_outputs(values: dict[str, Any]) -> StructuredOutputsParams:
+    """A JSON object's `StructuredOutputsParams`; ArgumentError for an unknown key."""
+    known = [f.name for f in fields(StructuredOutputsParams)]
+    for name in values:
+        if name not in known:
+            raise ArgumentError(
+                f"structured_outputs has no {name[:100]!r}; it has {', '.join(known)}"
+            )
+    return StructuredOutputsParams(**values)
 
 
 def seed_of_line(seed: int, number: int) -> int:

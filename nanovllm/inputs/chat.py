@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
+from nanovllm.config import Config
 from nanovllm.errors import ArgumentError, is_fault, shown, shown_error
 from nanovllm.guards.limits import TimeLimit, limited_memory
 from nanovllm.inputs.prompts import check_each, check_tokenization_kwargs, encode_prompts
@@ -21,8 +22,15 @@ RESERVED_TEMPLATE_KWARGS = frozenset(
 )
 
 
+class ChatEngine(Protocol):
+    """What chat reads of an engine; the tokenizer may be None."""
+
+    config: Config
+    tokenizer: Any
+
+
 def render_prompts(
-    llm: Any,
+    llm: ChatEngine,
     messages: Any,
     *,
     chat_template: Any = None,
@@ -97,7 +105,7 @@ def _apply_template(
         raise ArgumentError(f"the chat template refuses the conversation: {reason}") from error
 
 
-def _choose_template(llm: Any, chat_template: Any) -> str | None:
+def _choose_template(llm: ChatEngine, chat_template: Any) -> str | None:
     """The call's template, else the engine's; None: the tokenizer's own."""
     if chat_template is not None:
         return read_chat_template(chat_template)
