@@ -23,15 +23,13 @@ ORDER = [
     "engine.llm_engine",
     "parallel.executor parallel.workers parallel.calls parallel.process parallel.packed_plans",
     "engine",
-    "sampling inputs models",
+    "config sampling inputs models",
     "layers",
     "parallel.tensor_parallel parallel.ipc_memory",
     "kernels",
-    "config models.hf_config models.config_fields models.registry models.attention_config"
-    " models.moe_config models.quantization_config models.rope_config",
     "kernels.types kernels.row_state",
     "sampling_params pooling_params outputs progress stats model_files guards",
-    "compat validation",
+    "compat parameters validation",
     "errors",
 ]
 RANKS = {name: rank for rank, line in enumerate(ORDER) for name in line.split(" ")}
