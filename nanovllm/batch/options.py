@@ -32,7 +32,7 @@ BATCH_DEFAULTS = {"skip_special_tokens": True}  # as in OpenAI's batches
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says.
+    """The values of a command line.
 
     Attributes:
         input_path, output_path: checked; the output need not exist.

@@ -153,7 +153,7 @@ def _digest(options: Options, part_lines: int) -> str:
 
 
 class _Plan:
-    """What is left to do, by the files that are there.
+    """The work that is left, by the files that are there.
 
     Attributes:
         tasks: the parts that lack results.

@@ -42,7 +42,7 @@ class LineError(ArgumentError):
 
 @dataclass
 class LineRequest:
-    """What a line asks for; one of `prompt` and `messages` is None."""
+    """A line's request; one of `prompt` and `messages` is None."""
 
     prompt: Any
     messages: Any
@@ -252,7 +252,7 @@ def _check_names(values: dict[str, Any], known: tuple[str, ...]) -> None:
 
 
 def _foreign_hint(name: str) -> str:
-    """What to write instead of another library's parameter, as far as a line can hold it."""
+    """The hint at another library's parameter, as far as a line can hold what it advises."""
     hint = SAMPLING_HINTS.get(name.lower(), "")
     if not hint or "llm." in hint or "goes to" in hint:
         return ""

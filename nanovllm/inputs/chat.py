@@ -23,7 +23,7 @@ RESERVED_TEMPLATE_KWARGS = frozenset(
 
 
 class ChatEngine(Protocol):
-    """What chat reads of an engine; the tokenizer may be None."""
+    """An engine as chat sees it; the tokenizer may be None."""
 
     config: Config
     tokenizer: Any
@@ -156,7 +156,7 @@ def _as_conversations(messages: Any) -> list[Any]:
 
 
 def _hint(messages: Any) -> str:
-    """What to write instead of a string or a lone message."""
+    """The advice for a string or a lone message."""
     if isinstance(messages, str):
         text = '[{"role": "user", "content": "..."}]'
         return f"; write llm.chat({text}), or llm.generate(prompt) without a chat template"

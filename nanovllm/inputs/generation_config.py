@@ -1,4 +1,4 @@
-"""What a model's generation_config.json says: default sampling parameters and ids that end."""
+"""Reads a model's generation_config.json: default sampling parameters and ids that end."""
 
 import os
 from collections.abc import Mapping

@@ -96,7 +96,7 @@ def check_params(params: Any) -> SamplingParams:
 
 
 def _with_hint(params: Any) -> str:
-    """What stands in the place of a SamplingParams, and what to write instead."""
+    """A wrong value in the place of a SamplingParams, and the advice for it."""
     if isinstance(params, Mapping):
         return f"{shown(params)}; write SamplingParams(**{{...}})"
     if isinstance(params, str):

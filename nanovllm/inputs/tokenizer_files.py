@@ -113,7 +113,7 @@ def copy_files(
 
 
 def _object(source: str, name: str) -> dict[str, Any]:
-    """What the file holds; {} if there is none."""
+    """The file's JSON object; {} if there is none."""
     path = os.path.join(source, name)
     return read_json_object(path) if is_file(path) else {}
 
