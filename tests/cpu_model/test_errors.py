@@ -52,25 +52,15 @@ def check_next_request(llm, reference):
 
 BAD_PROMPTS = [
     ("", "Prompt cannot be empty"),
-    ([], "Prompt cannot be empty"),
-    ({"prompt": ""}, "Prompt cannot be empty"),
     ({"prompt_token_ids": []}, "Prompt cannot be empty"),
     ([1, 2, 999999], "999999"),
     ([VOCAB_SIZE], rf"{VOCAB_SIZE} .*vocabulary: 0 to {VOCAB_SIZE - 1}"),
-    ([1, -1], "-1"),
     ([2**70], str(2**70)),
     ([1.5], "1.5"),
-    (["1"], "'1'"),
-    ([True], "True"),
-    ([None], "None"),
-    ([[1, 2]], "integers"),
     (None, "None"),
-    (1.5, "1.5"),
-    ({}, "prompt_token_ids"),
     ({"text": "x"}, "prompt_token_ids"),
     ({"prompt": "x", "multi_modal_data": {}}, "multi_modal_data"),
     ([7] * 800, "800 .*800"),
-    ([7] * 900, "900 .*800"),
     ([7] * 770, "770 .*768"),
 ]
 
