@@ -15,6 +15,7 @@ from nanovllm import ArgumentError
 from nanovllm.kernels.ops import select_ops
 from nanovllm.layers.context import ModelContext
 from nanovllm.models.loader import MAX_NAMES_IN_ERROR, expected_tensors, load_model
+from nanovllm.models.model_config import ModelConfig
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
@@ -25,7 +26,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
 def build(directory: Path, rank: int = 0, size: int = 1, dtype=torch.float32) -> Qwen3ForCausalLM:
     """One rank's model, not loaded; without a process group it cannot run."""
-    config = AutoConfig.from_pretrained(directory)
+    config = ModelConfig.from_hf(AutoConfig.from_pretrained(directory))
     ops = select_ops("torch", CPU, dtype, config.head_dim, compile_torch_ops=False)
     return Qwen3ForCausalLM(config, ModelContext(ops, TensorParallel(rank, size), dtype, CPU))
 
