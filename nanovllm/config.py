@@ -9,7 +9,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 from nanovllm.compat import DTYPE_ALIASES, KV_CACHE_DTYPE_ALIASES, engine_arguments
-from nanovllm.errors import MAX_INT32, ArgumentError, check_at_least, shown
+from nanovllm.errors import ArgumentError, shown
 from nanovllm.kernels import row_state
 from nanovllm.model_files import read_chat_template
 from nanovllm.models.hf_config import read_hf_config
@@ -29,6 +29,7 @@ from nanovllm.parameters import (
     unchecked,
 )
 from nanovllm.sampling_params import SAMPLING_FIELDS
+from nanovllm.validation import MAX_INT32, check_at_least
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,10 +1,8 @@
-"""The exceptions that users meet, and the checks that raise them."""
+"""The exceptions that users meet, and how their messages show values and other errors."""
 
-from collections.abc import Callable, Iterable
-from numbers import Integral, Real
+from collections.abc import Iterable
 from typing import Any
 
-MAX_INT32 = 2**31 - 1  # integers of steps, block tables and row tables have 32 bits
 MAX_SHOWN = 200  # characters of a value in a message
 MAX_TYPING_ERRORS = 2  # between what somebody wrote and the name that is suggested
 
@@ -118,65 +116,3 @@ def shown_error(error: BaseException) -> str:
 def cut(text: str) -> str:
     """The first MAX_SHOWN characters of a text that is longer."""
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
-
-
-def check_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
-    """`value` as an int; ArgumentError if it is not an integer in [minimum, maximum]."""
-    if type(value) is int and minimum <= value and (maximum is None or value <= maximum):
-        return value  # spares the slow look at abstract types
-    limit = f">= {minimum}" if maximum is None else f"between {minimum} and {maximum}"
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ArgumentError(f"{name} must be an integer {limit}, got {shown(value)}")
-    value = int(value)
-    if value < minimum or (maximum is not None and value > maximum):
-        raise ArgumentError(f"{name} must be {limit}, got {shown(value)}")
-    return value
-
-
-def check_at_least(name: str, value: Any, minimum: int, maximum: int = MAX_INT32) -> int:
-    """As `check_integer`, where the maximum is what a representation holds."""
-    value = check_integer(name, value, minimum)
-    if value > maximum:
-        raise ArgumentError(f"{name} must be <= {maximum}, got {shown(value)}")
-    return value
-
-
-def clamp_int32(name: str, value: Any, minimum: int) -> int:
-    """As `check_at_least`, where more than 32 bits hold means "as many as there are"."""
-    return min(check_integer(name, value, minimum), MAX_INT32)
-
-
-def check_number(name: str, value: Any, limit: str, is_allowed: Callable[[float], bool]) -> float:
-    """`value` as a float; ArgumentError, naming `limit`, if it is no number or not allowed."""
-    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
-        raise ArgumentError(f"{name} must be {limit}, got {shown(value)}")
-    try:
-        number = float(value)
-    except OverflowError:
-        raise ArgumentError(f"{name} must be {limit}, got one beyond a float") from None
-    if not is_allowed(number):
-        raise ArgumentError(f"{name} must be {limit}, got {shown(value)}")
-    return number
-
-
-def check_bool(name: str, value: Any) -> bool:
-    """`value` if it is True or False, else ArgumentError."""
-    if not isinstance(value, bool):
-        raise ArgumentError(f"{name} must be True or False, got {shown(value)}")
-    return value
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
-    """`value` if it is one of `choices`, else ArgumentError."""
-    if not isinstance(value, str) or value not in choices:
-        raise ArgumentError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}")
-    return value
-
-
-def check_unicode(name: str, text: str) -> str:
-    """`text` if it can be written as UTF-8, else ArgumentError: it holds half a surrogate pair."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ArgumentError(f"{name} is not valid Unicode: {error}") from None
-    return text

@@ -116,7 +116,7 @@ def read_chat_template(template: Any) -> str:
 
 
 def read_json(path: str) -> Any:
-    """What a JSON file holds; ArgumentError if it is damaged, too large or nested too deeply."""
+    """The value in a JSON file; ArgumentError if it is damaged, too large or nested too deeply."""
     try:
         text = read_bytes(path).decode()
         value = json.loads(text)

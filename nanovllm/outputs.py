@@ -1,4 +1,4 @@
-"""What a request gives back.
+"""The outputs of requests.
 
 A `RequestOutput` is nano-vLLM's dict of "text" and "token_ids" and carries vLLM's attributes, so
 that scripts written for either read it.
@@ -94,7 +94,7 @@ class ScoringOutput:
 
 @dataclass
 class EmbeddingRequestOutput:
-    """What `LLM.embed` gives for a prompt.
+    """An output of `LLM.embed`, of one prompt.
 
     Args:
         request_id: the request's number in its engine, as a string.
@@ -113,7 +113,7 @@ class EmbeddingRequestOutput:
 
 @dataclass
 class ScoringRequestOutput:
-    """What `LLM.score` gives for a pair.
+    """An output of `LLM.score`, of one pair.
 
     Args:
         request_id: the request's number in its engine, as a string; "a_b" if the two texts were

@@ -12,7 +12,7 @@ from dataclasses import MISSING, field, fields
 from typing import Any, NamedTuple
 
 from nanovllm.compat import ALIASES
-from nanovllm.errors import (
+from nanovllm.validation import (
     MAX_INT32,
     check_at_least,
     check_bool,

@@ -17,18 +17,7 @@ from nanovllm.compat import (
     STRUCTURED_NAMES,
     explain_fields,
 )
-from nanovllm.errors import (
-    MAX_INT32,
-    ArgumentError,
-    check_at_least,
-    check_bool,
-    check_integer,
-    check_number,
-    check_unicode,
-    clamp_int32,
-    shown,
-    shown_error,
-)
+from nanovllm.errors import ArgumentError, shown, shown_error
 from nanovllm.parameters import (
     Check,
     at_least,
@@ -41,6 +30,15 @@ from nanovllm.parameters import (
     optional,
     parameter,
     parameters,
+)
+from nanovllm.validation import (
+    MAX_INT32,
+    check_at_least,
+    check_bool,
+    check_integer,
+    check_number,
+    check_unicode,
+    clamp_int32,
 )
 
 GREEDY_TEMPERATURE = 1e-5  # below this a request is greedy, as in vLLM

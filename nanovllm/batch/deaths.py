@@ -1,4 +1,4 @@
-"""What the death of a run says about its lines: which are tried apart, and which no more.
+"""Learns from the death of a run which lines are tried apart, and which no more.
 
 A line is blamed for a death that it was near twice in a row. A run that somebody kills from outside
 must blame nobody: the second time the line is at work alone, without a sign of a crash it must have
@@ -21,7 +21,7 @@ NO_SIGN = "it left no sign of a crash"
 
 @dataclass
 class LineHistory:
-    """What earlier runs met at one line that has no record yet.
+    """Earlier runs' experience with one line that has no record yet.
 
     Attributes:
         digest: of the line; with another one the history is not about it.
@@ -52,7 +52,7 @@ class LineHistory:
 
 @dataclass
 class History:
-    """What earlier runs met.
+    """The experience of earlier runs.
 
     Attributes:
         lines: by number.

@@ -108,7 +108,7 @@ class Journal:
         self._close()
 
     def history(self, number: int, digest: str) -> LineHistory | None:
-        """What earlier runs met at a line; None for nearly every line."""
+        """Earlier runs' experience with a line; None for nearly every line."""
         line = self._history.lines.get(number)
         return line if line is not None and line.digest == digest else None
 
@@ -313,7 +313,7 @@ class Journal:
 
 
 def read_journal(path: str) -> bytes:
-    """What the journal holds; nothing if there is none, or it is torn before its header.
+    """The journal's contents; nothing if there is none, or it is torn before its header.
 
     Raises:
         OSError: it cannot be read.

@@ -7,14 +7,15 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from nanovllm.batch.parser import Parser
+from nanovllm.batch.requests import structured_outputs
 from nanovllm.config import Config
 from nanovllm.errors import ArgumentError
 from nanovllm.parameters import Parameter, parameters
-from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
+from nanovllm.sampling_params import SamplingParams
 
 DESCRIPTION = """\
 Completes every line of INPUT, a JSON Lines file of requests, and appends a line of results to
@@ -31,7 +32,7 @@ BATCH_DEFAULTS = {"skip_special_tokens": True}  # as in OpenAI's batches
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says.
+    """The values of a command line.
 
     Attributes:
         input_path, output_path: checked; the output need not exist.
@@ -138,17 +139,6 @@ def options_of(given: dict[str, Any]) -> Options:
         seed=given["seed"],
         shows_progress=not given["no_progress"],
     )
-
-
-def structured_outputs(values: dict[str, Any]) -> StructuredOutputsParams:
-    """A JSON object's `StructuredOutputsParams`; ArgumentError for an unknown key."""
-    known = [f.name for f in fields(StructuredOutputsParams)]
-    for name in values:
-        if name not in known:
-            raise ArgumentError(
-                f"structured_outputs has no {name[:100]!r}; it has {', '.join(known)}"
-            )
-    return StructuredOutputsParams(**values)
 
 
 def _engine_parameters() -> list[Parameter]:

@@ -23,7 +23,8 @@ from nanovllm.batch.parser import Parser
 from nanovllm.batch.requests import custom_id_of, parse_line
 from nanovllm.batch.result_file import Part, ResultFile, StringSet
 from nanovllm.batch.run import Bar, Run, StopSignals, all_done, load_engine, status_of
-from nanovllm.errors import ArgumentError, check_integer
+from nanovllm.errors import ArgumentError
+from nanovllm.validation import check_integer
 
 DESCRIPTION = """\
 Completes every line of INPUT, a JSON Lines file of requests, by several engines at once, and writes
@@ -152,7 +153,7 @@ def _digest(options: Options, part_lines: int) -> str:
 
 
 class _Plan:
-    """What is left to do, by the files that are there.
+    """The work that is left, by the files that are there.
 
     Attributes:
         tasks: the parts that lack results.

@@ -18,7 +18,7 @@ MIN_LOGPROB = -9999.0  # in place of -inf, which JSON does not have; NaN is null
 
 @dataclass
 class LineInfo:
-    """What the record of a line has of the line itself.
+    """The part of a line's record that comes from the line itself.
 
     Attributes:
         record_id: the record's id; those of completions are made of its last part.

@@ -14,11 +14,11 @@ from collections import Counter
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
-from nanovllm.batch.options import structured_outputs
 from nanovllm.compat import SAMPLING_HINTS
 from nanovllm.compat import SAMPLING_NAMES as FOREIGN_NAMES
-from nanovllm.errors import ArgumentError, check_bool, check_integer, nearest
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.errors import ArgumentError, nearest
+from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
+from nanovllm.validation import check_bool, check_integer
 
 KIND_OF_URL = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}
 CHAT_OPTIONS = (
@@ -42,7 +42,7 @@ class LineError(ArgumentError):
 
 @dataclass
 class LineRequest:
-    """What a line asks for; one of `prompt` and `messages` is None."""
+    """A line's request; one of `prompt` and `messages` is None."""
 
     prompt: Any
     messages: Any
@@ -111,6 +111,17 @@ def as_request(
         if own_return is None
         else check_bool("return_token_ids", own_return),
     )
+
+
+def structured_outputs(values: dict[str, Any]) -> StructuredOutputsParams:
+    """A JSON object's `StructuredOutputsParams`; ArgumentError for an unknown key."""
+    known = [f.name for f in fields(StructuredOutputsParams)]
+    for name in values:
+        if name not in known:
+            raise ArgumentError(
+                f"structured_outputs has no {name[:100]!r}; it has {', '.join(known)}"
+            )
+    return StructuredOutputsParams(**values)
 
 
 def seed_of_line(seed: int, number: int) -> int:
@@ -241,7 +252,7 @@ def _check_names(values: dict[str, Any], known: tuple[str, ...]) -> None:
 
 
 def _foreign_hint(name: str) -> str:
-    """What to write instead of another library's parameter, as far as a line can hold it."""
+    """The hint at another library's parameter, as far as a line can hold what it advises."""
     hint = SAMPLING_HINTS.get(name.lower(), "")
     if not hint or "llm." in hint or "goes to" in hint:
         return ""

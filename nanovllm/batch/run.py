@@ -298,7 +298,7 @@ class Run:
 
 
 def _described(error: BaseException) -> str:
-    """What a line raised, as text for its record."""
+    """A line's error as text for its record."""
     try:
         text = str(error) if isinstance(error, ArgumentError) else repr(error)
     except ENDS_RUN:

@@ -16,7 +16,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.request import Request
 from nanovllm.engine.request_output import raise_failed
-from nanovllm.errors import ArgumentError, check_choice, check_integer, shown
+from nanovllm.errors import ArgumentError, shown
 from nanovllm.inputs.prompts import (
     as_prompt_list,
     check_each,
@@ -33,6 +33,7 @@ from nanovllm.outputs import (
 from nanovllm.pooling_params import PoolingParams
 from nanovllm.progress import check_use_tqdm
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.validation import check_choice, check_integer
 
 # Of sentence-transformers: its modules of which the last token's embedding is made, and the modes.
 MODULES = ("Transformer", "Pooling", "Normalize")

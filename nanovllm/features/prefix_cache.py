@@ -1,7 +1,7 @@
 """Forgetting what the KV cache holds, for instance because the weights have changed."""
 
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.errors import check_bool
+from nanovllm.validation import check_bool
 
 
 def reset_prefix_cache(llm: LLMEngine, reset_running_requests: bool = False) -> bool:

@@ -7,10 +7,11 @@ from typing import Any
 
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.request_output import make_output
-from nanovllm.errors import ArgumentError, check_integer, shown
+from nanovllm.errors import ArgumentError, shown
 from nanovllm.inputs.prompts import as_prompt_list
 from nanovllm.outputs import RequestOutput
 from nanovllm.progress import ProgressBar, check_use_tqdm
+from nanovllm.validation import check_integer
 
 
 def enqueue(

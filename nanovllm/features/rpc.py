@@ -7,7 +7,8 @@ from torch import nn
 
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.errors import ArgumentError, check_number, shown
+from nanovllm.errors import ArgumentError, shown
+from nanovllm.validation import check_number
 
 
 def collective_rpc(

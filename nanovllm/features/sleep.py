@@ -6,9 +6,10 @@ While anything is off, requests can be queued, but nothing is computed.
 from collections.abc import Iterable
 
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.errors import ArgumentError, check_choice, check_integer, shown
+from nanovllm.errors import ArgumentError, shown
 from nanovllm.features.offload import release_memory, restore_kv_cache, restore_weights
 from nanovllm.features.prefix_cache import reset_prefix_cache
+from nanovllm.validation import check_choice, check_integer
 
 MEMORY_TAGS = frozenset({"weights", "kv_cache"})
 TAGS = ("weights", "kv_cache", "scheduling")

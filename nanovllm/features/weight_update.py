@@ -9,9 +9,9 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.errors import ArgumentError, shown
 from nanovllm.features.prefix_cache import reset_prefix_cache
+from nanovllm.models.checkpoint import LM_HEAD
 from nanovllm.models.loader import (
     FLOAT_DTYPES,
-    LM_HEAD,
     expected_tensors,
     is_ignored,
     load_tensor,

@@ -5,14 +5,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from nanovllm.errors import (
-    ArgumentError,
-    check_bool,
-    check_choice,
-    is_fault,
-    shown,
-    shown_error,
-)
+from nanovllm.config import Config
+from nanovllm.errors import ArgumentError, is_fault, shown, shown_error
 from nanovllm.guards.limits import TimeLimit, limited_memory
 from nanovllm.inputs.prompts import (
     check_each,
@@ -21,6 +15,7 @@ from nanovllm.inputs.prompts import (
     encode_prompts,
 )
 from nanovllm.model_files import read_chat_template
+from nanovllm.validation import check_bool, check_choice
 
 TEMPLATE_SECONDS = 10.0  # for one conversation
 TEMPLATE_BYTES = 512 << 20  # likewise
@@ -34,8 +29,15 @@ RESERVED_TEMPLATE_KWARGS = frozenset(
 )
 
 
+class ChatEngine(Protocol):
+    """An engine as chat sees it; the tokenizer may be None."""
+
+    config: Config
+    tokenizer: Any
+
+
 def render_prompts(
-    llm: Any,
+    llm: ChatEngine,
     messages: Any,
     chat_template: str | None = None,
     chat_template_content_format: str = "auto",
@@ -101,7 +103,7 @@ def takes_chat_options(method: Method) -> Method:
 
 
 def _apply_template(
-    tokenizer: Any, conversation: list[dict], options: dict[str, Any], limit: TimeLimit
+    tokenizer: Any, conversation: list[dict[str, Any]], options: dict[str, Any], limit: TimeLimit
 ) -> str:
     try:
         with limited_memory(TEMPLATE_BYTES), limit.running():
@@ -120,7 +122,7 @@ def _apply_template(
         raise ArgumentError(f"the chat template refuses the conversation: {reason}") from error
 
 
-def _choose_template(llm: Any, chat_template: Any) -> str | None:
+def _choose_template(llm: ChatEngine, chat_template: Any) -> str | None:
     """The call's template, else the engine's; None: the tokenizer's own."""
     if chat_template is not None:
         return read_chat_template(chat_template)
@@ -171,7 +173,7 @@ def _as_conversations(messages: Any) -> list[Any]:
 
 
 def _hint(messages: Any) -> str:
-    """What to write instead of a string or a lone message."""
+    """The advice for a string or a lone message."""
     if isinstance(messages, str):
         text = '[{"role": "user", "content": "..."}]'
         return f"; write llm.chat({text}), or llm.generate(prompt) without a chat template"

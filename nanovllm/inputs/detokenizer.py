@@ -50,7 +50,7 @@ class IncrementalDetokenizer(Protocol):
         """The text that further ids complete, maybe empty."""
 
     def finish(self) -> str:
-        """What was held back: U+FFFD for a character that was never completed, or nothing."""
+        """The text held back: U+FFFD for a character that was never completed, or nothing."""
 
     def num_broken_by(self, token_id: int) -> int:
         """U+FFFDs that would come before the text of this id if it were next.
@@ -245,7 +245,7 @@ class WindowDetokenizer:
         return self._give_out(text)
 
     def _give_out(self, text: str) -> str:
-        """What `text`, of the context and the new ids, adds; the new ids become the context."""
+        """The new part of `text`, of the context and the new ids, which become the context."""
         if len(text) <= len(self._context_text):  # no text: these ids alone would be no context
             return ""
         piece = text[len(self._context_text) :].removeprefix(self._left_out)

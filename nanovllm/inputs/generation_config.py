@@ -1,12 +1,13 @@
-"""What a model's generation_config.json says: default sampling parameters and ids that end."""
+"""Reads a model's generation_config.json: default sampling parameters and ids that end."""
 
 import os
 from collections.abc import Mapping
 from typing import Any
 
-from nanovllm.errors import ArgumentError, check_bool, shown
+from nanovllm.errors import ArgumentError, shown
 from nanovllm.model_files import is_file, read_json_object
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.validation import check_bool
 
 # Its sampling parameters by our names; all else in the file is not ours.
 SAMPLING_KEYS = {

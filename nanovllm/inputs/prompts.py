@@ -5,19 +5,9 @@ from dataclasses import replace
 from numbers import Integral
 from typing import Any, NamedTuple, TypeVar
 
-from nanovllm.errors import (
-    MAX_SHOWN,
-    ArgumentError,
-    check_bool,
-    check_choice,
-    check_integer,
-    check_unicode,
-    clamp_int32,
-    is_fault,
-    shown,
-    shown_error,
-)
+from nanovllm.errors import MAX_SHOWN, ArgumentError, is_fault, shown, shown_error
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.validation import check_bool, check_choice, check_integer, check_unicode, clamp_int32
 
 # More than the context of any model holds. Tokenizing takes about 150 bytes for each.
 MAX_CHARACTERS = 2**23
@@ -106,7 +96,7 @@ def check_params(params: Any) -> SamplingParams:
 
 
 def _with_hint(params: Any) -> str:
-    """What stands in the place of a SamplingParams, and what to write instead."""
+    """A wrong value in the place of a SamplingParams, and the advice for it."""
     if isinstance(params, Mapping):
         return f"{shown(params)}; write SamplingParams(**{{...}})"
     if isinstance(params, str):

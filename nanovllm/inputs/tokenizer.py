@@ -72,7 +72,7 @@ def _load(path: str, kind: str, config: Config) -> Any:
 
 
 def _config_of(path: str, config: Config) -> dict[str, Any]:
-    """What the directory's config.json says of its tokenizer; the model's was checked before."""
+    """The tokenizer's fields in the directory's config.json; the model's was checked before."""
     names = ("model_type", "tokenizer_class", "transformers_version")
     if path == config.model:
         fields = {name: getattr(config.hf_config, name, None) for name in names}

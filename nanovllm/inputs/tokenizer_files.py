@@ -113,7 +113,7 @@ def copy_files(
 
 
 def _object(source: str, name: str) -> dict[str, Any]:
-    """What the file holds; {} if there is none."""
+    """The file's JSON object; {} if there is none."""
     path = os.path.join(source, name)
     return read_json_object(path) if is_file(path) else {}
 
@@ -125,6 +125,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 def _check_class(settings: Mapping[str, Any], path: str) -> None:
     """ArgumentError if the settings name a class that is no tokenizer, or that a file brings."""
     import transformers
+    from transformers.utils import DummyObject
 
     name = settings.get("tokenizer_class")
     if name is not None and (not isinstance(name, str) or not name.isidentifier()):
@@ -135,7 +136,7 @@ def _check_class(settings: Mapping[str, Any], path: str) -> None:
     base = transformers.PreTrainedTokenizerBase
     is_tokenizer = isinstance(found, type) and issubclass(found, base)
     # What lacks a package is a stand-in, whose error names the package.
-    if found is not None and not is_tokenizer and not hasattr(found, "_backends"):
+    if found is not None and not is_tokenizer and not isinstance(found, DummyObject):
         raise ArgumentError(f"{path}: tokenizer_class {shown(name)} is no tokenizer")
     if not is_tokenizer and settings.get("auto_map"):
         raise ArgumentError(

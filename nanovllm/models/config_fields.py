@@ -6,8 +6,9 @@ So no value that nobody looked at reaches transformers' configuration classes, w
 from collections.abc import Mapping
 from typing import Any
 
-from nanovllm.errors import ArgumentError, check_integer, shown
+from nanovllm.errors import ArgumentError, shown
 from nanovllm.parameters import Check, at_least, boolean, finite, optional, unchecked
+from nanovllm.validation import check_integer
 
 MAX_SIZE = 2**31 - 1  # of a dimension
 MAX_LAYERS = 1024

@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,9 +11,7 @@ from nanovllm.errors import ArgumentError, shown
 from nanovllm.kernels.torch_ops import dequantize_weight
 from nanovllm.kernels.types import FP8_BLOCK, FP8_DTYPE
 from nanovllm.layers.fp8_weights import blocks_of
-
-if TYPE_CHECKING:
-    from nanovllm.models.loader import Checkpoint
+from nanovllm.models.checkpoint import Checkpoint
 
 SCALES_SUFFIX = "_scale_inv"
 
@@ -32,7 +29,7 @@ class DequantizedCheckpoint:
             fp8 without scales, or has scales and is not fp8.
     """
 
-    def __init__(self, checkpoint: "Checkpoint", expected: Collection[str]) -> None:
+    def __init__(self, checkpoint: Checkpoint, expected: Collection[str]) -> None:
         self._checkpoint = checkpoint
         self._expected = expected
         names = checkpoint.names()

@@ -1,150 +1,23 @@
 """Fills a model's parameters from safetensors files or with random numbers; none is left out."""
 
-import math
-import os
 import zlib
-from typing import Any, Protocol
+from collections.abc import Set
 from weakref import WeakKeyDictionary
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
-from nanovllm.errors import ArgumentError, cut, shown, shown_error
+from nanovllm.errors import ArgumentError, cut, shown
 from nanovllm.layers.weights import Parameter, Shard
-from nanovllm.model_files import is_file, list_directory, read_json_object, read_start
+from nanovllm.models.checkpoint import LM_HEAD, Checkpoint, SafetensorsCheckpoint
 from nanovllm.models.fp8_checkpoint import SCALES_SUFFIX, DequantizedCheckpoint
 
 MAX_NAMES_IN_ERROR = 8
-SINGLE_FILE = "model.safetensors"
-LM_HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 COMPARED_ROWS = 8192  # of the vocabulary at a time
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64", "F8_E4M3")  # by their names in the files
 # What `load_tensor` has been asked for: mixtures of experts have tens of thousands of tensors.
 _EXPECTED: "WeakKeyDictionary[nn.Module, dict[str, tuple[Parameter, Shard]]]" = WeakKeyDictionary()
-
-
-class Checkpoint(Protocol):
-    """A source of named tensors that can be read in part."""
-
-    def names(self) -> set[str]:
-        """Names of the tensors."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of the whole tensor."""
-
-    def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
-        """A part of the tensor."""
-
-
-class SafetensorsCheckpoint:
-    """The weights of a directory: model.safetensors, else the files of its index, else all.
-
-    `is_bare`: the decoder's tensors lack the "model." that `names` gives them, as embedding models
-    are saved; they need no LM head.
-
-    Raises:
-        ArgumentError: there is none, the index names a missing one, one is damaged, or two have a
-            tensor of the same name.
-    """
-
-    def __init__(self, directory: str) -> None:
-        self.directory = directory
-        self._files: dict[str, str] = {}  # tensor name -> file name
-        self._handles = {}
-        file_names, index = self._choose_files()
-        for file_name in file_names:
-            path = os.path.join(directory, file_name)
-            read_start(path, 64)  # refuses what is no file of its own
-            try:
-                self._handles[file_name] = safe_open(path, framework="pt")
-            except Exception as error:  # of the file's header or of the memory map
-                raise ArgumentError(f"cannot read {path}: {shown_error(error)}") from error
-            for name in self._handles[file_name].keys():  # noqa: SIM118 (not a dict)
-                if index.get(name, file_name) != file_name:
-                    continue
-                other = self._files.setdefault(name, file_name)
-                if other != file_name:
-                    raise ArgumentError(
-                        f"tensor {shown(name)} is in both {other} and {file_name} of {directory!r}"
-                    )
-        self.is_bare = "embed_tokens.weight" in self._files
-
-    def _choose_files(self) -> tuple[list[str], dict[str, str]]:
-        """The files to read, and which tensor is in which of them where an index says so."""
-        names = list_directory(self.directory)
-        found = [name for name in names if name.endswith(".safetensors")]
-        if SINGLE_FILE in found:
-            return [SINGLE_FILE], {}
-        if index := self._read_index():
-            return sorted(set(index.values())), index
-        if not found:
-            others = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf"))]
-            raise ArgumentError(
-                f"model directory {self.directory!r} holds no *.safetensors file "
-                "(load_format='dummy' runs on random weights)"
-                + (f"; {shown(others[0])} is of a kind that is not read" if others else "")
-                + ("; save_pretrained of transformers converts it" if others else "")
-            )
-        return found, {}
-
-    def _read_index(self) -> dict[str, str]:
-        """Tensor name -> file name; {} if there is no index."""
-        path = os.path.join(self.directory, "model.safetensors.index.json")
-        if not is_file(path):
-            return {}
-        index = read_json_object(path).get("weight_map")
-        if not isinstance(index, dict) or not index:
-            raise ArgumentError(f"cannot read {path}: it has no weight_map, or an empty one")
-        for name in index.values():
-            if not isinstance(name, str) or not name or os.path.basename(name) != name:
-                raise ArgumentError(
-                    f"cannot read {path}: weight_map must hold names of files in its directory, "
-                    f"got {shown(name)}"
-                )
-        return index
-
-    def names(self) -> set[str]:
-        """See `Checkpoint`."""
-        if not self.is_bare:
-            return set(self._files)
-        return {name if name == LM_HEAD else f"model.{name}" for name in self._files}
-
-    def num_weights(self) -> int:
-        """The numbers of all tensors together."""
-        return sum(
-            math.prod(self._handles[file_name].get_slice(name).get_shape())
-            for name, file_name in self._files.items()
-        )
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """See `Checkpoint`; ArgumentError if the numbers are not floating-point ones."""
-        tensor = self._slice(name)
-        if tensor.get_dtype() not in WEIGHT_DTYPES:
-            raise ArgumentError(
-                f"tensor {shown(name)} of {self.directory!r} is {_dtype(tensor)}; supported: "
-                f"{', '.join(WEIGHT_DTYPES)}"
-            )
-        return tuple(tensor.get_shape())
-
-    def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
-        """See `Checkpoint`; its shape was asked for before."""
-        return self._slice(name)[index]
-
-    def _slice(self, name: str):
-        if self.is_bare:
-            name = name.removeprefix("model.")
-        return self._handles[self._files[name]].get_slice(name)
-
-
-def _dtype(tensor: Any) -> str:
-    """The dtype of a slice of a file, by torch's name if torch has it."""
-    try:
-        return str(tensor[:0].dtype)
-    except Exception:
-        return tensor.get_dtype()
 
 
 class DummyCheckpoint:
@@ -286,7 +159,7 @@ def _check_tied(checkpoint: Checkpoint, shard: Shard, where: str) -> None:
         )
 
 
-def _check_names(expected, found: set[str], where: str) -> None:
+def _check_names(expected: Set[str], found: set[str], where: str) -> None:
     missing = sorted(expected - found)
     unexpected = sorted(name for name in found - expected if not is_ignored(name))
     problems = [

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.errors import ArgumentError, check_integer
+from nanovllm.errors import ArgumentError
 from nanovllm.models.config_fields import MAX_POSITIONS
+from nanovllm.validation import check_integer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -4,8 +4,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from nanovllm.errors import MAX_SHOWN, ArgumentError, check_integer, cut, shown
+from nanovllm.errors import MAX_SHOWN, ArgumentError, cut, shown
 from nanovllm.models.rope_config import check_rope
+from nanovllm.validation import check_integer
 
 # architecture -> (model_type, module); `models.base.model_class` imports the module's class of that
 # name.

@@ -7,9 +7,10 @@ transformers 5 writes `rope_parameters`, older versions `rope_theta` and `rope_s
 from collections.abc import Mapping
 from typing import Any
 
-from nanovllm.errors import ArgumentError, check_integer, cut, shown
+from nanovllm.errors import ArgumentError, cut, shown
 from nanovllm.models.config_fields import MAX_POSITIONS
 from nanovllm.parameters import Check, at_least, boolean, number
+from nanovllm.validation import check_integer
 
 # Beyond these, numbers overflow on the way to an angle.
 BASE = number("> 1 and <= 1e30", lambda x: 1 < x <= 1e30)

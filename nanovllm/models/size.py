@@ -7,7 +7,7 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.errors import ArgumentError
-from nanovllm.models.loader import SafetensorsCheckpoint
+from nanovllm.models.checkpoint import SafetensorsCheckpoint
 from nanovllm.models.model_config import ModelConfig
 
 SMALL = 2**26  # weights: what does not fit its files is named by the tensor then

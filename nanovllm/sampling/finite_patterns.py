@@ -9,7 +9,7 @@ from typing import Any
 try:
     from re import _parser as sre_parse  # type: ignore[attr-defined]
 except ImportError:  # Python 3.10
-    import sre_parse  # type: ignore[no-redef]
+    import sre_parse
 
 NUM_CHARACTERS = 1_000  # stands for those of a class that are not listed
 

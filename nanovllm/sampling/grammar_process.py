@@ -40,7 +40,7 @@ class TrialProcess:
         self._owner = (0, 0)  # the process and thread that started it
 
     def try_grammar(self, job: dict[str, Any], limit: float, kind: str) -> dict[str, Any]:
-        """What `grammar_trial.try_grammar` returns.
+        """The result of `grammar_trial.try_grammar` in the other process.
 
         Args:
             limit: seconds for trying it and compiling it afterwards, which takes about as long.

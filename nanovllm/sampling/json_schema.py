@@ -235,7 +235,7 @@ class _Walk:
         self.pending.append((self._target(reference, path), reference))
 
     def _target(self, reference: str, path: str) -> Any:
-        """What a JSON pointer names."""
+        """The part of the schema that a JSON pointer names."""
         target: Any = self.root
         for part in unquote(reference[2:]).split("/"):
             part = part.replace("~1", "/").replace("~0", "~")

@@ -91,7 +91,7 @@ class Grammar:
         self._finish_row(bitmask, index)
 
     def _finish_row(self, bitmask: torch.Tensor, index: int) -> None:
-        """What the matcher does not know, in the row that it filled."""
+        """Enter, in the row that the matcher filled, what it does not know."""
         if self._failure is None and self._keys is None:
             return
         row = bitmask[index].numpy()
@@ -176,7 +176,7 @@ class Grammar:
 
 
 class Source(NamedTuple):
-    """What llguidance is to compile.
+    """A text for llguidance to compile.
 
     Args:
         kind: the field of the parameters that was set.
@@ -353,7 +353,7 @@ def _executor() -> LLExecutor:
 
 
 def _trial_setup(tokenizer: Any, vocab_size: int, end_token_ids: list[int]) -> dict[str, Any]:
-    """What the other process builds the same vocabulary from."""
+    """The message from which the other process builds the same vocabulary."""
     table = token_bytes(tokenizer)
     if table is None:
         backend = copy(tokenizer.backend_tokenizer)

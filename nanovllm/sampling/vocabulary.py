@@ -1,4 +1,4 @@
-"""What of a request's parameters depends on the vocabulary: checks and encodings, made once."""
+"""Checks and encodings of the parameters that depend on the vocabulary, made once a request."""
 
 from collections.abc import Collection
 from typing import Any, NamedTuple

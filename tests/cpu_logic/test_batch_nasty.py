@@ -5,14 +5,10 @@ import random
 
 import pytest
 from batch_engine import StandInEngine
-from test_batch_resume import records_of, results_of, run, write_lines
+from test_batch_resume import PanicError, records_of, results_of, run, write_lines
 
 from nanovllm.batch.requests import LineError, parse_line
 from nanovllm.batch.result_file import ResultFile
-
-
-class PanicError(BaseException):
-    """As a panic of a library in Rust reaches Python: no Exception."""
 
 
 class Untold(Exception):
@@ -102,19 +98,6 @@ def test_a_request_that_failed_in_a_step(source, tmp_path, expected):
     [choice] = expected["id-8"]["response"]["body"]["choices"]
     del expected["id-7"], choice["finish_reason"]
     assert results == expected
-
-
-@pytest.mark.parametrize("error", [PanicError("a bug"), MemoryError(), ValueError("a bug")])
-def test_an_error_that_is_no_lines_ends_the_run_with_3(source, tmp_path, expected, error, capsys):
-    def fail(step):
-        if step == 6:
-            raise error
-
-    target = tmp_path / "out.jsonl"
-    assert run(source, target, StandInEngine(fail)) == 3
-    assert "the same command goes on" in capsys.readouterr().err
-    assert run(source, target) == 1
-    assert results_of(target) == expected
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,20 @@ def test_a_number_that_a_float_does_not_hold_is_refused(vocabulary, keyword, num
 
 REFUSED = [
     # Keywords, also those that the schema's draft does not know.
+    ({"json": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
+    ({"json": {"not": {"type": "string"}}}, "not"),
+    ({"json": {"type": "array", "contains": {}}}, "contains"),
+    ({"json": {"if": {}, "then": {}}}, "if"),
+    ({"json": {"dependentRequired": {"a": ["b"]}}}, "dependentRequired"),
+    ({"json": {"propertyNames": {"pattern": "a"}}}, "propertyNames"),
+    ({"json": {"unevaluatedProperties": False}}, "unevaluatedProperties"),
+    ({"json": {"type": "string", "format": "color"}}, "color"),
+    ({"json": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}, "oneOf"),
+    ({"json": {"$ref": "https://example.com/schema"}}, "example.com"),
+    ({"json": {"type": "text"}}, "text"),
+    ({"json": {"enum": []}}, "json: "),
+    ({"json": {"$ref": "#"}}, "no text"),
+    ({"json": {"const": float("nan")}}, "json: "),
     (
         {"json": {"$schema": "http://json-schema.org/draft-07/schema#", "dependentRequired": {}}},
         "d",
@@ -287,7 +301,16 @@ REFUSED = [
     ({"json": {"type": "string", "pattern": "\\x00"}}, "NUL"),
     ({"json": {"type": "string", "pattern": "\\P{L}"}}, "control"),
     ({"regex": "(ab)*+c"}, "possessive"),
+    # Other regexes.
+    ({"regex": "[a"}, "unclosed"),
+    ({"regex": "a(?=b)"}, "look-ahead"),
+    ({"regex": r"(a)\1"}, "backreferences"),
+    ({"regex": "[a&&b]"}, "no text"),
     # Grammars.
+    ({"grammar": "start: missing"}, "missing"),
+    ({"grammar": 'start: start "a"'}, "no text"),
+    ({"grammar": 'root ::= "a" missing'}, "missing"),
+    ({"grammar": "nothing of the sort"}, "grammar: "),
     ({"grammar": 'start: %json {"const": 1}'}, "%json"),
     ({"grammar": 'start: <a#b> %json {"const": 1}'}, "%json"),
     ({"grammar": 'start: r\nr[stop="b"]: /[ab]*/'}, "stop="),

@@ -131,6 +131,8 @@ def test_first_id_outside_the_vocabulary_is_named(prompt, bad):
         ({"prompt_token_ids": "ab"}, "token ids must be integers, got 'a'"),
         ({"prompt": [1, 2]}, r"'prompt' of a prompt dict must be a string, got \[1, 2\]"),
         ({"prompt": "a \ud800", "prompt_token_ids": [1]}, "not valid Unicode"),
+        ("a lone surrogate \ud800", "not valid Unicode"),
+        (torch.zeros(2, dtype=torch.int64, device="meta"), "a prompt must be a string or a list"),
     ],
 )
 def test_prompt_of_another_form_is_refused(prompt, message):
@@ -180,11 +182,6 @@ def test_params_are_copied_and_checked_again():
     assert copy == SamplingParams(max_tokens=3)
     with pytest.raises(ArgumentError, match="max_tokens must be >= 1, got 0"):
         check_params(params)
-
-
-def test_text_that_is_not_unicode_is_refused():
-    with pytest.raises(ArgumentError, match="not valid Unicode"):
-        encode("a lone surrogate \ud800")
 
 
 def test_arrays_and_tensors_are_lists_of_ids():
@@ -339,10 +336,3 @@ def test_what_a_tokenizer_returns_must_be_ids(returned):
 
     with pytest.raises(ArgumentError, match="token ids"):
         encode_prompts(["a"], Odd(), VOCAB_SIZE)
-
-
-def test_a_tensor_without_data_is_no_prompt():
-    torch = pytest.importorskip("torch")
-    for prompts in ([torch.zeros(2, dtype=torch.int64, device="meta")],):
-        with pytest.raises(ArgumentError, match="a prompt must be a string or a list of token ids"):
-            encode_prompts(prompts, None, VOCAB_SIZE)

@@ -250,40 +250,6 @@ def test_a_token_that_is_not_allowed_ends_the_grammar(vocabulary):
         assert grammar.is_terminated and grammar.error
 
 
-@pytest.mark.parametrize(
-    ("params", "message"),
-    [
-        ({"json": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
-        ({"json": {"not": {"type": "string"}}}, "not"),
-        ({"json": {"type": "array", "contains": {}}}, "contains"),
-        ({"json": {"if": {}, "then": {}}}, "if"),
-        ({"json": {"dependentRequired": {"a": ["b"]}}}, "dependentRequired"),
-        ({"json": {"propertyNames": {"pattern": "a"}}}, "propertyNames"),
-        ({"json": {"unevaluatedProperties": False}}, "unevaluatedProperties"),
-        ({"json": {"type": "string", "format": "color"}}, "color"),
-        ({"json": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}, "oneOf"),
-        ({"json": {"$ref": "https://example.com/schema"}}, "example.com"),
-        ({"json": {"type": "text"}}, "text"),
-        ({"json": {"enum": []}}, "json: "),
-        ({"json": {"$ref": "#"}}, "no text"),
-        ({"json": {"const": float("nan")}}, "json: "),
-        ({"regex": "[a"}, "unclosed"),
-        ({"regex": "a(?=b)"}, "look-ahead"),
-        ({"regex": r"(a)\1"}, "backreferences"),
-        ({"regex": "[a&&b]"}, "no text"),
-        ({"grammar": "start: missing"}, "missing"),
-        ({"grammar": 'start: start "a"'}, "no text"),
-        ({"grammar": 'root ::= "a" missing'}, "missing"),
-        ({"grammar": "nothing of the sort"}, "grammar: "),
-    ],
-)
-def test_refused(vocabulary, params, message):
-    with pytest.raises(ArgumentError, match=re.escape(message)) as caught:
-        vocabulary.compile(**params)
-    assert str(caught.value).startswith("structured outputs, ")
-    assert vocabulary.draw(vocabulary.compile(choice=["a"]), random.Random(SEED)) == "a"
-
-
 def test_dead_ends(tmp_path):
     """A vocabulary without "z": nothing to begin with is refused, a dead end on the way ends."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

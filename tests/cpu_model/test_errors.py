@@ -1,8 +1,6 @@
 """Errors are raised before anything is queued or started, and leave the engine as good as new."""
 
 import itertools
-import json
-import math
 import os
 import random
 import shutil
@@ -18,7 +16,7 @@ from engine_checks import (
     token_ids,
     worker_processes,
 )
-from tiny_models import VOCAB_SIZE, edit_config, reference_greedy, save_model
+from tiny_models import VOCAB_SIZE, edit_config, reference_greedy
 
 from nanovllm import LLM, ArgumentError, RequestError, SamplingParams
 
@@ -54,25 +52,15 @@ def check_next_request(llm, reference):
 
 BAD_PROMPTS = [
     ("", "Prompt cannot be empty"),
-    ([], "Prompt cannot be empty"),
-    ({"prompt": ""}, "Prompt cannot be empty"),
     ({"prompt_token_ids": []}, "Prompt cannot be empty"),
     ([1, 2, 999999], "999999"),
     ([VOCAB_SIZE], rf"{VOCAB_SIZE} .*vocabulary: 0 to {VOCAB_SIZE - 1}"),
-    ([1, -1], "-1"),
     ([2**70], str(2**70)),
     ([1.5], "1.5"),
-    (["1"], "'1'"),
-    ([True], "True"),
-    ([None], "None"),
-    ([[1, 2]], "integers"),
     (None, "None"),
-    (1.5, "1.5"),
-    ({}, "prompt_token_ids"),
     ({"text": "x"}, "prompt_token_ids"),
     ({"prompt": "x", "multi_modal_data": {}}, "multi_modal_data"),
     ([7] * 800, "800 .*800"),
-    ([7] * 900, "900 .*800"),
     ([7] * 770, "770 .*768"),
 ]
 
@@ -146,35 +134,6 @@ def test_wrong_params(llm, reference, params, message):
     check_next_request(llm, reference)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"temperature": -0.1},
-        {"temperature": float("nan")},
-        {"temperature": float("inf")},
-        {"temperature": "1"},
-        {"temperature": None},
-        {"max_tokens": 0},
-        {"max_tokens": -1},
-        {"max_tokens": 1.5},
-        {"max_tokens": True},
-        {"ignore_eos": None},
-    ],
-)
-def test_sampling_params_refuse(arguments):
-    [name] = arguments
-    with pytest.raises(ArgumentError, match=name):
-        SamplingParams(**arguments)
-
-
-def test_the_error_is_a_value_error_and_an_assertion_error(llm):
-    for kind in (ValueError, AssertionError):
-        with pytest.raises(kind):
-            llm.generate([""], greedy(1))
-        with pytest.raises(kind):
-            SamplingParams(max_tokens=0)
-
-
 def test_requests_queued_before_a_wrong_call_go_on(tiny_dir, reference):
     with tiny_engine(tiny_dir) as llm:
         for prompt in PROMPTS:
@@ -192,41 +151,15 @@ def test_requests_queued_before_a_wrong_call_go_on(tiny_dir, reference):
 # ---- wrong engines --------------------------------------------------------------------------
 
 
+# That each parameter is checked is test_config's affair and test_bounds'; no rank has started then.
 BAD_ARGUMENTS = [
-    ({"tensor_parallel_size": 0}, ArgumentError, "tensor_parallel_size"),
-    ({"tensor_parallel_size": 9}, ArgumentError, "tensor_parallel_size"),
     ({"tensor_parallel_size": 3}, ArgumentError, r"tensor_parallel_size \(3\)"),
-    ({"tensor_parallel_size": "2"}, ArgumentError, "tensor_parallel_size"),
-    ({"tensor_parallel_size": True}, ArgumentError, "tensor_parallel_size"),
-    ({"kvcache_block_size": 0}, ArgumentError, "kvcache_block_size"),
-    ({"kvcache_block_size": -256}, ArgumentError, "kvcache_block_size"),
-    ({"kvcache_block_size": 100}, ArgumentError, "100"),
-    ({"block_size": 16}, ArgumentError, "kvcache_block_size"),
-    ({"kvcache_block_size": 256, "block_size": 512}, TypeError, "block_size"),
-    ({"max_num_seqs": 0}, ArgumentError, "max_num_seqs"),
-    ({"max_num_batched_tokens": 512}, ArgumentError, r"512.*1024"),
-    ({"max_model_len": 0}, ArgumentError, "max_model_len"),
-    ({"gpu_memory_utilization": 0}, ArgumentError, "gpu_memory_utilization"),
-    ({"gpu_memory_utilization": 1.01}, ArgumentError, "1.01"),
-    ({"gpu_memory_utilization": float("nan")}, ArgumentError, "gpu_memory_utilization"),
-    ({"num_kvcache_blocks": 0}, ArgumentError, "num_kvcache_blocks"),
-    ({"num_kvcache_blocks": None, "kv_cache_memory_bytes": 10}, ArgumentError, "kv_cache_memory"),
-    ({"watermark": -1}, ArgumentError, "watermark"),
-    ({"enforce_eager": 1}, ArgumentError, "enforce_eager"),
-    ({"dtype": "float64"}, ArgumentError, "float64"),
-    ({"device": "tpu"}, ArgumentError, "tpu"),
+    ({"tensor_parallel_size": 2, "seed": 1.5}, ArgumentError, "seed"),
+    ({"tensor_parallel_size": 2, "block_size": 16}, ArgumentError, "kvcache_block_size"),
     ({"attention_backend": "flash-attn"}, ArgumentError, "flash-attn"),
-    ({"attention_backend": "xformers"}, ArgumentError, "xformers"),
-    ({"load_format": "pt"}, ArgumentError, "load_format"),
-    ({"seed": 2**63}, ArgumentError, "seed"),
-    *[
-        ({"worker_timeout": value}, ArgumentError, "worker_timeout must be seconds between 1 and")
-        for value in (0, -1, 0.5, 86401, math.inf, math.nan, 10**400, "8", None, True)
-    ],
-    ({"seed": 1.5}, ArgumentError, "seed"),
-    ({"max_model_length": 5}, TypeError, "max_model_length.*max_model_len"),
-    ({"hf_config": None}, TypeError, "hf_config"),
-    ({"quantization": "awq"}, ValueError, "quantization must be one of fp8, got 'awq'"),
+    ({"num_kvcache_blocks": None, "kv_cache_memory_bytes": 10}, ArgumentError, "kv_cache_memory"),
+    ({"worker_timeout": 0.5}, ArgumentError, "worker_timeout must be seconds between 1 and"),
+    ({"tensor_parallel_size": 2, "max_model_length": 5}, TypeError, "max_model_len"),
 ]
 
 
@@ -253,35 +186,17 @@ def broken_dir(tiny_dir, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
-        ({"architectures": None}, "architectures"),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "longrope"),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "linear"),
-        ({"quantization_config": {"quant_method": "awq"}}, "awq"),
-        ({"use_sliding_window": True}, "sliding"),
-        ({"hidden_act": "gelu"}, "gelu"),
         ({"tie_word_embeddings": False}, "missing tensors: lm_head.weight"),
         ({"num_hidden_layers": 4, "layer_types": None}, r"missing tensors: model\.layers\.3\."),
         ({"num_hidden_layers": 2, "layer_types": None}, r"unexpected tensors: model\.layers\.2\."),
         ({"attention_bias": True}, "missing tensors: .*bias"),
         ({"vocab_size": 300}, "embed_tokens.*384, 64.*300, 64"),
         ({"intermediate_size": 128}, "mlp"),
-    ],
-)
-def test_a_config_that_does_not_fit(broken_dir, changes, message):
-    edit_config(broken_dir, **changes)
-    with pytest.raises(ArgumentError, match=message):
-        tiny_engine(broken_dir)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
         ({"num_hidden_layers": 2}, "num_hidden_layers"),  # contradicts layer_types
         ({"hidden_size": "64"}, "hidden_size"),
     ],
 )
-def test_a_config_that_transformers_refuses(broken_dir, changes, message):
+def test_a_config_that_does_not_fit(broken_dir, changes, message):
     edit_config(broken_dir, **changes)
     with pytest.raises(ArgumentError, match=message):
         tiny_engine(broken_dir)
@@ -293,34 +208,6 @@ def test_a_directory_without_weights(broken_dir):
         tiny_engine(broken_dir)
     with tiny_engine(broken_dir, load_format="dummy") as llm:
         assert len(generate(llm, [[1]], greedy(3))[0]) == 3
-
-
-def test_a_damaged_weight_file(broken_dir):
-    path = broken_dir / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ArgumentError, match=r"model\.safetensors"):
-        tiny_engine(broken_dir)
-
-
-def test_an_index_that_names_a_missing_file(tmp_path):
-    model_dir = save_model(tmp_path / "m", max_shard_size="100KB")
-    index = json.loads((model_dir / "model.safetensors.index.json").read_text())
-    missing = sorted(set(index["weight_map"].values()))[1]
-    os.remove(model_dir / missing)
-    with pytest.raises(ArgumentError, match=missing):
-        tiny_engine(model_dir)
-
-
-def test_a_directory_without_config(broken_dir):
-    os.remove(broken_dir / "config.json")
-    with pytest.raises(ArgumentError, match=r"config\.json"):
-        tiny_engine(broken_dir)
-
-
-def test_a_config_that_is_no_json(broken_dir):
-    (broken_dir / "config.json").write_text("{")
-    with pytest.raises(ArgumentError, match=r"config\.json"):
-        tiny_engine(broken_dir)
 
 
 # ---- errors inside a step -------------------------------------------------------------------

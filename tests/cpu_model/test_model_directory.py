@@ -26,20 +26,6 @@ def model_dir(tiny_dir, tmp_path) -> Path:
     return Path(shutil.copytree(tiny_dir, tmp_path / "model"))
 
 
-@pytest.mark.parametrize("text", ['{"eos_token_id": [2, 0', "[]", '{"eos_token_id": "x"}'])
-def test_a_damaged_generation_config_is_named(model_dir, text):
-    (model_dir / "generation_config.json").write_text(text)
-    with pytest.raises(ArgumentError, match=r"generation_config\.json"):
-        tiny_engine(model_dir)
-
-
-@pytest.mark.parametrize("text", ['{"eos_token_id": [2, 0]}', '{"eos_token_id": 0}', "{}"])
-def test_eos_ids_of_tokenizer_and_generation_config_are_united(model_dir, text):
-    (model_dir / "generation_config.json").write_text(text)
-    with tiny_engine(model_dir) as llm:
-        assert llm.config.eos_token_ids == ({2} if text == "{}" else {0, 2})
-
-
 def test_eos_ids_that_the_model_does_not_have_are_left_out(model_dir):
     """They are never sampled, and min_tokens must not forbid them in the logits of others."""
     text = json.dumps({"eos_token_id": [2, VOCAB_SIZE, VOCAB_SIZE + 500, -1]})
@@ -71,22 +57,10 @@ def test_without_other_eos_ids_those_of_the_config_end_a_completion(model_dir):
         assert output["token_ids"] == [7] and output.outputs[0].finish_reason == "stop"
 
 
-def test_a_directory_without_a_tokenizer_is_refused(model_dir):
-    for path in model_dir.glob("token*"):
-        path.unlink()
-    with pytest.raises(ArgumentError, match="tokenizer"):
-        tiny_engine(model_dir)
-
-
 def test_a_broken_tokenizer_is_refused_with_the_directory(model_dir):
     (model_dir / "tokenizer.json").write_text("{")
     with pytest.raises(ArgumentError, match=str(model_dir)):
         tiny_engine(model_dir)
-
-
-def test_more_blocks_than_memory_name_the_parameter(tiny_dir):
-    with pytest.raises(ArgumentError, match="num_kvcache_blocks must be <= "):
-        LLM(str(tiny_dir), device="cpu", num_kvcache_blocks=10**10)
 
 
 def test_bytes_for_no_block_are_refused_before_any_rank_starts(tiny_dir, monkeypatch):

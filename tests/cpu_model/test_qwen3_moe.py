@@ -14,8 +14,9 @@ from nanovllm.kernels.select import select_ops
 from nanovllm.kernels.types import FP8_DTYPE
 from nanovllm.layers.context import ModelContext
 from nanovllm.models import qwen3_moe
+from nanovllm.models.checkpoint import SafetensorsCheckpoint
 from nanovllm.models.fp8_checkpoint import DequantizedCheckpoint
-from nanovllm.models.loader import SafetensorsCheckpoint, expected_tensors
+from nanovllm.models.loader import expected_tensors
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
