@@ -3,7 +3,7 @@
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from nanovllm.config import Config
 from nanovllm.errors import ArgumentError, is_fault, shown, shown_error

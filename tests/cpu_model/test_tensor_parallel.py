@@ -77,6 +77,17 @@ def two_ranks_short_of_blocks(model_dir, two_ranks):
         yield llm
 
 
+def test_a_loop_written_for_nano_vllm_computes_on_both_ranks(two_ranks, prompts, reference):
+    llm = two_ranks
+    llm.add_request(prompts[2], greedy(3))
+    while not llm.scheduler.is_finished():
+        seqs, is_prefill = llm.scheduler.schedule()
+        llm.scheduler.postprocess(seqs, llm.model_runner.call("run", seqs, is_prefill))
+    [output] = llm.wait_for_completion(use_tqdm=False)
+    assert output["token_ids"] == reference[2][:3]
+    check_nothing_is_held(llm)
+
+
 def test_greedy_tokens_of_two_ranks(two_ranks, prompts, reference):
     for _ in range(2):
         assert generate(two_ranks, prompts, greedy(MAX_TOKENS)) == reference
