@@ -21,6 +21,7 @@ from nanovllm.engine.request_features import RequestFeatures
 from nanovllm.engine.request_table import RequestTable
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.step_stats import request_stats, step_stats
 from nanovllm.errors import ArgumentError, EngineDeadError, describe, is_fault
 from nanovllm.guards.interrupts import DeferredInterrupt
 from nanovllm.guards.ownership import Owner, bind_to_process, one_thread_at_a_time
@@ -40,6 +41,7 @@ from nanovllm.parallel.tensor_parallel import TensorParallel
 from nanovllm.parallel.workers import WorkerGroup
 from nanovllm.progress import ProgressBar, check_use_tqdm
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.stats import StatLogger
 
 StepOutput = tuple[list[tuple[int, list[int]]], int]
 
@@ -103,6 +105,8 @@ class LLMEngine:
         structured_outputs_timeout: seconds that a schema, regex, choice list or grammar may take to
             compile; a request whose takes longer is refused. Default 10.
         scheduling_policy: "fcfs", or "priority": by the requests' `priority`. Default "fcfs".
+        record: path of an HTML page with charts of the run, for a look at any time: refreshed every
+            half minute and at `exit`. An older file there is replaced. None: no page.
         runner ("auto", "generate" or "pooling"), enable_sleep_mode, disable_log_stats: vLLM's; they
             change nothing: pooling, sleep and metrics are always there.
 
@@ -151,6 +155,7 @@ class LLMEngine:
         self._isolation = Isolation(self._requests, self.scheduler)
         self._abandoned: deque[Request] = deque()  # to be aborted as soon as possible
         self._step_seconds = 0.0  # spent on launching the last committed step and waiting for it
+        self.stat_loggers: list[StatLogger] = []
         self._next_request_id = 0
         self._asleep: frozenset[str] = frozenset()  # what `LLM.sleep` has switched off
         self._cause_of_death = "the engine was ended by exit()"
@@ -347,8 +352,17 @@ class LLMEngine:
         alive = self.scheduler.postprocess(launched.seqs, token_ids)
         if launched.plan.is_prefill:
             self._requests.note_first_tokens(alive)
-        self._requests.finish(alive)
-        return len(launched.plan.token_ids) if launched.plan.is_prefill else -len(alive)
+        ended = self._requests.finish(alive)
+        num_tokens = len(launched.plan.token_ids) if launched.plan.is_prefill else -len(alive)
+        if self.stat_loggers:
+            self._log_stats(launched, abs(num_tokens), ended)
+        return num_tokens
+
+    def _log_stats(self, launched: LaunchedStep, num_tokens: int, ended: list[Request]) -> None:
+        step = step_stats(self.scheduler, launched, num_tokens, self._step_seconds)
+        finished = [request_stats(request) for request in ended]
+        for stat_logger in self.stat_loggers:
+            stat_logger.record(step, finished)
 
     def _drop_dead_step(self) -> None:
         """Forget the step in flight if all its sequences have ended: nobody wants its tokens."""
@@ -396,6 +410,8 @@ class LLMEngine:
             self._in_flight = None
             self._requests.clear()
             self._request_features.close()
+            for stat_logger in self.stat_loggers:
+                stat_logger.close()
         finally:
             self._owner.leave(visit)
 
