@@ -17,6 +17,7 @@ from nanovllm.errors import (
     check_int32,
     check_integer,
     check_number,
+    check_output_path,
     clamp_int32,
     shown,
 )
@@ -87,6 +88,7 @@ class Config:
     runner: str = "auto"
     enable_sleep_mode: bool = False
     disable_log_stats: bool = True
+    record: str | None = None  # absolute after the checks
     hf_config: "PretrainedConfig" = field(init=False, repr=False)
     eos_token_ids: frozenset[int] = field(init=False, default=frozenset())
 
@@ -195,6 +197,8 @@ class Config:
             "seconds, > 0 and <= 86400",
             lambda seconds: 0 < seconds <= 86400,
         )
+        if self.record is not None:
+            self.record = check_output_path("record", self.record)
         if not isinstance(self.dtype, str):  # a torch.dtype
             self.dtype = shown(self.dtype).removeprefix("torch.")
         self.dtype = DTYPE_ALIASES.get(self.dtype, self.dtype)
