@@ -29,7 +29,7 @@ from nanovllm.parameters import (
     unchecked,
 )
 from nanovllm.sampling_params import SAMPLING_FIELDS
-from nanovllm.validation import MAX_INT32, check_at_least
+from nanovllm.validation import MAX_INT32, check_at_least, check_output_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -263,6 +263,12 @@ class Config:
     )
     disable_log_stats: bool = parameter(
         True, boolean, "vLLM's, which changes nothing: metrics are always there."
+    )
+    record: str | None = parameter(
+        None,
+        Check("path of a file", check_output_path),
+        "an HTML page with charts of the run, for a look at any time: refreshed every half minute "
+        "and at `exit`. An older file there is replaced. None: no page.",
     )
     hf_config: "PretrainedConfig" = field(init=False, repr=False)
     model_config: ModelConfig = field(init=False, repr=False)

@@ -14,6 +14,7 @@ from nanovllm.features import (
     pooling,
     prefix_cache,
     profiling,
+    report,
     request_queue,
     rpc,
     sleep,
@@ -34,6 +35,11 @@ from nanovllm.sampling_params import SAMPLING_FIELDS, SamplingParams
 )
 class LLM(LLMEngine):
     __doc__ = LLMEngine.__doc__
+
+    def __init__(self, model: str | None = None, **kwargs: Any) -> None:
+        super().__init__(model, **kwargs)
+        if self.config.record is not None:
+            report.start(self, self.config.record)
 
     generate = explain_keywords(SAMPLING_FIELDS)(LLMEngine.generate)
     add_request = explain_keywords(SAMPLING_FIELDS)(LLMEngine.add_request)

@@ -1,10 +1,11 @@
 """Checks of arguments, whose ArgumentErrors name the value and the limit."""
 
+import os
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
-from nanovllm.errors import ArgumentError, shown
+from nanovllm.errors import ArgumentError, shown, shown_error
 
 MAX_INT32 = 2**31 - 1  # integers of steps, block tables and row tables have 32 bits
 
@@ -69,3 +70,19 @@ def check_unicode(name: str, text: str) -> str:
     except UnicodeEncodeError as error:
         raise ArgumentError(f"{name} is not valid Unicode: {error}") from None
     return text
+
+
+def check_output_path(name: str, path: Any) -> str:
+    """`path`, absolute and without links, if a file can be put there, else ArgumentError."""
+    problem = "not the path of a file"
+    if isinstance(path, (str, os.PathLike)):
+        try:
+            target = os.path.realpath(path)
+            if os.path.isfile(target) or (path and not os.path.lexists(target)):
+                with open(f"{target}.tmp", "wb"):
+                    pass
+                os.unlink(f"{target}.tmp")
+                return os.fsdecode(target)
+        except (OSError, ValueError) as error:  # ValueError: a null byte, half a surrogate pair
+            problem = shown_error(error)
+    raise ArgumentError(f"{name} cannot be written, got {shown(path)}: {problem}")

@@ -91,6 +91,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("output", metavar="OUTPUT", help="JSON Lines file to append results to")
     options = options_of(parser.values_of(sys.argv[1:] if arguments is None else arguments))
     _check_output(options.input_path, options.output_path)
+    for path in (options.input_path, options.output_path):
+        if os.path.realpath(options.engine.get("record", "")) == os.path.realpath(path):
+            raise ArgumentError(f"the record would replace {path!r}; choose another path for it")
     return options
 
 

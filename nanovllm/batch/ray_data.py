@@ -63,7 +63,11 @@ class LLMActor:
     def __init__(self, options: Options, settings: str) -> None:
         self.options = options
         self.settings = settings
-        self.llm = load_engine(**options.engine)
+        engine = options.engine
+        if "record" in engine:  # each actor has its own
+            stem, suffix = os.path.splitext(engine["record"])
+            engine = engine | {"record": f"{stem}-{os.uname().nodename}-{os.getpid()}{suffix}"}
+        self.llm = load_engine(**engine)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Complete the one part of the batch, and count its lines with an error record."""
@@ -129,7 +133,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 def _absolute_paths(given: dict[str, Any]) -> dict[str, str]:
     """The paths among the options, for actors that work in another directory."""
-    names = ["model", "output", "tokenizer"]
+    names = ["model", "output", "tokenizer", "record"]
     if given.get("generation_config") not in ("auto", "vllm"):
         names.append("generation_config")
     template = given.get("chat_template", "")

@@ -4,6 +4,8 @@ At most 2 * max_num_seqs sequences are queued at a time. SIGINT and SIGTERM end 
 step in which they arrive; a second one ends it at once. Whatever a line raises is its error record.
 """
 
+import itertools
+import os
 import signal
 import sys
 import time
@@ -76,9 +78,12 @@ def status_of(work: Callable[[], int]) -> int:
 def _run(options: Options, results: ResultFile, make_engine: Callable[..., Any]) -> int:
     num_lines, last_line = results.count_lines(options.input_path)
     if results.num_finished < num_lines:
+        engine = options.engine
+        if results.num_finished and "record" in engine:
+            engine = engine | {"record": unused_path(engine["record"])}
         with (
             Journal(results) as journal,
-            make_engine(**options.engine) as llm,
+            make_engine(**engine) as llm,
             StopSignals() as signals,
             Bar(options.shows_progress, num_lines, results.num_finished) as bar,
         ):
@@ -93,6 +98,15 @@ def _run(options: Options, results: ResultFile, make_engine: Callable[..., Any])
     else:
         remove_journal(results.path)
     return all_done(num_lines, results.num_errors)
+
+
+def unused_path(path: str) -> str:
+    """`path`, or "x-2.html" instead of "x.html" and so on: each part of a run keeps its record."""
+    stem, suffix = os.path.splitext(path)
+    paths = (f"{stem}-{number}{suffix}" for number in itertools.count(2))
+    while os.path.exists(path):
+        path = next(paths)
+    return path
 
 
 def all_done(num_lines: int, num_errors: int) -> int:

@@ -18,6 +18,7 @@ from nanovllm.engine.request_output import make_output, raise_failed
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.startup import check_fits, choose_ops
+from nanovllm.engine.step_stats import log_step
 from nanovllm.errors import EngineDeadError
 from nanovllm.guards.interrupts import DeferredInterrupt
 from nanovllm.guards.ownership import Owner, bind_to_process, one_thread_at_a_time
@@ -30,6 +31,7 @@ from nanovllm.parallel.executor import MultiprocExecutor
 from nanovllm.parameters import document
 from nanovllm.progress import ProgressBar, check_use_tqdm
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.stats import StatLogger
 
 ENDED = "the engine was ended by exit()"
 StepOutput = tuple[list[tuple[int, list[int]]], int]
@@ -85,6 +87,7 @@ class LLMEngine:
         self.requests = RequestTable()
         self._recovery = Recovery(self.requests, self.scheduler, self.executor)
         self._step_seconds = 0.0  # spent on launching the last committed step and waiting for it
+        self.stat_loggers: list[StatLogger] = []
         self._next_request_id = 0
         self.asleep: frozenset[str] = frozenset()  # what `LLM.sleep` has switched off
         # Not bound to self, so that dropping the engine releases everything.
@@ -349,7 +352,9 @@ class LLMEngine:
         alive = self.scheduler.postprocess(launched.seqs, token_ids)
         if launched.plan.is_prefill:
             self.requests.note_first_tokens(alive)
-        self.requests.finish(alive)
+        ended = self.requests.finish(alive)
+        if self.stat_loggers:
+            log_step(self.stat_loggers, self.scheduler, launched, self._step_seconds, ended)
         return len(launched.plan.token_ids) if launched.plan.is_prefill else -len(alive)
 
     def _drop_dead_step(self) -> None:
@@ -374,6 +379,8 @@ class LLMEngine:
             self._in_flight = None
             self.requests.clear()
             self.input_processor.close()
+            for stat_logger in self.stat_loggers:
+                stat_logger.close()
         finally:
             self.owner.leave(visit)
 

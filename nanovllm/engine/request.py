@@ -121,8 +121,9 @@ class RequestTable:
             if request.metrics.first_token_time is None:
                 request.metrics.first_token_time = now
 
-    def finish(self, seqs: Iterable[Sequence]) -> None:
-        """Take note of requests that have ended with one of `seqs`."""
+    def finish(self, seqs: Iterable[Sequence]) -> list[Request]:
+        """Take note of requests that have ended with one of `seqs`, and return them."""
+        ended: list[Request] = []
         for seq in seqs:
             if not seq.is_finished:
                 continue
@@ -130,8 +131,10 @@ class RequestTable:
             request = self.unfinished.get(seq.request_id)
             if request is None or not request.is_finished:
                 continue
+            ended.append(request)
             if not self._remove(request):
                 self._finished.append(request)
+        return ended
 
     def take(self) -> list[Request]:
         """What has ended and nobody has claimed; if there is any, earlier ones are forgotten."""

@@ -191,6 +191,13 @@ def test_actors_may_work_in_another_directory(source, tmp_path, engines, monkeyp
             assert engine.keywords == here | (expected or options)
 
 
+def test_each_actor_has_a_record_of_its_own(source, tmp_path, engines, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("in.jsonl", "out", "--record", "run.html") == 1
+    own = tmp_path / f"run-{os.uname().nodename}-{os.getpid()}.html"
+    assert engines and {engine.keywords["record"] for engine in engines} == {str(own)}
+
+
 @pytest.mark.parametrize("option", ["--num-actors", "--part-lines"])
 def test_wrong_numbers(source, tmp_path, option, capsys):
     arguments = [str(source), str(tmp_path / "out"), "--model", "models/tiny", option, "0"]

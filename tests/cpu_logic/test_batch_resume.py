@@ -15,7 +15,7 @@ import pytest
 from batch_engine import StandInEngine
 
 import nanovllm.batch.result_file as result_file
-from nanovllm import EngineDeadError
+from nanovllm import ArgumentError, EngineDeadError
 from nanovllm.batch.options import parse_options
 from nanovllm.batch.result_file import LineSet, ResultFile, StringSet
 from nanovllm.batch.run import main
@@ -422,3 +422,30 @@ def test_string_set(monkeypatch):
         text = str(rng.randrange(2000))
         assert strings.add(text) == (text not in reference)
         reference.add(text)
+
+
+def test_each_part_of_a_batch_that_was_broken_off_keeps_its_page(tmp_path):
+    source, target = write_lines(tmp_path / "in.jsonl", 100), tmp_path / "out.jsonl"
+    page = tmp_path / "run.html"
+
+    def stop(number):
+        if number == 12:
+            raise KeyboardInterrupt
+
+    paths = []
+    for on_step in (stop, stop, lambda number: None):
+        engine = StandInEngine(on_step=on_step)
+        run(source, target, engine, "--record", str(page))
+        paths.append(Path(engine.keywords["record"]))
+        assert not paths[-1].exists()
+        paths[-1].write_text("a page")
+    assert [path.name for path in paths] == ["run.html", "run-2.html", "run-3.html"]
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "out.jsonl"])
+def test_a_record_never_replaces_the_batchs_own_files(tmp_path, name):
+    write_lines(tmp_path / "in.jsonl", 5)
+    arguments = [str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "--model", "m"]
+    with pytest.raises(ArgumentError, match="the record would replace"):
+        parse_options([*arguments, "--record", str(tmp_path / "." / name)])
+    assert parse_options(arguments).engine == {"model": "m", "seed": 0}

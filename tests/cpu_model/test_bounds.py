@@ -176,6 +176,8 @@ CONFIG = {
 # Not numbers: read with the model's folder, and tested with it.
 NO_NUMBERS = {"model", "hf_overrides", "tokenizer", "chat_template", "generation_config"}
 NO_NUMBERS |= {"override_generation_config", "hf_config", "model_config", "eos_token_ids"}
+NO_NUMBERS |= {"override_generation_config", "hf_config", "eos_token_ids"}
+NO_NUMBERS |= {"record"}  # with the report
 
 
 def same(left: Any, right: Any) -> bool:
