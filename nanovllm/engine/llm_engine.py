@@ -353,9 +353,11 @@ class LLMEngine:
         if launched.plan.is_prefill:
             self.requests.note_first_tokens(alive)
         ended = self.requests.finish(alive)
+        num_tokens = len(launched.plan.token_ids) if launched.plan.is_prefill else -len(alive)
         if self.stat_loggers:
-            log_step(self.stat_loggers, self.scheduler, launched, self._step_seconds, ended)
-        return len(launched.plan.token_ids) if launched.plan.is_prefill else -len(alive)
+            seconds = self._step_seconds
+            log_step(self.stat_loggers, self.scheduler, launched, num_tokens, seconds, ended)
+        return num_tokens
 
     def _drop_dead_step(self) -> None:
         """Forget the step in flight if all its sequences have ended: nobody wants its tokens."""

@@ -12,24 +12,26 @@ def log_step(
     stat_loggers: list[StatLogger],
     scheduler: Scheduler,
     launched: LaunchedStep,
+    num_tokens: int,
     seconds: float,
     ended: list[Request],
 ) -> None:
     """Tell the loggers of a step that was committed just now, and of the requests it ended."""
-    step = _step_stats(scheduler, launched, seconds)
+    step = _step_stats(scheduler, launched, abs(num_tokens), seconds)
     finished = [_request_stats(request) for request in ended]
     for stat_logger in stat_loggers:
         stat_logger.record(step, finished)
 
 
-def _step_stats(scheduler: Scheduler, launched: LaunchedStep, seconds: float) -> StepStats:
-    plan = launched.plan
+def _step_stats(
+    scheduler: Scheduler, launched: LaunchedStep, num_tokens: int, seconds: float
+) -> StepStats:
     manager, totals = scheduler.block_manager, scheduler.stats
     num_blocks = len(manager.blocks)
     return StepStats(
-        plan.is_prefill,
+        launched.plan.is_prefill,
         len(launched.seqs),
-        len(plan.token_ids) if plan.is_prefill else len(launched.seqs),
+        num_tokens,
         seconds,
         perf_counter(),
         len(scheduler.running),

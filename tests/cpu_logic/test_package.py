@@ -21,13 +21,6 @@ def test_links_of_the_long_description_work_off_the_repository():
     assert all(link.startswith("https://") for link in links), links
 
 
-def test_links_between_the_repositorys_files_lead_somewhere():
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
-        for link, _ in LINK.findall((REPO / name).read_text(encoding="utf-8")):
-            path = link.partition("#")[0]
-            assert link.startswith("https://") or not path or (REPO / path).exists(), link
-
-
 def test_type_checkers_find_the_types():
     assert (Path(nanovllm.__file__).parent / "py.typed").read_text() == ""
     assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"]["nanovllm"]

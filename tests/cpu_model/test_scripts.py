@@ -137,8 +137,8 @@ def test_example_on_the_shipped_model(tmp_path):
     process = run_script(REPO / "example.py", HOME=str(tmp_path))
     match = re.fullmatch(r"\n\nPrompt: (.*)\nCompletion: (.*)\n" * 2, process.stdout)
     assert match, process.stdout
-    assert "introduce yourself" in ast.literal_eval(match[1])
-    assert "list all prime numbers within 100" in ast.literal_eval(match[3])
+    prompts = [ast.literal_eval(match[i]) for i in (1, 3)]
+    assert prompts == ["It was a cold morning, and", "Elizabeth was sitting by the window when"]
     assert all(ast.literal_eval(match[i]) for i in (2, 4))
     assert str(SHIPPED) in process.stderr
 
