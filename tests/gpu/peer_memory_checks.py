@@ -1,4 +1,4 @@
-"""One rank of test_peer_memory.py: python peer_memory_checks.py CHECK RANK SIZE PORT
+"""One rank of test_peer_memory_gpu.py: python peer_memory_checks.py CHECK RANK SIZE PORT
 
 Every rank can make every rank's inputs, hence every result.
 """
