@@ -1,12 +1,9 @@
 """The engine: takes requests, steps the scheduler and the model in turn, returns completions."""
 
-import weakref
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
-from functools import partial
-from threading import get_ident
 from time import perf_counter
-from typing import Any, NoReturn
+from typing import Any
 
 from nanovllm.config import Config
 from nanovllm.engine.executor import Executor, LaunchedStep, UniProcExecutor
@@ -16,16 +13,11 @@ from nanovllm.engine.recovery import Recovery
 from nanovllm.engine.request import Request, RequestTable
 from nanovllm.engine.request_output import make_output, raise_failed
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.startup import check_fits, choose_ops
+from nanovllm.engine.startup import prepare
 from nanovllm.engine.step_stats import log_step
-from nanovllm.errors import EngineDeadError
-from nanovllm.guards.interrupts import DeferredInterrupt
-from nanovllm.guards.ownership import Owner, bind_to_process, one_thread_at_a_time
-from nanovllm.inputs.generation_config import default_sampling_params, eos_token_ids
+from nanovllm.guards.lifecycle import Lifecycle
+from nanovllm.guards.ownership import one_thread_at_a_time
 from nanovllm.inputs.prompts import as_prompt_list, check_unsupported
-from nanovllm.inputs.tokenizer import load_tokenizer
-from nanovllm.models.size import check_size
 from nanovllm.outputs import RequestOutput
 from nanovllm.parallel.executor import MultiprocExecutor
 from nanovllm.parameters import document
@@ -33,12 +25,11 @@ from nanovllm.progress import ProgressBar, check_use_tqdm
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.stats import StatLogger
 
-ENDED = "the engine was ended by exit()"
 StepOutput = tuple[list[tuple[int, list[int]]], int]
 
 
-@one_thread_at_a_time(free=["abandon", "check_awake", "check_ready", "exit"])
-class LLMEngine:
+@one_thread_at_a_time(free=[])
+class LLMEngine(Lifecycle):
     """Offline inference on one model.
 
     {parameters}
@@ -55,26 +46,8 @@ class LLMEngine:
     """
 
     def __init__(self, model: str | None = None, **kwargs: Any) -> None:
-        config = Config.from_kwargs(model, kwargs)
-        device = config.resolve_device()
         # What cannot run is refused before anything is started.
-        choose_ops(config, device)
-        self.tokenizer = load_tokenizer(config)
-        ids = eos_token_ids(
-            config.model,
-            self.tokenizer,
-            config.generation_config,
-            fallback=config.model_config.eos_token_id,
-        )
-        # A tokenizer may name one that the model does not have: it is never sampled.
-        vocab_size = config.model_config.vocab_size
-        config = config.replace(eos_token_ids=frozenset(i for i in ids if 0 <= i < vocab_size))
-        default_params = default_sampling_params(
-            config.model, config.generation_config, config.override_generation_config
-        )
-        check_size(config, device)
-        check_fits(config, device)
-        self.owner = Owner()
+        config, device, self.tokenizer, default_params = prepare(model, kwargs)
         form = MultiprocExecutor if config.tensor_parallel_size > 1 else UniProcExecutor
         self.executor: Executor = form(config, device)
         self.config = config.replace(num_kvcache_blocks=self.executor.num_kvcache_blocks)
@@ -82,17 +55,13 @@ class LLMEngine:
             self.config, self.tokenizer, default_params, self.model_runner.has_lm_head
         )
         self.scheduler = Scheduler(self.config)
-        self._in_flight: LaunchedStep | None = None
-        self._step_seqs: list[Sequence] | None = None  # of what is launched or committed just now
         self.requests = RequestTable()
-        self._recovery = Recovery(self.requests, self.scheduler, self.executor)
-        self._step_seconds = 0.0  # spent on launching the last committed step and waiting for it
         self.stat_loggers: list[StatLogger] = []
+        self._recovery = Recovery(self.requests, self.scheduler, self.executor)
+        self._in_flight: LaunchedStep | None = None
+        self._step_seconds = 0.0  # spent on launching the last committed step and waiting for it
         self._next_request_id = 0
-        self.asleep: frozenset[str] = frozenset()  # what `LLM.sleep` has switched off
-        # Not bound to self, so that dropping the engine releases everything.
-        self._finalizer = weakref.finalize(self, _release, self.owner, self.executor)
-        bind_to_process(self.executor)
+        super().__init__(self.executor)
 
     @property
     def model_runner(self) -> ModelRunner:
@@ -143,7 +112,7 @@ class LLMEngine:
         check_unsupported(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
         check_use_tqdm(use_tqdm)
         self.check_awake()
-        requests = self.new_requests(
+        requests = self.input_processor.process(
             as_prompt_list(prompts), sampling_params, priority, tokenization_kwargs
         )
         self.run(requests, use_tqdm)
@@ -167,7 +136,10 @@ class LLMEngine:
         Raises:
             ArgumentError: the prompt or a parameter is wrong, or the request can never fit.
         """
-        [request] = self.new_requests([prompt], sampling_params, [priority], tokenization_kwargs)
+        self.check_ready()
+        [request] = self.input_processor.process(
+            [prompt], sampling_params, [priority], tokenization_kwargs
+        )
         self.queue([request])
         return request.request_id
 
@@ -176,35 +148,6 @@ class LLMEngine:
         return self.scheduler.is_finished() and not self.requests.has_finished
 
     # ---- what features are made of ------------------------------------------------------------
-
-    def check_ready(self) -> None:
-        """EngineDeadError if the engine has ended."""
-        if not self._finalizer.alive:
-            raise EngineDeadError(self.executor.cause_of_death or ENDED)
-
-    def check_awake(self) -> None:
-        """RuntimeError while the engine sleeps, EngineDeadError if it has ended."""
-        self.check_ready()
-        if self.asleep:
-            off = ", ".join(sorted(self.asleep))
-            raise RuntimeError(f"the engine sleeps ({off}): call wake_up() first")
-
-    def new_requests(
-        self,
-        prompts: list[Any],
-        sampling_params: SamplingParams | list[SamplingParams] | None,
-        priority: list[int] | None,
-        tokenization_kwargs: dict[str, Any] | None,
-        pooler: Callable[[Any], Any] | None = None,
-    ) -> list[Request]:
-        """Checked requests, not yet numbered or queued; arguments and errors as of `generate`.
-
-        pooler: as of `Sequence`; None: tokens are generated.
-        """
-        self.check_ready()
-        return self.input_processor.process(
-            prompts, sampling_params, priority, tokenization_kwargs, pooler
-        )
 
     def queue(self, requests: list[Request]) -> None:
         """Number requests and put them into the queue."""
@@ -235,35 +178,6 @@ class LLMEngine:
         """End those of `requests` that are not finished; `requests.find` gives what they have."""
         self._abort(requests)
         self.requests.keep(requests)
-
-    def abandon(self, requests: list[Request]) -> None:
-        """End requests that nobody waits for, and forget them; any thread may call it, at any time.
-
-        It happens now, or in the next call if this thread is outside, or in mid-step. The garbage
-        collector calls it as the finalizer of a stream.
-        """
-        self.owner.defer(partial(self._forget, requests))
-
-    def call_ranks(
-        self,
-        method: str | Callable[..., Any],
-        timeout: float | None = None,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> list[Any]:
-        """`Executor.collective_rpc` between two steps; ends the engine if ranks cannot go on."""
-        self.check_ready()
-        self.drain()
-        with DeferredInterrupt():
-            self.owner.is_stepping = self.executor.has_busy_ranks
-            try:
-                return self.executor.collective_rpc(method, timeout, args, kwargs or {})
-            except BaseException:
-                if self.executor.cause_of_death is not None:
-                    self.exit()
-                raise
-            finally:
-                self.owner.is_stepping = False
 
     # ---- steps --------------------------------------------------------------------------------
 
@@ -298,36 +212,22 @@ class LLMEngine:
         """
         self.check_awake()
         num_left, num_tokens = len(unfinished), 0
+        current, self._in_flight = self._in_flight, None
         with self._stepping():
-            current = self._in_flight or self._launch(in_flight=False)
-            if current is not None:
+            ahead = None
+            if current := current or self._launch(in_flight=False):
                 if self.config.async_scheduling:
-                    self._in_flight = self._launch(in_flight=True)
+                    ahead = self._launch(in_flight=True)
                 num_tokens = self._commit(current)
-                self._drop_dead_step()
             if self._recovery.has_passed():
-                self._in_flight = None
+                ahead = None
                 self._recovery.go_on()
+            self._in_flight = ahead
+            self._drop_dead_step()
         assert not unfinished or not self.scheduler.is_finished(), "requests that no queue holds"
         if bar is not None:
             bar.update(num_left - len(unfinished), num_tokens, self._step_seconds)
         return num_tokens
-
-    @contextmanager
-    def _stepping(self) -> Iterator[None]:
-        """Around a step: a failure that some request may have caused is that request's end.
-
-        Any other is raised. Ctrl-C, and what else wants the engine, waits until the end.
-        """
-        with DeferredInterrupt(), self.owner.stepping():
-            try:
-                yield
-            except BaseException as error:
-                self._in_flight = None
-                self._recovery.recover(error, self._step_seqs)
-            finally:
-                if self.executor.cause_of_death is not None:
-                    self.exit()
 
     def drain(self) -> None:
         """Commit the step in flight, if any: the device is idle then, and nothing is pending."""
@@ -336,16 +236,26 @@ class LLMEngine:
             with self._stepping():
                 self._commit(launched)
 
+    @contextmanager
+    def _stepping(self) -> Iterator[None]:
+        """Around what a failure of may be some request's end alone."""
+        try:
+            with self._recovery.stepping(self.owner):
+                yield
+        finally:
+            if self.executor.cause_of_death is not None:
+                self.exit()
+
     def _launch(self, in_flight: bool) -> LaunchedStep | None:
-        self._step_seqs = None
+        self._recovery.suspects = None  # all, as long as it is not known who takes part
         seqs, is_prefill = self.scheduler.schedule(in_flight)
-        self._step_seqs = seqs
+        self._recovery.suspects = seqs
         return self.executor.launch(seqs, is_prefill) if seqs else None
 
     def _commit(self, launched: LaunchedStep) -> int:
         """Wait for a step's tokens and settle its sequences; its number of tokens as in `step`."""
         start = perf_counter()
-        self._step_seqs = launched.seqs
+        self._recovery.suspects = launched.seqs
         token_ids = self.executor.wait(launched)
         launched.commit()
         self._step_seconds = launched.seconds + perf_counter() - start
@@ -364,40 +274,6 @@ class LLMEngine:
         if self._in_flight and all(seq.is_finished for seq in self._in_flight.seqs):
             self._in_flight = None
 
-    # ---- errors and the end -------------------------------------------------------------------
-
-    def exit(self) -> None:
-        """End the workers and release all memory. May be called again.
-
-        In a forked child it does nothing.
-        """
-        if self.owner.is_foreign:
-            return
-        visit = get_ident(), "exit"
-        try:
-            self.owner.enter(visit)
-            self._finalizer()
-            self._abort(list(self.requests.unfinished.values()))
-            self._in_flight = None
-            self.requests.clear()
-            self.input_processor.close()
-            for stat_logger in self.stat_loggers:
-                stat_logger.close()
-        finally:
-            self.owner.leave(visit)
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            f"a {type(self).__name__} cannot be pickled or copied, as it holds a model and perhaps "
-            "processes: make a new one where it is needed, or pass prompts and outputs"
-        )
-
-    def __enter__(self) -> "LLMEngine":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.exit()
-
     def _abort(self, requests: list[Request]) -> None:
         """End those of `requests` that are queued and not finished."""
         dropped = self.requests.drop(requests)
@@ -405,14 +281,13 @@ class LLMEngine:
         self.scheduler.abort(seqs)
         self._drop_dead_step()
 
-    def _forget(self, requests: list[Request]) -> None:
-        self.requests.forget(requests)
-        self._abort(requests)
-
-
-def _release(owner: Owner, executor: Executor) -> None:
-    if not owner.is_foreign:  # a forked child ends: everything is its parent's
-        executor.close()
+    def _end(self) -> None:
+        self._abort(list(self.requests.unfinished.values()))
+        self._in_flight = None
+        self.requests.clear()
+        self.input_processor.close()
+        for stat_logger in self.stat_loggers:
+            stat_logger.close()
 
 
 document(LLMEngine, Config)

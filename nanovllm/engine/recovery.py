@@ -5,13 +5,16 @@ in a step that fails: that one is ended. A failure that does not come again ends
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from nanovllm.engine.executor import Executor
 from nanovllm.engine.request import Request, RequestTable
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import EngineDeadError, describe, is_fault
+from nanovllm.guards.interrupts import DeferredInterrupt
+from nanovllm.guards.ownership import Owner
 
 # A sequence that starts again samples the token that failed first or second: with a step in flight,
 # the token before was not confirmed yet.
@@ -27,30 +30,41 @@ class Recovery:
         requests: the engine's.
         scheduler: the engine's.
         executor: the engine's.
+
+    Attributes:
+        suspects: the sequences of what is launched or committed just now; None: all.
     """
 
     def __init__(self, requests: RequestTable, scheduler: Scheduler, executor: Executor) -> None:
         self._requests = requests
         self._scheduler = scheduler
         self._executor = executor
+        self.suspects: list[Sequence] | None = None
         self._groups: list[list[Request]] = []  # the last one is running
         self._goals: list[tuple[Sequence, int]] = []  # tokens with which that group has passed
 
-    def recover(self, error: BaseException, seqs: list[Sequence] | None) -> None:
-        """After a step of `seqs` (None: of any) has failed: queue all anew, with an empty cache.
+    @contextmanager
+    def stepping(self, owner: Owner) -> Iterator[None]:
+        """Around a step: Ctrl-C, and what else wants the engine, waits until its end.
 
-        Returns if a request may have caused it, whose end this is or will be. Else raises `error`,
-        or an EngineDeadError if nothing can be computed any more.
+        After a failure all requests are queued anew, with an empty cache. If one of `suspects` may
+        have caused it, this is or will be its end. Else the error is raised, or an EngineDeadError
+        if nothing can be computed any more.
         """
-        cause = self._executor.failure_after(error)
-        if cause is None and is_fault(error):
-            self._isolate(error, self._requests.sequences() if seqs is None else seqs)
-            return
-        self._groups.clear()
-        self._run_next_group()
-        if is_fault(error):
-            raise EngineDeadError(cause) from error
-        raise error
+        with DeferredInterrupt(), owner.stepping():
+            try:
+                yield
+            except BaseException as error:
+                cause = self._executor.failure_after(error)
+                if cause is None and is_fault(error):
+                    everyone = self._requests.sequences()
+                    self._isolate(error, everyone if self.suspects is None else self.suspects)
+                    return
+                self._groups.clear()
+                self._run_next_group()
+                if is_fault(error):
+                    raise EngineDeadError(cause) from error
+                raise
 
     def _isolate(self, error: BaseException, seqs: list[Sequence]) -> None:
         """Look for the request to blame, or end it if it is found.

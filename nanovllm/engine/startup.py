@@ -5,6 +5,7 @@ The count is of what is left of the engine's share of the GPU when the largest s
 
 import gc
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +15,14 @@ from nanovllm.engine.kv_cache import block_bytes
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.step_plan import StepPlan
 from nanovllm.errors import ArgumentError
+from nanovllm.inputs.generation_config import default_sampling_params, eos_token_ids
+from nanovllm.inputs.tokenizer import load_tokenizer
 from nanovllm.kernels.ops import Ops
 from nanovllm.kernels.select import select_ops
 from nanovllm.models.decoder import kv_cache_spec
-from nanovllm.models.size import device_memory
+from nanovllm.models.size import check_size, device_memory
 from nanovllm.parallel.tensor_parallel import TensorParallel
+from nanovllm.sampling_params import SamplingParams
 
 MAX_CPU_CACHE_BYTES = 4 << 30
 # GPU memory kept for what no profile shows: CUDA context, captured graphs, fragmentation.
@@ -38,6 +42,36 @@ def choose_ops(config: Config, device: torch.device) -> Ops:
         )
     except ValueError as error:
         raise ArgumentError(str(error)) from error
+
+
+def prepare(
+    model: str | None, kwargs: dict[str, Any]
+) -> tuple[Config, torch.device, Any, SamplingParams]:
+    """What an engine is made of, checked before any process is started or GPU memory taken.
+
+    Args:
+        model: see `LLM`.
+        kwargs: of `LLM`.
+
+    Returns:
+        The configuration, rank 0's device, the tokenizer, and the parameters of requests that have
+        none of their own.
+    """
+    config = Config.from_kwargs(model, kwargs)
+    device = config.resolve_device()
+    choose_ops(config, device)
+    tokenizer = load_tokenizer(config)
+    fallback = config.model_config.eos_token_id
+    ids = eos_token_ids(config.model, tokenizer, config.generation_config, fallback=fallback)
+    # A tokenizer may name one that the model does not have: it is never sampled.
+    vocab_size = config.model_config.vocab_size
+    config = config.replace(eos_token_ids=frozenset(i for i in ids if 0 <= i < vocab_size))
+    default_params = default_sampling_params(
+        config.model, config.generation_config, config.override_generation_config
+    )
+    check_size(config, device)
+    check_fits(config, device)
+    return config, device, tokenizer, default_params
 
 
 def start_model_runner(

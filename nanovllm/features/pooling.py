@@ -17,6 +17,7 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.request import Request
 from nanovllm.engine.request_output import raise_failed
 from nanovllm.errors import ArgumentError, shown
+from nanovllm.features.rpc import call_ranks
 from nanovllm.inputs.prompts import (
     as_prompt_list,
     check_each,
@@ -95,7 +96,7 @@ def _pool(
     check_use_tqdm(use_tqdm)
     llm.check_awake()
     nothing = SamplingParams(temperature=0, max_tokens=1)  # is sampled
-    requests = llm.new_requests(prompts, nothing, priority, tokenization_kwargs, pooler)
+    requests = llm.input_processor.process(prompts, nothing, priority, tokenization_kwargs, pooler)
     llm.run(requests, use_tqdm)
     raise_failed(requests)
     return requests
@@ -251,7 +252,7 @@ def _rerank(
     ]
     encoded = encode_prompts(questions, tokenizer, vocab_size, kwargs)
     rows: dict[int, np.ndarray] = {}
-    for held in llm.call_ranks(_lm_head_rows, args=([yes_id, no_id],)):
+    for held in call_ranks(llm, _lm_head_rows, args=([yes_id, no_id],)):
         rows |= held
     # softmax over two logits is the logistic function of their difference
     pooler = partial(_probability, weights=rows[yes_id] - rows[no_id])

@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.errors import ArgumentError, shown
+from nanovllm.features.rpc import call_ranks
 
 DEFAULT_PREFIX = "nanovllm-trace"
 
@@ -20,12 +21,12 @@ def start_profile(llm: LLMEngine, profile_prefix: str | None = None) -> None:
     # A relative prefix starts at vLLM's folder for traces, if that is set; made absolute here, so
     # that it does not matter where the process has moved to when the trace is written.
     path = os.path.abspath(os.path.join(os.environ.get("VLLM_TORCH_PROFILER_DIR", ""), prefix))
-    llm.call_ranks(_start, args=(path,))
+    call_ranks(llm, _start, args=(path,))
 
 
 def stop_profile(llm: LLMEngine) -> list[str]:
     """See `LLM.stop_profile`."""
-    return llm.call_ranks(_stop)
+    return call_ranks(llm, _stop)
 
 
 def _start(runner: ModelRunner, prefix: str) -> None:

@@ -18,7 +18,8 @@ def enqueue(
     llm: LLMEngine, prompts: Any, sampling_params: Any, priority: Any, tokenization_kwargs: Any
 ) -> list[str]:
     """See `LLM.enqueue`."""
-    requests = llm.new_requests(
+    llm.check_ready()
+    requests = llm.input_processor.process(
         as_prompt_list(prompts), sampling_params, priority, tokenization_kwargs
     )
     llm.queue(requests)

@@ -1,6 +1,7 @@
 """Calls on every worker: rank 0's model runner in this process, the others' in theirs."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
@@ -8,6 +9,7 @@ from torch import nn
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.errors import ArgumentError, shown
+from nanovllm.guards.interrupts import DeferredInterrupt
 from nanovllm.validation import check_number
 
 
@@ -31,7 +33,27 @@ def collective_rpc(
     kwargs = {} if kwargs is None else kwargs
     if not isinstance(kwargs, dict) or not all(isinstance(name, str) for name in kwargs):
         raise ArgumentError(f"kwargs must be a dict of names and values, got {shown(kwargs)}")
-    return llm.call_ranks(method, timeout, tuple(args), kwargs)
+    return call_ranks(llm, method, timeout, tuple(args), kwargs)
+
+
+def call_ranks(
+    llm: LLMEngine,
+    method: str | Callable[..., Any],
+    timeout: float | None = None,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+) -> list[Any]:
+    """`Executor.collective_rpc` between two steps; ends the engine if the ranks cannot go on."""
+    llm.check_ready()
+    llm.drain()
+    executor = llm.executor
+    with DeferredInterrupt(), llm.owner.stepping() if executor.has_busy_ranks else nullcontext():
+        try:
+            return executor.collective_rpc(method, timeout, args, kwargs or {})
+        except BaseException:
+            if executor.cause_of_death is not None:
+                llm.exit()
+            raise
 
 
 def apply_model(llm: LLMEngine, func: Callable[[nn.Module], Any]) -> list[Any]:

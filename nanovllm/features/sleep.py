@@ -9,6 +9,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ArgumentError, shown
 from nanovllm.features.offload import release_memory, restore_kv_cache, restore_weights
 from nanovllm.features.prefix_cache import reset_prefix_cache
+from nanovllm.features.rpc import call_ranks
 from nanovllm.validation import check_choice, check_integer
 
 MEMORY_TAGS = frozenset({"weights", "kv_cache"})
@@ -30,7 +31,7 @@ def sleep(llm: LLMEngine, level: int = 1, mode: str = "abort") -> None:
         return
     reset_prefix_cache(llm, reset_running_requests=True)
     llm.asleep |= MEMORY_TAGS  # before: half asleep is no state to compute in
-    llm.call_ranks(release_memory, args=(level == 1,))
+    call_ranks(llm, release_memory, args=(level == 1,))
 
 
 def wake_up(llm: LLMEngine, tags: Iterable[str] | None = None) -> bool:
@@ -41,11 +42,11 @@ def wake_up(llm: LLMEngine, tags: Iterable[str] | None = None) -> bool:
     # Memory first, on all ranks: a rank that has too little must not leave the others waiting in
     # the collectives that a capture runs.
     if "weights" in due:
-        llm.call_ranks(restore_weights)
+        call_ranks(llm, restore_weights)
     if "kv_cache" in due:
-        llm.call_ranks(restore_kv_cache)
+        call_ranks(llm, restore_kv_cache)
     if due & MEMORY_TAGS and not (llm.asleep - due) & MEMORY_TAGS:
-        llm.call_ranks("capture_graphs")
+        call_ranks(llm, "capture_graphs")
     llm.asleep -= due
     return not llm.asleep
 

@@ -64,7 +64,7 @@ class Stream(Iterator[StreamOutput]):
         own_ids: set[int] = set()
         self._owner = llm.owner
         self._items = _items(llm, requests, own_ids, use_tqdm)
-        self._finalizer = weakref.finalize(self, llm.abandon, requests)
+        self._finalizer = weakref.finalize(self, _abandon, llm, requests)
         self._finalizer.atexit = False
         try:
             llm.queue(requests)
@@ -115,6 +115,16 @@ class Stream(Iterator[StreamOutput]):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _abandon(llm: LLMEngine, requests: list[Request]) -> None:
+    """End requests that nobody waits for, and forget them; the garbage collector may call it."""
+
+    def end() -> None:
+        llm.abort(requests)
+        llm.requests.forget(requests)
+
+    llm.owner.defer(end)
 
 
 class _StreamedRequest:
@@ -192,7 +202,8 @@ def generate_stream(
 ) -> Stream:
     """See `LLM.generate_stream`."""
     check_use_tqdm(use_tqdm)
-    requests = llm.new_requests(
+    llm.check_ready()
+    requests = llm.input_processor.process(
         as_prompt_list(prompts), sampling_params, priority, tokenization_kwargs
     )
     for request in requests:

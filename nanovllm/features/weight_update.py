@@ -9,6 +9,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.errors import ArgumentError, shown
 from nanovllm.features.prefix_cache import reset_prefix_cache
+from nanovllm.features.rpc import call_ranks
 from nanovllm.models.checkpoint import LM_HEAD
 from nanovllm.models.loader import (
     FLOAT_DTYPES,
@@ -49,7 +50,7 @@ def load_weights(llm: LLMEngine, weights: Iterable[tuple[str, torch.Tensor]]) ->
             # quantised keeps its dtype, so as to be rounded once.
             dtype = tensor.dtype if llm.config.fp8_scales else llm.config.resolve_dtype()
             tensor = tensor.detach().to("cpu", dtype, copy=True)
-        llm.call_ranks(_load_on_rank, args=(name, tensor))
+        call_ranks(llm, _load_on_rank, args=(name, tensor))
         loaded.add(name)
     return loaded
 
@@ -58,7 +59,7 @@ def reload_weights(llm: LLMEngine) -> None:
     """See `LLM.reload_weights`."""
     _check_weights_are_there(llm)
     reset_prefix_cache(llm, reset_running_requests=True)
-    llm.call_ranks("reload_weights")
+    call_ranks(llm, "reload_weights")
 
 
 def _check_weights_are_there(llm: LLMEngine) -> None:
