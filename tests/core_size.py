@@ -28,7 +28,6 @@ CORE = [
     "engine/scheduling_policy.py",
     "kernels/copies.py",
     "engine/prefill_inputs.py",
-    "engine/kv_cache.py",
     "layers/linear.py",
     "layers/norm.py",
     "layers/attention.py",

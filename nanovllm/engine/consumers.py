@@ -5,6 +5,8 @@ the sequences. What a consumer has for them travels to the host and is committed
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -13,6 +15,8 @@ import torch
 from nanovllm.config import Config
 from nanovllm.engine.launched_step import LaunchedStep
 from nanovllm.engine.sequence import Sequence, Wants
+from nanovllm.engine.sequence_errors import note_error
+from nanovllm.errors import is_fault
 from nanovllm.kernels import row_state
 from nanovllm.kernels.copies import Download, upload_one
 from nanovllm.kernels.ops import Ops
@@ -22,6 +26,20 @@ from nanovllm.sampling.logprobs import LogprobsDownload, logprob_tensors
 from nanovllm.sampling.request_sampler import RequestSampler
 
 PROMPT_LOGITS_ROWS = 256  # prompt tokens whose logits are in memory at once
+
+
+@contextmanager
+def errors_kept(step: LaunchedStep) -> Iterator[None]:
+    """Leave what fails on rank 0 for the commit: the other ranks wait for the rest of the step.
+
+    All sequences begin anew then.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not is_fault(error):
+            raise
+        step.error = error
 
 
 class StepConsumer(ABC):
@@ -88,7 +106,7 @@ class LogitsProcessing(StepConsumer):
         logits = self.tp.gather(logits)
         tokens = torch.zeros_like(own_rows)
         if self.tp.rank == 0:
-            with step.errors_kept():
+            with errors_kept(step):
                 seqs = [seqs[i] for i in numbers]
                 sampler = self._get_sampler()
                 if plan.is_prefill:
@@ -160,7 +178,7 @@ class PromptLogprobs(StepConsumer):
                 logits = self.tp.gather(self.lm_head(hidden_states))
                 if self.tp.rank != 0 or step.error is not None:
                     continue
-                with step.errors_kept():
+                with errors_kept(step):
                     seq, next_position = step.seqs[number], start + offset + 1
                     next_ids = seq.token_ids[next_position : next_position + size]
                     wanted = [seq.sampling_params.prompt_logprobs] * size
@@ -205,6 +223,6 @@ class Pooling(StepConsumer):
                     try:
                         seq.features.pooled = seq.features.pooler(row)
                     except BaseException as error:
-                        seq.note_error(error)
+                        note_error(seq, error)
 
         step.commits.append(commit)

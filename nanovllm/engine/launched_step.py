@@ -1,13 +1,11 @@
 """A step on its way through the device, and what the host gets of it."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_plan import StepPlan
-from nanovllm.errors import is_fault
 from nanovllm.kernels.copies import Download
 
 
@@ -62,16 +60,3 @@ class LaunchedStep:
             raise self.error
         for commit in self.commits:
             commit()
-
-    @contextmanager
-    def errors_kept(self) -> Iterator[None]:
-        """Leave what fails on rank 0 for the commit: the other ranks wait for the rest of the step.
-
-        All sequences begin anew then.
-        """
-        try:
-            yield
-        except BaseException as error:
-            if not is_fault(error):
-                raise
-            self.error = error

@@ -6,7 +6,7 @@ from time import perf_counter
 from typing import Any
 
 from nanovllm.config import Config
-from nanovllm.engine.executor import Executor, LaunchedStep, UniProcExecutor
+from nanovllm.engine.executor import Executor, LaunchedStep
 from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.recovery import Recovery
@@ -48,8 +48,8 @@ class LLMEngine(Lifecycle):
     def __init__(self, model: str | None = None, **kwargs: Any) -> None:
         # What cannot run is refused before anything is started.
         config, device, self.tokenizer, default_params = prepare(model, kwargs)
-        form = MultiprocExecutor if config.tensor_parallel_size > 1 else UniProcExecutor
-        self.executor: Executor = form(config, device)
+        form = MultiprocExecutor if config.tensor_parallel_size > 1 else Executor
+        self.executor = form(config, device)
         self.config = config.replace(num_kvcache_blocks=self.executor.num_kvcache_blocks)
         self.input_processor = InputProcessor(
             self.config, self.tokenizer, default_params, self.model_runner.has_lm_head

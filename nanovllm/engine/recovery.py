@@ -12,6 +12,7 @@ from nanovllm.engine.executor import Executor
 from nanovllm.engine.request import Request, RequestTable
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence_errors import note_error
 from nanovllm.errors import EngineDeadError, describe, is_fault
 from nanovllm.guards.interrupts import DeferredInterrupt
 from nanovllm.guards.ownership import Owner
@@ -84,7 +85,7 @@ class Recovery:
             logger.debug("request %d made a step fail", request.request_id, exc_info=error)
             for seq in request.sequences:
                 if not seq.is_finished:  # what has ended by itself stays
-                    seq.note_error(error)
+                    note_error(seq, error)
         else:
             message = "a step of %d requests failed and is run again in parts: %s"
             logger.warning(message, len(suspects), describe(error))

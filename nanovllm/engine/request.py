@@ -3,12 +3,12 @@
 A request has a sequence for each of its `n` completions.
 """
 
-import hashlib
 import time
 from collections.abc import Iterable
 
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import RequestMetrics
+from nanovllm.sampling.seeds import derived_seed
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -47,7 +47,7 @@ class Request:
         for seq in self.sequences:
             seq.request_id = request_id
             if self.params.seed is None:
-                seq.seed = _derived_seed(engine_seed, request_id, seq.index)
+                seq.seed = derived_seed(engine_seed, request_id, seq.index)
             else:
                 seq.seed = (self.params.seed + seq.index) % 2**64
 
@@ -60,19 +60,6 @@ class Request:
     def completion_token_ids(self) -> list[int]:
         """The ids of its first completion, a new list."""
         return self.sequences[0].completion_token_ids
-
-    @property
-    def error(self) -> BaseException | None:
-        """What one of its sequences raised, if any did."""
-        return next((seq.error for seq in self.sequences if seq.error is not None), None)
-
-
-def _derived_seed(engine_seed: int, request_id: int, index: int) -> int:
-    """64 bits that differ for every sequence of an engine, and between engine seeds."""
-    message = engine_seed.to_bytes(8, "little", signed=True) + request_id.to_bytes(8, "little")
-    if index:
-        message += index.to_bytes(8, "little")
-    return int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little")
 
 
 class RequestTable:

@@ -5,6 +5,7 @@ from typing import Any
 
 from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence_errors import note_error
 from nanovllm.errors import RequestError, describe, is_fault
 from nanovllm.inputs.detokenizer import decode, output_text_of
 from nanovllm.outputs import CompletionOutput, RequestOutput
@@ -18,13 +19,13 @@ def make_output(request: Request, tokenizer: Any) -> RequestOutput:
     A tokenizer that fails leaves all texts out, and the output's `error` says so.
     """
     try:
-        return _output(request, tokenizer, request.error)
+        return _output(request, tokenizer, error_of(request))
     except BaseException as error:
         if not is_fault(error):
             raise
         if request.is_finished:
             for seq in request.sequences:
-                seq.note_error(error)
+                note_error(seq, error)
         return _output(request, None, error)
 
 
@@ -47,11 +48,16 @@ def _output(request: Request, tokenizer: Any, error: BaseException | None) -> Re
     )
 
 
+def error_of(request: Request) -> BaseException | None:
+    """What one of its sequences raised, if any did."""
+    return next((seq.error for seq in request.sequences if seq.error is not None), None)
+
+
 def raise_failed(requests: list[Request], outputs: list[RequestOutput] | None = None) -> None:
     """RequestError if some of a call's requests failed; `outputs` are those of all of them."""
-    failed = [index for index, request in enumerate(requests) if request.error is not None]
+    failed = [index for index, request in enumerate(requests) if error_of(request) is not None]
     if failed:
-        first = requests[failed[0]].error
+        first = error_of(requests[failed[0]])
         assert first is not None
         others = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
         text = f"prompts[{failed[0]}] failed{others}: {describe(first)}"

@@ -10,9 +10,11 @@ from operator import attrgetter
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.priority_queue import POLICIES
 from nanovllm.engine.scheduler_stats import SchedulerStats
-from nanovllm.engine.scheduling_policy import POLICIES, is_worth_admitting
+from nanovllm.engine.scheduling_policy import is_worth_admitting
 from nanovllm.engine.sequence import Sequence, SequenceStatus, Wants
+from nanovllm.engine.sequence_errors import tell_rules
 
 
 class Scheduler:
@@ -27,9 +29,6 @@ class Scheduler:
         self.config = config
         # A decode step computes one token of each running sequence.
         self.max_num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
-        self.max_num_batched_tokens = config.max_num_batched_tokens
-        self.enable_chunked_prefill = config.enable_chunked_prefill
-        self.watermark = config.watermark
         self.eos_token_ids = config.eos_token_ids
         self.new_queue = POLICIES[config.scheduling_policy]
         self.num_preemptions = 0
@@ -87,7 +86,7 @@ class Scheduler:
         num_running = len(self.running)
         if not num_running or not self.running[-1].is_prefilled:
             return True
-        num_free_blocks = self.block_manager.num_free_blocks - self.watermark * num_running
+        num_free_blocks = self.block_manager.num_free_blocks - self.config.watermark * num_running
         return is_worth_admitting(
             len(self.waiting),
             self.num_decodes_since_prefill,
@@ -97,7 +96,7 @@ class Scheduler:
 
     def _schedule_prefill(self) -> list[Sequence]:
         scheduled: list[Sequence] = []
-        budget = self.max_num_batched_tokens
+        config, budget = self.config, self.config.max_num_batched_tokens
         # Only the sequence admitted last can be part-way through its prompt.
         if self.running and not self.running[-1].is_prefilled:
             seq = self.running[-1]
@@ -109,9 +108,12 @@ class Scheduler:
             num_shared_tokens = len(matched) * self.block_manager.block_size
             # A full hit still computes its last token, whose logits are needed.
             num_cached_tokens = min(num_shared_tokens, seq.num_tokens - 1)
-            if seq.num_tokens - num_cached_tokens > budget and not self.enable_chunked_prefill:
+            if (
+                seq.num_tokens - num_cached_tokens > budget
+                and not self.config.enable_chunked_prefill
+            ):
                 break
-            reserved = ceil(self.watermark * len(self.running))
+            reserved = ceil(config.watermark * len(self.running))
             if not self.block_manager.can_allocate(seq, matched, reserved):
                 break
             self.waiting.popleft()
@@ -206,7 +208,7 @@ class Scheduler:
             if (num_tokens - 1) % block_size == 0:
                 self.block_manager.cache_blocks(seq, num_tokens - 1)
             if seq.finish_rules:
-                seq.tell_rules(token_id)
+                tell_rules(seq, token_id)
             elif num_tokens < seq.max_length and token_id not in seq.end_token_ids:
                 continue
             if reason := seq.reason_to_end(self.eos_token_ids):

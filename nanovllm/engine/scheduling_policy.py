@@ -1,6 +1,8 @@
-"""Who is admitted next, when that is worth a step, and who is preempted first."""
+"""Who is admitted next, when that is worth a step, and who is preempted first.
 
-from bisect import bisect_right
+The order by priority is in priority_queue.py.
+"""
+
 from collections import deque
 from collections.abc import Sequence as Items
 
@@ -59,26 +61,3 @@ class FCFSQueue(deque[Sequence]):
     def victim(self, running: Items[Sequence]) -> Sequence:
         """Which of the running sequences, oldest admission first, is preempted first."""
         return running[-1]
-
-
-class PriorityQueue(FCFSQueue):
-    """Waiting sequences by priority, the lower the earlier, then by age."""
-
-    def add(self, seq: Sequence) -> None:
-        """Queue a sequence in its place."""
-        # The search may run a garbage collection, and that the finalizer of a stream, which
-        # aborts: so it looks at a copy.
-        self.insert(bisect_right(tuple(self), _rank(seq), key=_rank), seq)
-
-    put_back = add
-
-    def victim(self, running: Items[Sequence]) -> Sequence:
-        """The last by priority."""
-        return max(running, key=_rank)
-
-
-def _rank(seq: Sequence) -> tuple[int, int, int]:
-    return seq.priority, seq.request_id, seq.index
-
-
-POLICIES = {"fcfs": FCFSQueue, "priority": PriorityQueue}

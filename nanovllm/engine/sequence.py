@@ -1,10 +1,8 @@
 """One completion's state on the host: its tokens, how far they are computed, its blocks."""
 
 from enum import Enum, auto
-from typing import Protocol
 
-from nanovllm.errors import describe, is_fault
-from nanovllm.sampling.state import FeatureState
+from nanovllm.sampling.state import FeatureState, FinishRule
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -23,16 +21,6 @@ class Wants:
     CONFIRMED = 2  # it is computed only when no token of it is pending
     PROMPT = 4  # every hidden state of its prompt: cached blocks cannot stand in for them
     POOLING = 8  # its last hidden state, and no token: it ends when it is prefilled
-
-
-class FinishRule(Protocol):
-    """Something that follows a sequence's tokens and may end it: stop strings, a grammar."""
-
-    def on_token(self, token_id: int) -> tuple[str, str | None] | None:
-        """Take the newest token; the finish reason and the stop reason if it ends the sequence.
-
-        An end without a stop reason yields to that of another rule, and to a stop token's.
-        """
 
 
 class Sequence:
@@ -107,31 +95,6 @@ class Sequence:
     def is_finished(self) -> bool:
         """Whether it has ended, for whatever reason."""
         return self.finish_reason is not None
-
-    def note_error(self, error: BaseException) -> None:
-        """It ends with "abort" because of `error`, or has ended so; Ctrl-C goes on.
-
-        What the error's traceback refers to is not kept.
-        """
-        if not is_fault(error):
-            raise error
-        if self.error is None:
-            self.error = error
-            for name in ("__traceback__", "__cause__", "__context__"):
-                BaseException.__setattr__(error, name, None)  # its class may forbid it
-            self.stop_reason = describe(error)
-            if self.is_finished:
-                self.finish_reason = "abort"
-
-    def tell_rules(self, token_id: int) -> None:
-        """Give the newest token to the finish rules; what one raises ends this sequence alone."""
-        try:
-            for rule in self.finish_rules:
-                ending = rule.on_token(token_id)
-                if ending is not None and (self.ending is None or self.ending[1] is None):
-                    self.ending = ending
-        except BaseException as error:
-            self.note_error(error)
 
     def reason_to_end(self, eos_token_ids: frozenset[int]) -> str | None:
         """Why it ends with its newest token; None: it goes on. Sets its stop reason."""

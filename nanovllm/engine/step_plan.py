@@ -9,11 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nanovllm.engine.common_prefix import num_common_blocks
 from nanovllm.engine.sequence import Sequence, Wants
 from nanovllm.kernels import row_state
 
-# Fewer cost more than they save: reading the common blocks apart takes a kernel in every layer.
-MIN_SPARED_BLOCK_READS = 32
 NONE = np.empty(0, dtype=np.int32)
 
 
@@ -42,18 +41,6 @@ class StepPlan(NamedTuple):
     def all_want(self, want: int) -> bool:
         """Whether all sequences want it whose last token a prefill step computes."""
         return len(self.wants) > 0 and bool((self.wants[self.is_last != 0] & want).all())
-
-
-def count_common_blocks(block_tables: list[list[int]]) -> int:
-    """How many leading blocks all tables share."""
-    # What the smallest and the largest have in common, all in between have too.
-    lowest, highest = min(block_tables), max(block_tables)
-    num_common = 0
-    for block_id, other in zip(lowest, highest, strict=False):
-        if block_id != other:
-            break
-        num_common += 1
-    return num_common
 
 
 def _wants(seqs: list[Sequence]) -> np.ndarray:
@@ -100,8 +87,7 @@ class PlanBuilder:
         update_array = np.array(updates, dtype=np.int32).reshape(-1, 2)
         if not is_prefill:
             self._note_decode_batch(seqs, rows)
-            wants, num_common_blocks = self._decode_wants, self._num_common_blocks
-            return StepPlan(False, rows, update_array, wants, num_common_blocks)
+            return StepPlan(False, rows, update_array, self._decode_wants, self._num_common_blocks)
         self._decode_rows = None
         chunks = (seq.token_ids[_start(seq) : seq.num_computed_tokens] for seq in seqs)
         token_ids = np.fromiter(chain.from_iterable(chunks), dtype=np.int32)
@@ -115,9 +101,7 @@ class PlanBuilder:
     def _note_decode_batch(self, seqs: list[Sequence], rows: np.ndarray) -> None:
         # While the batch stays, decoding only appends blocks of each sequence's own.
         if self._decode_rows is None or not np.array_equal(rows, self._decode_rows):
-            num_common = count_common_blocks([seq.block_table for seq in seqs])
-            num_spared = (len(seqs) - 1) * num_common
-            self._num_common_blocks = num_common if num_spared >= MIN_SPARED_BLOCK_READS else 0
+            self._num_common_blocks = num_common_blocks([seq.block_table for seq in seqs])
             self._decode_wants = _wants(seqs)
             self._decode_rows = rows
 

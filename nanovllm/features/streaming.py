@@ -15,6 +15,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.request import Request
 from nanovllm.engine.request_output import make_output
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence_errors import note_error
 from nanovllm.inputs.detokenizer import output_text_of
 from nanovllm.inputs.prompts import as_prompt_list
 from nanovllm.outputs import RequestOutput
@@ -168,7 +169,7 @@ def _end_text(seq: Sequence) -> None:
         if (output_text := output_text_of(seq.finish_rules)) is not None:
             output_text.final_text()
     except BaseException as error:
-        seq.note_error(error)
+        note_error(seq, error)
 
 
 def _items(

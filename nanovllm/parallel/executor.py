@@ -32,8 +32,8 @@ class MultiprocExecutor(Executor):
         # Only rank 0 needs these, and they may not be picklable.
         for_workers = config.replace(tokenizer=None, hf_overrides=None)
         self.workers = WorkerGroup(for_workers, device.type)
-        super().__init__(config, self._start_model_runner(config, device))
         self._is_mid_step = False  # after a failed launch: the ranks are out of step
+        super().__init__(config, device)
 
     def _start_model_runner(self, config: Config, device: torch.device) -> ModelRunner:
         workers = self.workers

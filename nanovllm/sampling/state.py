@@ -67,3 +67,13 @@ class SampledSequence(Protocol):
     end_token_ids: frozenset[int]
     sampling_params: SamplingParams
     features: FeatureState
+
+
+class FinishRule(Protocol):
+    """Something that follows a sequence's tokens and may end it: stop strings, a grammar."""
+
+    def on_token(self, token_id: int) -> tuple[str, str | None] | None:
+        """Take the newest token; the finish reason and the stop reason if it ends the sequence.
+
+        An end without a stop reason yields to that of another rule, and to a stop token's.
+        """

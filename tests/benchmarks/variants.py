@@ -24,7 +24,7 @@ VARIANTS = {
     "no-graphs": Variant({"enforce_eager": True}),
     "no-launch-overlap": Variant(constants={"kernels.triton_launch.OVERLAP_LAUNCHES": False}),
     "no-split-linears": Variant(constants={"kernels.triton_linear.SPLIT_LINEAR": False}),
-    "no-common-prefix": Variant(constants={"engine.step_plan.MIN_SPARED_BLOCK_READS": NEVER}),
+    "no-common-prefix": Variant(constants={"engine.common_prefix.MIN_SPARED_BLOCK_READS": NEVER}),
     "no-joint-admission": Variant(constants={"engine.scheduling_policy.ADMISSION_INTERVAL": 0}),
     "no-prefix-caching": Variant({"enable_prefix_caching": False}),
     "flash-attn": Variant({"attention_backend": "flash-attn"}),

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from nanovllm.engine import step_plan
+from nanovllm.engine import common_prefix
 from nanovllm.engine.recovery import restart
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
@@ -167,14 +167,14 @@ class FakeDevice:
         width = row_state.BLOCK_TABLE + max_blocks_per_seq
         self.plan_builder = PlanBuilder(scheduler.max_num_seqs, width)
         self.capacity = max_packed_size(
-            scheduler.max_num_seqs, scheduler.max_num_batched_tokens, width
+            scheduler.max_num_seqs, scheduler.config.max_num_batched_tokens, width
         )
         self.row_table = np.full((scheduler.max_num_seqs, width), -7, dtype=np.int32)
         self.cache: dict[int, tuple[int, int]] = {}  # slot -> (token, number of its prefix)
         self.sampled: dict[int, list[int]] = {}  # request_id -> all that was sampled for it
 
     def launch(self, seqs: list[Sequence], is_prefill: bool) -> Launched:
-        with patch.object(step_plan, "MIN_SPARED_BLOCK_READS", 1):
+        with patch.object(common_prefix, "MIN_SPARED_BLOCK_READS", 1):
             packed = pack(self.plan_builder.build(seqs, is_prefill))
         assert packed.dtype == np.int32
         assert len(packed) <= self.capacity
@@ -186,7 +186,11 @@ class FakeDevice:
         return Launched(seqs, is_prefill, token_ids)
 
     def _prefill(self, plan: StepPlan, seqs: list[Sequence]) -> list[int | None]:
-        assert len(plan.token_ids) == plan.lengths.sum() <= self.scheduler.max_num_batched_tokens
+        assert (
+            len(plan.token_ids)
+            == plan.lengths.sum()
+            <= self.scheduler.config.max_num_batched_tokens
+        )
         assert (plan.lengths > 0).all()
         token_ids: list[int | None] = []
         chunks = np.split(plan.token_ids, np.cumsum(plan.lengths)[:-1])

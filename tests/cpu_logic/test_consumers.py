@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanovllm.engine.consumers import Pooling, PromptLogprobs
+from nanovllm.engine.consumers import Pooling, PromptLogprobs, errors_kept
 from nanovllm.engine.launched_step import LaunchedStep
 from nanovllm.engine.sequence import Sequence, Wants
 from nanovllm.engine.step_plan import StepPlan
@@ -107,9 +107,9 @@ def test_a_pooler_that_raises_ends_its_sequence_alone():
 
 def test_a_failure_kept_for_the_commit_is_raised_there():
     step = launched([Sequence([1])], [0], [1])
-    with step.errors_kept():
+    with errors_kept(step):
         raise ValueError("of a consumer")
     with pytest.raises(ValueError, match="of a consumer"):
         step.commit()
-    with pytest.raises(KeyboardInterrupt), step.errors_kept():
+    with pytest.raises(KeyboardInterrupt), errors_kept(step):
         raise KeyboardInterrupt

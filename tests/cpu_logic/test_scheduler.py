@@ -16,7 +16,7 @@ from scheduling_helpers import (
     step,
 )
 
-from nanovllm.engine import scheduling_policy
+from nanovllm.engine import priority_queue, scheduling_policy
 from nanovllm.engine.recovery import restart
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.scheduling_policy import ADMISSION_INTERVAL
@@ -260,7 +260,7 @@ def longest_wait_for_what_is_free(seed: int) -> int:
         is_free = False
         if scheduler.waiting and len(scheduler.running) < scheduler.max_num_seqs:
             seq = scheduler.waiting[0]
-            num_reserved = ceil(scheduler.watermark * len(scheduler.running))
+            num_reserved = ceil(scheduler.config.watermark * len(scheduler.running))
             is_free = manager.can_allocate(seq, manager.match_prefix(seq), num_reserved)
         _, num_tokens = step(scheduler)
         num_decodes = num_decodes + 1 if is_free and num_tokens < 0 else 0
@@ -844,13 +844,13 @@ def test_an_abort_while_a_priority_is_searched_for(monkeypatch):
     scheduler = make_scheduler(scheduling_policy="priority")
     old, new = (make_seq([5] * 30, request_id=i) for i in range(2))
     scheduler.add(old)
-    rank = scheduling_policy._rank
+    rank = priority_queue._rank
 
     def abort_and_rank(seq):
         if not old.is_finished:
             scheduler.abort([old])
         return rank(seq)
 
-    monkeypatch.setattr(scheduling_policy, "_rank", abort_and_rank)
+    monkeypatch.setattr(priority_queue, "_rank", abort_and_rank)
     scheduler.add(new)
     assert list(scheduler.waiting) == [new]

@@ -7,13 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scheduling_helpers import make_scheduler, make_seq, seed_words, temperature_bits
 
+from nanovllm.engine.common_prefix import MIN_SPARED_BLOCK_READS, count_common_blocks
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.step_plan import (
-    MIN_SPARED_BLOCK_READS,
-    PlanBuilder,
-    StepPlan,
-    count_common_blocks,
-)
+from nanovllm.engine.step_plan import PlanBuilder, StepPlan
 from nanovllm.kernels import row_state
 from nanovllm.parallel.packed_plans import max_packed_size, pack, unpack
 from nanovllm.sampling_params import SamplingParams

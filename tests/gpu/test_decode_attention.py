@@ -13,7 +13,8 @@ from test_engine_gpu import greedy, random_prompts, small_engine, token_ids
 from tiny_models import reference_greedy, save_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanovllm.engine import step_plan
+from nanovllm.engine import common_prefix
+from nanovllm.engine.step_plan import PlanBuilder
 from nanovllm.kernels import torch_ops
 from nanovllm.kernels.types import FP8_DTYPE, FP8_MIN_CAPABILITY, DecodeMetadata, KVCache
 
@@ -268,15 +269,15 @@ def test_engine_reads_a_common_prefix_once_with_the_same_tokens(tmp_path, monkey
     longest = reference_greedy(model_dir, prompts, max(limits))
     reference = [tokens[:limit] for tokens, limit in zip(longest, limits, strict=True)]
     plans = []
-    build = step_plan.PlanBuilder.build
+    build = PlanBuilder.build
 
     def recording_build(self, seqs, is_prefill):
         plans.append(build(self, seqs, is_prefill))
         return plans[-1]
 
-    monkeypatch.setattr(step_plan.PlanBuilder, "build", recording_build)
-    for min_spared in (step_plan.MIN_SPARED_BLOCK_READS, 1, 10**9):
-        monkeypatch.setattr(step_plan, "MIN_SPARED_BLOCK_READS", min_spared)
+    monkeypatch.setattr(PlanBuilder, "build", recording_build)
+    for min_spared in (common_prefix.MIN_SPARED_BLOCK_READS, 1, 10**9):
+        monkeypatch.setattr(common_prefix, "MIN_SPARED_BLOCK_READS", min_spared)
         for settings in ({}, {"async_scheduling": False}, {"enforce_eager": True}):
             plans.clear()
             with small_engine(model_dir, max_num_seqs=48, **settings) as llm:

@@ -1,0 +1,127 @@
+"""What one rank has: its part of the model, the KV cache, the row table and a decode batch."""
+
+import gc
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanovllm.config import Config
+from nanovllm.engine import kv_cache
+from nanovllm.kernels.ops import Ops
+from nanovllm.layers.attention import Attention
+from nanovllm.layers.context import ModelContext
+from nanovllm.models.base import model_class
+from nanovllm.models.loader import load_model
+from nanovllm.parallel.tensor_parallel import TensorParallel
+
+
+class RankState:
+    """The memory of one rank, which `ModelRunner` computes on.
+
+    Args:
+        config: the engine's configuration, the same on every rank.
+        device: this rank's device.
+        tp: this rank's place among the ranks.
+        ops: the backend.
+
+    Attributes:
+        model: this rank's slice of the model.
+        row_table: a row for each running sequence, see `kernels.row_state`.
+        sent_rows: the host's copy of what plans have sent to it: never the token or the length,
+            which steps write.
+        decode_batch: the number of leading blocks that a decode batch has in common, then its rows;
+            CUDA graphs read them here.
+        decode_rows: the rows of it.
+        decode_logits: [max_num_seqs, V] where decode steps leave their logits.
+    """
+
+    def __init__(self, config: Config, device: torch.device, tp: TensorParallel, ops: Ops) -> None:
+        self.config = config
+        self.device = device
+        self.tp = tp
+        self.block_size = config.kvcache_block_size
+        self.is_cuda = device.type == "cuda"
+        self.profiler: tuple[torch.profiler.profile, str] | None = None  # and where its trace goes
+        model_config = config.model_config
+        self.ops = ops
+        with self.on_device():
+            context = ModelContext(
+                self.ops,
+                tp,
+                config.resolve_dtype(),
+                device,
+                config.max_model_len,
+                config.fp8_scales,
+                config.resolve_kv_cache_dtype(),
+            )
+            self.model = model_class(model_config.architectures)(model_config, context)
+            self.reload_weights()
+            self.attentions = [m for m in self.model.modules() if isinstance(m, Attention)]
+            self._allocate_row_table()
+
+    @property
+    def rank(self) -> int:
+        """This rank's number."""
+        return self.tp.rank
+
+    def reload_weights(self) -> None:
+        """Fill the parameters again from the model's directory, or with the same random numbers."""
+        config = self.config
+        std = config.model_config.initializer_range
+        self.has_lm_head = load_model(self.model, config.model, config.load_format, std)
+
+    def call(self, method: str | Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call a method by its name, or a callable with this runner as its first argument."""
+        if isinstance(method, str):
+            return getattr(self, method)(*args, **kwargs)
+        with self.on_device():
+            return method(self, *args, **kwargs)
+
+    def _allocate_row_table(self) -> None:
+        config = self.config
+        row_width = config.row_width
+        self.row_table = torch.zeros(
+            (config.max_num_seqs + 1, row_width), dtype=torch.int32, device=self.device
+        )
+        # The host's copy of what plans have sent: never the token or the length, which steps write.
+        self.sent_rows = np.zeros(self.row_table.shape, dtype=np.int32)
+        # The number of leading blocks that the decode batch has in common, then its rows; graphs
+        # read them here. Every row starts as padding.
+        self.decode_batch = torch.full(
+            (1 + config.max_num_seqs,), config.max_num_seqs, dtype=torch.int32, device=self.device
+        )
+        self.decode_batch[0] = 0
+        self.decode_rows = self.decode_batch[1:]
+        self.decode_logits = torch.empty(
+            (config.max_num_seqs, len(self.model.lm_head.weight)),
+            dtype=config.resolve_dtype(),
+            device=self.device,
+        )
+
+    def allocate_kv_cache(self, num_blocks: int) -> None:
+        """Give every attention layer a cache of `num_blocks` blocks."""
+        self.num_kvcache_blocks = num_blocks
+        specs = [attention.cache_spec for attention in self.attentions]
+        caches, self.kv_cache, self.kv_scales = kv_cache.allocate(
+            specs, num_blocks, self.block_size, self.device
+        )
+        for attention, cache in zip(self.attentions, caches, strict=True):
+            attention.cache = cache
+
+    def on_device(self) -> AbstractContextManager[object]:
+        """Within it this rank's GPU is the current one."""
+        return torch.cuda.device(self.device) if self.is_cuda else nullcontext()
+
+    def close(self) -> None:
+        """Drop the cache and the weights."""
+        for attention in self.attentions:
+            del attention.cache
+        self.attentions = []
+        del self.model, self.kv_cache, self.kv_scales, self.row_table
+        del self.decode_batch, self.decode_rows, self.decode_logits
+        gc.collect()
+        if self.is_cuda:
+            torch.cuda.empty_cache()
