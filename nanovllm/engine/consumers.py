@@ -101,8 +101,10 @@ class LogitsProcessing(StepConsumer):
         logits = values
         if len(numbers) < len(logits):
             logits = logits.index_select(0, indices)
-        # The fast path has entered a token: the length is two past the input's position.
-        positions = self.row_table[:, row_state.LENGTH].index_select(0, own_rows) - 2
+        if step.positions is not None:
+            positions = step.positions.index_select(0, indices)
+        else:  # the input is the row's last token
+            positions = self.row_table[:, row_state.LENGTH].index_select(0, own_rows) - 1
         logits = self.tp.gather(logits)
         tokens = torch.zeros_like(own_rows)
         if self.tp.rank == 0:

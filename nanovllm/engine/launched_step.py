@@ -19,6 +19,7 @@ class LaunchedStep:
     Attributes:
         token_ids: [B] int32 on the device, of the sequences whose last token the step computes;
             None if there are none.
+        positions: [B] int32 on the device, of the last tokens of a prefill.
         commits: what the consumers have for the sequences: called in order, on the host, when the
             step is committed.
         error: what a consumer raised; `commit` raises it.
@@ -29,6 +30,7 @@ class LaunchedStep:
         self.plan = plan
         self.seqs = seqs
         self.token_ids: torch.Tensor | None = None
+        self.positions: torch.Tensor | None = None
         self.commits: list[Callable[[], None]] = []
         self.error: BaseException | None = None
         self.seconds = 0.0

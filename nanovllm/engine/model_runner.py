@@ -95,8 +95,9 @@ class ModelRunner(RankState):
             step.token_ids = inputs.rows  # any numbers: nobody reads them
             return
         logits = self.model.lm_head(hidden_states)
+        step.positions = inputs.last_positions
         step.token_ids = self.sampler(
-            logits, inputs.rows, inputs.temperatures, inputs.seeds, inputs.last_positions
+            logits, inputs.rows, inputs.temperatures, inputs.seeds, step.positions
         )
         self._give(Wants.LOGITS, step, logits)
 

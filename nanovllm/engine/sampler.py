@@ -11,7 +11,7 @@ class Sampler:
     """Draws each row's token by Gumbel-max sampling and enters it in the row table.
 
     Adding -log(-log(u)) of uniform u to the logits and taking the largest draws from their softmax
-    (Gumbel 1954). Rows with `row_state.SKIPPED` get any token: `LogitsProcessing` samples them.
+    (Gumbel 1954). Rows with `row_state.SKIPPED` are left to `LogitsProcessing`.
 
     Args:
         ops: the backend.
@@ -50,5 +50,5 @@ class Sampler:
             logits, temperatures, seeds, positions, first, vocab_size
         )
         token_ids = self.tp.argmax(scores, token_ids)
-        self.ops.write_back(self.row_table, rows, token_ids, positions)
+        self.ops.write_back(self.row_table, rows, token_ids, positions, temperatures)
         return token_ids

@@ -198,10 +198,15 @@ class Ops(Protocol):
         """row_table [R, BLOCK_TABLE + W] int32, rows [B] int32 -> the rows' next inputs."""
 
     def write_back(
-        self, row_table: Tensor, rows: Tensor, token_ids: Tensor, positions: Tensor
+        self,
+        row_table: Tensor,
+        rows: Tensor,
+        token_ids: Tensor,
+        positions: Tensor,
+        temperatures: Tensor | None = None,
     ) -> None:
         """Enter the sampled tokens: LAST_TOKEN = token, LENGTH = position + 2.
 
         rows, token_ids and positions are [B] int32. The last row, which is padding, is left as it
-        is.
+        is, and so are rows whose temperature, [B] float32, is below 0.
         """

@@ -484,10 +484,16 @@ def gather_decode_inputs(
 
 
 def write_back(
-    row_table: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tensor, positions: torch.Tensor
+    row_table: torch.Tensor,
+    rows: torch.Tensor,
+    token_ids: torch.Tensor,
+    positions: torch.Tensor,
+    temperatures: torch.Tensor | None = None,
 ) -> None:
     """Makes the sampled tokens [B] the rows' last ones; positions [B] are their inputs'."""
     live = rows != row_table.shape[0] - 1
+    if temperatures is not None:
+        live &= temperatures >= 0
     index = rows[live].long()
     row_table[index, row_state.LAST_TOKEN] = token_ids[live]
     row_table[index, row_state.LENGTH] = positions[live] + 2

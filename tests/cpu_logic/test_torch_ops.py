@@ -589,6 +589,11 @@ def test_row_table_round_trip():
     before[0, :2] = torch.tensor([23, 17])
     assert torch.equal(table, before)
 
+    temperatures = torch.tensor([row_state.SKIPPED, 0.5, 0.0, 0.5])
+    torch_ops.write_back(table, rows, tokens + 10, inputs.positions + 1, temperatures)
+    before[0, :2] = torch.tensor([33, 18])
+    assert torch.equal(table, before), "a skipped row is left as it is"
+
 
 # Selection
 

@@ -351,9 +351,12 @@ def test_row_table():
         assert got.dtype == want.dtype and torch.equal(got, want), name
     token_ids = torch.arange(100, 106, dtype=torch.int32, device=DEVICE)
     expected_table = table.clone()
-    torch_ops.write_back(expected_table, rows, token_ids, inputs.positions)
-    OPS.write_back(table, rows, token_ids, inputs.positions)
-    assert torch.equal(table, expected_table)
+    temperatures = torch.tensor([0.0, 1.0, -1.0, 0.5, -1.0, -1.0], device=DEVICE)
+    for given in (None, temperatures):
+        torch_ops.write_back(expected_table, rows, token_ids, inputs.positions, given)
+        OPS.write_back(table, rows, token_ids, inputs.positions, given)
+        assert torch.equal(table, expected_table)
+        token_ids = token_ids + 50
 
 
 def test_one_graph_serves_every_length():

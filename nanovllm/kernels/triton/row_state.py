@@ -102,16 +102,18 @@ def gather_decode_inputs(
 
 @jit(
     do_not_specialize=["batch_size", "padding_row"],
-    do_not_specialize_on_alignment=["rows", "token_ids", "positions"],
+    do_not_specialize_on_alignment=["rows", "token_ids", "positions", "temperatures"],
 )
 def _write_back_kernel(
     row_table,
     rows,
     token_ids,
     positions,
+    temperatures,
     batch_size,
     padding_row,
     stride_table,
+    HAS_TEMPERATURES: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -120,13 +122,19 @@ def _write_back_kernel(
     in_batch = i < batch_size
     row = tl.load(rows + i, mask=in_batch, other=0)
     live = in_batch & (row != padding_row)
+    if HAS_TEMPERATURES:
+        live = live & (tl.load(temperatures + i, mask=in_batch, other=0.0) >= 0)
     state = row_table + row.to(tl.int64) * stride_table
     tl.store(state + LAST_TOKEN, tl.load(token_ids + i, mask=live), mask=live)
     tl.store(state + LENGTH, tl.load(positions + i, mask=live) + 2, mask=live)
 
 
 def write_back(
-    row_table: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tensor, positions: torch.Tensor
+    row_table: torch.Tensor,
+    rows: torch.Tensor,
+    token_ids: torch.Tensor,
+    positions: torch.Tensor,
+    temperatures: torch.Tensor | None = None,
 ) -> None:
     """Makes the sampled tokens [B] the rows' last ones; positions [B] are their inputs'."""
     batch_size = rows.shape[0]
@@ -136,9 +144,11 @@ def write_back(
             rows,
             token_ids,
             positions,
+            temperatures,
             batch_size,
             row_table.shape[0] - 1,
             row_table.stride(0),
+            HAS_TEMPERATURES=temperatures is not None,
             BLOCK=BLOCK,
             num_warps=4,
             **overlap_options(row_table.device),
