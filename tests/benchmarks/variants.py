@@ -22,8 +22,8 @@ NEVER = 2**62  # of anything that is counted
 VARIANTS = {
     "no-overlap": Variant({"async_scheduling": False}),
     "no-graphs": Variant({"enforce_eager": True}),
-    "no-launch-overlap": Variant(constants={"kernels.triton_launch.OVERLAP_LAUNCHES": False}),
-    "no-split-linears": Variant(constants={"kernels.triton_linear.SPLIT_LINEAR": False}),
+    "no-launch-overlap": Variant(constants={"kernels.triton.launch.OVERLAP_LAUNCHES": False}),
+    "no-split-linears": Variant(constants={"kernels.triton.linear.SPLIT_LINEAR": False}),
     "no-common-prefix": Variant(constants={"engine.common_prefix.MIN_SPARED_BLOCK_READS": NEVER}),
     "no-joint-admission": Variant(constants={"engine.scheduling_policy.ADMISSION_INTERVAL": 0}),
     "no-prefix-caching": Variant({"enable_prefix_caching": False}),

@@ -9,7 +9,7 @@ import trace_summary
 from engine_checks import check_nothing_is_held, tiny_engine
 from trace_summary import LINEARS, LM_HEAD, OTHER, SAMPLER, DeviceEvent, Shape
 
-from nanovllm import kernels
+from nanovllm.kernels import triton as kernels
 
 GEMM = "nvjet_tst_64x8_64x16_4x1_v_bz_TNT"
 KERNEL_GROUPS = {
@@ -65,10 +65,9 @@ def test_every_kernel_of_the_library_has_a_group():
     triton = pytest.importorskip("triton")
     names = []
     for module_info in pkgutil.iter_modules(kernels.__path__):
-        if module_info.name.startswith("triton_"):
-            module = importlib.import_module(f"nanovllm.kernels.{module_info.name}")
-            members = vars(module).values()
-            names += [m.__name__ for m in members if isinstance(m, triton.JITFunction)]
+        module = importlib.import_module(f"{kernels.__name__}.{module_info.name}")
+        members = vars(module).values()
+        names += [m.__name__ for m in members if isinstance(m, triton.JITFunction)]
     launched = {name for name in names if name.endswith("_kernel")}
     assert launched
     assert {name for name in launched if trace_summary.group_of_name(name) == OTHER} == set()
