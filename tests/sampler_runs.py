@@ -98,7 +98,7 @@ def reference_completion(spec: Spec) -> list[int]:
             logits[token_id] -= params.frequency_penalty * count + params.presence_penalty
         if params.temperature > 0:
             logits = filtered(logits, params)
-        scores = torch_ops.race_scores(
+        scores = torch_ops.gumbel_scores(
             logits.unsqueeze(0),
             torch.tensor([params.temperature]),
             torch.from_numpy(np.array([[spec.seed]], dtype=np.uint64).view(np.int32)),

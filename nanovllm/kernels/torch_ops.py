@@ -352,7 +352,7 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ _shift_right(x, 16)
 
 
-def race_scores(
+def gumbel_scores(
     logits: torch.Tensor,
     temperatures: torch.Tensor,
     seeds: torch.Tensor,
@@ -391,12 +391,12 @@ def sample(
     vocab_size: int,
     thresholds: torch.Tensor | None = None,
     *,
-    scores_part: Callable[..., torch.Tensor] = race_scores,
+    scores_part: Callable[..., torch.Tensor] = gumbel_scores,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The winner of each row's race: (scores [B] float32, token_ids [B] int32); see `Ops.sample`.
+    """Gumbel-max sampling: (scores [B] float32, token_ids [B] int32); see `Ops.sample`.
 
     A NaN never wins; a slice that is all padding and a row that is skipped score -inf.
-    `scores_part` is `race_scores` or its compiled form.
+    `scores_part` is `gumbel_scores` or its compiled form.
     """
     batch_size = logits.shape[0]
     scores = logits.new_full((batch_size,), -torch.inf, dtype=torch.float32)
@@ -408,17 +408,17 @@ def sample(
         rows = max(1, MAX_SAMPLE_ELEMENTS // num_columns)
         for begin in range(0, batch_size, rows):
             part = slice(begin, begin + rows)
-            race = logits[part].float()
+            scored = logits[part].float()
             if hot:
-                race = scores_part(
+                scored = scores_part(
                     logits[part], temperatures[part], seeds[part], positions[part], first_token_id
                 )
-            loses = race.isnan() | (temperatures[part] < 0).unsqueeze(1)
+            loses = scored.isnan() | (temperatures[part] < 0).unsqueeze(1)
             if thresholds is not None:
                 loses |= logits[part].float() < thresholds[part].unsqueeze(1)
-            race = race.masked_fill(loses, -torch.inf)
-            columns[part] = race.argmax(dim=1)  # the first of equals
-            scores[part] = race.gather(1, columns[part].unsqueeze(1)).squeeze(1)
+            scored = scored.masked_fill(loses, -torch.inf)
+            columns[part] = scored.argmax(dim=1)  # the first of equals
+            scores[part] = scored.gather(1, columns[part].unsqueeze(1)).squeeze(1)
     return scores, (columns + first_token_id).clamp(max=vocab_size - 1).int()
 
 
@@ -530,4 +530,4 @@ class TorchOps:
         self.qk_norm_rope_store = partial(
             qk_norm_rope_store, pure_part=_compiled(qk_norm_rope, compiles)
         )
-        self.sample = partial(sample, scores_part=_compiled(race_scores, compiles))
+        self.sample = partial(sample, scores_part=_compiled(gumbel_scores, compiles))

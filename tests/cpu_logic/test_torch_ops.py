@@ -352,7 +352,7 @@ def test_decode_attention(heads, dtype, max_elements, monkeypatch):
 # Sampling
 
 
-def race(
+def draw(
     logits: torch.Tensor,
     temperature: float | list[float],
     seeds: list[int] | None = None,
@@ -410,7 +410,7 @@ def test_noise_matches_plain_unsigned_arithmetic():
 
     seed_lo, seed_hi, position, first_token_id = 0xFEDCBA98, 0x80000001, 4711, 70_000
     logit, temperature = 3.5, 0.7
-    scores = torch_ops.race_scores(
+    scores = torch_ops.gumbel_scores(
         torch.full((1, 500), logit),
         torch.tensor([temperature]),
         torch.tensor([[seed_lo - 2**32, seed_hi - 2**32]], dtype=torch.int32),
@@ -430,8 +430,8 @@ def test_noise_matches_plain_unsigned_arithmetic():
 
 
 def noise_bits(seed_words: torch.Tensor, positions: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """The race's random 32-bit numbers [B, num_tokens] int64, from its arrivals at logit 0."""
-    scores = torch_ops.race_scores(
+    """The random 32-bit numbers [B, num_tokens] int64 behind the scores at logit 0."""
+    scores = torch_ops.gumbel_scores(
         torch.zeros(len(positions), num_tokens),
         torch.ones(len(positions)),
         seed_words,
@@ -475,13 +475,13 @@ def test_first_arrivals_follow_the_exponential():
     words = torch.zeros(num_draws, 2, dtype=torch.int32)
     words[:, 0] = torch.arange(num_draws)
     zeros = torch.zeros(num_draws, dtype=torch.int32)
-    scores = torch_ops.race_scores(
+    scores = torch_ops.gumbel_scores(
         torch.zeros(num_draws, num_tokens), torch.ones(num_draws), words, zeros, 0
     )
     earliest = torch.exp2(-scores.max(dim=1).values.double()) * math.log(2) * num_tokens
     shares = torch.sort(-torch.expm1(-earliest)).values
     exact = (torch.arange(num_draws) + 0.5) / num_draws
-    assert (shares - exact).abs().max().item() * math.sqrt(num_draws) < 1.95  # 0.1 % of fair races
+    assert (shares - exact).abs().max().item() * math.sqrt(num_draws) < 1.95  # 0.1 % of fair draws
 
 
 def test_extreme_bits_give_finite_noise(monkeypatch):
@@ -489,7 +489,7 @@ def test_extreme_bits_give_finite_noise(monkeypatch):
     one = torch.ones(1, dtype=torch.int32)
     # The hash turns 0 into 0 and this number into 2^32 - 1: the earliest and the latest arrival.
     for number, arrival in ((0, 2.0**-33 / math.log(2)), (0xDDFFEFCB - 2**32, 24.0)):
-        scores = torch_ops.race_scores(
+        scores = torch_ops.gumbel_scores(
             torch.zeros(1, 1), torch.ones(1), one.expand(1, 2), one, first_token_id=number - 1
         )
         torch.testing.assert_close(scores.item(), -math.log2(arrival), rtol=1e-5, atol=1e-5)
@@ -497,25 +497,25 @@ def test_extreme_bits_give_finite_noise(monkeypatch):
 
 def test_draws_are_repeatable_and_independent_of_the_batch():
     logits, seeds = torch.randn(9, 1000), list(range(100, 109))
-    _, ids = race(logits, 1.0, seeds, position=3)
-    _, again = race(logits, 1.0, seeds, position=3)
+    _, ids = draw(logits, 1.0, seeds, position=3)
+    _, again = draw(logits, 1.0, seeds, position=3)
     assert torch.equal(ids, again)
     order = torch.randperm(9)
-    _, shuffled = race(logits[order], 1.0, [seeds[i] for i in order], position=3)
+    _, shuffled = draw(logits[order], 1.0, [seeds[i] for i in order], position=3)
     assert torch.equal(shuffled, ids[order])
     for row in range(9):
-        _, alone = race(logits[row : row + 1], 1.0, [seeds[row]], position=3)
+        _, alone = draw(logits[row : row + 1], 1.0, [seeds[row]], position=3)
         assert alone[0] == ids[row]
-    _, elsewhere = race(logits, 1.0, seeds, position=4)
+    _, elsewhere = draw(logits, 1.0, seeds, position=4)
     assert not torch.equal(elsewhere, ids)
 
 
 def test_slices_of_rows_change_nothing(monkeypatch):
     logits = torch.randn(7, 50)
     temperatures = [0.0, 1.0, 0.7, 0.0, 2.0, 1.0, 0.1]
-    expected = race(logits, temperatures)
+    expected = draw(logits, temperatures)
     monkeypatch.setattr(torch_ops, "MAX_SAMPLE_ELEMENTS", 100)
-    torch.testing.assert_close(race(logits, temperatures), expected, rtol=0, atol=0)
+    torch.testing.assert_close(draw(logits, temperatures), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -523,7 +523,7 @@ def test_temperature_zero_takes_the_lowest_of_equal_ids(dtype):
     logits = torch.zeros(3, 50, dtype=dtype)
     logits[0, [7, 30]] = 2.5
     logits[1, [49, 48]] = 1.0
-    scores, ids = race(logits, [0.0, 0.0, 1.0])
+    scores, ids = draw(logits, [0.0, 0.0, 1.0])
     assert ids[:2].tolist() == [7, 48] and scores[:2].tolist() == [2.5, 1.0]
     assert ids.dtype == torch.int32 and scores.dtype == torch.float32
 
@@ -532,15 +532,15 @@ def test_padded_vocabulary_is_never_drawn():
     logits = torch.zeros(2000, 8)
     logits[:, 5:] = 100.0
     for temperature in (0.0, 1.0):
-        assert race(logits, temperature, vocab_size=5)[1].max() < 5
+        assert draw(logits, temperature, vocab_size=5)[1].max() < 5
 
 
 @pytest.mark.parametrize("temperature", (0.0, 0.9))
 def test_shards_of_the_vocabulary_merge_to_the_whole(temperature):
     logits = torch.randn(64, 96)
-    scores, ids = race(logits, temperature, position=2, vocab_size=50)
+    scores, ids = draw(logits, temperature, position=2, vocab_size=50)
     shards = [
-        race(part, temperature, position=2, first_token_id=32 * rank, vocab_size=50)
+        draw(part, temperature, position=2, first_token_id=32 * rank, vocab_size=50)
         for rank, part in enumerate(logits.split(32, 1))
     ]
     shard_scores, shard_ids = (torch.stack(parts) for parts in zip(*shards, strict=True))
@@ -555,7 +555,7 @@ def test_nan_logits_give_a_valid_id():
     logits = torch.full((4, 10), torch.nan)
     logits[1, 6] = -5.0
     logits[3, 2] = -5.0
-    _, ids = race(logits, [0.0, 0.0, 1.0, 1.0], vocab_size=9)
+    _, ids = draw(logits, [0.0, 0.0, 1.0, 1.0], vocab_size=9)
     assert ids[1] == 6 and ids[3] == 2
     assert ((ids >= 0) & (ids < 9)).all()
 

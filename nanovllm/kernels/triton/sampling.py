@@ -1,7 +1,7 @@
-"""The race over the vocabulary in Triton: one pass over the logits, two stages.
+"""Gumbel-max sampling in Triton, as a race of exponentials: one pass over the logits, two stages.
 
 Stage 1 finds the earliest arrival of every chunk of a row; stage 2 computes the earliest chunk
-once more to find its token. The formula is that of `torch_ops.race_scores`, so both backends draw
+once more to find its token. The formula is that of `torch_ops.gumbel_scores`, so both backends draw
 the same tokens, apart from ties within the logarithm's error (1e-5 of the exponential).
 """
 
@@ -52,7 +52,7 @@ def _arrivals(
     CHUNK: tl.constexpr,
     APPROXIMATE: tl.constexpr,
 ):
-    """Minus `torch_ops.race_scores` of one chunk of a row, [CHUNK]; +inf for what cannot win."""
+    """Minus `torch_ops.gumbel_scores` of one chunk of a row, [CHUNK]; +inf for what cannot win."""
     temperature = tl.load(temperatures + row)
     column = chunk * CHUNK + tl.arange(0, CHUNK)
     pointers = logits + row * stride_logits + column
@@ -194,7 +194,7 @@ def sample(
     num_chunks = triton.cdiv(width, CHUNK)
     chunk_arrivals = torch.empty((batch_size, num_chunks), device=logits.device)
     num_valid = max(0, min(width, vocab_size - first_token_id))
-    race = (
+    inputs = (
         logits,
         temperatures,
         seeds,
@@ -210,14 +210,14 @@ def sample(
         "num_warps": NUM_WARPS,
         **overlap_options(logits.device),
     }
-    _chunk_kernel[(num_chunks, batch_size)](chunk_arrivals, *race, **options)
+    _chunk_kernel[(num_chunks, batch_size)](chunk_arrivals, *inputs, **options)
     _row_kernel[(batch_size,)](
         scores,
         token_ids,
         chunk_arrivals,
         vocab_size,
         num_chunks,
-        *race,
+        *inputs,
         PADDED_CHUNKS=triton.next_power_of_2(num_chunks),
         **options,
     )
