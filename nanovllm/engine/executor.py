@@ -5,7 +5,7 @@ This one has one rank, in this process. `parallel.executor` has one in each of s
 
 from collections.abc import Callable
 from time import perf_counter
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -69,11 +69,11 @@ class Executor:
 
     def collective_rpc(
         self,
-        method: str | Callable[..., Any],
+        method: str | Callable[..., object],
         timeout: float | None,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> list[Any]:
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> list[object]:
         """`ModelRunner.call` on every rank, after all steps launched before; in rank order.
 
         Args:

@@ -3,8 +3,9 @@
 Everything that can be wrong about them is found here, before anything is queued.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+
+import numpy as np
 
 from nanovllm.config import Config
 from nanovllm.engine.request import Request
@@ -17,12 +18,15 @@ from nanovllm.inputs.prompts import (
     check_params,
     encode_prompts,
 )
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.inputs.tokenizer import Tokenizer
+from nanovllm.sampling.structured_outputs import Grammar, GrammarCompiler
+from nanovllm.sampling.vocabulary import check_against_vocab, encode_bad_words
+from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 MAX_BAD_WORD_TABLE = 2**22  # int32: 16 MiB for each request
 
 
-def follow_text(request: Request, tokenizer: Any) -> None:
+def follow_text(request: Request, tokenizer: Tokenizer | None) -> None:
     """Let the texts of the completions grow with their tokens, and end at stop strings."""
     for seq in request.sequences:
         if output_text_of(seq.finish_rules) is None:
@@ -40,21 +44,27 @@ class InputProcessor:
     """
 
     def __init__(
-        self, config: Config, tokenizer: Any, default_params: SamplingParams, has_lm_head: bool
+        self,
+        config: Config,
+        tokenizer: Tokenizer | None,
+        default_params: SamplingParams,
+        has_lm_head: bool,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.default_params = default_params
         self.has_lm_head = has_lm_head
-        self._compiler: Any = None  # of grammars; made when the first request needs it
+        self._compiler: GrammarCompiler | None = (
+            None  # of grammars; made when the first request needs it
+        )
 
     def process(
         self,
-        prompts: list[Any],
+        prompts: list[object],
         sampling_params: SamplingParams | list[SamplingParams] | None,
         priority: list[int] | None,
-        tokenization_kwargs: dict[str, Any] | None,
-        pooler: Callable[[Any], Any] | None = None,
+        tokenization_kwargs: Mapping[str, object] | None,
+        pooler: Callable[[np.ndarray], object] | None = None,
     ) -> list[Request]:
         """Checked requests, not yet numbered or queued; arguments and errors as of `generate`.
 
@@ -84,7 +94,7 @@ class InputProcessor:
         token_ids: list[int],
         params: SamplingParams,
         priority: int,
-        pooler: Callable[[Any], Any] | None,
+        pooler: Callable[[np.ndarray], object] | None,
     ) -> Request:
         config = self.config
         num_new_tokens, new_tokens = (0, "") if pooler else (1, " plus at least 1 output token")
@@ -137,8 +147,6 @@ class InputProcessor:
             self._compiler = None
 
     def _prepare_sampling(self, request: Request) -> None:
-        from nanovllm.sampling.vocabulary import check_against_vocab, encode_bad_words
-
         params, vocab_size = request.params, self.config.model_config.vocab_size
         check_against_vocab(params, vocab_size)
         if params.logprobs is not None:
@@ -150,25 +158,23 @@ class InputProcessor:
             for seq in request.sequences:
                 seq.features.bad_word_ids = bad_word_ids
         if params.structured_outputs is not None:
-            grammar = self._compile(params)
+            grammar = self._compile(params.structured_outputs)
             for seq in request.sequences:
                 seq.features.grammar = grammar.fork() if seq.index else grammar
                 seq.wants |= Wants.CONFIRMED  # a mask needs all tokens before it
                 seq.finish_rules.insert(0, seq.features.grammar)
 
-    def _compile(self, params: SamplingParams) -> Any:
-        self._need_tokenizer("structured_outputs")
+    def _compile(self, params: StructuredOutputsParams) -> Grammar:
+        tokenizer = self._need_tokenizer("structured_outputs")
         if self._compiler is None:
-            from nanovllm.sampling.structured_outputs import GrammarCompiler
-
-            end_token_ids = {i for i in self.config.eos_token_ids if i < len(self.tokenizer)}
+            end_token_ids = {i for i in self.config.eos_token_ids if i < len(tokenizer)}
             self._compiler = GrammarCompiler(
-                self.tokenizer,
+                tokenizer,
                 self.config.model_config.vocab_size,
                 end_token_ids,
                 self.config.structured_outputs_timeout,
             )
-        return self._compiler.compile(params.structured_outputs)
+        return self._compiler.compile(params)
 
     def _check_table(self, params: SamplingParams, bad_word_ids: list[list[int]]) -> None:
         """Each step compares the newest tokens with a table, as wide as the longest word."""
@@ -192,6 +198,7 @@ class InputProcessor:
                 + (f", which is the whole vocabulary ({num_logprobs})" if value == -1 else "")
             )
 
-    def _need_tokenizer(self, name: str) -> None:
+    def _need_tokenizer(self, name: str) -> Tokenizer:
         if self.tokenizer is None:
             raise ArgumentError(f"{name} needs a tokenizer, but skip_tokenizer_init=True")
+        return self.tokenizer

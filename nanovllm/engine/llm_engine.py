@@ -1,9 +1,9 @@
 """The engine: takes requests, steps the scheduler and the model in turn, returns completions."""
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Any
 
 from nanovllm.config import Config
 from nanovllm.engine.executor import Executor, LaunchedStep
@@ -45,7 +45,7 @@ class LLMEngine(Lifecycle):
         EngineDeadError: a tensor-parallel worker died during start-up.
     """
 
-    def __init__(self, model: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, model: str | None = None, **kwargs: object) -> None:
         # What cannot run is refused before anything is started.
         config, device, self.tokenizer, default_params = prepare(model, kwargs)
         form = MultiprocExecutor if config.tensor_parallel_size > 1 else Executor
@@ -72,12 +72,12 @@ class LLMEngine(Lifecycle):
 
     def generate(
         self,
-        prompts: str | list[str] | list[int] | list[list[int]] | list[Any],
+        prompts: str | list[str] | list[int] | list[list[int]] | Items[object],
         sampling_params: SamplingParams | list[SamplingParams] | None = None,
-        use_tqdm: bool | Callable[..., Any] = True,
+        use_tqdm: bool | Callable[..., object] = True,
         *,
         priority: list[int] | None = None,
-        tokenization_kwargs: dict[str, Any] | None = None,
+        tokenization_kwargs: Mapping[str, object] | None = None,
         lora_request: None = None,
         mm_processor_kwargs: None = None,
     ) -> list[RequestOutput]:
@@ -122,11 +122,11 @@ class LLMEngine(Lifecycle):
 
     def add_request(
         self,
-        prompt: str | list[int] | Any,
+        prompt: str | list[int] | object,
         sampling_params: SamplingParams | None = None,
         *,
         priority: int = 0,
-        tokenization_kwargs: dict[str, Any] | None = None,
+        tokenization_kwargs: Mapping[str, object] | None = None,
     ) -> int:
         """Queue one request, to be driven by `step` until `is_finished`; returns its id.
 
@@ -158,7 +158,7 @@ class LLMEngine(Lifecycle):
             for seq in request.sequences:
                 self.scheduler.add(seq)
 
-    def run(self, requests: list[Request], use_tqdm: bool | Callable[..., Any]) -> None:
+    def run(self, requests: list[Request], use_tqdm: bool | Callable[..., object]) -> None:
         """Queue requests and step until they have finished; they are dropped if that fails.
 
         `step` will return what else finished.

@@ -3,7 +3,6 @@
 import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +72,9 @@ class RankState:
         std = config.model_config.initializer_range
         self.has_lm_head = load_model(self.model, config.model, config.load_format, std)
 
-    def call(self, method: str | Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def call(
+        self, method: str | Callable[..., object], /, *args: object, **kwargs: object
+    ) -> object:
         """Call a method by its name, or a callable with this runner as its first argument."""
         if isinstance(method, str):
             return getattr(self, method)(*args, **kwargs)

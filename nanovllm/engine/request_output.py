@@ -1,19 +1,19 @@
 """What a request gives back: tokens, texts and log probabilities of its completions."""
 
 from dataclasses import replace
-from typing import Any
 
 from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.sequence_errors import note_error
 from nanovllm.errors import RequestError, describe, is_fault
 from nanovllm.inputs.detokenizer import decode, output_text_of
-from nanovllm.outputs import CompletionOutput, RequestOutput
+from nanovllm.inputs.tokenizer import Tokenizer
+from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
 from nanovllm.sampling.state import LogprobRow, cumulative_logprob
 from nanovllm.sampling_params import SamplingParams
 
 
-def make_output(request: Request, tokenizer: Any) -> RequestOutput:
+def make_output(request: Request, tokenizer: Tokenizer | None) -> RequestOutput:
     """What there is by now; `tokenizer` is None if the engine has none.
 
     A tokenizer that fails leaves all texts out, and the output's `error` says so.
@@ -29,9 +29,11 @@ def make_output(request: Request, tokenizer: Any) -> RequestOutput:
         return _output(request, None, error)
 
 
-def _output(request: Request, tokenizer: Any, error: BaseException | None) -> RequestOutput:
+def _output(
+    request: Request, tokenizer: Tokenizer | None, error: BaseException | None
+) -> RequestOutput:
     first = request.sequences[0]
-    prompt_logprobs = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     if request.params.prompt_logprobs is not None:
         rows = first.features.prompt_logprobs
         prompt_logprobs = [None, *_logprobs(rows, request.params, tokenizer)]
@@ -66,7 +68,7 @@ def raise_failed(requests: list[Request], outputs: list[RequestOutput] | None = 
         raise RequestError(text, outputs) from first
 
 
-def _completion(seq: Sequence, tokenizer: Any) -> CompletionOutput:
+def _completion(seq: Sequence, tokenizer: Tokenizer | None) -> CompletionOutput:
     params, token_ids = seq.sampling_params, seq.completion_token_ids
     logprobs, cumulative = None, None
     if params.logprobs is not None:
@@ -84,13 +86,15 @@ def _completion(seq: Sequence, tokenizer: Any) -> CompletionOutput:
     )
 
 
-def _logprobs(rows: list[LogprobRow], params: SamplingParams, tokenizer: Any) -> list[Any]:
+def _logprobs(
+    rows: list[LogprobRow], params: SamplingParams, tokenizer: Tokenizer | None
+) -> list[dict[int, Logprob]]:
     from nanovllm.sampling.logprobs import to_logprobs
 
     return to_logprobs(rows, tokenizer if params.detokenize else None)
 
 
-def _text(seq: Sequence, token_ids: list[int], tokenizer: Any) -> str:
+def _text(seq: Sequence, token_ids: list[int], tokenizer: Tokenizer | None) -> str:
     output_text = output_text_of(seq.finish_rules)
     if output_text is None or tokenizer is None:
         return decode(tokenizer, token_ids, seq.sampling_params, seq.prompt_token_ids)

@@ -5,7 +5,6 @@ The count is of what is left of the engine's share of the GPU when the largest s
 
 import gc
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.step_plan import StepPlan
 from nanovllm.errors import ArgumentError
 from nanovllm.inputs.generation_config import default_sampling_params, eos_token_ids
-from nanovllm.inputs.tokenizer import load_tokenizer
+from nanovllm.inputs.tokenizer import Tokenizer, load_tokenizer
 from nanovllm.kernels.ops import Ops
 from nanovllm.kernels.select import select_ops
 from nanovllm.models.decoder import kv_cache_spec
@@ -45,8 +44,8 @@ def choose_ops(config: Config, device: torch.device) -> Ops:
 
 
 def prepare(
-    model: str | None, kwargs: dict[str, Any]
-) -> tuple[Config, torch.device, Any, SamplingParams]:
+    model: str | None, kwargs: dict[str, object]
+) -> tuple[Config, torch.device, Tokenizer | None, SamplingParams]:
     """What an engine is made of, checked before any process is started or GPU memory taken.
 
     Args:

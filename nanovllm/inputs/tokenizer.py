@@ -2,13 +2,20 @@
 
 import os
 import tempfile
-from typing import Any
+from typing import Any, Protocol
 
 from nanovllm.config import Config
 from nanovllm.errors import ArgumentError, cut, shown
 from nanovllm.inputs.tokenizer_check import PROBE, check_agreement, read_fields
 from nanovllm.inputs.tokenizer_files import TOKENIZER_JSON, copy_files, has_vocabulary
 from nanovllm.model_files import MAX_VOCABULARY_BYTES, is_file, read_json_object, read_text
+
+
+class Tokenizer(Protocol):
+    """A tokenizer of transformers, or what `LLM(..., tokenizer=...)` takes for one."""
+
+    def __len__(self) -> int:
+        """The number of its tokens."""
 
 
 def load_tokenizer(config: Config) -> Any:
