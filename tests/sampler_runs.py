@@ -1,4 +1,4 @@
-"""Whole completions by a `RequestSampler`, and the same by plain Python, one request at a time.
+"""Whole completions by a `LogitsSampler`, and the same by plain Python, one request at a time.
 
 The "model" is a table: its logits depend on the newest token and the position. As in the engine,
 a step is sampled before the host has the tokens of the one before.
@@ -15,7 +15,7 @@ from nanovllm import SamplingParams
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels import torch_ops
 from nanovllm.kernels.select import select_ops
-from nanovllm.sampling.request_sampler import RequestSampler, Sampled
+from nanovllm.sampling.logits_sampler import LogitsSampler, Sampled
 
 VOCAB_SIZE = 19
 WIDTH = 32  # of the model's logits; the columns behind the vocabulary are never tokens
@@ -134,7 +134,7 @@ class Run:
     ) -> None:
         self.device = torch.device(device)
         ops = select_ops("auto", self.device, torch.float32, 16, compile_torch_ops=False)
-        self.sampler = RequestSampler(ops, self.device, VOCAB_SIZE, MAX_NUM_SEQS, MAX_MODEL_LEN)
+        self.sampler = LogitsSampler(ops, self.device, VOCAB_SIZE, MAX_NUM_SEQS, MAX_MODEL_LEN)
         self.seqs = []
         for spec in specs:
             seq = Sequence(spec.prompt, spec.sampling_params(), seed=spec.seed)

@@ -22,8 +22,8 @@ from nanovllm.kernels.copies import Download, upload_one
 from nanovllm.kernels.ops import Ops
 from nanovllm.layers.embedding import ParallelLMHead
 from nanovllm.parallel.tensor_parallel import TensorParallel
+from nanovllm.sampling.logits_sampler import LogitsSampler
 from nanovllm.sampling.logprobs import LogprobsDownload, logprob_tensors
-from nanovllm.sampling.request_sampler import RequestSampler
 
 PROMPT_LOGITS_ROWS = 256  # prompt tokens whose logits are in memory at once
 
@@ -77,7 +77,7 @@ class LogitsProcessing(StepConsumer):
         self.tp = tp
         self.ops = ops
         self.row_table = row_table
-        self._sampler: RequestSampler | None = None
+        self._sampler: LogitsSampler | None = None
         self._sent: np.ndarray = np.empty(0, dtype=np.int32)  # what the two tensors hold
         self._rows: torch.Tensor
         self._indices: torch.Tensor
@@ -136,11 +136,11 @@ class LogitsProcessing(StepConsumer):
             self._indices, self._sent = new_indices.long(), packed
         return self._rows, self._indices
 
-    def _get_sampler(self) -> RequestSampler:
+    def _get_sampler(self) -> LogitsSampler:
         """Made when the first request needs it: what it holds takes memory."""
         if self._sampler is None:
             config = self.config
-            self._sampler = RequestSampler(
+            self._sampler = LogitsSampler(
                 self.ops,
                 self.device,
                 config.model_config.vocab_size,

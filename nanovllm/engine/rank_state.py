@@ -12,7 +12,7 @@ from nanovllm.engine import kv_cache
 from nanovllm.kernels.ops import Ops
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.context import ModelContext
-from nanovllm.models.base import model_class
+from nanovllm.models.families import model_class
 from nanovllm.models.loader import load_model
 from nanovllm.parallel.tensor_parallel import TensorParallel
 

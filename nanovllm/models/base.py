@@ -1,6 +1,5 @@
 """What the runner needs of a model, and what a family's file defines: how a layer is made."""
 
-import importlib
 from abc import ABC, abstractmethod
 
 import torch
@@ -10,7 +9,6 @@ from nanovllm.layers.context import ModelContext
 from nanovllm.layers.embedding import ParallelLMHead
 from nanovllm.models.decoder import Decoder, DecoderLayer
 from nanovllm.models.model_config import ModelConfig
-from nanovllm.models.registry import ARCHITECTURES, first_supported
 
 
 class CausalLM(nn.Module, ABC):
@@ -33,10 +31,3 @@ class CausalLM(nn.Module, ABC):
         config: ModelConfig, cos_sin: torch.Tensor, context: ModelContext, index: int
     ) -> DecoderLayer:
         """Layer `index` of the family; cos_sin as of `layers.rotary.cos_sin_table`."""
-
-
-def model_class(architectures: tuple[str, ...]) -> type[CausalLM]:
-    """The class that runs the first supported name of `architectures`."""
-    name = first_supported([*architectures])
-    assert name is not None, architectures
-    return getattr(importlib.import_module(ARCHITECTURES[name][1]), name)

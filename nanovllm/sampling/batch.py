@@ -24,8 +24,8 @@ def needs_history(seq: SampledSequence, rules: TokenRules | None) -> bool:
     return has_penalties(seq.sampling_params) or (rules is not None and rules.needs_history)
 
 
-class RaceInputs:
-    """What the filters and the race read of E sequences.
+class DrawInputs:
+    """What the filters and the draw read of E sequences.
 
     is_elsewhere: which of them are to be skipped.
     """
@@ -50,7 +50,7 @@ class RaceInputs:
 
 
 class EditedRows:
-    """P of the E sequences: those whose logits change before the race, in a float32 copy.
+    """P of the E sequences: those whose logits change before the draw, in a float32 copy.
 
     Args:
         seqs: all E.
@@ -78,7 +78,7 @@ class EditedRows:
         # At least the last column is no token's: what must not be written goes there.
         self.width = (vocab_size // ALIGNMENT + 1) * ALIGNMENT
         own = [seqs[i] for i in indices]
-        self.race = RaceInputs(own, [False] * len(own), device)
+        self.draw = DrawInputs(own, [False] * len(own), device)
         self.forbidden = ForbiddenTokens(own, rules, device)
         self.allowed = AllowedTokens(own, rules, vocab_size, device)
         self.bias = LogitBias(rules, self.width, device)
@@ -129,9 +129,9 @@ class Batch:
             or has_penalties(seq.sampling_params)
             for seq, rule in zip(seqs, rules, strict=True)
         ]
-        self.race: RaceInputs | None = None  # of those that are not edited; None: all are
+        self.draw: DrawInputs | None = None  # of those that are not edited; None: all are
         if not all(is_edited):
-            self.race = RaceInputs(seqs, is_edited, device)
+            self.draw = DrawInputs(seqs, is_edited, device)
         edited = sorted(
             np.flatnonzero(is_edited).tolist(),
             key=lambda i: (

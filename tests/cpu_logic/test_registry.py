@@ -8,7 +8,7 @@ from transformers import CONFIG_MAPPING
 
 from nanovllm import ArgumentError
 from nanovllm.config import Config
-from nanovllm.models.base import model_class
+from nanovllm.models.families import model_class
 from nanovllm.models.registry import ARCHITECTURES, check_supported
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}

@@ -26,7 +26,7 @@ from nanovllm.config import Config
 from nanovllm.kernels.select import select_ops
 from nanovllm.kernels.types import FP8_DTYPE
 from nanovllm.layers.context import ModelContext
-from nanovllm.models.base import model_class
+from nanovllm.models.families import model_class
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.parallel.tensor_parallel import TensorParallel
 

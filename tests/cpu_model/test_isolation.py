@@ -20,7 +20,7 @@ from nanovllm import ArgumentError, EngineDeadError, PoolingParams, RequestError
 from nanovllm.batch.run import main
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_plan import PlanBuilder
-from nanovllm.sampling import request_sampler
+from nanovllm.sampling import logits_sampler
 
 PROMPTS = random_prompts((3, 9, 260, 1, 40, 512, 7), seed=31)
 MAX_TOKENS = 12
@@ -67,19 +67,19 @@ SWITCHES = pytest.mark.parametrize(
 
 
 def fail_in_begin(patch, llm, error):
-    begin = request_sampler.RequestSampler.begin
+    begin = logits_sampler.LogitsSampler.begin
 
     def failing(self, seqs):
         if any(map(is_poisoned, seqs)):
             raise error
         begin(self, seqs)
 
-    patch.setattr(request_sampler.RequestSampler, "begin", failing)
+    patch.setattr(logits_sampler.LogitsSampler, "begin", failing)
 
 
 def fail_in_sampling(patch, llm, error, num_tokens=3):
     """Later than in the first step, and after the others' state has changed."""
-    sample = request_sampler.RequestSampler.sample
+    sample = logits_sampler.LogitsSampler.sample
 
     def failing(self, logits, seqs, positions):
         sampled = sample(self, logits, seqs, positions)
@@ -87,7 +87,7 @@ def fail_in_sampling(patch, llm, error, num_tokens=3):
             raise error
         return sampled
 
-    patch.setattr(request_sampler.RequestSampler, "sample", failing)
+    patch.setattr(logits_sampler.LogitsSampler, "sample", failing)
 
 
 def fail_in_plan(patch, llm, error):

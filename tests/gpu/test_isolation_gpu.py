@@ -12,7 +12,7 @@ from test_engine_gpu import random_prompts as draw
 from tiny_models import reference_greedy, save_model
 
 from nanovllm import RequestError, SamplingParams
-from nanovllm.sampling.request_sampler import RequestSampler
+from nanovllm.sampling.logits_sampler import LogitsSampler
 
 POISON = 13  # top_k of the requests that are made to fail
 PROMPTS = draw([3, 40, 300, 513, 1, 600, 250, 256], seed=41)
@@ -44,7 +44,7 @@ def reference(model_dir):
     ],
 )
 def test_the_others_are_completed(model_dir, reference, monkeypatch, settings, is_late):
-    sample = RequestSampler.sample
+    sample = LogitsSampler.sample
 
     def failing(self, logits, seqs, positions):
         sampled = sample(self, logits, seqs, positions)
@@ -60,7 +60,7 @@ def test_the_others_are_completed(model_dir, reference, monkeypatch, settings, i
         params = [poisoned if index in (2, 5) else greedy() for index in range(len(PROMPTS))]
         for _ in range(2):
             with monkeypatch.context() as patch:
-                patch.setattr(RequestSampler, "sample", failing)
+                patch.setattr(LogitsSampler, "sample", failing)
                 with pytest.raises(RequestError, match=r"prompts\[2\] failed, and 1 more") as e:
                     llm.generate(PROMPTS, params, use_tqdm=False)
             outputs = e.value.outputs

@@ -19,7 +19,7 @@ from sampler_runs import (
     reference_completion,
 )
 
-from nanovllm.sampling import request_sampler
+from nanovllm.sampling import logits_sampler
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_a_request_alone_gets_the_same(number, expected):
 
 
 def test_order_rows_and_parts_do_not_matter(expected, monkeypatch):
-    monkeypatch.setattr(request_sampler, "MAX_EDITED_LOGITS", 3 * MAX_MODEL_LEN)
+    monkeypatch.setattr(logits_sampler, "MAX_EDITED_LOGITS", 3 * MAX_MODEL_LEN)
     run = Run(SPECS, rows=list(range(MAX_NUM_SEQS - 1, MAX_NUM_SEQS - 1 - len(SPECS), -1)))
     order = list(range(len(SPECS)))
     for step in range(NUM_STEPS):
@@ -93,13 +93,13 @@ def test_seeds_change_a_draw_and_its_neighbours_do_not():
 
 def test_the_batch_is_prepared_once_for_many_steps(monkeypatch):
     made = []
-    batch_type = request_sampler.Batch
+    batch_type = logits_sampler.Batch
 
     def counted(*args: Any) -> Any:
         made.append(batch_type(*args))
         return made[-1]
 
-    monkeypatch.setattr(request_sampler, "Batch", counted)
+    monkeypatch.setattr(logits_sampler, "Batch", counted)
     run = Run(SPECS)
     run.completions()
     assert len(made) == 1

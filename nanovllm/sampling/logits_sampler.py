@@ -1,7 +1,7 @@
 """Samples the sequences whose parameters go beyond the temperature.
 
 vLLM's order: raw logprobs, masks and biases, penalties, then argmax or temperature, min_p, top_k,
-top_p, race. Nothing waits for the device. Sequences that have filters only are sampled from the
+top_p, draw. Nothing waits for the device. Sequences that have filters only are sampled from the
 model's own logits, without a copy. A draw depends on its own sequence alone.
 """
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from nanovllm.kernels.ops import Ops
-from nanovllm.sampling.batch import Batch, RaceInputs, needs_history
+from nanovllm.sampling.batch import Batch, DrawInputs, needs_history
 from nanovllm.sampling.history import TokenHistory
 from nanovllm.sampling.logprobs import LogprobTensors, logprob_tensors
 from nanovllm.sampling.state import SampledSequence
@@ -27,7 +27,7 @@ class Sampled(NamedTuple):
     logprobs: LogprobTensors | None  # None: nobody asks for any
 
 
-class RequestSampler:
+class LogitsSampler:
     """The sampler of rank 0; all its work goes to the current stream.
 
     Beside its results it takes some hundred MB at most while it runs (with penalties), and keeps
@@ -85,17 +85,17 @@ class RequestSampler:
             positions: [E] int32 on the device, index of the input token in its sequence.
         """
         batch = self._prepare(seqs)
-        if batch.race is not None:
-            token_ids = self._race(logits, batch.race, positions)
+        if batch.draw is not None:
+            token_ids = self._draw(logits, batch.draw, positions)
         else:
             token_ids = torch.empty(len(seqs), dtype=torch.int32, device=self.device)
         for edited in batch.edited:
             if edited.indices is None:
-                token_ids = self._race(edited.edit(logits, positions), edited.race, positions)
+                token_ids = self._draw(edited.edit(logits, positions), edited.draw, positions)
                 continue
             own_positions = positions.index_select(0, edited.indices)
             own_logits = edited.edit(logits.index_select(0, edited.indices), own_positions)
-            own_ids = self._race(own_logits, edited.race, own_positions)
+            own_ids = self._draw(own_logits, edited.draw, own_positions)
             token_ids.index_copy_(0, edited.indices, own_ids)
         if batch.next_places is not None:
             self.history.append(batch.next_places, positions, token_ids)
@@ -114,16 +114,16 @@ class RequestSampler:
             )
         return self._batch
 
-    def _race(
-        self, logits: torch.Tensor, race: RaceInputs, positions: torch.Tensor
+    def _draw(
+        self, logits: torch.Tensor, draw: DrawInputs, positions: torch.Tensor
     ) -> torch.Tensor:
         thresholds = None
-        if race.has_filters:
+        if draw.has_filters:
             thresholds = self.ops.filter_thresholds(
-                logits, race.temperatures, race.top_k, race.top_p, race.min_p, self.vocab_size
+                logits, draw.temperatures, draw.top_k, draw.top_p, draw.min_p, self.vocab_size
             )
         _, token_ids = self.ops.sample(
-            logits, race.temperatures, race.seeds, positions, 0, self.vocab_size, thresholds
+            logits, draw.temperatures, draw.seeds, positions, 0, self.vocab_size, thresholds
         )
         return token_ids
 

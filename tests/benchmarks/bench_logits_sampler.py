@@ -1,6 +1,6 @@
 """Micro-benchmark of the request sampler; run by hand:
 
-    python tests/benchmarks/bench_request_sampler.py
+    python tests/benchmarks/bench_logits_sampler.py
 
 A steady decode batch whose requests all have the same parameters. "step" is the device's time for
 sampling a step, "launch" what the host spends on it, "new batch" the host's time when it changes.
@@ -15,7 +15,7 @@ import torch
 from nanovllm import SamplingParams
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels.select import select_ops
-from nanovllm.sampling.request_sampler import RequestSampler
+from nanovllm.sampling.logits_sampler import LogitsSampler
 
 PENALTIES = {"repetition_penalty": 1.1, "frequency_penalty": 0.2}
 CASES: dict[str, dict[str, Any]] = {
@@ -66,7 +66,7 @@ def measure(
             seq.features.bad_word_ids = [[i, i + 1] for i in range(20)]
         seqs.append(seq)
     ops = select_ops("auto", device, torch.bfloat16, 128, compile_torch_ops=False)
-    sampler = RequestSampler(ops, device, vocab_size, num_seqs, 2 * length)
+    sampler = LogitsSampler(ops, device, vocab_size, num_seqs, 2 * length)
     sampler.begin(seqs)
     logits = torch.randn(num_seqs, vocab_size, device=device).bfloat16()
     positions = torch.full((num_seqs,), length - 1, dtype=torch.int32, device=device)

@@ -7,7 +7,7 @@ from sampler_runs import SPECS, Run, reference_completion
 from nanovllm import SamplingParams
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels.select import select_ops
-from nanovllm.sampling.request_sampler import RequestSampler
+from nanovllm.sampling.logits_sampler import LogitsSampler
 
 VOCAB_SIZE = 151_936
 
@@ -52,7 +52,7 @@ def test_a_large_vocabulary_is_edited_as_on_the_cpu(dtype):
             seq.end_token_ids = frozenset((1, VOCAB_SIZE - 2))
             seqs.append(seq)
         ops = select_ops("auto", device, dtype, 16, compile_torch_ops=False)
-        sampler = RequestSampler(ops, device, VOCAB_SIZE, len(seqs), 128)
+        sampler = LogitsSampler(ops, device, VOCAB_SIZE, len(seqs), 128)
         sampler.begin(seqs)
         positions = torch.full((len(seqs),), 29, dtype=torch.int32, device=device)
         on_device = logits.to(device)
