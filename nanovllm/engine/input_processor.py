@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from nanovllm.config import Config
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Wants
 from nanovllm.errors import ArgumentError
@@ -40,7 +41,7 @@ class InputProcessor:
         config: the engine's configuration, with its number of KV blocks.
         tokenizer: the engine's; None: requests that need text are refused.
         default_params: of requests without parameters.
-        has_lm_head: whether the model can generate.
+        model_runner: rank 0's, whose weights may change.
     """
 
     def __init__(
@@ -48,15 +49,13 @@ class InputProcessor:
         config: Config,
         tokenizer: Tokenizer | None,
         default_params: SamplingParams,
-        has_lm_head: bool,
+        model_runner: ModelRunner,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.default_params = default_params
-        self.has_lm_head = has_lm_head
-        self._compiler: GrammarCompiler | None = (
-            None  # of grammars; made when the first request needs it
-        )
+        self.model_runner = model_runner
+        self._compiler: GrammarCompiler | None = None  # made when the first request needs it
 
     def process(
         self,
@@ -70,7 +69,7 @@ class InputProcessor:
 
         pooler: as of `FeatureState`; None: tokens are generated.
         """
-        if pooler is None and not self.has_lm_head:
+        if pooler is None and not self.model_runner.has_lm_head:
             raise ArgumentError(
                 f"{self.config.model!r} was saved without an LM head: it can embed, not generate"
             )

@@ -52,7 +52,7 @@ class LLMEngine(Lifecycle):
         self.executor = form(config, device)
         self.config = config.replace(num_kvcache_blocks=self.executor.num_kvcache_blocks)
         self.input_processor = InputProcessor(
-            self.config, self.tokenizer, default_params, self.model_runner.has_lm_head
+            self.config, self.tokenizer, default_params, self.model_runner
         )
         self.scheduler = Scheduler(self.config)
         self.requests = RequestTable()

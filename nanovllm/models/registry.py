@@ -8,7 +8,7 @@ from nanovllm.errors import MAX_SHOWN, ArgumentError, cut, shown
 from nanovllm.models.rope_config import check_rope
 from nanovllm.validation import check_integer
 
-# architecture -> (model_type, module); `models.families.model_class` imports the module's class of that
+# architecture -> (model_type, module); `families.model_class` imports the module's class of that
 # name.
 ARCHITECTURES = {
     "LlamaForCausalLM": ("llama", "nanovllm.models.llama"),

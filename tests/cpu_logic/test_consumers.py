@@ -46,7 +46,7 @@ def wanting(prompt: list[int], count: int) -> Sequence:
 
 def test_prompt_logprobs_of_chunks():
     lm_head = torch.nn.Linear(HIDDEN_SIZE, VOCAB_SIZE + 14, bias=False)  # padded
-    config = SimpleNamespace(hf_config=SimpleNamespace(vocab_size=VOCAB_SIZE))
+    config = SimpleNamespace(model_config=SimpleNamespace(vocab_size=VOCAB_SIZE))
     consumer = PromptLogprobs(config, TensorParallel(), lm_head)
     prompt = [3, 1, 4, 1, 5, 9, 2, 6]
     seq, other = wanting(prompt, 2), Sequence([7, 7], SamplingParams())

@@ -18,12 +18,12 @@ from xml.etree import ElementTree
 import pytest
 
 from nanovllm import ArgumentError
-from nanovllm.errors import check_output_path
 from nanovllm.features import report
 from nanovllm.features.report import Recorder, settings_of
 from nanovllm.features.run_record import MAX_INTERVALS, NUM_SLOWEST, Distribution, RunRecord
 from nanovllm.outputs import RequestMetrics
 from nanovllm.stats import FinishedRequestStats, StepStats
+from nanovllm.validation import check_output_path
 
 NUM_BLOCKS = 100
 

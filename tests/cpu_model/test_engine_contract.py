@@ -625,11 +625,11 @@ def test_few_frames_lie_between_generate_and_the_model(tiny_dir, monkeypatch, as
     with tiny_engine(tiny_dir, async_scheduling=async_scheduling) as llm:
         execute = llm.model_runner.execute
 
-        def record(plan):
+        def record(plan, seqs):
             stack = [frame.name for frame in traceback.extract_stack()]
             decorators = ("call", "exclusive")
             names.append([n for n in stack[stack.index("generate") :] if n not in decorators])
-            return execute(plan)
+            return execute(plan, seqs)
 
         monkeypatch.setattr(llm.model_runner, "execute", record)
         llm.generate(PROMPTS[:1], greedy(3), use_tqdm=False)

@@ -20,6 +20,7 @@ from tiny_models import reference_greedy
 
 from nanovllm import LLM, ArgumentError, EngineUseError, SamplingParams
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.guards.lifecycle import Lifecycle
 
 PROMPTS = random_prompts((5, 260, 40), seed=90)
 MAX_TOKENS = 12
@@ -104,13 +105,11 @@ CALLS = {
     "get_metrics": lambda llm: llm.get_metrics(),
     "start_profile": lambda llm: llm.start_profile(),
     "stop_profile": lambda llm: llm.stop_profile(),
-    "new_requests": lambda llm: llm.new_requests(PROMPTS, greedy(1), None, None),
     "queue": lambda llm: llm.queue([]),
     "run": lambda llm: llm.run([], False),
     "advance": lambda llm: llm.advance(),
     "drain": lambda llm: llm.drain(),
     "abort": lambda llm: llm.abort([]),
-    "call_ranks": lambda llm: llm.call_ranks(lambda worker: 0),
     "exit": lambda llm: llm.exit(),
     "shutdown": lambda llm: llm.shutdown(),
 }
@@ -122,12 +121,11 @@ FREE = {
     "from_engine_args",
     "check_ready",
     "check_awake",
-    "abandon",
 }
 
 
 def public_methods():
-    names = {*vars(LLM), *vars(LLMEngine)}
+    names = {*vars(LLM), *vars(LLMEngine), *vars(Lifecycle)}
     return {name for name in names if name[0] != "_" and callable(getattr(LLM, name))}
 
 

@@ -96,8 +96,7 @@ def test_a_record_changes_no_token_and_without_one_nothing_is_counted(
     with tiny_engine(tiny_dir, record=path, **SHORT_OF_BLOCKS) as llm:
         assert llm.config.record == str(path)
         with_record = generate(llm, PROMPTS, greedy(MAX_TOKENS))
-    monkeypatch.setattr(llm_engine, "step_stats", None)
-    monkeypatch.setattr(llm_engine, "request_stats", None)
+    monkeypatch.setattr(llm_engine, "log_step", None)
     with tiny_engine(tiny_dir, **SHORT_OF_BLOCKS) as llm:
         assert llm.stat_loggers == []
         assert generate(llm, PROMPTS, greedy(MAX_TOKENS)) == with_record
