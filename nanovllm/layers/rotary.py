@@ -1,30 +1,11 @@
 """Rotary position embedding (Su et al. 2021, arXiv 2104.09864): the table of angles.
 
-The angle of pair i (features i and i + head_dim / 2) at position p is p * frequency i. Models that
-were trained on short sequences and extended afterwards scale the frequencies.
+The angle of pair i (features i and i + head_dim / 2) at position p is p * frequency i.
 """
-
-import math
-from typing import TypedDict
 
 import torch
 
-
-class RopeParameters(TypedDict, total=False):
-    """The fields of a config of transformers 5; `models.rope_config` checks them."""
-
-    rope_type: str  # "default", "linear", "llama3" or "yarn"
-    rope_theta: float
-    factor: float  # by how much the context grew
-    original_max_position_embeddings: int
-    low_freq_factor: float  # of "llama3"
-    high_freq_factor: float
-    beta_fast: float | None  # of "yarn", like all that follows
-    beta_slow: float | None
-    truncate: bool
-    attention_factor: float | None
-    mscale: float | None
-    mscale_all_dim: float | None
+from nanovllm.layers.rope_scaling import RopeParameters, scale_frequencies
 
 
 def cos_sin_table(
@@ -47,71 +28,10 @@ def cos_sin_table(
 
 
 def rope_frequencies(head_dim: int, rope_parameters: RopeParameters) -> tuple[torch.Tensor, float]:
-    """Radians per position of each pair [head_dim / 2] float32, and what cos and sin are scaled by.
+    """Radians per position of each pair [head_dim / 2] float32, and a factor for cos and sin.
 
-    Unscaled, frequency i is rope_theta ** (-2i / head_dim). Position interpolation ("linear", Chen
-    et al. 2023, arXiv 2306.15595) divides all by `factor`.
+    Frequency i is rope_theta ** (-2i / head_dim), and the factor 1, unless the type scales them.
     """
-    rope_type, base = rope_parameters["rope_type"], rope_parameters["rope_theta"]
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-    frequencies = 1.0 / base**exponents
-    if rope_type == "default":
-        return frequencies, 1.0
-    if rope_type == "linear":
-        return frequencies / rope_parameters["factor"], 1.0
-    if rope_type == "llama3":
-        return _llama3(frequencies, rope_parameters), 1.0
-    if rope_type == "yarn":
-        return _yarn(frequencies, rope_parameters), _yarn_magnitude(rope_parameters)
-    raise ValueError(f"rope_type {rope_type!r} is unknown")
-
-
-def _llama3(frequencies: torch.Tensor, rope: RopeParameters) -> torch.Tensor:
-    """The scaling of Llama 3.1 (Meta 2024, `apply_scaling` of the released llama-models).
-
-    r = rotations within the original context. A pair with r < low_freq_factor is divided by
-    `factor`, one with r > high_freq_factor is left, and between the two the share that is left
-    grows linearly with r.
-    """
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    rotations = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    kept = ((rotations - low) / (high - low)).clamp(0, 1)
-    return kept * frequencies + (1 - kept) * frequencies / rope["factor"]
-
-
-def _yarn(frequencies: torch.Tensor, rope: RopeParameters) -> torch.Tensor:
-    """YaRN's "NTK-by-parts" (Peng et al. 2023, arXiv 2309.00071, section 3.2).
-
-    A pair that rotates `beta_fast` times or more within the original context is left, one that
-    rotates `beta_slow` times or less is divided by `factor`; between the two the share that is left
-    falls linearly with the pair's number, as in the authors' code (the paper: with the rotations).
-    """
-    num_pairs, base = len(frequencies), rope["rope_theta"]
-    context = rope["original_max_position_embeddings"]
-
-    def pair_that_rotates(times: float) -> float:
-        return num_pairs * math.log(context / (times * 2 * math.pi)) / math.log(base)
-
-    first = pair_that_rotates(rope.get("beta_fast") or 32)
-    last = pair_that_rotates(rope.get("beta_slow") or 1)
-    if rope.get("truncate", True):
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, 2 * num_pairs - 1)
-    pairs = torch.arange(num_pairs, dtype=torch.float32, device="cpu")
-    divided = ((pairs - first) / (last - first or 0.001)).clamp(0, 1)
-    return (1 - divided) * frequencies + divided * frequencies / rope["factor"]
-
-
-def _yarn_magnitude(rope: RopeParameters) -> float:
-    """What YaRN scales cos and sin by, so that the logits of attention grow by its square.
-
-    `attention_factor` if given, else 0.1 * ln(factor) + 1 (section 3.4); with `mscale` and
-    `mscale_all_dim` the ratio of 0.1 * m * ln(factor) + 1 of the two (DeepSeek-V2's released code).
-    """
-    if (attention_factor := rope.get("attention_factor")) is not None:
-        return float(attention_factor)
-    growth = 0.1 * math.log(rope["factor"])
-    mscale, mscale_all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
-    if mscale and mscale_all_dim:
-        return (growth * mscale + 1) / (growth * mscale_all_dim + 1)
-    return growth + 1
+    frequencies = 1.0 / rope_parameters["rope_theta"] ** exponents
+    return scale_frequencies(frequencies, rope_parameters)

@@ -10,7 +10,7 @@ from nanovllm.validation import check_integer
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from nanovllm.layers.rotary import RopeParameters
+    from nanovllm.layers.rope_scaling import RopeParameters
 
 MAX_EXPERTS_OF_ALL_LAYERS = 2**17  # each has three weights with a shard
 

@@ -1,7 +1,7 @@
 """Which rotary embeddings a config.json may ask for.
 
 transformers 5 writes `rope_parameters`, older versions `rope_theta` and `rope_scaling`.
-`layers.rotary` computes them.
+`layers.rotary` and `layers.rope_scaling` compute them.
 """
 
 from collections.abc import Mapping
