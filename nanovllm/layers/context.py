@@ -1,10 +1,9 @@
-"""The base of layers, and their context: passed down explicitly instead of kept in globals."""
+"""The context of layers: passed down explicitly instead of kept in globals."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, Literal, ParamSpec, TypeVar
+from typing import Literal
 
 import torch
-from torch import nn
 
 from nanovllm.kernels.ops import Ops
 from nanovllm.parallel.tensor_parallel import TensorParallel
@@ -26,15 +25,3 @@ class ModelContext:
     max_model_len: int | None = None
     fp8_scales: Literal["rows", "blocks"] | None = None
     kv_cache_dtype: torch.dtype | None = None
-
-
-Inputs = ParamSpec("Inputs")
-Output = TypeVar("Output")
-
-
-class Layer(nn.Module, Generic[Inputs, Output]):
-    """A module whose calls are checked: a `Layer[[x], y]` takes an x and gives a y."""
-
-    if TYPE_CHECKING:
-
-        def __call__(self, *args: Inputs.args, **kwargs: Inputs.kwargs) -> Output: ...

@@ -5,34 +5,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovllm.kernels.types import Unreduced
-from nanovllm.layers.context import Layer, ModelContext
-from nanovllm.layers.weights import Parameter, Shard, new_parameter
-
-VOCAB_ALIGNMENT = 64  # rows per rank are a multiple, which matrix products like
+from nanovllm.layers.context import ModelContext
+from nanovllm.layers.weights import Parameter, new_vocab_parameter
 
 
-def _vocab_parameter(vocab_size: int, hidden_size: int, context: ModelContext) -> Parameter:
-    # The vocabulary is padded so that every rank has equally many rows; padding rows are zero.
-    per_rank = -(-vocab_size // (context.tp.size * VOCAB_ALIGNMENT)) * VOCAB_ALIGNMENT
-    start = min(context.tp.rank * per_rank, vocab_size)
-    end = min(start + per_rank, vocab_size)
-    columns = slice(0, hidden_size)
-    shard = Shard(
-        (vocab_size, hidden_size), (slice(start, end), columns), (slice(0, end - start), columns)
-    )
-    parameter = new_parameter((per_rank, hidden_size), {"": shard}, context.dtype, context.device)
-    parameter.data[end - start :].zero_()
-    return parameter
-
-
-class VocabParallelEmbedding(Layer[[Tensor], Tensor]):
+class VocabParallelEmbedding(nn.Module):
     """Rows of the embedding table; a rank gives zeros for ids it does not hold."""
 
     def __init__(self, vocab_size: int, hidden_size: int, context: ModelContext) -> None:
         super().__init__()
         self.tp = context.tp
-        self.weight = _vocab_parameter(vocab_size, hidden_size, context)
-        self.first_token_id = self.tp.rank * self.weight.shape[0]
+        self.weight = new_vocab_parameter(vocab_size, hidden_size, context)
+        self.first_token_id = self.tp.rank * len(self.weight)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids [T] int32 -> [T, hidden_size]."""
@@ -48,19 +32,12 @@ class VocabParallelEmbedding(Layer[[Tensor], Tensor]):
 
 
 class ParallelLMHead(nn.Module):
-    """Logits of this rank's token ids; `tied` shares the embedding's parameter."""
+    """Logits of this rank's token ids; `weight` is of `new_vocab_parameter`."""
 
-    def __init__(
-        self,
-        vocab_size: int,
-        hidden_size: int,
-        context: ModelContext,
-        tied: VocabParallelEmbedding | None = None,
-    ) -> None:
+    def __init__(self, vocab_size: int, weight: Parameter, context: ModelContext) -> None:
         super().__init__()
-        self.vocab_size = vocab_size
-        self.weight = tied.weight if tied else _vocab_parameter(vocab_size, hidden_size, context)
-        self.first_token_id = context.tp.rank * self.weight.shape[0]
+        self.vocab_size, self.weight = vocab_size, weight
+        self.first_token_id = context.tp.rank * len(weight)
 
     def forward(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
         """hidden_states [B, hidden_size] -> logits [B, rows of this rank], padding included.

@@ -9,7 +9,7 @@ import torch
 from nanovllm.kernels.torch_ops import dequantize_weight, quantize
 from nanovllm.kernels.types import FP8_BLOCK, FP8_DTYPE
 from nanovllm.layers.context import ModelContext
-from nanovllm.layers.weights import Parameter, Shard, new_parameter
+from nanovllm.layers.weights import Parameter, Shard, new_parameter, shape_of
 
 ALIGNMENT = 16  # rows and columns of a weight that is multiplied in fp8 are a multiple
 
@@ -35,9 +35,9 @@ class RowRoundedParameter(Parameter):
         super().fill(shard, dequantize_weight(*quantize(part.to(self.device))))
 
 
-def keeps_fp8(shape: tuple[int, int], shards: dict[str, Shard], context: ModelContext) -> bool:
+def keeps_fp8(shards: dict[str, Shard], context: ModelContext) -> bool:
     """Whether `new_linear_weight` makes a weight in fp8."""
-    if not context.ops.has_fp8_products or any(n % ALIGNMENT for n in shape):
+    if not context.ops.has_fp8_products or any(n % ALIGNMENT for n in shape_of(shards)):
         return False
     if context.fp8_scales == "blocks":
         return all(map(_has_whole_blocks, shards.values()))
@@ -45,14 +45,11 @@ def keeps_fp8(shape: tuple[int, int], shards: dict[str, Shard], context: ModelCo
 
 
 def new_linear_weight(
-    shape: tuple[int, int],
-    shards: dict[str, Shard],
-    context: ModelContext,
-    may_be_fp8: bool = True,
+    shards: dict[str, Shard], context: ModelContext, may_be_fp8: bool = True
 ) -> tuple[Parameter, Parameter | None]:
-    """An uninitialised weight of `shape` and, if it is fp8, the scales for `Ops.fp8_linear`."""
-    kind, device = context.fp8_scales, context.device
-    is_fp8 = may_be_fp8 and keeps_fp8(shape, shards, context)
+    """An uninitialised weight that `shards` fill and, if it is fp8, scales for `Ops.fp8_linear`."""
+    shape, kind, device = shape_of(shards), context.fp8_scales, context.device
+    is_fp8 = may_be_fp8 and keeps_fp8(shards, context)
     if is_fp8 and kind == "blocks":
         return (
             new_parameter(shape, shards, FP8_DTYPE, device),

@@ -3,29 +3,19 @@
 from torch import Tensor, nn
 
 from nanovllm.kernels.types import LinearOutput, Unreduced
-from nanovllm.layers.context import Layer, ModelContext
+from nanovllm.layers.context import ModelContext
 from nanovllm.layers.fp8_weights import new_linear_weight
-from nanovllm.layers.weights import Shard, new_parameter
+from nanovllm.layers.weights import Shard, column_shards, new_bias, row_shards
 
 
 class _Linear(nn.Module):
     """A weight [rows, columns], with its scales if it is fp8, and a bias, all of this rank."""
 
-    def __init__(
-        self,
-        shape: tuple[int, int],
-        weight_shards: dict[str, Shard],
-        bias_shards: dict[str, Shard] | None,
-        context: ModelContext,
-    ) -> None:
+    def __init__(self, shards: dict[str, Shard], bias: bool, context: ModelContext) -> None:
         super().__init__()
         self.ops = context.ops
-        self.weight, self.weight_scale = new_linear_weight(shape, weight_shards, context)
-        self.bias = (
-            new_parameter(shape[:1], bias_shards, context.dtype, context.device)
-            if bias_shards
-            else None
-        )
+        self.weight, self.weight_scale = new_linear_weight(shards, context)
+        self.bias = new_bias(shards, context) if bias else None
 
     def _multiply(self, x: Tensor, bias: Tensor | None) -> LinearOutput:
         if self.weight_scale is None:
@@ -33,41 +23,28 @@ class _Linear(nn.Module):
         return self.ops.fp8_linear(x, self.weight, self.weight_scale, bias)
 
 
-class ColumnParallelLinear(_Linear, Layer[[Tensor], LinearOutput]):
-    """Several projections of one input, merged; each rank computes a slice of each output.
+class ColumnParallelLinear(_Linear):
+    """Several projections of one input, merged; each rank computes its heads of each output.
 
     Args:
         input_size: features of x.
-        slices: checkpoint module name -> (full output size, this rank's first row, its row count).
+        heads: checkpoint module name -> (number of heads, features of each), over all ranks. Where
+            there are fewer heads than ranks, several ranks hold the same one.
         bias: whether the checkpoint has biases.
+        context: see `ModelContext`.
     """
 
     def __init__(
-        self,
-        input_size: int,
-        slices: dict[str, tuple[int, int, int]],
-        bias: bool,
-        context: ModelContext,
+        self, input_size: int, heads: dict[str, tuple[int, int]], bias: bool, context: ModelContext
     ) -> None:
-        columns = slice(0, input_size)
-        weight_shards, bias_shards = {}, {}
-        offset = 0
-        for name, (full_size, start, size) in slices.items():
-            source, target = slice(start, start + size), slice(offset, offset + size)
-            weight_shards[name] = Shard(
-                (full_size, input_size), (source, columns), (target, columns)
-            )
-            bias_shards[name] = Shard((full_size,), (source,), (target,))
-            offset += size
-        shape = offset, input_size
-        super().__init__(shape, weight_shards, bias_shards if bias else None, context)
+        super().__init__(column_shards(input_size, heads, context.tp), bias, context)
 
     def forward(self, x: Tensor) -> LinearOutput:
-        """x [T, input_size] -> [T, sum of this rank's row counts]."""
+        """x [T, input_size] -> [T, features of this rank's heads]."""
         return self._multiply(x, self.bias)
 
 
-class RowParallelLinear(_Linear, Layer[[Tensor], Unreduced]):
+class RowParallelLinear(_Linear):
     """A projection whose input is split over the ranks: each computes a term of the output.
 
     `RMSNorm.add` or `TensorParallel.all_reduce` sums the terms.
@@ -76,15 +53,8 @@ class RowParallelLinear(_Linear, Layer[[Tensor], Unreduced]):
     def __init__(
         self, input_size: int, output_size: int, bias: bool, context: ModelContext
     ) -> None:
-        rank, size = context.tp.rank, input_size // context.tp.size
-        rows, start = slice(0, output_size), rank * size
-        shard = Shard(
-            (output_size, input_size), (rows, slice(start, start + size)), (rows, slice(0, size))
-        )
-        bias_shard = Shard((output_size,), (rows,), (rows,))
-        bias_shards = {"": bias_shard} if bias else None
-        super().__init__((output_size, size), {"": shard}, bias_shards, context)
-        self.rank = rank
+        super().__init__(row_shards(input_size, output_size, context.tp), bias, context)
+        self.rank = context.tp.rank
 
     def forward(self, x: Tensor) -> Unreduced:
         """x [T, input_size / ranks] -> this rank's term of [T, output_size]."""

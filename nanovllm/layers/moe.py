@@ -7,12 +7,12 @@ weights one below another; module names are those of the checkpoints' tensors.
 from torch import Tensor, nn
 
 from nanovllm.kernels.types import LinearOutput, Unreduced
-from nanovllm.layers.context import Layer, ModelContext
+from nanovllm.layers.context import ModelContext
 from nanovllm.layers.fp8_weights import keeps_fp8, new_linear_weight
-from nanovllm.layers.weights import Shard, new_parameter, whole
+from nanovllm.layers.weights import Shard, column_shards, new_whole_parameter, row_shards
 
 
-class SparseMLP(Layer[[Tensor], Unreduced]):
+class SparseMLP(nn.Module):
     """Sum over a token's most probable experts of probability * expert (Shazeer et al. 2017,
     arXiv 1701.06538)."""
 
@@ -48,14 +48,13 @@ class SparseMLP(Layer[[Tensor], Unreduced]):
         return Unreduced(term)
 
 
-class Router(Layer[[Tensor], LinearOutput]):
+class Router(nn.Module):
     """Scores the experts; every rank holds it whole, in the model's dtype."""
 
     def __init__(self, num_experts: int, hidden_size: int, context: ModelContext) -> None:
         super().__init__()
         self.ops = context.ops
-        shape = num_experts, hidden_size
-        self.weight = new_parameter(shape, whole(shape), context.dtype, context.device)
+        self.weight = new_whole_parameter((num_experts, hidden_size), context)
 
     def forward(self, x: Tensor) -> LinearOutput:
         """x [T, hidden_size] -> [T, num_experts], the logits of their probabilities."""
@@ -69,40 +68,23 @@ class Experts(nn.Module):
         self, num_experts: int, hidden_size: int, intermediate_size: int, context: ModelContext
     ) -> None:
         super().__init__()
-        size = intermediate_size // context.tp.size
-        part = slice(context.tp.rank * size, (context.tp.rank + 1) * size)
-        columns = slice(0, hidden_size)
-        gate_up_shards, down_shards = {}, {}
-        for expert in range(num_experts):
-            for i, name in enumerate(("gate_proj", "up_proj")):
-                first = (2 * expert + i) * size
-                gate_up_shards[f"{expert}.{name}"] = Shard(
-                    (intermediate_size, hidden_size),
-                    (part, columns),
-                    (slice(first, first + size), columns),
-                )
-            first = expert * hidden_size
-            down_shards[f"{expert}.down_proj"] = Shard(
-                (hidden_size, intermediate_size),
-                (slice(0, hidden_size), part),
-                (slice(first, first + hidden_size), slice(0, size)),
-            )
-        gate_up = (num_experts * 2 * size, hidden_size), gate_up_shards
-        down = (num_experts * hidden_size, size), down_shards
-        is_fp8 = keeps_fp8(*gate_up, context) and keeps_fp8(*down, context)  # both or none
-        self.gate_up_proj = ExpertWeights(*gate_up, context, is_fp8)
-        self.down_proj = ExpertWeights(*down, context, is_fp8)
+        heads = {
+            f"{expert}.{name}": (intermediate_size, 1)
+            for expert in range(num_experts)
+            for name in ("gate_proj", "up_proj")
+        }
+        gate_up_shards = column_shards(hidden_size, heads, context.tp)
+        names = [f"{expert}.down_proj" for expert in range(num_experts)]
+        down_shards = row_shards(intermediate_size, hidden_size, context.tp, names)
+        # Both in fp8 or none.
+        is_fp8 = keeps_fp8(gate_up_shards, context) and keeps_fp8(down_shards, context)
+        self.gate_up_proj = ExpertWeights(gate_up_shards, context, is_fp8)
+        self.down_proj = ExpertWeights(down_shards, context, is_fp8)
 
 
 class ExpertWeights(nn.Module):
     """One weight of all experts, with its scales if it is fp8."""
 
-    def __init__(
-        self,
-        shape: tuple[int, int],
-        shards: dict[str, Shard],
-        context: ModelContext,
-        may_be_fp8: bool,
-    ) -> None:
+    def __init__(self, shards: dict[str, Shard], context: ModelContext, may_be_fp8: bool) -> None:
         super().__init__()
-        self.weight, self.weight_scale = new_linear_weight(shape, shards, context, may_be_fp8)
+        self.weight, self.weight_scale = new_linear_weight(shards, context, may_be_fp8)

@@ -1,21 +1,19 @@
 """RMS normalisation (Zhang and Sennrich 2019, arXiv 1910.07467), with and without a residual."""
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanovllm.kernels.types import Unreduced
-from nanovllm.layers.context import Layer, ModelContext
-from nanovllm.layers.weights import new_parameter, whole
+from nanovllm.layers.context import ModelContext
+from nanovllm.layers.weights import new_whole_parameter
 
 
-class RMSNorm(Layer[[Tensor], Tensor]):
+class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension."""
 
     def __init__(self, size: int, eps: float, context: ModelContext) -> None:
         super().__init__()
-        self.ops = context.ops
-        self.tp = context.tp
-        self.eps = eps
-        self.weight = new_parameter((size,), whole((size,)), context.dtype, context.device)
+        self.ops, self.tp, self.eps = context.ops, context.tp, eps
+        self.weight = new_whole_parameter((size,), context)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, size] -> [T, size]."""

@@ -1,9 +1,15 @@
 """How a checkpoint tensor maps to a parameter: each parameter carries its own shards."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from nanovllm.layers.context import ModelContext
+from nanovllm.parallel.tensor_parallel import TensorParallel
+
+VOCAB_ALIGNMENT = 64  # rows per rank are a multiple, which matrix products like
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,9 @@ class Parameter(nn.Parameter):
         self[shard.target].copy_(part)
 
 
+# ---- parameters, uninitialised but for padding --------------------------------------------------
+
+
 def new_parameter(
     shape: tuple[int, ...],
     shards: dict[str, Shard],
@@ -40,13 +49,87 @@ def new_parameter(
     device: torch.device,
     cls: type[Parameter] = Parameter,
 ) -> Parameter:
-    """An uninitialised parameter of `shape` and class `cls` with its `shards`."""
+    """A parameter of `shape` and class `cls` with its `shards`."""
     parameter = cls(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
     parameter.shards = shards
     return parameter
 
 
-def whole(shape: tuple[int, ...]) -> dict[str, Shard]:
-    """Shards of a parameter that every rank holds whole."""
+def new_whole_parameter(shape: tuple[int, ...], context: ModelContext) -> Parameter:
+    """A parameter that every rank holds whole."""
     everything = tuple(slice(0, n) for n in shape)
-    return {"": Shard(shape, everything, everything)}
+    shards = {"": Shard(shape, everything, everything)}
+    return new_parameter(shape, shards, context.dtype, context.device)
+
+
+def new_bias(weight_shards: dict[str, Shard], context: ModelContext) -> Parameter:
+    """The bias of a weight with `weight_shards`: an element for each row."""
+    shards = {
+        name: Shard(shard.full_shape[:1], shard.source[:1], shard.target[:1])
+        for name, shard in weight_shards.items()
+    }
+    return new_parameter(shape_of(shards), shards, context.dtype, context.device)
+
+
+def new_vocab_parameter(vocab_size: int, hidden_size: int, context: ModelContext) -> Parameter:
+    """This rank's rows of a table [vocab_size, hidden_size].
+
+    The vocabulary is padded so that every rank has equally many rows; padding rows are zero.
+    """
+    per_rank = -(-vocab_size // (context.tp.size * VOCAB_ALIGNMENT)) * VOCAB_ALIGNMENT
+    start = min(context.tp.rank * per_rank, vocab_size)
+    end = min(start + per_rank, vocab_size)
+    columns = slice(0, hidden_size)
+    shard = Shard(
+        (vocab_size, hidden_size), (slice(start, end), columns), (slice(0, end - start), columns)
+    )
+    parameter = new_parameter((per_rank, hidden_size), {"": shard}, context.dtype, context.device)
+    parameter.data[end - start :].zero_()
+    return parameter
+
+
+# ---- shards of linear weights -------------------------------------------------------------------
+
+
+def shape_of(shards: dict[str, Shard]) -> tuple[int, ...]:
+    """The shape of the parameter that `shards` fill."""
+    targets = zip(*(shard.target for shard in shards.values()), strict=True)
+    return tuple(max(part.stop for part in parts) for parts in targets)
+
+
+def column_shards(
+    input_size: int, heads: dict[str, tuple[int, int]], tp: TensorParallel
+) -> dict[str, Shard]:
+    """Of each projection the rows of this rank's heads, one projection below another.
+
+    heads: checkpoint module name -> (number of heads, features of each).
+    """
+    columns = slice(0, input_size)
+    shards, offset = {}, 0
+    for name, (num_heads, head_dim) in heads.items():
+        size = max(num_heads // tp.size, 1) * head_dim
+        start = tp.rank * num_heads // tp.size * head_dim
+        source, target = slice(start, start + size), slice(offset, offset + size)
+        full_shape = num_heads * head_dim, input_size
+        shards[name] = Shard(full_shape, (source, columns), (target, columns))
+        offset += size
+    return shards
+
+
+def row_shards(
+    input_size: int, output_size: int, tp: TensorParallel, names: Sequence[str] = ("",)
+) -> dict[str, Shard]:
+    """All rows of each projection, and this rank's columns of them, one below another.
+
+    names: the projections' module names in the checkpoint; "" is the parameter's own.
+    """
+    size = input_size // tp.size
+    source = slice(0, output_size), slice(tp.rank * size, (tp.rank + 1) * size)
+    return {
+        name: Shard(
+            (output_size, input_size),
+            source,
+            (slice(i * output_size, (i + 1) * output_size), slice(0, size)),
+        )
+        for i, name in enumerate(names)
+    }

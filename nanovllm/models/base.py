@@ -1,12 +1,13 @@
-"""What the runner needs of a model, and what a family's file defines: how a layer is made."""
+"""A language model as the runner knows it; a family's file says how a layer is made."""
 
 from abc import ABC, abstractmethod
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nanovllm.layers.context import ModelContext
 from nanovllm.layers.embedding import ParallelLMHead
+from nanovllm.layers.rotary import cos_sin_table
+from nanovllm.layers.weights import new_vocab_parameter
 from nanovllm.models.decoder import Decoder, DecoderLayer
 from nanovllm.models.model_config import ModelConfig
 
@@ -21,13 +22,22 @@ class CausalLM(nn.Module, ABC):
 
     def __init__(self, config: ModelConfig, context: ModelContext) -> None:
         super().__init__()
-        self.model = Decoder(config, context, self.new_layer)
-        tied = self.model.embed_tokens if config.tie_word_embeddings else None
-        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, context, tied)
+        size = context.max_model_len or config.max_positions
+        cos_sin = cos_sin_table(config.head_dim, size, config.rope_parameters, context.device)
+        layers = [
+            self.new_layer(config, cos_sin, context, index)
+            for index in range(config.num_hidden_layers)
+        ]
+        self.model = Decoder(config, context, layers)
+        if config.tie_word_embeddings:
+            weight = self.model.embed_tokens.weight
+        else:
+            weight = new_vocab_parameter(config.vocab_size, config.hidden_size, context)
+        self.lm_head = ParallelLMHead(config.vocab_size, weight, context)
 
     @staticmethod
     @abstractmethod
     def new_layer(
-        config: ModelConfig, cos_sin: torch.Tensor, context: ModelContext, index: int
+        config: ModelConfig, cos_sin: Tensor, context: ModelContext, index: int
     ) -> DecoderLayer:
         """Layer `index` of the family; cos_sin as of `layers.rotary.cos_sin_table`."""
