@@ -38,10 +38,9 @@ CORE = [
     "models/base.py",
     "models/decoder.py",
     "models/qwen3.py",
-    "kernels/types.py",
-    "kernels/ops.py",
-    "kernels/row_state.py",
 ]
+# What the core asks of the kernels: read when one goes below it.
+CONTRACT = ["kernels/types.py", "kernels/ops.py", "kernels/row_state.py"]
 NO_CODE = {
     tokenize.COMMENT,
     tokenize.NL,
@@ -65,9 +64,9 @@ def num_code_lines(source: str) -> int:
     return len(lines)
 
 
-def core_sizes() -> dict[str, int]:
-    """The lines of code of each file of CORE that there is."""
-    paths = {name: REPO / "nanovllm" / name for name in CORE}
+def core_sizes(names: list[str] = CORE) -> dict[str, int]:
+    """The lines of code of each of these files that there is."""
+    paths = {name: REPO / "nanovllm" / name for name in names}
     return {
         name: num_code_lines(path.read_text("utf-8"))
         for name, path in paths.items()
@@ -80,7 +79,9 @@ def main() -> int:
     for name, size in sizes.items():
         print(f"{size:5}  {name}")
     total = sum(sizes.values())
+    contract = sum(core_sizes(CONTRACT).values())
     print(f"{total:5}  in {len(sizes)} files; the limit is {LIMIT:,}")
+    print(f"{total + contract:5}  with what the core asks of the kernels")
     return int(total > LIMIT)
 
 

@@ -484,6 +484,7 @@ def look_at(page: Path, folder: Path, *options: str) -> tuple[list[str], dict[st
     command = [
         *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
         *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
+        "--disable-dev-shm-usage",
         "--host-resolver-rules=MAP * ~NOTFOUND",
         *("--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}"),
         *(f"--window-size={WIDTH},{HEIGHT}", f"--screenshot={picture}", *options, page.as_uri()),
