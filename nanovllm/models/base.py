@@ -1,4 +1,4 @@
-"""A language model as the runner knows it; a family's file says how a layer is made."""
+"""The base class of all language models. A family's file says how its layers are made."""
 
 from abc import ABC, abstractmethod
 

@@ -77,7 +77,7 @@ def kv_cache_spec(config: ModelConfig, tp_size: int, dtype: torch.dtype) -> KVCa
 class SelfAttention(nn.Module):
     """Grouped-query self-attention (Ainslie et al. 2023, arXiv 2305.13245) of one layer.
 
-    The ranks share out its heads, of which k and v have fewer than q.
+    The ranks share out the heads. With more ranks than KV heads, several hold the same one.
 
     Args:
         config: the model's configuration.
@@ -97,12 +97,11 @@ class SelfAttention(nn.Module):
         output_bias: bool,
     ) -> None:
         super().__init__()
-        size, q_size = config.hidden_size, config.num_attention_heads * config.head_dim
-        kv_heads = config.num_key_value_heads, config.head_dim
-        heads = {"q_proj": (config.num_attention_heads, config.head_dim)}
-        heads |= {"k_proj": kv_heads, "v_proj": kv_heads}
+        size, num_heads, head_dim = config.hidden_size, config.num_attention_heads, config.head_dim
+        kv_heads = config.num_key_value_heads, head_dim
+        heads = {"q_proj": (num_heads, head_dim), "k_proj": kv_heads, "v_proj": kv_heads}
         self.qkv_proj = ColumnParallelLinear(size, heads, qkv_bias, context)
-        self.o_proj = RowParallelLinear(q_size, size, output_bias, context)
+        self.o_proj = RowParallelLinear(num_heads * head_dim, size, output_bias, context)
         dtype = context.kv_cache_dtype or context.dtype
         self.attn = Attention(kv_cache_spec(config, context.tp.size, dtype), cos_sin, context)
 
@@ -118,7 +117,7 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.ops = context.ops
         size, inner_size = config.hidden_size, config.intermediate_size
-        heads = {"gate_proj": (inner_size, 1), "up_proj": (inner_size, 1)}  # split anywhere
+        heads = {"gate_proj": (inner_size, 1), "up_proj": (inner_size, 1)}  # of one feature
         self.gate_up_proj = ColumnParallelLinear(size, heads, bias, context)
         self.down_proj = RowParallelLinear(inner_size, size, bias, context)
 
