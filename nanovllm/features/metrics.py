@@ -38,7 +38,12 @@ class Metrics(list[Metric]):
 
 
 def get_metrics(llm: LLMEngine) -> Metrics:
-    """See `LLM.get_metrics`."""
+    """A snapshot of the engine's counters under vLLM's names.
+
+    Returns:
+        A list of metrics, each with `name`, `labels` and `value`; `.get(name, default)` gives
+        a value by name.
+    """
     scheduler = llm.scheduler
     manager, stats = scheduler.block_manager, scheduler.stats
     num_blocks = len(manager.blocks)

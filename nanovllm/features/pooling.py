@@ -22,6 +22,7 @@ from nanovllm.inputs.prompts import (
     as_prompt_list,
     check_each,
     check_tokenization_kwargs,
+    check_unsupported,
     encode_prompts,
 )
 from nanovllm.model_files import is_file, read_json, read_json_object
@@ -57,15 +58,38 @@ WEB_SEARCH = "Given a web search query, retrieve relevant passages that answer t
 
 def embed(
     llm: LLMEngine,
-    prompts: Any,
+    prompts: str | list[str] | list[int] | list[list[int]] | list[Any],
     *,
     use_tqdm: bool | Callable[..., Any] = True,
     pooling_params: PoolingParams | None = None,
     truncate_prompt_tokens: int | None = None,
     tokenization_kwargs: dict[str, Any] | None = None,
     priority: list[int] | None = None,
+    lora_request: None = None,
 ) -> list[EmbeddingRequestOutput]:
-    """See `LLM.embed`."""
+    """Embed prompts: the final hidden state of each one's last token, scaled to length 1.
+
+    That is how Qwen3-Embedding works; the token that its prompts end with is added by the
+    tokenizer that it comes with. Nothing is generated. Requests queued otherwise run along.
+
+    Args:
+        prompts, priority, use_tqdm, tokenization_kwargs: as for `generate`; a prompt may have
+            `max_model_len` tokens.
+        pooling_params: fewer dimensions, or embeddings as they come.
+        truncate_prompt_tokens: cut texts to so many tokens, as the tokenizer does it (the
+            tokens that it adds stay); -1: to `max_model_len`.
+        lora_request: only None.
+
+    Returns:
+        For each prompt an output whose `outputs.embedding` is a list of floats.
+
+    Raises:
+        ArgumentError: a prompt or parameter is wrong, or the model's files for
+            sentence-transformers ask for another pooling or a further module; nothing was
+            queued then.
+        EngineDeadError: a tensor-parallel worker died.
+    """
+    check_unsupported(lora_request=lora_request)
     _check_pooling_mode(os.path.join(_pooling_folder(llm.config.model), "config.json"))
     pooler = _embedding_pooler(pooling_params, llm.config.model_config.hidden_size)
     kwargs = _truncating(llm, truncate_prompt_tokens, tokenization_kwargs)
@@ -198,15 +222,39 @@ def _truncating(
 
 def score(
     llm: LLMEngine,
-    data_1: Any,
-    data_2: Any,
+    data_1: str | list[str],
+    data_2: str | list[str],
+    /,
     *,
     method: str = "reranker",
     instruction: str | None = None,
     use_tqdm: bool | Callable[..., Any] = True,
     truncate_prompt_tokens: int | None = None,
+    lora_request: None = None,
 ) -> list[ScoringRequestOutput]:
-    """See `LLM.score`."""
+    """Score pairs of texts: one with one, one with each of several, or each with its own.
+
+    Args:
+        data_1: queries.
+        data_2: documents, as many; any number for a single query.
+        method: "reranker" asks the model as Qwen3-Reranker was trained to be asked, whether the
+            document meets the query; the score is the probability of "yes" against "no".
+            "embedding": the cosine of the two texts' embeddings, as of Qwen3-Embedding.
+        instruction: what the reranker looks for; None: passages that answer a web search.
+        use_tqdm: as for `generate`.
+        truncate_prompt_tokens: cut texts so that a prompt has so many tokens at most; the
+            reranker loses the end of the document. -1: `max_model_len`.
+        lora_request: only None.
+
+    Returns:
+        For each pair an output whose `outputs.score` is a float.
+
+    Raises:
+        ArgumentError: an argument is wrong, the model has no LM head, or its tokenizer lacks
+            one of the tokens that the reranker's question or answer is made of.
+        EngineDeadError: a tensor-parallel worker died.
+    """
+    check_unsupported(lora_request=lora_request)
     check_choice("method", method, ("reranker", "embedding"))
     queries, documents = _as_texts("data_1", data_1), _as_texts("data_2", data_2)
     if len(queries) not in (1, len(documents)):

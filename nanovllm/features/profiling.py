@@ -14,7 +14,15 @@ DEFAULT_PREFIX = "nanovllm-trace"
 
 
 def start_profile(llm: LLMEngine, profile_prefix: str | None = None) -> None:
-    """See `LLM.start_profile`."""
+    """Start torch's profiler on every rank.
+
+    Args:
+        profile_prefix: the beginning of the traces' paths; None: "nanovllm-trace". A relative
+            one starts at the folder VLLM_TORCH_PROFILER_DIR, if that is set.
+
+    Raises:
+        ArgumentError: it runs already.
+    """
     if not isinstance(profile_prefix, (str, os.PathLike, type(None))):
         raise ArgumentError(f"profile_prefix must be a path, got {shown(profile_prefix)}")
     prefix = os.fspath(profile_prefix or DEFAULT_PREFIX)
@@ -25,7 +33,14 @@ def start_profile(llm: LLMEngine, profile_prefix: str | None = None) -> None:
 
 
 def stop_profile(llm: LLMEngine) -> list[str]:
-    """See `LLM.stop_profile`."""
+    """Write the traces, for chrome://tracing or Perfetto, and stop.
+
+    Returns:
+        The paths, `<prefix>-rank<r>.json` for each rank r. Older files there are replaced.
+
+    Raises:
+        ArgumentError: the profiler does not run.
+    """
     return call_ranks(llm, _stop)
 
 

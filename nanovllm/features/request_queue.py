@@ -8,16 +8,30 @@ from typing import Any
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.request_output import make_output
 from nanovllm.errors import ArgumentError, shown
-from nanovllm.inputs.prompts import as_prompt_list
+from nanovllm.inputs.prompts import as_prompt_list, check_unsupported
 from nanovllm.outputs import RequestOutput
 from nanovllm.progress import ProgressBar, check_use_tqdm
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.validation import check_integer
 
 
 def enqueue(
-    llm: LLMEngine, prompts: Any, sampling_params: Any, priority: Any, tokenization_kwargs: Any
+    llm: LLMEngine,
+    prompts: str | list[str] | list[int] | list[list[int]] | list[Any],
+    sampling_params: SamplingParams | list[SamplingParams] | None = None,
+    *,
+    priority: list[int] | None = None,
+    tokenization_kwargs: dict[str, Any] | None = None,
+    lora_request: None = None,
+    mm_processor_kwargs: None = None,
+    use_tqdm: bool | Callable[..., Any] = False,
 ) -> list[str]:
-    """See `LLM.enqueue`."""
+    """Queue prompts without running them, for `wait_for_completion`; returns their ids.
+
+    Arguments and errors are those of `generate`; `use_tqdm` is accepted, nothing takes long.
+    """
+    check_unsupported(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+    check_use_tqdm(use_tqdm)
     llm.check_ready()
     requests = llm.input_processor.process(
         as_prompt_list(prompts), sampling_params, priority, tokenization_kwargs
@@ -26,8 +40,18 @@ def enqueue(
     return [str(request.request_id) for request in requests]
 
 
-def wait_for_completion(llm: LLMEngine, use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
-    """See `LLM.wait_for_completion`."""
+def wait_for_completion(
+    llm: LLMEngine, output_type: None = None, *, use_tqdm: bool | Callable[..., Any] = True
+) -> list[RequestOutput]:
+    """Run everything that is queued; the outputs that `step` has not returned, by id.
+
+    Args:
+        output_type: only None: there is one type.
+        use_tqdm: as for `generate`.
+
+    After an exception (Ctrl-C too) nothing is lost: call it again.
+    """
+    check_unsupported(output_type=output_type)
     check_use_tqdm(use_tqdm)
     llm.check_ready()
     # Those that a loop over `scheduler` and `model_runner` has finished are the engine's all the
@@ -43,7 +67,11 @@ def wait_for_completion(llm: LLMEngine, use_tqdm: bool | Callable[..., Any]) -> 
 
 
 def abort_request(llm: LLMEngine, request_ids: int | str | Iterable[int | str]) -> None:
-    """See `LLM.abort_request`."""
+    """End requests now, with finish reason "abort"; their blocks are free at once.
+
+    `step` does not return them; `get_output` gives what they have. Ids of requests that have
+    ended, or never were, are ignored.
+    """
     try:
         ids = [request_ids] if isinstance(request_ids, (str, int, Integral)) else list(request_ids)
     except TypeError:
@@ -56,7 +84,14 @@ def abort_request(llm: LLMEngine, request_ids: int | str | Iterable[int | str]) 
 
 
 def get_output(llm: LLMEngine, request_id: int | str) -> RequestOutput:
-    """See `LLM.get_output`."""
+    """The output of a request: the partial one while it runs, the whole one at its end.
+
+    An output is kept until `step` returns the next finished requests, or `wait_for_completion`
+    returns, so that a long night's loop needs no more memory than a short one.
+
+    Raises:
+        ArgumentError: there is no such request, or its output is gone.
+    """
     llm.check_ready()
     request = llm.requests.find(_as_request_id(request_id))
     if request is None:

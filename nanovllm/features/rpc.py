@@ -20,7 +20,31 @@ def collective_rpc(
     args: tuple[Any, ...] = (),
     kwargs: dict[str, Any] | None = None,
 ) -> list[Any]:
-    """See `LLM.collective_rpc`."""
+    """Call a method on every worker, one for each rank, between two steps.
+
+    Args:
+        method: the name of a method of `ModelRunner`, or a callable, which gets the worker as
+            its first argument: a `ModelRunner`, with `rank`, `model`, `device` and `config`.
+            With several ranks callable and arguments are pickled: the callable must be defined
+            at the top level of a module, and tensors travel by value.
+        timeout: seconds for the workers to answer; None: for ever. The call on rank 0 runs in
+            this process and is not broken off.
+        args: positional arguments.
+        kwargs: keyword arguments.
+
+    Returns:
+        The results in rank order. Tensors should be on the CPU.
+
+    Raises:
+        ArgumentError: there is no such method, or call or result cannot be pickled.
+        TimeoutError: a worker has not answered in time; the engine has ended then.
+        EngineDeadError: a worker died.
+        Exception: what the call raised on the lowest rank where it failed; its cause shows the
+            traceback on that rank. The engine stays usable, but a call that uses collectives
+            must not fail on some ranks only: the others would wait for it.
+
+    If the call changes the weights, call `reset_prefix_cache` after it.
+    """
     if isinstance(method, str):
         if not callable(getattr(llm.model_runner, method, None)):
             raise ArgumentError(f"workers have no method {shown(method)}")
@@ -57,7 +81,10 @@ def call_ranks(
 
 
 def apply_model(llm: LLMEngine, func: Callable[[nn.Module], Any]) -> list[Any]:
-    """See `LLM.apply_model`."""
+    """`func(model)` on every rank's model; results and errors are those of `collective_rpc`.
+
+    `llm.apply_model(print)` shows the tree of modules on each.
+    """
     if not callable(func):
         raise ArgumentError(f"func must be a callable, got {shown(func)}")
     return collective_rpc(llm, _apply_to_model, args=(func,))

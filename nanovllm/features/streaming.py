@@ -194,14 +194,28 @@ def _items(
 
 def generate_stream(
     llm: LLMEngine,
-    prompts: Any,
+    prompts: str | list[str] | list[int] | list[list[int]] | list[Any],
     sampling_params: SamplingParams | list[SamplingParams] | None = None,
     *,
     use_tqdm: bool | Callable[..., Any] = False,
     priority: list[int] | None = None,
     tokenization_kwargs: dict[str, Any] | None = None,
 ) -> Stream:
-    """See `LLM.generate_stream`."""
+    """Complete prompts, and give out text and tokens as they come.
+
+    Arguments are those of `generate`. All prompts are queued at the call; iterating runs the
+    engine. Requests queued otherwise run along, and `step` returns those that finished.
+
+    Returns:
+        An iterator of `StreamOutput`: after each step one for each completion with new tokens.
+        Dropping it (`break`, an exception), its `close()` or the end of a `with` block over it
+        end the requests that are not finished. `abort_request` ends a single one: its last item
+        has the finish reason "abort".
+
+    Raises:
+        ArgumentError: at the call; a prompt or parameter is wrong, and nothing was queued.
+        EngineDeadError: a tensor-parallel worker died.
+    """
     check_use_tqdm(use_tqdm)
     llm.check_ready()
     requests = llm.input_processor.process(

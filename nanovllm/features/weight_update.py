@@ -21,7 +21,25 @@ from nanovllm.models.loader import (
 
 
 def load_weights(llm: LLMEngine, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-    """See `LLM.load_weights`."""
+    """Replace weights in place, all or some, as after a step of training.
+
+    Args:
+        weights: (name, tensor) pairs or a state dict, under the names and in the shapes of the
+            model's checkpoint, whole dense tensors of 16, 32 or 64 bits on any device; each is
+            converted to its parameter's dtype, and quantised where quantization="fp8" quantises
+            weights. `lm_head.weight` of a model with tied embeddings is left out.
+
+    Returns:
+        The names that were loaded.
+
+    The prefix cache is emptied. Running requests go on with the new weights: the tokens they
+    have stay, their K/V is computed anew.
+
+    Raises:
+        ArgumentError: a name is unknown, or a shape or type is wrong. Of a list or dict nothing
+            is loaded then; what an iterator gave before stays loaded. Or the engine's own
+            checkpoint is fp8: it takes no new weights.
+    """
     _check_weights_are_there(llm)
     if llm.config.fp8_scales == "blocks":
         raise ArgumentError(
@@ -56,7 +74,7 @@ def load_weights(llm: LLMEngine, weights: Iterable[tuple[str, torch.Tensor]]) ->
 
 
 def reload_weights(llm: LLMEngine) -> None:
-    """See `LLM.reload_weights`."""
+    """Load all weights from the model's directory again; as for `load_weights` otherwise."""
     _check_weights_are_there(llm)
     reset_prefix_cache(llm, reset_running_requests=True)
     call_ranks(llm, "reload_weights")

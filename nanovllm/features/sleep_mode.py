@@ -17,7 +17,17 @@ TAGS = ("weights", "kv_cache", "scheduling")
 
 
 def sleep(llm: LLMEngine, level: int = 1, mode: str = "abort") -> None:
-    """See `LLM.sleep`."""
+    """Give memory back until `wake_up`. Requests can be queued meanwhile, but nothing runs.
+
+    Args:
+        level: 0 only stops the scheduling, all memory stays. 1 moves the weights to host
+            memory and drops the KV cache and the CUDA graphs. 2 drops the weights too.
+        mode: what becomes of unfinished requests: "abort" ends them, "wait" finishes them
+            first (`step` returns them), "keep" lets them go on after `wake_up`; from level 1
+            on their K/V is computed anew then.
+
+    Whatever runs a step, such as `generate`, raises a RuntimeError until `wake_up`.
+    """
     level = check_integer("level", level, minimum=0, maximum=2)
     check_choice("mode", mode, ("abort", "wait", "keep"))
     llm.check_ready()
@@ -35,7 +45,22 @@ def sleep(llm: LLMEngine, level: int = 1, mode: str = "abort") -> None:
 
 
 def wake_up(llm: LLMEngine, tags: Iterable[str] | None = None) -> bool:
-    """See `LLM.wake_up`."""
+    """Undo `sleep`.
+
+    Args:
+        tags: what to wake: "weights" and "kv_cache" (levels 1 and 2), "scheduling" (level 0);
+            None: everything. CUDA graphs are captured with the last of weights and cache.
+
+    Returns:
+        Whether everything is awake.
+
+    After level 2 all weights are zero: follow with `load_weights` or `reload_weights`, before
+    or after waking the cache.
+
+    Raises:
+        ArgumentError: there is no such tag.
+        RuntimeError: the memory is taken by now. The engine sleeps on; try again later.
+    """
     wanted = frozenset(TAGS) if tags is None else _check_tags(tags)
     llm.check_ready()
     due = wanted & llm.asleep
