@@ -21,7 +21,7 @@ from nanovllm.parallel.tensor_parallel import TensorParallel
 
 
 class Executor:
-    """Computes steps on one rank, in this process. Other forms override what they do otherwise.
+    """Computes steps on one rank, in this process; `MultiprocExecutor` overrides what differs.
 
     Args:
         config: the engine's configuration.

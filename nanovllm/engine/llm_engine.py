@@ -238,7 +238,7 @@ class LLMEngine(Lifecycle):
 
     @contextmanager
     def _stepping(self) -> Iterator[None]:
-        """Around what a failure of may be some request's end alone."""
+        """Around a step: if it fails, only the request that is to blame ends, if any is."""
         try:
             with self._recovery.stepping(self.owner):
                 yield
@@ -247,13 +247,13 @@ class LLMEngine(Lifecycle):
                 self.exit()
 
     def _launch(self, in_flight: bool) -> LaunchedStep | None:
-        self._recovery.suspects = None  # all, as long as it is not known who takes part
+        self._recovery.suspects = None  # everybody, until it is known who takes part
         seqs, is_prefill = self.scheduler.schedule(in_flight)
         self._recovery.suspects = seqs
         return self.executor.launch(seqs, is_prefill) if seqs else None
 
     def _commit(self, launched: LaunchedStep) -> int:
-        """Wait for a step's tokens and settle its sequences; its number of tokens as in `step`."""
+        """Wait for a step's tokens and give them to its sequences; their number as in `step`."""
         start = perf_counter()
         self._recovery.suspects = launched.seqs
         token_ids = self.executor.wait(launched)

@@ -1,4 +1,4 @@
-"""One rank's model, KV cache and row table, and how a step's plan runs on them."""
+"""How a step's plan runs on one rank: a prefill, or a decode pass and its CUDA graph."""
 
 from collections.abc import Callable, Iterable
 
@@ -21,7 +21,9 @@ from nanovllm.parallel.tensor_parallel import TensorParallel
 
 
 class ModelRunner(RankState):
-    """Executes step plans on one rank. All device work goes to the current stream, in their order.
+    """Executes the plans of one rank.
+
+    All device work goes to the current stream, so steps run in the order of their plans.
 
     Attributes:
         run: on rank 0, `Executor.run`: loops written for nano-vLLM call it here.
@@ -64,6 +66,7 @@ class ModelRunner(RankState):
             self.consumers[want].run(step, values)
 
     def _execute_prefill(self, step: LaunchedStep) -> None:
+        """Compute several tokens of each sequence, and sample where a prompt is complete."""
         plan = step.plan
         inputs = prefill_inputs(plan, self.sent_rows, self.block_size, self.device)
         self._update_row_table(inputs.row_updates)
@@ -102,6 +105,7 @@ class ModelRunner(RankState):
         self._give(Wants.LOGITS, step, logits)
 
     def _execute_decode(self, step: LaunchedStep) -> None:
+        """Compute and sample one token of each sequence; its inputs are in the row table."""
         plan = step.plan
         num_seqs = len(plan.rows)
         batch_size = self.graphs.padded_size(num_seqs) if self.graphs else num_seqs
