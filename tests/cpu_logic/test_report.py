@@ -6,6 +6,7 @@ import re
 import shutil
 import struct
 import subprocess
+import tempfile
 import time
 import tracemalloc
 import zlib
@@ -481,18 +482,21 @@ WIDTH, HEIGHT = 640, 1100
 def look_at(page: Path, folder: Path, *options: str) -> tuple[list[str], dict[str, int]]:
     """What a browser tells on its console, and how many pixels have which color."""
     picture = folder / "picture.png"
-    command = [
-        *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
-        *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
-        "--disable-dev-shm-usage",
-        "--host-resolver-rules=MAP * ~NOTFOUND",
-        *("--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}"),
-        *(f"--window-size={WIDTH},{HEIGHT}", f"--screenshot={picture}", *options, page.as_uri()),
-    ]
-    environment = os.environ | {"HOME": str(folder), "TMPDIR": str(folder)}
-    result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=600, check=True
-    )
+    # The path of its socket must be short, so its own files do not lie in pytest's folder.
+    with tempfile.TemporaryDirectory() as own:
+        command = [
+            *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
+            *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
+            *("--disable-dev-shm-usage", "--host-resolver-rules=MAP * ~NOTFOUND"),
+            *("--enable-logging=stderr", f"--user-data-dir={own}"),
+            f"--window-size={WIDTH},{HEIGHT}",
+            *(f"--screenshot={picture}", *options, page.as_uri()),
+        ]
+        environment = os.environ | {"HOME": own, "TMPDIR": own}
+        result = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=600
+        )
+    assert result.returncode == 0, result.stderr
     console = [line for line in result.stderr.splitlines() if ":CONSOLE" in line]
     return console, colors_of(picture.read_bytes())
 
