@@ -7,8 +7,8 @@ in a step that fails: that one is ended. A failure that does not come again ends
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from nanovllm.engine.executor import Executor
 from nanovllm.engine.request import Request, RequestTable
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
@@ -16,6 +16,9 @@ from nanovllm.engine.sequence_errors import note_error
 from nanovllm.errors import EngineDeadError, describe, is_fault
 from nanovllm.guards.interrupts import DeferredInterrupt
 from nanovllm.guards.ownership import Owner
+
+if TYPE_CHECKING:
+    from nanovllm.engine.executor import Executor
 
 # A sequence that starts again samples the token that failed first or second: with a step in flight,
 # the token before was not confirmed yet.
@@ -36,7 +39,7 @@ class Recovery:
         suspects: the sequences of what is launched or committed just now; None: all.
     """
 
-    def __init__(self, requests: RequestTable, scheduler: Scheduler, executor: Executor) -> None:
+    def __init__(self, requests: RequestTable, scheduler: Scheduler, executor: "Executor") -> None:
         self._requests = requests
         self._scheduler = scheduler
         self._executor = executor

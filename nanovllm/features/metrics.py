@@ -1,9 +1,10 @@
 """A snapshot of the engine's counters under vLLM's names."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nanovllm.engine.llm_engine import LLMEngine
+if TYPE_CHECKING:
+    from nanovllm.engine.llm_engine import LLMEngine
 
 PREFIX = "vllm:"
 
@@ -37,7 +38,7 @@ class Metrics(list[Metric]):
         return sum(values) if values else default
 
 
-def get_metrics(llm: LLMEngine) -> Metrics:
+def get_metrics(llm: "LLMEngine") -> Metrics:
     """A snapshot of the engine's counters under vLLM's names.
 
     Returns:
