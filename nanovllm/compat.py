@@ -50,7 +50,6 @@ VLLM_IGNORED: dict[str, tuple[Any, ...] | None] = {
     "pipeline_parallel_size": (1,),
     "data_parallel_size": (1,),
     "decode_context_parallel_size": (1,),
-    "model_impl": ("auto",),
     "config_format": ("auto", "hf"),
     "distributed_executor_backend": (None, "mp"),
     "worker_cls": (None, "auto"),

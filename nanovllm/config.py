@@ -12,7 +12,7 @@ from nanovllm.compat import DTYPE_ALIASES, KV_CACHE_DTYPE_ALIASES, engine_argume
 from nanovllm.errors import ArgumentError, shown
 from nanovllm.kernels import row_state
 from nanovllm.model_files import read_chat_template
-from nanovllm.models.hf_config import read_hf_config
+from nanovllm.models.hf_config import read_hf_config, uses_transformers
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.parameters import (
     Check,
@@ -203,6 +203,12 @@ class Config:
         'how weights are loaded; "dummy" makes random ones, and only config.json and the tokenizer '
         "are read.",
     )
+    model_impl: str = parameter(
+        "auto",
+        choice("auto", "nanovllm", "transformers"),
+        "whose module computes the model: that of this library, or transformers' own, which takes "
+        'more families and is slower. "auto" is ours where there is one.',
+    )
     hf_overrides: "dict[str, Any] | Callable[[PretrainedConfig], PretrainedConfig] | None" = (
         parameter(
             None,
@@ -283,8 +289,12 @@ class Config:
     def __post_init__(self) -> None:
         derive = vars(self).update  # the one place that sets fields
         check_values(vars(self), parameters(Config))
-        hf_config = read_hf_config(self.model, self.hf_overrides)
-        derive(hf_config=hf_config, model_config=ModelConfig.from_hf(hf_config))
+        hf_config = read_hf_config(self.model, self.hf_overrides, self.model_impl)
+        if uses_transformers(hf_config.to_dict(), self.model_impl):
+            derive(hf_config=hf_config, model_config=ModelConfig.from_transformers(hf_config))
+            self._check_transformers()
+        else:
+            derive(hf_config=hf_config, model_config=ModelConfig.from_hf(hf_config))
         derive(model=os.path.abspath(self.model))  # `os.chdir` does not move it
         budget = self.max_num_batched_tokens
         if budget is None:
@@ -300,6 +310,19 @@ class Config:
         config = copy(self)
         vars(config).update(values)
         return config
+
+    def _check_transformers(self) -> None:
+        """ArgumentError for values that transformers' own module does not go with."""
+        for name, taken in (
+            ("quantization", (None,)),
+            ("kv_cache_dtype", ("auto",)),
+            ("attention_backend", ("auto", "torch")),
+        ):
+            if getattr(self, name) not in taken:
+                raise ArgumentError(
+                    f"{name} {getattr(self, name)!r} is not supported for "
+                    f"{self.model_config.architectures[0]}, which runs on transformers' own module"
+                )
 
     def _longest_sequence(self) -> int:
         """`max_model_len`, capped to the model's positions."""

@@ -12,8 +12,7 @@ from nanovllm.engine import kv_cache
 from nanovllm.kernels.ops import Ops
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.context import ModelContext
-from nanovllm.models.families import model_class
-from nanovllm.models.loader import load_model
+from nanovllm.models.families import load_weights, new_model
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
 
@@ -44,7 +43,6 @@ class RankState:
         self.block_size = config.kvcache_block_size
         self.is_cuda = device.type == "cuda"
         self.profiler: tuple[torch.profiler.profile, str] | None = None  # and where its trace goes
-        model_config = config.model_config
         self.ops = ops
         with self.on_device():
             context = ModelContext(
@@ -56,7 +54,7 @@ class RankState:
                 config.fp8_scales,
                 config.resolve_kv_cache_dtype(),
             )
-            self.model = model_class(model_config.architectures)(model_config, context)
+            self.model = new_model(config, context)
             self.reload_weights()
             self.attentions = [m for m in self.model.modules() if isinstance(m, Attention)]
             self._allocate_row_table()
@@ -68,9 +66,7 @@ class RankState:
 
     def reload_weights(self) -> None:
         """Fill the parameters again from the model's directory, or with the same random numbers."""
-        config = self.config
-        std = config.model_config.initializer_range
-        self.has_lm_head = load_model(self.model, config.model, config.load_format, std)
+        self.has_lm_head = load_weights(self.model, self.config)
 
     def call(
         self, method: str | Callable[..., object], /, *args: object, **kwargs: object

@@ -30,13 +30,14 @@ RESERVED_GPU_BYTES = 1 << 30
 
 def choose_ops(config: Config, device: torch.device) -> Ops:
     """The operations of the configured backend; ArgumentError if it cannot run here."""
+    uses_transformers = config.model_config.uses_transformers
     try:
         return select_ops(
-            config.attention_backend,
+            "torch" if uses_transformers else config.attention_backend,
             device,
             config.resolve_dtype(),
             config.model_config.head_dim,
-            compile_torch_ops=not config.enforce_eager,
+            compile_torch_ops=not (config.enforce_eager or uses_transformers),
             kv_cache_dtype=config.resolve_kv_cache_dtype(),
         )
     except ValueError as error:

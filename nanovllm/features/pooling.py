@@ -287,6 +287,10 @@ def _rerank(
         raise ArgumentError(
             f"{llm.config.model!r} was saved without an LM head: only method='embedding' scores"
         )
+    if llm.config.model_config.uses_transformers:  # its head may do more than multiply
+        raise ArgumentError(
+            "only method='embedding' scores with a model that runs on transformers' own module"
+        )
     tokenizer, vocab_size = llm.tokenizer, llm.config.model_config.vocab_size
     yes_id, no_id = _check_question_tokens(tokenizer)
     plain = {"add_special_tokens": False}

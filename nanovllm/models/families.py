@@ -1,9 +1,34 @@
 """The class of a model's family, imported when it is wanted."""
 
 import importlib
+from typing import TYPE_CHECKING
 
+from nanovllm.config import Config
+from nanovllm.layers.context import ModelContext
 from nanovllm.models.base import CausalLM
+from nanovllm.models.loader import load_model
 from nanovllm.models.registry import ARCHITECTURES, first_supported
+
+if TYPE_CHECKING:
+    from nanovllm.models.transformers_model import TransformersForCausalLM
+
+
+def new_model(config: Config, context: ModelContext) -> "CausalLM | TransformersForCausalLM":
+    """The model of one rank, its weights not loaded."""
+    model_config = config.model_config
+    if not model_config.uses_transformers:
+        return model_class(model_config.architectures)(model_config, context)
+    from nanovllm.models.transformers_model import TransformersForCausalLM
+
+    return TransformersForCausalLM(config.hf_config, model_config.vocab_size, context)
+
+
+def load_weights(model: "CausalLM | TransformersForCausalLM", config: Config) -> bool:
+    """Fill every parameter of `model`; returns and raises as `load_model`."""
+    std = config.model_config.initializer_range
+    if isinstance(model, CausalLM):
+        return load_model(model, config.model, config.load_format, std)
+    return model.load(config.model, config.load_format, std)
 
 
 def model_class(architectures: tuple[str, ...]) -> type[CausalLM]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nanovllm.errors import ArgumentError, cut, nearest, shown, shown_error
 from nanovllm.model_files import is_file, list_directory, read_json_object
 from nanovllm.models.config_fields import check_fields
-from nanovllm.models.registry import check_supported
+from nanovllm.models.registry import check_supported, first_supported
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -24,7 +24,9 @@ GGUF = (
 )
 
 
-def read_hf_config(model: str, overrides: Any = None) -> "PretrainedConfig":
+def read_hf_config(
+    model: str, overrides: Any = None, model_impl: str = "nanovllm"
+) -> "PretrainedConfig":
     """The configuration of a model directory, made of what was read of config.json and checked.
 
     Nothing reads the file a second time, and fields that nothing here uses are left out.
@@ -35,6 +37,7 @@ def read_hf_config(model: str, overrides: Any = None) -> "PretrainedConfig":
             derived (a dict in it changes only the entries that it has, but rope parameters of
             another type, or null, leave only the base of the old ones); or a callable that gets
             the `PretrainedConfig` and returns it, or another.
+        model_impl: of `LLM`. See `uses_transformers`.
 
     Raises:
         ArgumentError: no directory, no valid config.json, a model that is not supported, or
@@ -47,21 +50,17 @@ def read_hf_config(model: str, overrides: Any = None) -> "PretrainedConfig":
         where += " with hf_overrides"
         _check_names(fields, raw)
         raw = _override(raw, fields)
+    if uses_transformers(raw, model_impl):
+        return _any_config(raw, overrides, where)
     checked = _check(raw, where)
     config_class = _config_class(raw)
     assert config_class is not None
-    from transformers import PretrainedConfig
-
     try:
         hf_config = config_class(**checked)
     except Exception as error:  # its validators raise many types
         raise ArgumentError(f"{where} is refused by transformers: {shown_error(error)}") from error
     if callable(overrides):
-        hf_config = overrides(hf_config)
-        if not isinstance(hf_config, PretrainedConfig):
-            raise ArgumentError(
-                f"hf_overrides must return a PretrainedConfig, got {shown(hf_config)}"
-            )
+        hf_config = _overridden(hf_config, overrides)
         if not isinstance(hf_config.rope_parameters, dict):
             raise ArgumentError(
                 "hf_overrides must leave rope_parameters a dict (no scaling: rope_type 'default' "
@@ -71,6 +70,57 @@ def read_hf_config(model: str, overrides: Any = None) -> "PretrainedConfig":
     hf_config.standardize_rope_params()
     if callable(overrides):
         _check(hf_config.to_dict(), f"{where} with hf_overrides")
+    return hf_config
+
+
+def uses_transformers(fields: Mapping[str, Any], model_impl: str) -> bool:
+    """Whether transformers' own module runs the model.
+
+    With "auto" it does if the first architecture has no file here, and transformers has it.
+    """
+    architectures = fields.get("architectures")
+    if model_impl == "auto":
+        return first_supported(architectures) is None and _causal_lm(fields) is not None
+    return model_impl == "transformers"
+
+
+def _causal_lm(fields: Mapping[str, Any]) -> str | None:
+    """The class of transformers that a config.json asks for, if it is a causal language model."""
+    architectures = fields.get("architectures")
+    if not isinstance(architectures, list) or not isinstance(fields.get("model_type"), str):
+        return None
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(fields["model_type"])
+    return name if name in architectures else None
+
+
+def _any_config(raw: dict[str, Any], overrides: Any, where: str) -> "PretrainedConfig":
+    """The configuration of a model that transformers runs; ArgumentError if it cannot."""
+    if _causal_lm(raw) is None:
+        raise ArgumentError(
+            f"{where}: architectures {shown(raw.get('architectures'))} with model_type "
+            f"{shown(raw.get('model_type'))} is no causal language model of transformers"
+        )
+    for name in ("quantization_config", "compression_config"):
+        if raw.get(name):
+            raise ArgumentError(f"{where}: {name} is not supported with transformers' own module")
+    config_class = _config_class(raw)
+    assert config_class is not None  # transformers maps a class to it
+    try:
+        hf_config = config_class.from_dict(raw)
+    except Exception as error:  # its validators raise many types
+        raise ArgumentError(f"{where} is refused by transformers: {shown_error(error)}") from error
+    return _overridden(hf_config, overrides) if callable(overrides) else hf_config
+
+
+def _overridden(hf_config: "PretrainedConfig", overrides: Any) -> "PretrainedConfig":
+    """What a callable of the user makes of a configuration."""
+    from transformers import PretrainedConfig
+
+    hf_config = overrides(hf_config)
+    if not isinstance(hf_config, PretrainedConfig):
+        raise ArgumentError(f"hf_overrides must return a PretrainedConfig, got {shown(hf_config)}")
     return hf_config
 
 

@@ -26,6 +26,8 @@ class ModelConfig:
         full_attention_limit: tokens of the longest sequence that full attention is right for, and
             the field that says so; None: any.
         has_block_scales: whether the checkpoint's linear weights are fp8 with scales for blocks.
+        uses_transformers: whether transformers' own module runs. What it alone needs to know is 0
+            or empty then.
     """
 
     architectures: tuple[str, ...]
@@ -53,6 +55,7 @@ class ModelConfig:
     norm_topk_prob: bool = False
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
+    uses_transformers: bool = False
 
     @classmethod
     def from_hf(cls, hf_config: "PretrainedConfig") -> "ModelConfig":
@@ -81,6 +84,44 @@ class ModelConfig:
         config._check()
         return config
 
+    @classmethod
+    def from_transformers(cls, hf_config: "PretrainedConfig") -> "ModelConfig":
+        """Of a model that transformers' own module runs, whose configuration may be any.
+
+        Raises:
+            ArgumentError: a field that the engine needs is missing or not a number.
+        """
+        text = hf_config.get_text_config(decoder=True)
+
+        def size(name: str, default: int | None = None) -> int:
+            try:
+                value = getattr(text, name, None) or default
+            except RuntimeError:  # it differs from layer to layer
+                value = default
+            return check_integer(f"the model's {name}", value, minimum=1)
+
+        hidden_size, num_heads = size("hidden_size"), size("num_attention_heads", 1)
+        head_dim = size("head_dim", hidden_size // num_heads)
+        return cls(
+            architectures=tuple(hf_config.architectures or ()),
+            dtype=str(hf_config.dtype).removeprefix("torch.") if hf_config.dtype else None,
+            vocab_size=size("vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=0,
+            num_hidden_layers=size("num_hidden_layers"),
+            num_attention_heads=num_heads,
+            num_key_value_heads=size("num_key_value_heads", num_heads),
+            head_dim=head_dim + head_dim % 2,  # only an estimate: the cache follows the layers
+            rms_norm_eps=0.0,
+            initializer_range=getattr(text, "initializer_range", None) or 0.02,
+            rope_parameters={},
+            max_positions=_max_positions_of_any(text),
+            full_attention_limit=None,
+            has_block_scales=False,
+            eos_token_id=hf_config.eos_token_id,
+            uses_transformers=True,
+        )
+
     def _check(self) -> None:
         check_integer("the model's longest sequence", self.max_positions, 1, MAX_POSITIONS)
         check_integer("the model's head_dim", self.head_dim, minimum=1)
@@ -99,6 +140,13 @@ class ModelConfig:
 
     def check_ranks(self, size: int) -> None:
         """ArgumentError if the model cannot be divided over `size` ranks."""
+        if self.uses_transformers:
+            if size > 1:
+                raise ArgumentError(
+                    f"tensor_parallel_size must be 1 for {self.architectures[0]}, which runs on "
+                    f"transformers' own module, got {size}"
+                )
+            return
         names = ["num_attention_heads", "intermediate_size"]
         num_kv_heads = self.num_key_value_heads
         for name in [*names, "moe_intermediate_size"] if self.num_experts else names:
@@ -132,6 +180,23 @@ def _max_positions(hf_config: "PretrainedConfig") -> int:
     if rope["rope_type"] == "linear":
         return int(rope["factor"] * stated)
     return stated
+
+
+def _max_positions_of_any(text_config: "PretrainedConfig") -> int:
+    """The same of a configuration of any family; MAX_POSITIONS if it names no limit.
+
+    Rotations that change with a batch's longest sequence hold up to the length that they had in
+    training.
+    """
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    original = "original_max_position_embeddings"
+    limits = [getattr(text_config, name, None) for name in names]
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if parameters.get("rope_type") in ("dynamic", "longrope"):
+            limits += (parameters.get(original), getattr(text_config, original, None))
+    found = [limit for limit in limits if isinstance(limit, int) and limit > 0]
+    return min([*found, MAX_POSITIONS])
 
 
 def _full_attention_limit(hf_config: "PretrainedConfig") -> tuple[int, str] | None:

@@ -42,6 +42,8 @@ def check_size(config: Config, device: torch.device) -> None:
 def num_weights(config: ModelConfig) -> int:
     """The weights of the model's matrices; an LM head, biases and norms are left out."""
     hidden_size = config.hidden_size
+    if config.uses_transformers:  # transformers alone knows its matrices
+        return config.vocab_size * hidden_size
     heads = 2 * (config.num_attention_heads + config.num_key_value_heads)
     dense = 3 * config.intermediate_size * hidden_size
     total = config.vocab_size * hidden_size

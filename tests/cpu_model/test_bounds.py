@@ -164,6 +164,7 @@ CONFIG = {
     "device": nothing,
     "seed": integer(-(2**63), 2**63 - 1),
     "load_format": nothing,
+    "model_impl": nothing,
     "skip_tokenizer_init": boolean,
     "trust_remote_code": boolean,
     "tokenizer_mode": nothing,
