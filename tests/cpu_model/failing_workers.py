@@ -5,7 +5,8 @@ They are looked up by name in the spawned process, so they live in a module of t
 
 import os
 
-from nanovllm.engine import model_runner, rank_state
+from nanovllm.engine import model_runner
+from nanovllm.models import families
 from nanovllm.parallel import workers
 
 CALLS_BEFORE_FAILURE = 5
@@ -15,7 +16,7 @@ def raise_in_start_up(rank: int, *args) -> None:
     def load_model(*arguments):
         raise ValueError(f"injected in the start of rank {rank}")
 
-    rank_state.load_model = load_model
+    families.load_model = load_model
     workers._worker_main(rank, *args)
 
 

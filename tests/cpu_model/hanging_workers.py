@@ -20,10 +20,10 @@ def hang_in_start(rank: int, *args) -> None:
 
 
 def hang_in_load(rank: int, *args) -> None:
-    from nanovllm.engine import rank_state
+    from nanovllm.models import families
     from nanovllm.parallel import workers
 
-    rank_state.load_model = lambda *arguments: hang()
+    families.load_model = lambda *arguments: hang()
     workers._worker_main(rank, *args)
 
 
