@@ -16,7 +16,8 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.startup import start_model_runner
 from nanovllm.engine.step_plan import PlanBuilder
 from nanovllm.errors import is_fault
-from nanovllm.guards.device import device_failure, keep_for_ever
+from nanovllm.guards.device import device_failure
+from nanovllm.guards.ownership import keep_for_ever
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
 

@@ -1,7 +1,5 @@
 """A GPU whose kernel has failed: nothing runs on it any more."""
 
-from ctypes import py_object, pythonapi
-
 import torch
 
 from nanovllm.errors import describe
@@ -15,8 +13,3 @@ def device_failure(device: torch.device) -> str | None:
         except Exception as error:
             return f"the GPU failed: {describe(error)}"
     return None
-
-
-def keep_for_ever(obj: object) -> None:
-    """Never free `obj`."""
-    pythonapi.Py_IncRef(py_object(obj))

@@ -136,6 +136,11 @@ def _thread_name(ident: int) -> str:
 _bound: WeakSet[Any] = WeakSet()
 
 
+def keep_for_ever(obj: object) -> None:
+    """Never free `obj`."""
+    pythonapi.Py_IncRef(py_object(obj))
+
+
 def bind_to_process(*objects: Any) -> None:
     """Never destroy these objects in a forked child.
 
@@ -148,7 +153,7 @@ def _become_foreign() -> None:
     global _pid
     _pid = os.getpid()
     for bound in list(_bound):
-        pythonapi.Py_IncRef(py_object(bound))
+        keep_for_ever(bound)
 
 
 os.register_at_fork(after_in_child=_become_foreign)
