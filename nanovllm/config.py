@@ -14,6 +14,7 @@ from nanovllm.kernels import row_state
 from nanovllm.model_files import read_chat_template
 from nanovllm.models.hf_config import read_hf_config, uses_transformers
 from nanovllm.models.model_config import ModelConfig
+from nanovllm.models.registry import family_of
 from nanovllm.parameters import (
     Check,
     at_least,
@@ -294,7 +295,8 @@ class Config:
             derive(hf_config=hf_config, model_config=ModelConfig.from_transformers(hf_config))
             self._check_transformers()
         else:
-            derive(hf_config=hf_config, model_config=ModelConfig.from_hf(hf_config))
+            family = family_of(hf_config.architectures or ())
+            derive(hf_config=hf_config, model_config=ModelConfig.from_hf(hf_config, family))
         derive(model=os.path.abspath(self.model))  # `os.chdir` does not move it
         budget = self.max_num_batched_tokens
         if budget is None:

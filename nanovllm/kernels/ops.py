@@ -24,8 +24,12 @@ class Ops(Protocol):
     supports_cuda_graphs: bool
     reads_common_blocks_once: bool
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x [T, H], weight [H] -> x / sqrt(mean(x^2) + eps) * weight [T, H]."""
+    def rms_norm(self, x: LinearOutput, weight: Tensor, eps: float) -> Tensor:
+        """x [T, H], weight [H] -> x / sqrt(mean(x^2) + eps) * weight [T, H].
+
+        Before the product with a weight of x's dtype the norm is rounded to it; with a float32
+        weight it is not. The same holds for `add_rms_norm` and `qk_norm_rope_store`.
+        """
 
     def add_rms_norm(
         self, x: LinearOutput, residual: Tensor, weight: Tensor, eps: float
@@ -37,6 +41,11 @@ class Ops(Protocol):
 
     def silu_and_mul(self, gate_up: LinearOutput) -> Tensor:
         """gate_up [T, 2I], gate first -> silu(gate) * up [T, I]."""
+
+    def gelu_and_mul(self, gate_up: LinearOutput, is_tanh: bool) -> Tensor:
+        """gate_up [T, 2I], gate first -> gelu(gate) * up [T, I] (Hendrycks and Gimpel 2016, arXiv
+        1606.08415): x times the normal distribution's share below x, or its tanh approximation.
+        """
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> LinearOutput:
         """x [T, K], weight [N, K], bias [N] -> x weight^T + bias [T, N]."""

@@ -36,10 +36,13 @@ MAX_SAMPLE_ELEMENTS = 2**21  # logits that get noise at a time
 # Norms and activation
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: LinearOutput, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMS norm over the last axis: x / sqrt(mean(x^2) + eps) * weight, normalised in float32."""
+    x = summed(x)
     x32 = x.float()
     normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    if weight.dtype != x.dtype:
+        return (normed * weight).to(x.dtype)
     return normed.to(x.dtype) * weight
 
 
@@ -55,6 +58,12 @@ def silu_and_mul(gate_up: LinearOutput) -> torch.Tensor:
     """SwiGLU: gate_up [T, 2I] -> silu(gate) * up [T, I]."""
     gate, up = summed(gate_up).chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def gelu_and_mul(gate_up: LinearOutput, is_tanh: bool) -> torch.Tensor:
+    """GeGLU: gate_up [T, 2I] -> gelu(gate) * up [T, I]."""
+    gate, up = summed(gate_up).chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh" if is_tanh else "none") * up
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -527,6 +536,7 @@ class TorchOps:
         self.rms_norm = _compiled(rms_norm, compiles)
         self.add_rms_norm = _compiled(add_rms_norm, compiles)
         self.silu_and_mul = _compiled(silu_and_mul, compiles)
+        self.gelu_and_mul = _compiled(gelu_and_mul, compiles)
         self.qk_norm_rope_store = partial(
             qk_norm_rope_store, pure_part=_compiled(qk_norm_rope, compiles)
         )

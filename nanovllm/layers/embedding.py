@@ -1,5 +1,7 @@
 """The token embedding and the LM head, split over the ranks by token id."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,10 +40,12 @@ class ParallelLMHead(nn.Module):
         super().__init__()
         self.vocab_size, self.weight = vocab_size, weight
         self.first_token_id = context.tp.rank * len(weight)
+        self.finish: Callable[[Tensor], Tensor] | None = None  # changes the logits in place
 
     def forward(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
         """hidden_states [B, hidden_size] -> logits [B, rows of this rank], padding included.
 
         out: where to put the logits.
         """
-        return torch.mm(hidden_states, self.weight.t(), out=out)
+        logits = torch.mm(hidden_states, self.weight.t(), out=out)
+        return self.finish(logits) if self.finish else logits

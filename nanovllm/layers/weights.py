@@ -39,6 +39,20 @@ class Parameter(nn.Parameter):
         self[shard.target].copy_(part)
 
 
+class OffsetParameter(Parameter):
+    """A norm's weight that checkpoints store less `offset`: float32, so that the sum is exact.
+
+    With a float32 weight, ops round once, after the product.
+    """
+
+    offset: float
+
+    @torch.no_grad()
+    def fill(self, shard: Shard, part: torch.Tensor) -> None:
+        """See `Parameter.fill`."""
+        self[shard.target].copy_(part.float() + self.offset)
+
+
 # ---- parameters, uninitialised but for padding --------------------------------------------------
 
 
@@ -60,6 +74,16 @@ def new_whole_parameter(shape: tuple[int, ...], context: ModelContext) -> Parame
     everything = tuple(slice(0, n) for n in shape)
     shards = {"": Shard(shape, everything, everything)}
     return new_parameter(shape, shards, context.dtype, context.device)
+
+
+def new_norm_weight(size: int, context: ModelContext, offset: float = 0.0) -> Parameter:
+    """A norm's weight, which every rank holds whole; with an offset see `OffsetParameter`."""
+    weight = new_whole_parameter((size,), context)
+    if not offset:
+        return weight
+    with_offset = OffsetParameter(weight.data.float(), requires_grad=False)
+    with_offset.shards, with_offset.offset = weight.shards, offset
+    return with_offset
 
 
 def new_bias(weight_shards: dict[str, Shard], context: ModelContext) -> Parameter:

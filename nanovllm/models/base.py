@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from nanovllm.layers.context import ModelContext
 from nanovllm.layers.embedding import ParallelLMHead
-from nanovllm.layers.rotary import cos_sin_table
 from nanovllm.layers.weights import new_vocab_parameter
-from nanovllm.models.decoder import Decoder, DecoderLayer
+from nanovllm.models.decoder import Decoder
+from nanovllm.models.extras import finish_logits, rotary_tables
 from nanovllm.models.model_config import ModelConfig
 
 
@@ -22,11 +22,9 @@ class CausalLM(nn.Module, ABC):
 
     def __init__(self, config: ModelConfig, context: ModelContext) -> None:
         super().__init__()
-        size = context.max_model_len or config.max_positions
-        cos_sin = cos_sin_table(config.head_dim, size, config.rope_parameters, context.device)
+        tables = rotary_tables(config, context.max_model_len, context.device)
         layers = [
-            self.new_layer(config, cos_sin, context, index)
-            for index in range(config.num_hidden_layers)
+            self.new_layer(config, cos_sin, context, index) for index, cos_sin in enumerate(tables)
         ]
         self.model = Decoder(config, context, layers)
         if config.tie_word_embeddings:
@@ -34,10 +32,14 @@ class CausalLM(nn.Module, ABC):
         else:
             weight = new_vocab_parameter(config.vocab_size, config.hidden_size, context)
         self.lm_head = ParallelLMHead(config.vocab_size, weight, context)
+        self.lm_head.finish = finish_logits(config)
 
     @staticmethod
     @abstractmethod
     def new_layer(
         config: ModelConfig, cos_sin: Tensor, context: ModelContext, index: int
-    ) -> DecoderLayer:
-        """Layer `index` of the family; cos_sin as of `layers.rotary.cos_sin_table`."""
+    ) -> nn.Module:
+        """Layer `index` of the family, called as a `DecoderLayer` is.
+
+        cos_sin: of `layers.rotary.cos_sin_table`.
+        """

@@ -3,11 +3,11 @@
 So no value that nobody looked at reaches transformers' configuration classes, which take any name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nanovllm.errors import ArgumentError, shown
-from nanovllm.parameters import Check, at_least, boolean, finite, optional, unchecked
+from nanovllm.parameters import Check, at_least, boolean, finite, number, optional, unchecked
 from nanovllm.validation import check_integer
 
 MAX_SIZE = 2**31 - 1  # of a dimension
@@ -40,6 +40,7 @@ def _without_nulls(where: str, value: Any) -> Any:
 
 
 SIZE = at_least(1, MAX_SIZE)
+POSITIVE = number("> 0 and <= 1e9", lambda x: 0 < x <= 1e9)
 DTYPE = optional(Check("", _check_dtype))
 ROPE = Check("", _without_nulls)
 # null is "derived" or "none" where it is allowed.
@@ -80,6 +81,19 @@ EXPERT_FIELDS = {
     "norm_topk_prob": boolean,
     "mlp_only_layers": optional(Check("", _check_layers)),
 }
+# Of the families that name them among their fields, see `registry.Family`.
+FAMILY_FIELDS = {
+    **dict.fromkeys("layer_types hidden_activation".split(), unchecked()),  # elsewhere
+    "sliding_window": FIELDS["sliding_window"],
+    "use_sliding_window": boolean,
+    "attn_logit_softcapping": optional(POSITIVE),
+    "final_logit_softcapping": optional(POSITIVE),
+    "query_pre_attn_scalar": POSITIVE,
+    "attention_multiplier": POSITIVE,
+    "embedding_multiplier": POSITIVE,
+    "residual_multiplier": POSITIVE,
+    "logits_scaling": POSITIVE,
+}
 # Left out unless they are of this type: little depends on them.
 TYPES = {
     "tokenizer_class": str,
@@ -89,18 +103,22 @@ TYPES = {
 }
 
 
-def check_fields(raw: Mapping[str, Any], path: str, has_experts: bool) -> dict[str, Any]:
+def check_fields(
+    raw: Mapping[str, Any], path: str, has_experts: bool, family_fields: Sequence[str] = ()
+) -> dict[str, Any]:
     """The fields of config.json that are used, by their values.
 
     Args:
         raw: config.json as parsed, with no field under an older name (but for dtypes and rope).
         path: the file's path, for the message.
         has_experts: whether the family has experts: the fields of others are left out.
+        family_fields: names in FAMILY_FIELDS that the family uses.
 
     Raises:
         ArgumentError: a field is of another type than it must be, or outside its range.
     """
     known = FIELDS | EXPERT_FIELDS if has_experts else FIELDS
+    known = known | {name: FAMILY_FIELDS[name] for name in family_fields}
     checked: dict[str, Any] = {}
     for name, value in raw.items():
         if name in known:

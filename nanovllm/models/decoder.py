@@ -13,29 +13,33 @@ from nanovllm.layers.context import ModelContext
 from nanovllm.layers.embedding import VocabParallelEmbedding
 from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
 from nanovllm.layers.norm import RMSNorm
+from nanovllm.models.extras import activation
 from nanovllm.models.model_config import ModelConfig
 
 
 class Decoder(nn.Module):
     """Embedding, decoder layers, final norm."""
 
-    def __init__(
-        self, config: ModelConfig, context: ModelContext, layers: "list[DecoderLayer]"
-    ) -> None:
+    def __init__(self, config: ModelConfig, context: ModelContext, layers: list[nn.Module]) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, context)
+        self.embedding_multiplier = config.embedding_multiplier
         self.layers = nn.ModuleList(layers)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
+        self.norm = RMSNorm(
+            config.hidden_size, config.rms_norm_eps, context, config.norm_weight_offset
+        )
 
     def forward(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
         """input_ids and positions [T] int32 -> [T, hidden_size], the last tokens' of a prefill."""
-        x: Unreduced | None = None
+        x: Tensor | Unreduced | None = None
         residual = self.embed_tokens(input_ids)
+        if self.embedding_multiplier != 1:
+            residual = residual * self.embedding_multiplier
         *layers, last_layer = self.layers
         for layer in layers:
             x, residual = layer(x, residual, positions, metadata)
-        x, residual = last_layer(x, residual, positions, metadata.last_tokens or metadata)
-        return self.norm.add(x, residual)[0]
+        added, residual = last_layer(x, residual, positions, metadata.last_tokens or metadata)
+        return self.norm.add(added, residual)[0]
 
 
 class DecoderLayer(nn.Module):
@@ -49,8 +53,9 @@ class DecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.self_attn, self.mlp = self_attn, mlp
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
+        size, eps, offset = config.hidden_size, config.rms_norm_eps, config.norm_weight_offset
+        self.input_layernorm = RMSNorm(size, eps, context, offset)
+        self.post_attention_layernorm = RMSNorm(size, eps, context, offset)
 
     def forward(
         self, x: Unreduced | None, residual: Tensor, positions: Tensor, metadata: AttentionMetadata
@@ -111,11 +116,11 @@ class SelfAttention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202), with biases or without."""
+    """down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202), with biases or without."""
 
     def __init__(self, config: ModelConfig, context: ModelContext, bias: bool = False) -> None:
         super().__init__()
-        self.ops = context.ops
+        self.activate = activation(config, context.ops)
         size, inner_size = config.hidden_size, config.intermediate_size
         heads = {"gate_proj": (inner_size, 1), "up_proj": (inner_size, 1)}  # of one feature
         self.gate_up_proj = ColumnParallelLinear(size, heads, bias, context)
@@ -123,4 +128,4 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Unreduced:
         """x [T, hidden_size] -> [T, hidden_size]."""
-        return self.down_proj(self.ops.silu_and_mul(self.gate_up_proj(x)))
+        return self.down_proj(self.activate(self.gate_up_proj(x)))

@@ -7,7 +7,7 @@ from nanovllm.config import Config
 from nanovllm.layers.context import ModelContext
 from nanovllm.models.base import CausalLM
 from nanovllm.models.loader import load_model
-from nanovllm.models.registry import ARCHITECTURES, first_supported
+from nanovllm.models.registry import family_of, first_supported
 
 if TYPE_CHECKING:
     from nanovllm.models.transformers_model import TransformersForCausalLM
@@ -33,6 +33,5 @@ def load_weights(model: "CausalLM | TransformersForCausalLM", config: Config) ->
 
 def model_class(architectures: tuple[str, ...]) -> type[CausalLM]:
     """The class that runs the first supported name of `architectures`."""
-    name = first_supported([*architectures])
-    assert name is not None, architectures
-    return getattr(importlib.import_module(ARCHITECTURES[name][1]), name)
+    module = importlib.import_module(family_of(architectures).module)
+    return getattr(module, str(first_supported([*architectures])))

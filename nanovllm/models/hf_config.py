@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nanovllm.errors import ArgumentError, cut, nearest, shown, shown_error
 from nanovllm.model_files import is_file, list_directory, read_json_object
 from nanovllm.models.config_fields import check_fields
-from nanovllm.models.registry import check_supported, first_supported
+from nanovllm.models.registry import check_supported, family_of, first_supported
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -134,7 +134,7 @@ def _check(raw: dict[str, Any], where: str) -> dict[str, Any]:
     for name, stored in config_class.attribute_map.items():
         if stored in newest:  # of two names, the one that transformers stores wins
             newest[name] = newest.pop(stored)
-    return check_fields(newest, where, has_experts)
+    return check_fields(newest, where, has_experts, family_of(raw["architectures"]).fields)
 
 
 def _read_config_json(model: str) -> tuple[str, dict[str, Any]]:

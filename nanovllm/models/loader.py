@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from nanovllm.errors import ArgumentError, cut, shown
-from nanovllm.layers.weights import Parameter, Shard
+from nanovllm.layers.weights import OffsetParameter, Parameter, Shard
 from nanovllm.models.checkpoint import LM_HEAD, Checkpoint, SafetensorsCheckpoint
 from nanovllm.models.fp8_checkpoint import SCALES_SUFFIX, DequantizedCheckpoint
 
@@ -23,14 +23,19 @@ _EXPECTED: "WeakKeyDictionary[nn.Module, dict[str, tuple[Parameter, Shard]]]" = 
 class DummyCheckpoint:
     """Random weights of the shapes that a model expects: the same for any number of ranks.
 
-    Vectors are norm weights (1) or biases (0); matrices are normal with deviation `std`, but for
-    the scales of fp8 weights (1).
+    Vectors are norm weights (1, less an offset) or biases (0); matrices are normal with deviation
+    `std`, but for the scales of fp8 weights (1).
     """
 
     def __init__(
         self, expected: dict[str, tuple[Parameter, Shard]], std: float, device: torch.device
     ) -> None:
         self._shapes = {name: shard.full_shape for name, (_, shard) in expected.items()}
+        self._offsets = {
+            name: parameter.offset
+            for name, (parameter, _) in expected.items()
+            if isinstance(parameter, OffsetParameter)
+        }
         self.std = std
         self.device = device
 
@@ -46,7 +51,7 @@ class DummyCheckpoint:
         """See `Checkpoint`."""
         shape = self._shapes[name]
         if len(shape) == 1 or name.endswith(SCALES_SUFFIX):
-            value = 0.0 if name.endswith("bias") else 1.0
+            value = 0.0 if name.endswith("bias") else 1.0 - self._offsets.get(name, 0.0)
             return torch.full(shape, value, device=self.device)[index]
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
         tensor = torch.empty(shape, dtype=torch.float32, device=self.device)

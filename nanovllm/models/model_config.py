@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanovllm.errors import ArgumentError
 from nanovllm.models.config_fields import MAX_POSITIONS
+from nanovllm.models.family import Family
 from nanovllm.validation import check_integer
 
 if TYPE_CHECKING:
@@ -26,6 +27,12 @@ class ModelConfig:
         full_attention_limit: tokens of the longest sequence that full attention is right for, and
             the field that says so; None: any.
         has_block_scales: whether the checkpoint's linear weights are fp8 with scales for blocks.
+        layer_windows: of each layer the tokens that a query sees, its own included; None: all.
+        layer_types: of each layer, where rotary embeddings differ by it; else empty.
+        attention_scale: multiplies the scores; None: 1 / sqrt(head_dim).
+        embedding_multiplier: multiplies the embeddings; Gemma's own is not among the fields.
+        logits_multiplier: multiplies the logits.
+        norm_weight_offset: what checkpoints leave out of norm weights.
         uses_transformers: whether transformers' own module runs. What it alone needs to know is 0
             or empty then.
     """
@@ -45,6 +52,16 @@ class ModelConfig:
     max_positions: int
     full_attention_limit: tuple[int, str] | None
     has_block_scales: bool
+    layer_windows: tuple[int | None, ...]
+    layer_types: tuple[str, ...] = ()
+    hidden_act: str = "silu"
+    attention_scale: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_multiplier: float = 1.0
+    norm_weight_offset: float = 0.0
     eos_token_id: int | list[int] | None = None  # as it is: not checked
     tie_word_embeddings: bool = False
     attention_bias: bool = False
@@ -58,8 +75,10 @@ class ModelConfig:
     uses_transformers: bool = False
 
     @classmethod
-    def from_hf(cls, hf_config: "PretrainedConfig") -> "ModelConfig":
+    def from_hf(cls, hf_config: "PretrainedConfig", family: Family) -> "ModelConfig":
         """From a configuration whose fields are checked, as `read_hf_config` gives it.
+
+        family: of the configuration.
 
         Raises:
             ArgumentError: fields do not fit each other.
@@ -73,13 +92,19 @@ class ModelConfig:
             "head_dim": head_dim,
             "rope_parameters": dict(hf_config.rope_parameters),
             "max_positions": _max_positions(hf_config),
-            "full_attention_limit": _full_attention_limit(hf_config),
+            "full_attention_limit": _full_attention_limit(hf_config, family.fields),
             "has_block_scales": bool(getattr(hf_config, "quantization_config", None)),
+            "layer_windows": _layer_windows(hf_config, family.fields),
+            "layer_types": tuple(getattr(hf_config, "layer_types", None) or ()),
+            "attention_scale": _attention_scale(hf_config),
+            "norm_weight_offset": family.norm_weight_offset,
+            "logits_multiplier": 1 / getattr(hf_config, "logits_scaling", 1.0),
             "mlp_only_layers": tuple(getattr(hf_config, "mlp_only_layers", None) or ()),
         }
         for f in fields(cls):
             if f.name not in values:
                 values[f.name] = getattr(hf_config, f.name, f.default)
+        values["hidden_act"] = getattr(hf_config, "hidden_activation", values["hidden_act"])
         config = cls(**values)
         config._check()
         return config
@@ -118,6 +143,7 @@ class ModelConfig:
             max_positions=_max_positions_of_any(text),
             full_attention_limit=None,
             has_block_scales=False,
+            layer_windows=(None,) * size("num_hidden_layers"),
             eos_token_id=hf_config.eos_token_id,
             uses_transformers=True,
         )
@@ -161,10 +187,44 @@ class ModelConfig:
                 f"num_key_value_heads ({num_kv_heads})"
             )
 
+    def rope_of(self, index: int) -> "RopeParameters":
+        """The rotary embeddings of layer `index`."""
+        by_type: Any = self.rope_parameters
+        return by_type[self.layer_types[index]] if "full_attention" in by_type else by_type
+
     def is_sparse(self, index: int) -> bool:
         """Whether layer `index` has experts; the others have a dense MLP."""
         is_dense = not self.num_experts or index in self.mlp_only_layers
         return not is_dense and (index + 1) % self.decoder_sparse_step == 0
+
+
+def _layer_windows(hf_config: "PretrainedConfig", known: tuple[str, ...]) -> tuple[int | None, ...]:
+    """Each layer's window, if the family has one, as transformers' model of it sees it.
+
+    `layer_types` says which layers have it; in families without that field all do.
+    """
+    num_layers = hf_config.num_hidden_layers
+    window = getattr(hf_config, "sliding_window", None) if "sliding_window" in known else None
+    if "layer_types" not in known:
+        return (window,) * num_layers
+    layer_types = hf_config.layer_types
+    if len(layer_types) < num_layers:
+        raise ArgumentError(
+            f"the model's layer_types must have {num_layers} entries, one for each layer, got "
+            f"{len(layer_types)}"
+        )
+    is_windowed = [kind == "sliding_attention" for kind in layer_types[:num_layers]]
+    if any(is_windowed) and not window:
+        raise ArgumentError("the model's sliding_window must be set: its layer_types name it")
+    return tuple(window if windowed else None for windowed in is_windowed)
+
+
+def _attention_scale(hf_config: "PretrainedConfig") -> float | None:
+    """Gemma's is 1 / sqrt(`query_pre_attn_scalar`), Granite's `attention_multiplier`."""
+    scalar = getattr(hf_config, "query_pre_attn_scalar", None)
+    if scalar is not None:
+        return float(scalar**-0.5)
+    return getattr(hf_config, "attention_multiplier", None)
 
 
 def _max_positions(hf_config: "PretrainedConfig") -> int:
@@ -175,6 +235,7 @@ def _max_positions(hf_config: "PretrainedConfig") -> int:
     `factor`. The same rules as vLLM's.
     """
     rope, stated = hf_config.rope_parameters, hf_config.max_position_embeddings
+    rope = rope.get("full_attention", rope)  # what differs by layer type
     if rope["rope_type"] == "yarn":
         return int(rope["factor"] * rope["original_max_position_embeddings"])
     if rope["rope_type"] == "linear":
@@ -199,7 +260,9 @@ def _max_positions_of_any(text_config: "PretrainedConfig") -> int:
     return min([*found, MAX_POSITIONS])
 
 
-def _full_attention_limit(hf_config: "PretrainedConfig") -> tuple[int, str] | None:
+def _full_attention_limit(
+    hf_config: "PretrainedConfig", known: tuple[str, ...]
+) -> tuple[int, str] | None:
     """Tokens of the longest sequence that full attention is right for, and why; None: any.
 
     Dual chunk attention (An et al. 2024, arXiv 2402.17463) is full attention within the first
@@ -207,7 +270,7 @@ def _full_attention_limit(hf_config: "PretrainedConfig") -> tuple[int, str] | No
     """
     limits = []
     window = getattr(hf_config, "sliding_window", None)
-    if window is not None:
+    if window is not None and "sliding_window" not in known:
         limits.append((window, "sliding_window"))
     chunks = getattr(hf_config, "dual_chunk_attention_config", None)
     if chunks is not None:

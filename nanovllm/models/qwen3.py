@@ -16,8 +16,9 @@ class Qwen3Attention(SelfAttention):
     def __init__(self, config: ModelConfig, cos_sin: Tensor, context: ModelContext) -> None:
         bias = config.attention_bias
         super().__init__(config, cos_sin, context, qkv_bias=bias, output_bias=bias)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, context)
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, context)
+        size, eps, offset = config.head_dim, config.rms_norm_eps, config.norm_weight_offset
+        self.q_norm = RMSNorm(size, eps, context, offset)
+        self.k_norm = RMSNorm(size, eps, context, offset)
 
     def forward(self, x: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Unreduced:
         """x [T, hidden_size] -> [T, hidden_size], at `logits_indices`."""

@@ -1,25 +1,28 @@
 """The supported model families, and the features that they have: all else is refused by name."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nanovllm.errors import MAX_SHOWN, ArgumentError, cut, shown
+from nanovllm.models.family import Family
 from nanovllm.models.rope_config import check_rope
 from nanovllm.validation import check_integer
 
-# architecture -> (model_type, module); `families.model_class` imports the module's class of that
-# name.
 ARCHITECTURES = {
-    "LlamaForCausalLM": ("llama", "nanovllm.models.llama"),
-    "MistralForCausalLM": ("mistral", "nanovllm.models.mistral"),
-    "Qwen2ForCausalLM": ("qwen2", "nanovllm.models.qwen2"),
-    "Qwen3ForCausalLM": ("qwen3", "nanovllm.models.qwen3"),
-    "Qwen3MoeForCausalLM": ("qwen3_moe", "nanovllm.models.qwen3_moe"),
+    "LlamaForCausalLM": Family("llama", "nanovllm.models.llama"),
+    "MistralForCausalLM": Family("mistral", "nanovllm.models.mistral"),
+    "Qwen2ForCausalLM": Family("qwen2", "nanovllm.models.qwen2"),
+    "Qwen3ForCausalLM": Family("qwen3", "nanovllm.models.qwen3"),
+    "Qwen3MoeForCausalLM": Family("qwen3_moe", "nanovllm.models.qwen3_moe"),
 }
-# What changes a model's results and no family here implements: `is_causal` if it is false; fields,
-# also those with a word in their names, unless they are false, null, 0 or empty; factors beside 1.
-UNSUPPORTED_FIELDS = "use_sliding_window use_mrope rope_interleaved alibi per_layer_config".split()
+# What changes a model's results, and only the families compute that name it among their fields:
+# `is_causal` if it is false; fields, also those with a word in their names, unless they are false,
+# null, 0 or empty; factors beside 1.
+UNSUPPORTED_FIELDS = (
+    "use_sliding_window use_mrope rope_interleaved alibi per_layer_config "
+    "use_bidirectional_attention"
+).split()
 UNSUPPORTED_WORDS = ("softcap", "soft_cap")
 FACTORS = (
     "logit_scale logits_scaling embedding_multiplier residual_multiplier attention_multiplier"
@@ -39,27 +42,33 @@ def check_supported(raw_config: Mapping[str, Any], path: str) -> None:
         raw_config: config.json as parsed, before any library fills in defaults.
         path: the file's path, for the message.
     """
-    _check_family(raw_config, path)
+    family = _check_family(raw_config, path)
     check_rope(raw_config, path)
     for name, value in raw_config.items():
-        if _is_unsupported(name, value):
+        if name not in family.fields and _is_unsupported(name, value):
             raise ArgumentError(f"{path}: {cut(name)}={_as_json(value)} is not supported")
-    _check_attention(raw_config, path)
+    _check_attention(raw_config, family, path)
     _check_quantization(raw_config, path)
-    hidden_act = raw_config.get("hidden_act", "silu")
-    if hidden_act != "silu":
+    name = "hidden_activation" if "hidden_activation" in family.fields else "hidden_act"
+    activation = raw_config.get(name, family.activations[0])
+    if activation not in family.activations:
         raise ArgumentError(
-            f"{path}: hidden_act {shown(hidden_act)} is not supported; supported: silu"
+            f"{path}: {name} {shown(activation)} is not supported; supported: "
+            f"{', '.join(family.activations)}"
         )
 
 
-def _check_attention(raw_config: Mapping[str, Any], path: str) -> None:
-    """ArgumentError for other attention than full one, or what is the same up to some length."""
+def _check_attention(raw_config: Mapping[str, Any], family: Family, path: str) -> None:
+    """ArgumentError for other attention than the family's, or what is the same to some length."""
     _check_dual_chunk(raw_config.get("dual_chunk_attention_config"), path)
     layer_types = raw_config.get("layer_types") or []
-    if not isinstance(layer_types, list) or any(t != "full_attention" for t in layer_types):
+    supported = ["full_attention"]
+    if "layer_types" in family.fields:
+        supported.append("sliding_attention")
+    if not isinstance(layer_types, list) or any(t not in supported for t in layer_types):
         raise ArgumentError(
-            f"{path}: layer_types {shown(layer_types)} is not supported; supported: full_attention"
+            f"{path}: layer_types {shown(layer_types)} is not supported; supported: "
+            f"{', '.join(supported)}"
         )
 
 
@@ -112,7 +121,7 @@ def _is_unsupported(name: str, value: Any) -> bool:
     )
 
 
-def _check_family(raw_config: Mapping[str, Any], path: str) -> None:
+def _check_family(raw_config: Mapping[str, Any], path: str) -> Family:
     architectures = raw_config.get("architectures") or []
     name = first_supported(architectures)
     if name is None:
@@ -120,18 +129,26 @@ def _check_family(raw_config: Mapping[str, Any], path: str) -> None:
             f"{path}: architectures {_shown_names(architectures)} is not supported; "
             f"supported: {', '.join(ARCHITECTURES)}"
         )
-    model_type, expected = raw_config.get("model_type"), ARCHITECTURES[name][0]
-    if model_type != expected:
+    model_type, family = raw_config.get("model_type"), ARCHITECTURES[name]
+    if model_type != family.model_type:
         raise ArgumentError(
             f"{path}: architectures {_shown_names(architectures)} with model_type "
             f"{shown(model_type)} is not "
-            f"supported; the model_type of {name} is {expected!r}"
+            f"supported; the model_type of {name} is {family.model_type!r}"
         )
+    return family
 
 
 def _shown_names(architectures: Any) -> str:
     is_short = isinstance(architectures, str) and len(architectures) <= MAX_SHOWN
     return architectures if is_short else shown(architectures)
+
+
+def family_of(architectures: Sequence[str]) -> Family:
+    """The family of the first supported name."""
+    name = first_supported([*architectures])
+    assert name is not None, architectures
+    return ARCHITECTURES[name]
 
 
 def first_supported(architectures: Any) -> str | None:

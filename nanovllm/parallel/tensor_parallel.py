@@ -133,6 +133,10 @@ class TensorParallel:
             self._reduce(total, dist.ReduceOp.SUM)
         return total
 
+    def sum_over_ranks(self, x: Unreduced) -> LinearOutput:
+        """`all_reduce`; of a single rank the term as it is, perhaps in parts."""
+        return x.term if self.size == 1 else self.all_reduce(x)
+
     def add_rms_norm(
         self, ops: Ops, x: Unreduced, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,7 +146,7 @@ class TensorParallel:
         """
         if self.peers is not None and self.peers.takes(_num_rows(x.term)):
             return self.peers.add_rms_norm(x.term, residual, weight, eps)
-        total = self.all_reduce(x) if self.size > 1 else x.term
+        total = self.sum_over_ranks(x)
         return ops.add_rms_norm(total, residual, weight, eps)
 
     def argmax(self, scores: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:

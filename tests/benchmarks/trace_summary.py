@@ -46,7 +46,7 @@ GROUP_PATTERNS = (
     ("attention", r"attention|_(decode|prefill|combine|plan|common_prefix)_kernel|flash"),
     ("RoPE, KV write", r"rope"),
     ("norms", r"norm_kernel"),
-    ("SiLU", r"silu"),
+    ("activation", r"act_and_mul|silu"),
     ("quantization", r"^_quantize_kernel"),
     ("experts", r"experts_kernel|^_route_kernel|^_sort_pairs_kernel"),
     (SAMPLER, r"sampl|^_(chunk|row|start|pass|finish)_"),
@@ -55,8 +55,8 @@ GROUP_PATTERNS = (
     ("copies", r"^mem(cpy|set)|copy_kernel"),
 )
 GROUPS = (
-    *("attention", LINEARS, "experts", "quantization", LM_HEAD, "norms", "RoPE, KV write", "SiLU"),
-    *(SAMPLER, "row table", "copies", "all-reduce", OTHER),
+    *("attention", LINEARS, "experts", "quantization", LM_HEAD, "norms", "RoPE, KV write"),
+    *("activation", SAMPLER, "row table", "copies", "all-reduce", OTHER),
 )
 
 

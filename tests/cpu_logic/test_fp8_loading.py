@@ -16,6 +16,7 @@ from nanovllm.kernels.torch_ops import dequantize_weight
 from nanovllm.kernels.types import FP8_DTYPE
 from nanovllm.layers.context import ModelContext
 from nanovllm.layers.linear import RowParallelLinear
+from nanovllm.models.family import Family
 from nanovllm.models.loader import expected_tensors, load_model, load_tensor
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
@@ -39,7 +40,7 @@ def fp8_dir(model_dir, tmp_path_factory) -> Path:
 
 
 def build(directory: Path, scales: str, keeps_fp8: bool, rank: int = 0, size: int = 1):
-    config = ModelConfig.from_hf(AutoConfig.from_pretrained(directory))
+    config = ModelConfig.from_hf(AutoConfig.from_pretrained(directory), Family("", ""))
     ops = select_ops("torch", CPU, torch.float32, config.head_dim, compile_torch_ops=False)
     ops.has_fp8_products = keeps_fp8
     tp = TensorParallel(rank, size)

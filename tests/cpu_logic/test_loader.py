@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from nanovllm import ArgumentError
 from nanovllm.kernels.select import select_ops
 from nanovllm.layers.context import ModelContext
+from nanovllm.models.family import Family
 from nanovllm.models.loader import MAX_NAMES_IN_ERROR, expected_tensors, load_model
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
@@ -26,7 +27,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
 def build(directory: Path, rank: int = 0, size: int = 1, dtype=torch.float32) -> Qwen3ForCausalLM:
     """One rank's model, not loaded; without a process group it cannot run."""
-    config = ModelConfig.from_hf(AutoConfig.from_pretrained(directory))
+    config = ModelConfig.from_hf(AutoConfig.from_pretrained(directory), Family("", ""))
     ops = select_ops("torch", CPU, dtype, config.head_dim, compile_torch_ops=False)
     return Qwen3ForCausalLM(config, ModelContext(ops, TensorParallel(rank, size), dtype, CPU))
 

@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from nanovllm import ArgumentError
 from nanovllm.layers.rotary import cos_sin_table, rope_frequencies
+from nanovllm.models.family import Family
 from nanovllm.models.hf_config import read_hf_config
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.models.rope_config import check_rope
@@ -70,7 +71,7 @@ def test_original_positions_beside_the_rope_parameters_win(rope, tmp_path):
     frequencies, scale = rope_frequencies(16, hf_config.rope_parameters)
     torch.testing.assert_close(frequencies, reference.inv_freq, rtol=1e-6, atol=0)
     assert scale == pytest.approx(reference.attention_scaling, rel=1e-12)
-    model_config = ModelConfig.from_hf(hf_config)
+    model_config = ModelConfig.from_hf(hf_config, Family("", ""))
     assert model_config.rope_parameters == hf_config.rope_parameters
     assert model_config.max_positions == (4096 if rope is LLAMA3 else 4 * 64)
     override = {"rope_scaling": {"original_max_position_embeddings": 512}}
@@ -111,7 +112,7 @@ def test_every_part_of_a_scaling_is_tested():
 )
 def test_max_positions(rope, expected):
     config = LlamaConfig(max_position_embeddings=40960, rope_parameters={"rope_theta": 1e6, **rope})
-    assert ModelConfig.from_hf(config).max_positions == expected
+    assert ModelConfig.from_hf(config, Family("", "")).max_positions == expected
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ from subprocess import run
 
 import pytest
 import torch
+from transformers.activations import ACT2FN
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
 from nanovllm.kernels import row_state, torch_ops
@@ -20,6 +22,7 @@ from nanovllm.kernels.types import (
     PrefillMetadata,
     Unreduced,
 )
+from nanovllm.models.extras import GELU_IS_TANH
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EPS = 1e-6
@@ -80,6 +83,14 @@ def test_rms_norm_is_hugging_faces(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_with_a_float32_weight_is_gemmas(dtype):
+    x, weight = torch.randn(7, 96).to(dtype), torch.randn(96).to(dtype)
+    reference = Gemma2RMSNorm(96, eps=EPS).to(dtype)
+    reference.weight.data.copy_(weight)
+    assert torch.equal(torch_ops.rms_norm(x, 1 + weight.float(), EPS), reference(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_add_rms_norm_adds_first_and_changes_no_input(dtype):
     x, residual = torch.randn(5, 64).to(dtype), torch.randn(5, 64).to(dtype)
     weight = torch.randn(64).to(dtype)
@@ -130,6 +141,14 @@ def test_silu_and_mul(dtype):
     torch.testing.assert_close(
         torch_ops.silu_and_mul(gate_up).double(), expected, **tolerance(dtype)
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ("gelu", "gelu_pytorch_tanh"))
+def test_gelu_and_mul_is_hugging_faces(dtype, name):
+    gate, up = torch.randn(2, 5, 37).to(dtype)
+    got = torch_ops.gelu_and_mul(torch.cat((gate, up), -1), is_tanh=GELU_IS_TANH[name])
+    torch.testing.assert_close(got, ACT2FN[name](gate) * up, **tolerance(dtype))
 
 
 @pytest.mark.parametrize("heads", HEADS)

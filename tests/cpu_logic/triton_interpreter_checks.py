@@ -42,6 +42,23 @@ def test_norms_and_activation(dtype, width, num_rows):
         assert_close(got, want)
     gate_up = torch.randn(num_rows, 2 * width).to(dtype)
     assert_close(OPS.silu_and_mul(gate_up), torch_ops.silu_and_mul(gate_up))
+    for is_tanh in (True, False):
+        expected = torch_ops.gelu_and_mul(gate_up, is_tanh)
+        assert_close(OPS.gelu_and_mul(gate_up, is_tanh), expected)
+
+
+def test_a_float32_weight_is_multiplied_before_the_only_rounding():
+    """Without a rounding between, ten times as exact as a norm that is rounded first."""
+    x, residual, weight = torch.randn(64, 96).half(), torch.zeros(64, 96).half(), torch.randn(96)
+    exact = torch_ops.rms_norm(x.double(), weight.double(), EPS)
+    for ops in (OPS, torch_ops):
+        for got in (
+            ops.rms_norm(x, weight, EPS),
+            ops.add_rms_norm(x, residual.clone(), weight, EPS)[0],
+        ):
+            assert torch.equal(got, exact.half()) or (got != exact.half()).float().mean() < 0.01
+    rounded_twice = torch_ops.rms_norm(x, weight.half(), EPS)
+    assert (rounded_twice != exact.half()).float().mean() > 0.1
 
 
 def test_no_kernel_takes_a_term_that_is_not_summed_over_the_ranks():
@@ -58,7 +75,7 @@ def test_no_kernel_takes_a_term_that_is_not_summed_over_the_ranks():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("with_norm", (True, False))
+@pytest.mark.parametrize("with_norm", (True, "float32", False))
 @pytest.mark.parametrize("many_tokens", (1, 1024))
 def test_qk_norm_rope_store(dtype, heads, with_norm, many_tokens, monkeypatch):
     monkeypatch.setattr(triton_rope, "MANY_TOKENS", many_tokens)
@@ -67,7 +84,9 @@ def test_qk_norm_rope_store(dtype, heads, with_norm, many_tokens, monkeypatch):
     slots = torch.tensor([35, -1, 0])
     cos_sin = torch.randn(31, head_dim)
     qkv = torch.randn(3, (num_heads + 2 * num_kv_heads) * head_dim).to(dtype)
-    weights = torch.randn(2, head_dim).to(dtype) if with_norm else (None, None)
+    weights = torch.randn(2, head_dim) if with_norm else (None, None)
+    if with_norm is True:
+        weights = weights.to(dtype)
     caches = torch.zeros(2, 3, 16, num_kv_heads, head_dim, dtype=dtype)
     expected_caches = caches.clone()
     args = qkv, *weights, EPS, cos_sin, positions

@@ -27,6 +27,7 @@ from nanovllm.kernels.select import select_ops
 from nanovllm.kernels.types import FP8_DTYPE
 from nanovllm.layers.context import ModelContext
 from nanovllm.models.families import model_class
+from nanovllm.models.family import Family
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
@@ -157,7 +158,7 @@ def cost_of(sizes, fp8_scales=None, tp_size=1, kv_dtype=torch.bfloat16) -> tuple
     """The cost of a model of 3 layers, and the model of each rank; fp8 as on Hopper."""
     architecture = "Qwen3Moe" if sizes else "Qwen3"
     config_class = getattr(transformers, f"{architecture}Config")
-    model_config = ModelConfig.from_hf(config_class(**SIZES, **sizes))
+    model_config = ModelConfig.from_hf(config_class(**SIZES, **sizes), Family("", ""))
     device = torch.device("cpu")
     ops = select_ops("torch", device, torch.bfloat16, 64, compile_torch_ops=False)
     ops.has_fp8_products = True

@@ -15,6 +15,7 @@ from nanovllm.kernels.types import FP8_DTYPE
 from nanovllm.layers.context import ModelContext
 from nanovllm.models import qwen3_moe
 from nanovllm.models.checkpoint import SafetensorsCheckpoint
+from nanovllm.models.family import Family
 from nanovllm.models.fp8_checkpoint import DequantizedCheckpoint
 from nanovllm.models.loader import expected_tensors
 from nanovllm.models.model_config import ModelConfig
@@ -54,7 +55,7 @@ def test_ranks_must_divide_the_experts(tmp_path):
 def test_which_layers_are_sparse(path):
     config = Config(str(path)).hf_config
     config.decoder_sparse_step, config.mlp_only_layers = 2, [3]
-    model = ModelConfig.from_hf(config)
+    model = ModelConfig.from_hf(config, Family("", ""))
     assert [model.is_sparse(index) for index in range(6)] == [False, True, *[False] * 3, True]
 
 

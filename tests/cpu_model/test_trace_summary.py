@@ -24,7 +24,7 @@ KERNEL_GROUPS = {
     ),
     "_qk_norm_rope_store_kernel": "RoPE, KV write",
     "_rms_norm_kernel": "norms",
-    "_silu_and_mul_kernel": "SiLU",
+    "_act_and_mul_kernel": "activation",
     "_route_kernel": "experts",
     "_sort_pairs_kernel": "experts",
     "_experts_kernel": "experts",

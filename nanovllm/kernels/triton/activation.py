@@ -1,8 +1,10 @@
-"""SwiGLU activation as one Triton kernel: gate_up [T, 2I] -> silu(gate) * up [T, I].
+"""Gated activations as one Triton kernel: gate_up [T, 2I] -> act(gate) * up [T, I].
 
-A program handles one block of columns of one row. silu is computed in float32 and rounded to the
-dtype before the product, like `torch_ops`.
+A program handles one block of columns of one row. The activation is computed in float32 and rounded
+to the dtype before the product, like `torch_ops`.
 """
+
+import math
 
 import torch
 import triton
@@ -14,10 +16,13 @@ from nanovllm.kernels.types import LinearOutput
 
 BLOCK = 1024
 NUM_WARPS = 4
+SILU, GELU, GELU_TANH = range(3)  # which activation
+SQRT_HALF = tl.constexpr(math.sqrt(0.5))
+SQRT_8_OVER_PI = tl.constexpr(math.sqrt(8 / math.pi))
 
 
 @jit
-def _silu_and_mul_kernel(
+def _act_and_mul_kernel(
     out,
     gate_up,
     stride_gate_up,
@@ -25,6 +30,7 @@ def _silu_and_mul_kernel(
     NUM_PARTS: tl.constexpr,  # of gate_up
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     await_previous(OVERLAP)
@@ -35,19 +41,36 @@ def _silu_and_mul_kernel(
     dtype: tl.constexpr = out.dtype.element_ty
     gate = load_summed(gate_pointers, mask, stride_part, NUM_PARTS, dtype).to(tl.float32)
     up = load_summed(gate_pointers + WIDTH, mask, stride_part, NUM_PARTS, dtype).to(tl.float32)
-    silu = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    tl.store(out + row * WIDTH + column, (silu * up).to(dtype), mask=mask)
+    if ACTIVATION == 0:
+        act = gate / (1 + tl.exp(-gate))
+    elif ACTIVATION == 1:
+        act = 0.5 * gate * (1 + tl.erf(gate * SQRT_HALF))
+    else:
+        # 0.5 * (1 + tanh(y / 2)) is 1 / (1 + exp(-y)), y / 2 = sqrt(2 / pi) * (x + 0.044715 x^3).
+        y = (gate + 0.044715 * gate * gate * gate) * SQRT_8_OVER_PI
+        act = gate / (1 + tl.exp(-y))
+    act = act.to(dtype).to(tl.float32)
+    tl.store(out + row * WIDTH + column, (act * up).to(dtype), mask=mask)
 
 
 def silu_and_mul(gate_up: LinearOutput) -> torch.Tensor:
-    """gate_up [T, 2I], gate first -> [T, I]."""
+    """gate_up [T, 2I], gate first -> silu(gate) * up [T, I]."""
+    return _act_and_mul(gate_up, SILU)
+
+
+def gelu_and_mul(gate_up: LinearOutput, is_tanh: bool) -> torch.Tensor:
+    """gate_up [T, 2I], gate first -> gelu(gate) * up [T, I]."""
+    return _act_and_mul(gate_up, GELU_TANH if is_tanh else GELU)
+
+
+def _act_and_mul(gate_up: LinearOutput, activation: int) -> torch.Tensor:
     gate_up, num_parts, stride_part, dtype = parts_of(gate_up)
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((num_rows, width), dtype=dtype, device=gate_up.device)
     if num_rows == 0:
         return out
     assert gate_up.stride(1) == 1
-    _silu_and_mul_kernel[(num_rows, triton.cdiv(width, BLOCK))](
+    _act_and_mul_kernel[(num_rows, triton.cdiv(width, BLOCK))](
         out,
         gate_up,
         gate_up.stride(0),
@@ -55,6 +78,7 @@ def silu_and_mul(gate_up: LinearOutput) -> torch.Tensor:
         NUM_PARTS=num_parts,
         WIDTH=width,
         BLOCK=BLOCK,
+        ACTIVATION=activation,
         num_warps=NUM_WARPS,
         **overlap_options(gate_up.device),
     )

@@ -194,7 +194,10 @@ def all_reduce_kernel(
         tl.store(residual_pointers, y, mask=in_row)
         y = y.to(tl.float32)
         mean_square = tl.sum(y * y, axis=0) / WIDTH
-        y = (y * tl.rsqrt(mean_square + eps)).to(dtype).to(tl.float32) * w
+        y = y * tl.rsqrt(mean_square + eps)
+        if weight.dtype.element_ty == dtype:
+            y = y.to(dtype).to(tl.float32)
+        y *= w
     tl.store(out + row * WIDTH + column, y.to(dtype), mask=in_row)
 
 

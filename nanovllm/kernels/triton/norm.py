@@ -55,7 +55,9 @@ def _rms_norm_kernel(
         tl.store(residual_pointers, x, mask=mask)
     x = x.to(tl.float32)
     mean_square = tl.sum(x * x, axis=1, keep_dims=True) / WIDTH
-    normed = (x * tl.rsqrt(mean_square + eps)).to(dtype).to(tl.float32)
+    normed = x * tl.rsqrt(mean_square + eps)
+    if weight.dtype.element_ty == dtype:
+        normed = normed.to(dtype).to(tl.float32)
     tl.store(out + row * WIDTH + column, (normed * w).to(dtype), mask=mask)
 
 
@@ -94,7 +96,7 @@ def _launch(
     return out
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: LinearOutput, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [T, H] / sqrt(mean(x^2) + eps) * weight [H] -> [T, H]."""
     return _launch(x, None, weight, eps)
 

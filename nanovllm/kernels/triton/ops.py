@@ -2,7 +2,7 @@
 
 import torch
 
-from nanovllm.kernels.triton.activation import silu_and_mul
+from nanovllm.kernels.triton.activation import gelu_and_mul, silu_and_mul
 from nanovllm.kernels.triton.decode_attention import decode_attention, plan_decode
 from nanovllm.kernels.triton.filters import filter_thresholds
 from nanovllm.kernels.triton.fp8_linear import fp8_linear
@@ -33,6 +33,7 @@ class TritonKernels:
     rms_norm = staticmethod(rms_norm)
     add_rms_norm = staticmethod(add_rms_norm)
     silu_and_mul = staticmethod(silu_and_mul)
+    gelu_and_mul = staticmethod(gelu_and_mul)
     linear = staticmethod(linear)
     fp8_linear = staticmethod(fp8_linear)
     experts = staticmethod(experts)

@@ -90,12 +90,18 @@ def _qk_norm_rope_store_kernel(
     x2 = raw2.to(tl.float32)
     mean_square = tl.sum(x1 * x1 + x2 * x2, axis=1, keep_dims=True) / HEAD_DIM
     inverse_rms = tl.rsqrt(mean_square + eps)
-    normed1 = (x1 * inverse_rms).to(dtype).to(tl.float32)
-    normed2 = (x2 * inverse_rms).to(dtype).to(tl.float32)
+    normed1 = x1 * inverse_rms
+    normed2 = x2 * inverse_rms
     if q_norm_weight is not None:
+        if q_norm_weight.dtype.element_ty == dtype:
+            normed1 = normed1.to(dtype).to(tl.float32)
+            normed2 = normed2.to(dtype).to(tl.float32)
         x1 = tl.where(is_q, (normed1 * q_weight1.to(tl.float32)).to(dtype).to(tl.float32), x1)
         x2 = tl.where(is_q, (normed2 * q_weight2.to(tl.float32)).to(dtype).to(tl.float32), x2)
     if k_norm_weight is not None:
+        if k_norm_weight.dtype.element_ty == dtype:  # as that of q, if both have one
+            normed1 = normed1.to(dtype).to(tl.float32)
+            normed2 = normed2.to(dtype).to(tl.float32)
         x1 = tl.where(is_k, (normed1 * k_weight1.to(tl.float32)).to(dtype).to(tl.float32), x1)
         x2 = tl.where(is_k, (normed2 * k_weight2.to(tl.float32)).to(dtype).to(tl.float32), x2)
 

@@ -1,0 +1,55 @@
+"""What a family's configuration adds to the plain decoder: other activations, caps, multipliers."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels.ops import Ops
+from nanovllm.kernels.types import LinearOutput
+from nanovllm.layers.rotary import cos_sin_table
+from nanovllm.models.model_config import ModelConfig
+
+GELU_IS_TANH = {"gelu": False, "gelu_pytorch_tanh": True}  # by transformers' names
+
+
+def activation(config: ModelConfig, ops: Ops) -> Callable[[LinearOutput], Tensor]:
+    """The gated activation of the model's MLPs: gate_up [T, 2I] -> [T, I]."""
+    if config.hidden_act == "silu":
+        return ops.silu_and_mul
+    return partial(ops.gelu_and_mul, is_tanh=GELU_IS_TANH[config.hidden_act])
+
+
+def finish_logits(config: ModelConfig) -> Callable[[Tensor], Tensor] | None:
+    """What becomes of logits [B, V], in place, after the LM head's product; None: nothing.
+
+    A multiplier, or a soft cap: cap * tanh(logits / cap).
+    """
+    multiplier, cap = config.logits_multiplier, config.final_logit_softcapping
+
+    def finish(logits: Tensor) -> Tensor:
+        if multiplier != 1:
+            logits.mul_(multiplier)
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+    return None if multiplier == 1 and cap is None else finish
+
+
+def rotary_tables(
+    config: ModelConfig, max_model_len: int | None, device: torch.device
+) -> list[Tensor]:
+    """Each layer's table of rotations, as `cos_sin_table` makes it; equal ones are one tensor.
+
+    They reach `max_model_len`, or where that is None, all positions that the model is meant for.
+    """
+    size = max_model_len or config.max_positions
+    made: dict[str, Tensor] = {}
+    tables = []
+    for index in range(config.num_hidden_layers):
+        rope = config.rope_of(index)
+        key = repr(sorted(rope.items()))
+        if key not in made:
+            made[key] = cos_sin_table(config.head_dim, size, rope, device)
+        tables.append(made[key])
+    return tables

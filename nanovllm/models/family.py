@@ -1,0 +1,22 @@
+"""What sets one model family apart from the others, as far as its config.json goes."""
+
+from typing import NamedTuple
+
+
+class Family(NamedTuple):
+    """A model family that this library computes itself.
+
+    Attributes:
+        model_type: of its config.json.
+        module: with a class of the architecture's name, which `families.model_class` imports.
+        fields: what it computes of config.json that other families refuse or leave out. Each has
+            its check in `config_fields.FAMILY_FIELDS`.
+        activations: values that `hidden_act` may have, the default first.
+        norm_weight_offset: what its checkpoints leave out of norm weights.
+    """
+
+    model_type: str
+    module: str
+    fields: tuple[str, ...] = ()
+    activations: tuple[str, ...] = ("silu",)
+    norm_weight_offset: float = 0.0
