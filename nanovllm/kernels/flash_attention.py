@@ -1,8 +1,10 @@
 """Attention on the flash-attn 2 package, imported only when asked for; the rest in Triton.
 
 flash-attn reads the same paged caches (pages of a multiple of 256 tokens) in float16 and bfloat16,
-not in fp8: `select_ops` never gives it scales.
+not in fp8: `select_ops` never gives it scales. It has no sinks, and soft caps since version 2.6.
 """
+
+from inspect import signature
 
 import torch
 from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
@@ -11,12 +13,37 @@ from nanovllm.kernels import torch_ops
 from nanovllm.kernels.triton.ops import TritonKernels
 from nanovllm.kernels.types import AttentionMetadata, KVCache, PrefillMetadata
 
+# An extra of `Ops.attend`, and the parameter of flash-attn's functions that it needs.
+PARAMETERS = {"window": "window_size", "softcap": "softcap"}
+
+
+def _offered_extras() -> frozenset[str]:
+    """What the installed version's functions both have parameters for."""
+    functions = flash_attn_varlen_func, flash_attn_with_kvcache
+    return frozenset(
+        extra
+        for extra, parameter in PARAMETERS.items()
+        if all(parameter in signature(function).parameters for function in functions)
+    )
+
 
 def attend(
-    query: torch.Tensor, cache: KVCache, metadata: AttentionMetadata, scale: float
+    query: torch.Tensor,
+    cache: KVCache,
+    metadata: AttentionMetadata,
+    scale: float,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `Ops.attend`."""
-    assert cache.key_scales is None
+    assert cache.key_scales is None and sinks is None
+    extras: dict[str, object] = {}
+    if window is not None:
+        extras["window_size"] = (window - 1, 0)  # how many keys on each side of a query's own
+    if softcap is not None:
+        extras["softcap"] = softcap
     if isinstance(metadata, PrefillMetadata):
         return flash_attn_varlen_func(
             query,
@@ -29,6 +56,7 @@ def attend(
             softmax_scale=scale,
             causal=True,
             block_table=metadata.block_tables,
+            **extras,
         )
     return flash_attn_with_kvcache(
         query.unsqueeze(1),
@@ -38,6 +66,7 @@ def attend(
         block_table=metadata.block_tables,
         softmax_scale=scale,
         causal=True,
+        **extras,
     ).squeeze(1)
 
 
@@ -45,6 +74,7 @@ class FlashAttentionOps(TritonKernels):
     """`Ops` with the attention of flash-attn."""
 
     reads_common_blocks_once = False
+    attention_extras = _offered_extras()
 
     attend = staticmethod(attend)
     plan_decode = staticmethod(torch_ops.plan_decode)

@@ -18,11 +18,13 @@ class Ops(Protocol):
         supports_cuda_graphs: whether decode steps can be captured in a CUDA graph: no shape depends
             on device values.
         reads_common_blocks_once: whether `plan_decode` makes use of num_common_blocks.
+        attention_extras: which of ATTENTION_EXTRAS `attend` takes. `Attention` refuses the others.
     """
 
     has_fp8_products: bool
     supports_cuda_graphs: bool
     reads_common_blocks_once: bool
+    attention_extras: frozenset[str]
 
     def rms_norm(self, x: LinearOutput, weight: Tensor, eps: float) -> Tensor:
         """x [T, H], weight [H] -> x / sqrt(mean(x^2) + eps) * weight [T, H].
@@ -120,12 +122,35 @@ class Ops(Protocol):
         """
 
     def attend(
-        self, query: Tensor, cache: KVCache, metadata: AttentionMetadata, scale: float
+        self,
+        query: Tensor,
+        cache: KVCache,
+        metadata: AttentionMetadata,
+        scale: float,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Causal attention over the paged cache, the new tokens' K/V included.
 
-        query [T, Hq, D] -> [T, Hq, D]; with `DecodeMetadata` T is B. A row of length 0 gives finite
-        values that nobody reads. `scale` multiplies the scores.
+        A row of length 0 gives finite values that nobody reads. A block all of whose tokens lie
+        before the windows of all the sequence's queries may hold anything: no result depends on it.
+
+        Args:
+            query: [T, Hq, D]; with `DecodeMetadata` T is B.
+            cache: of the layer.
+            metadata: which tokens each query sees, and where they are.
+            scale: multiplies the products of q and k, which gives the scores.
+            window: a query at position p sees the keys k with p - window < k <= p. At least 1;
+                None: k <= p.
+            softcap: a score becomes softcap * tanh(score / softcap) (Gemma 2, arXiv 2408.00118).
+                Above 0; None: it stays.
+            sinks: [Hq], of any floating dtype, read as float32: a score for each head that takes
+                part in the softmax, is not capped and has no value (gpt-oss, arXiv 2508.10925).
+
+        Returns:
+            [T, Hq, D].
         """
 
     def plan_decode(
@@ -134,10 +159,12 @@ class Ops(Protocol):
         block_tables: Tensor,
         context_lens: Tensor,
         num_common_blocks: Tensor | None = None,
+        window: int | None = None,
     ) -> object:
         """How the work of a decode step is divided, made once for all layers of one shape.
 
-        `DecodeMetadata` carries it; without one `attend` makes its own.
+        `DecodeMetadata` carries it. Without one `attend` makes its own, and so it does with a plan
+        of another window or number of KV heads, once for all layers that need the same.
 
         Args:
             cache: of any layer.
@@ -145,7 +172,9 @@ class Ops(Protocol):
             context_lens: [B] int32.
             num_common_blocks: [1] int32 or None. The tables of all rows that are not empty begin
                 with so many equal, full blocks, fewer than any of these rows has. They are read
-                once for the batch. Prefixes that only some rows share are not.
+                once for the batch. Prefixes that only some rows share are not. Layers with a window
+                read no block once.
+            window: of the layers, as in `attend`.
         """
 
     def sample(

@@ -3,7 +3,9 @@
 import os
 
 import torch
+from torch import Tensor
 
+from nanovllm.errors import ArgumentError
 from nanovllm.kernels.ops import Ops
 from nanovllm.kernels.torch_ops import TorchOps
 from nanovllm.kernels.types import FP8_DTYPE, FP8_MIN_CAPABILITY
@@ -98,6 +100,19 @@ def select_ops(
             "choose 'triton' or 'torch'"
         ) from error
     return FlashAttentionOps(_has_fp8_products(device, dtype))
+
+
+def check_attention_extras(
+    ops: Ops, window: int | None, softcap: float | None, sinks: Tensor | None
+) -> None:
+    """ArgumentError naming those of a layer's extras (`Ops.attend`) that `ops` does not offer."""
+    extras = {"window": window, "softcap": softcap, "sinks": sinks}
+    given = {name for name, value in extras.items() if value is not None}
+    if missing := given - ops.attention_extras:
+        raise ArgumentError(
+            f"the model's attention has {' and '.join(sorted(missing))}, which this "
+            "attention_backend does not offer; choose 'auto', 'triton' or 'torch'"
+        )
 
 
 def _has_fp8_products(device: torch.device, dtype: torch.dtype) -> bool:

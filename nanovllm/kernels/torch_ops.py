@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from nanovllm.kernels import row_state
 from nanovllm.kernels.types import (
+    ATTENTION_EXTRAS,
     FP8_BLOCK,
     FP8_DTYPE,
     FP8_MAX,
@@ -234,16 +235,34 @@ def _dequantize(
 
 
 def attend(
-    query: torch.Tensor, cache: KVCache, metadata: AttentionMetadata, scale: float
+    query: torch.Tensor,
+    cache: KVCache,
+    metadata: AttentionMetadata,
+    scale: float,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `Ops.attend`."""
     if isinstance(metadata, PrefillMetadata):
-        return prefill_attention(query, cache, metadata, scale)
-    return decode_attention(query, cache, metadata, scale)
+        return prefill_attention(
+            query, cache, metadata, scale, window=window, softcap=softcap, sinks=sinks
+        )
+    return decode_attention(
+        query, cache, metadata, scale, window=window, softcap=softcap, sinks=sinks
+    )
 
 
 def prefill_attention(
-    query: torch.Tensor, cache: KVCache, metadata: PrefillMetadata, scale: float
+    query: torch.Tensor,
+    cache: KVCache,
+    metadata: PrefillMetadata,
+    scale: float,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of each sequence's last positions over its pages, a sequence at a time.
 
@@ -258,15 +277,17 @@ def prefill_attention(
         q_begin, q_end = q_ends[seq : seq + 2]
         len_k = k_ends[seq + 1] - k_ends[seq]
         num_cached = len_k - (q_end - q_begin)
-        pages = table[: -(-len_k // block_size)].long()
+        first_page = _first_visible(num_cached, window) // block_size
+        begin_k = first_page * block_size  # the keys from here on are copied out of the cache
+        pages = table[first_page : -(-len_k // block_size)].long()
         keys, values = (
             _dequantize(
                 memory.index_select(0, pages),
                 None if scales is None else scales[pages].transpose(1, 2),
                 query.dtype,
             )
-            .flatten(0, 1)[:len_k]
-            # [Hkv, G, len_k, D]: each KV head seen by its group of query heads without a copy.
+            .flatten(0, 1)[: len_k - begin_k]
+            # [Hkv, G, len_k - begin_k, D]: each KV head seen by its group without a copy.
             .permute(1, 0, 2)[:, None]
             .expand(-1, group, -1, -1)
             for memory, scales in _halves(cache)
@@ -275,24 +296,89 @@ def prefill_attention(
         for begin in range(q_begin, q_end, rows):
             end = min(begin + rows, q_end)
             first, last = begin - q_begin + num_cached, end - q_begin + num_cached
+            # No key before the first query's window: its slot may hold anything, NaN too.
+            first_k = _first_visible(first, window)
+            seen = slice(first_k - begin_k, last - begin_k)
+            # From position 0 on, SDPA's own causal mask is the right one.
+            is_causal = first == 0 and (window is None or window >= last)
             mask = None
-            if first > 0:  # from position 0 on, SDPA's own causal mask is the right one
-                q_pos = torch.arange(first, last, device=query.device)
-                mask = torch.arange(last, device=query.device) <= q_pos.unsqueeze(1)
-            attended = F.scaled_dot_product_attention(
-                query[begin:end].unflatten(1, (num_kv_heads, group)).permute(1, 2, 0, 3),
-                keys[:, :, :last],
-                values[:, :, :last],
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=scale,
-            )  # [Hkv, G, rows, D]
+            if not is_causal or softcap is not None or sinks is not None:
+                q_pos = torch.arange(first, last, device=query.device).unsqueeze(1)
+                k_pos = torch.arange(first_k, last, device=query.device)
+                mask = k_pos <= q_pos
+                if window is not None:
+                    mask &= k_pos > q_pos - window
+            grouped = query[begin:end].unflatten(1, (num_kv_heads, group)).permute(1, 2, 0, 3)
+            if mask is None or (softcap is None and sinks is None):
+                attended = F.scaled_dot_product_attention(
+                    grouped,
+                    keys[:, :, seen],
+                    values[:, :, seen],
+                    attn_mask=mask,
+                    is_causal=is_causal,
+                    scale=scale,
+                )  # [Hkv, G, rows, D]
+            else:
+                attended = _attention(
+                    grouped, keys[:, 0, seen], values[:, 0, seen], mask, scale, softcap, sinks
+                )
             out[begin:end] = attended.permute(2, 0, 1, 3).flatten(1, 2)
     return out
 
 
+def _first_visible(position: int, window: int | None) -> int:
+    """The first position that a query at `position` sees."""
+    return 0 if window is None else max(0, position + 1 - window)
+
+
+def _attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention with a soft cap, with sinks or with both; see `Ops.attend`.
+
+    Scores and softmax are in float32 (float64 for such a query), weights rounded to the dtype.
+
+    Args:
+        query: [..., Hkv, G, M, D].
+        keys: [..., Hkv, N, D].
+        values: the same.
+        mask: which keys a query sees, bool, of a shape that broadcasts to [..., Hkv, G, M, N].
+        scale: multiplies the products.
+        softcap: a bound of the scores.
+        sinks: [Hkv * G].
+
+    Returns:
+        [..., Hkv, G, M, D].
+    """
+    num_kv_heads, group, rows = query.shape[-4:-1]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scores = query.flatten(-3, -2).to(dtype) @ keys.to(dtype).transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.unflatten(-2, (group, rows)).masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        sink = sinks.to(dtype).clamp(max=torch.finfo(dtype).max)  # inf takes everything
+        sink = sink.view(num_kv_heads, group, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, sink), -1)
+    weights = scores.softmax(-1)[..., : keys.shape[-2]].to(values.dtype)
+    return (weights.flatten(-3, -2) @ values).unflatten(-2, (group, rows))
+
+
 def decode_attention(
-    query: torch.Tensor, cache: KVCache, metadata: DecodeMetadata, scale: float
+    query: torch.Tensor,
+    cache: KVCache,
+    metadata: DecodeMetadata,
+    scale: float,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of one query per row over its pages; query [B, Hq, D] -> [B, Hq, D].
 
@@ -302,16 +388,18 @@ def decode_attention(
     block_size, num_kv_heads, head_dim = cache.key.shape[1:]
     out = torch.empty_like(query)
     context_lens = metadata.context_lens
-    lens = context_lens.tolist()
+    seen_lens = context_lens if window is None else context_lens.clamp(max=window)
+    lens = seen_lens.tolist()
     per_row = max(lens, default=0) * num_kv_heads * head_dim
     rows = max(1, MAX_GATHER_ELEMENTS // max(1, per_row))
     for begin in range(0, batch_size, rows):
         part = slice(begin, min(begin + rows, batch_size))
-        length = context_lens[part].long().unsqueeze(1)  # [b, 1]
-        position = torch.arange(max(1, max(lens[part])), device=query.device)
-        visible = position < length  # [b, L]
-        # Past its end a row reads its own first slot: a masked NaN would still spoil the product.
-        position = torch.where(visible, position, 0)
+        length = seen_lens[part].long().unsqueeze(1)  # [b, 1]
+        first = context_lens[part].long().unsqueeze(1) - length
+        index = torch.arange(max(1, max(lens[part])), device=query.device)
+        visible = index < length  # [b, L]
+        # Past its end a row reads the first slot it sees: a masked NaN would spoil the product.
+        position = first + torch.where(visible, index, 0)
         pages = metadata.block_tables[part].long().gather(1, position // block_size)
         offset = position % block_size
         slots = pages * block_size + offset
@@ -321,17 +409,24 @@ def decode_attention(
                 memory.flatten(0, 1).index_select(0, slots.view(-1)).unflatten(0, slots.shape),
                 None if scales is None else scales[pages, :, offset],
                 query.dtype,
-            )  # [b, L, Hkv, D]
+            ).transpose(1, 2)  # [b, Hkv, L, D]
             for memory, scales in _halves(cache)
         )
-        attended = F.scaled_dot_product_attention(
-            query[part].unflatten(1, (num_kv_heads, -1)),  # [b, Hkv, G, D]
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=None if min(lens[part]) == max(lens[part]) else visible[:, None, None, :],
-            scale=scale,
-        ).flatten(1, 2)
-        out[part] = attended.masked_fill(length.unsqueeze(2) == 0, 0)
+        grouped = query[part].unflatten(1, (num_kv_heads, -1))  # [b, Hkv, G, D]
+        if softcap is None and sinks is None:
+            attended = F.scaled_dot_product_attention(
+                grouped,
+                keys,
+                values,
+                attn_mask=None if min(lens[part]) == max(lens[part]) else visible[:, None, None],
+                scale=scale,
+            )
+        else:
+            mask = visible[:, None, None, None]
+            attended = _attention(
+                grouped.unsqueeze(3), keys, values, mask, scale, softcap, sinks
+            ).squeeze(3)
+        out[part] = attended.flatten(1, 2).masked_fill(length.unsqueeze(2) == 0, 0)
     return out
 
 
@@ -340,6 +435,7 @@ def plan_decode(
     block_tables: torch.Tensor,
     context_lens: torch.Tensor,
     num_common_blocks: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> None:
     """None: `decode_attention` divides the work itself."""
 
@@ -522,6 +618,7 @@ class TorchOps:
     has_fp8_products = False
     supports_cuda_graphs = False
     reads_common_blocks_once = False
+    attention_extras = ATTENTION_EXTRAS
 
     linear = staticmethod(linear)
     fp8_linear = staticmethod(fp8_linear)

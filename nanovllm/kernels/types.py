@@ -15,6 +15,7 @@ FP8_MAX = 448.0  # the largest number of FP8_DTYPE
 FP8_MIN_AMAX = 2.0**-100  # a head whose elements are all below is stored as zeros
 FP8_MIN_CAPABILITY = (8, 9)  # of a GPU that converts FP8_DTYPE
 FP8_BLOCK = 128  # rows and columns of a weight's block that has a scale of its own
+ATTENTION_EXTRAS = frozenset({"window", "softcap", "sinks"})  # of `Ops.attend`
 
 
 class PartialSums(NamedTuple):
@@ -49,6 +50,7 @@ class KVCacheSpec(NamedTuple):
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    window: int | None = None  # a query sees the last so many tokens, its own included; None: all
 
 
 class KVCache(NamedTuple):

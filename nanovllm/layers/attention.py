@@ -2,20 +2,47 @@
 
 from torch import Tensor, nn
 
+from nanovllm.kernels.select import check_attention_extras
 from nanovllm.kernels.types import AttentionMetadata, KVCache, KVCacheSpec, LinearOutput
 from nanovllm.layers.context import ModelContext
 
 
 class Attention(nn.Module):
-    """Rotation, KV write and attention. The runner sets `cache`, which is as `cache_spec` says."""
+    """Rotation, KV write and attention. The runner sets `cache`, which is as `cache_spec` says.
+
+    Args:
+        cache_spec: what the layer remembers of each token.
+        cos_sin: of `cos_sin_table`.
+        context: what the rank's layers are built with.
+        scale: as in `Ops.attend`; None: head_dim^-0.5.
+        window: as in `Ops.attend`; None: that of `cache_spec`.
+        softcap: as in `Ops.attend`.
+        sinks: this rank's, as in `Ops.attend`.
+
+    Raises:
+        ArgumentError: the backend does not offer one of the last three.
+    """
 
     cache: KVCache
 
-    def __init__(self, cache_spec: KVCacheSpec, cos_sin: Tensor, context: ModelContext) -> None:
+    def __init__(
+        self,
+        cache_spec: KVCacheSpec,
+        cos_sin: Tensor,
+        context: ModelContext,
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.ops = context.ops
         self.cache_spec = cache_spec
-        self.scale = cache_spec.head_dim**-0.5
+        self.scale = cache_spec.head_dim**-0.5 if scale is None else scale
+        self.window = cache_spec.window if window is None else window
+        self.softcap, self.sinks = softcap, sinks
+        check_attention_extras(self.ops, self.window, softcap, sinks)
         self.cos_sin = cos_sin
 
     def forward(
@@ -36,7 +63,15 @@ class Attention(nn.Module):
             qkv, q_norm_weight, k_norm_weight, eps, self.cos_sin, positions, self.cache, slots
         )
         query = at_logits_indices(query, metadata)
-        return self.ops.attend(query, self.cache, metadata, self.scale).flatten(1)
+        return self.ops.attend(
+            query,
+            self.cache,
+            metadata,
+            self.scale,
+            window=self.window,
+            softcap=self.softcap,
+            sinks=self.sinks,
+        ).flatten(1)
 
 
 def at_logits_indices(x: Tensor, metadata: AttentionMetadata) -> Tensor:

@@ -422,7 +422,7 @@ class TransformersForCausalLM(nn.Module):
         self.module.set_attn_implementation(ATTENTION)
         block_size = max(lengths) + 1
         for paged in self.calls.paged:
-            heads, dim, dtype = paged.cache_spec
+            heads, dim, dtype, _ = paged.cache_spec
             memory = torch.zeros(2, 2, block_size, heads, dim, dtype=dtype, device=device)
             paged.cache = KVCache(memory[0], memory[1])
         tables = torch.tensor([[0], [1]], dtype=torch.int32, device=device)

@@ -321,6 +321,7 @@ def plan_decode(
     block_tables: torch.Tensor,
     context_lens: torch.Tensor,
     num_common_blocks: torch.Tensor | None = None,
+    window: int | None = None,
     *,
     tile: int | None = None,
     programs_per_sm: int | None = None,

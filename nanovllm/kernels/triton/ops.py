@@ -17,7 +17,14 @@ from nanovllm.kernels.types import AttentionMetadata, KVCache, PrefillMetadata
 
 
 def attend(
-    query: torch.Tensor, cache: KVCache, metadata: AttentionMetadata, scale: float
+    query: torch.Tensor,
+    cache: KVCache,
+    metadata: AttentionMetadata,
+    scale: float,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `Ops.attend`."""
     if isinstance(metadata, PrefillMetadata):
@@ -51,6 +58,7 @@ class TritonOps(TritonKernels):
     """`Ops` in Triton, on NVIDIA GPUs and in Triton's interpreter."""
 
     reads_common_blocks_once = True
+    attention_extras = frozenset[str]()
 
     attend = staticmethod(attend)
     plan_decode = staticmethod(plan_decode)
