@@ -13,6 +13,7 @@ from nanovllm.features.rpc import call_ranks
 from nanovllm.models.checkpoint import LM_HEAD
 from nanovllm.models.loader import (
     FLOAT_DTYPES,
+    expected_shapes,
     expected_tensors,
     is_ignored,
     load_tensor,
@@ -52,8 +53,7 @@ def load_weights(llm: LLMEngine, weights: Iterable[tuple[str, torch.Tensor]]) ->
         items = iter(weights)
     except TypeError:
         raise ArgumentError(f"weights must be (name, tensor) pairs, got {shown(weights)}") from None
-    expected = expected_tensors(llm.model_runner.model)
-    shapes = {name: shard.full_shape for name, (_, shard) in expected.items()}
+    shapes = expected_shapes(expected_tensors(llm.model_runner.model))
     if isinstance(weights, Collection):  # else each is checked when its turn comes
         for item in weights:
             _check_item(item, shapes)

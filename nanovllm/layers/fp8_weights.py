@@ -4,6 +4,8 @@ On load each row gets a scale, of this rank's columns. Where the backend has no 
 rank's slice cuts through blocks, the model's dtype keeps the values that fp8 gave the weights.
 """
 
+from dataclasses import replace
+
 import torch
 
 from nanovllm.kernels.torch_ops import dequantize_weight, quantize
@@ -22,7 +24,7 @@ class RowQuantizedParameter(Parameter):
     @torch.no_grad()
     def fill(self, shard: Shard, part: torch.Tensor) -> None:
         """See `Parameter.fill`; `part` has all columns of the parameter."""
-        values, scales = quantize(part.to(self.device))
+        values, scales = quantize(shard.in_order(part).to(self.device))
         self[shard.target].copy_(values)
         self.scales[shard.target[0]].copy_(scales)
 
@@ -75,6 +77,9 @@ def blocks_of(part: slice) -> slice:
 
 
 def _has_whole_blocks(shard: Shard) -> bool:
+    """Whether the shard is whole blocks, and each row stays in its block."""
+    if shard.head_order and FP8_BLOCK % len(shard.head_order) != 0:
+        return False
     return all(
         source.start % FP8_BLOCK == 0
         and target.start % FP8_BLOCK == 0
@@ -88,8 +93,10 @@ def _num_blocks(n: int) -> int:
 
 
 def _shard_of_scales(shard: Shard) -> Shard:
-    return Shard(
-        tuple(_num_blocks(n) for n in shard.full_shape),
-        tuple(blocks_of(part) for part in shard.source),
-        tuple(blocks_of(part) for part in shard.target),
+    return replace(
+        shard,
+        full_shape=tuple(_num_blocks(n) for n in shard.full_shape),
+        source=tuple(blocks_of(part) for part in shard.source),
+        target=tuple(blocks_of(part) for part in shard.target),
+        head_order=(),
     )

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from nanovllm.kernels.types import LinearOutput, Unreduced
 from nanovllm.layers.context import ModelContext
 from nanovllm.layers.fp8_weights import new_linear_weight
-from nanovllm.layers.weights import Shard, column_shards, new_bias, row_shards
+from nanovllm.layers.weights import HeadsByName, Shard, column_shards, new_bias, row_shards
 
 
 class _Linear(nn.Module):
@@ -28,14 +28,14 @@ class ColumnParallelLinear(_Linear):
 
     Args:
         input_size: features of x.
-        heads: checkpoint module name -> (number of heads, features of each), over all ranks. Where
-            there are fewer heads than ranks, several ranks hold the same one.
+        heads: of each projection. Where there are fewer heads than ranks, several ranks hold the
+            same one.
         bias: whether the checkpoint has biases.
         context: see `ModelContext`.
     """
 
     def __init__(
-        self, input_size: int, heads: dict[str, tuple[int, int]], bias: bool, context: ModelContext
+        self, input_size: int, heads: HeadsByName, bias: bool, context: ModelContext
     ) -> None:
         super().__init__(column_shards(input_size, heads, context.tp), bias, context)
 

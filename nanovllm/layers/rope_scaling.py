@@ -1,42 +1,88 @@
-"""Rotary frequencies of models that were trained on short sequences and extended afterwards."""
+"""Rotary frequencies, also of models that were trained on short sequences and then extended."""
 
 import math
 from typing import TypedDict
 
-from torch import Tensor, arange, float32
+from torch import Tensor, arange, float32, tensor
 
 
 class RopeParameters(TypedDict, total=False):
     """The fields of a config of transformers 5; `models.rope_config` checks them."""
 
-    rope_type: str  # "default", "linear", "llama3" or "yarn"
+    rope_type: str  # one of `models.rope_config.ROPE_TYPES`
     rope_theta: float
+    partial_rotary_factor: float  # of a head's features, the part that is rotated
     factor: float  # by how much the context grew
     original_max_position_embeddings: int
+    short_factor: list[float]  # of "longrope", for each pair
+    long_factor: list[float]
     low_freq_factor: float  # of "llama3"
     high_freq_factor: float
     beta_fast: float | None  # of "yarn", like all that follows
     beta_slow: float | None
     truncate: bool
-    attention_factor: float | None
+    attention_factor: float | None  # of "longrope" too
     mscale: float | None
     mscale_all_dim: float | None
 
 
-def scale_frequencies(frequencies: Tensor, rope: RopeParameters) -> tuple[Tensor, float]:
-    """The frequencies [head_dim / 2] as the rope type scales them, and a factor for cos and sin.
+def num_rotated_features(head_dim: int, rope: RopeParameters) -> int:
+    """How many of a head's features the rotation pairs: the first ones, an even number.
 
-    Position interpolation ("linear", Chen et al. 2023, arXiv 2306.15595) divides all by `factor`.
+    With "proportional" all are paired, and the last pairs turn by the angle 0.
+    """
+    if rope["rope_type"] == "proportional":
+        return head_dim
+    return (_rotary_dim(head_dim, rope) + 1) // 2 * 2
+
+
+def _rotary_dim(head_dim: int, rope: RopeParameters) -> int:
+    return int(head_dim * rope.get("partial_rotary_factor", 1.0))
+
+
+def rope_frequencies(
+    head_dim: int, rope: RopeParameters, num_positions: int
+) -> tuple[Tensor, float]:
+    """Radians per position of each pair that is rotated, float32, and a factor for cos and sin.
+
+    Frequency i is rope_theta ** (-2i / d), d being the features that are rotated (of
+    "proportional", where that is a part of the pairs, head_dim), unless the type scales it.
+
+    Args:
+        head_dim: features of a head.
+        rope: the base, the type and its fields.
+        num_positions: the longest sequence, by which "longrope" chooses its factors.
+    """
+    rotary_dim = _rotary_dim(head_dim, rope)
+    is_proportional = rope["rope_type"] == "proportional"
+    last = rotary_dim // 2 * 2 if is_proportional else rotary_dim
+    exponents = arange(0, last, 2, dtype=float32, device="cpu")
+    exponents = exponents / (head_dim if is_proportional else rotary_dim)
+    return scale_frequencies(1.0 / rope["rope_theta"] ** exponents, rope, num_positions)
+
+
+def scale_frequencies(
+    frequencies: Tensor, rope: RopeParameters, num_positions: int
+) -> tuple[Tensor, float]:
+    """The frequencies [pairs] as the rope type scales them, and a factor for cos and sin.
+
+    Position interpolation ("linear", Chen et al. 2023, arXiv 2306.15595) divides all by `factor`,
+    and so does "proportional", if it has one. "dynamic" scales nothing within the positions of the
+    training, beyond which `models.model_config` refuses it.
     """
     rope_type = rope["rope_type"]
-    if rope_type == "default":
+    if rope_type in ("default", "dynamic"):
         return frequencies, 1.0
-    if rope_type == "linear":
-        return frequencies / rope["factor"], 1.0
+    if rope_type in ("linear", "proportional"):
+        return frequencies / rope.get("factor", 1.0), 1.0
     if rope_type == "llama3":
         return _llama3(frequencies, rope), 1.0
     if rope_type == "yarn":
         return _yarn(frequencies, rope), _yarn_magnitude(rope)
+    if rope_type == "longrope":
+        is_long = num_positions > rope["original_max_position_embeddings"]
+        factors = tensor(rope["long_factor" if is_long else "short_factor"], device="cpu")
+        return frequencies / factors, _longrope_magnitude(rope)
     raise ValueError(f"rope_type {rope_type!r} is unknown")
 
 
@@ -89,3 +135,16 @@ def _yarn_magnitude(rope: RopeParameters) -> float:
     if mscale and mscale_all_dim:
         return (growth * mscale + 1) / (growth * mscale_all_dim + 1)
     return growth + 1
+
+
+def _longrope_magnitude(rope: RopeParameters) -> float:
+    """What LongRoPE scales cos and sin by (Ding et al. 2024, arXiv 2402.13753, and Phi-3's code).
+
+    `attention_factor` if given, else sqrt(1 + ln(factor) / ln(original positions)).
+    """
+    if (attention_factor := rope.get("attention_factor")) is not None:
+        return float(attention_factor)
+    if rope["factor"] <= 1:
+        return 1.0
+    original = rope["original_max_position_embeddings"]
+    return math.sqrt(1 + math.log(rope["factor"]) / math.log(original))

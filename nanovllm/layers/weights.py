@@ -1,7 +1,9 @@
 """How a checkpoint tensor maps to a parameter: each parameter carries its own shards."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,18 +19,50 @@ class Shard:
     """The part of one checkpoint tensor that this rank holds, and where in the parameter it goes.
 
     `source` indexes the checkpoint tensor of `full_shape`, `target` the parameter.
+
+    Attributes:
+        head_order: of each head's rows in the checkpoint, one head below another, the order in
+            which the parameter has them; empty: the same.
+        fused_name: the checkpoint's module whose tensor holds several shards, "" if it has the
+            parameter's own name; None: the tensor holds this shard alone.
     """
 
     full_shape: tuple[int, ...]
     source: tuple[slice, ...]
     target: tuple[slice, ...]
+    head_order: tuple[int, ...] = ()
+    fused_name: str | None = None
+
+    def in_order(self, part: torch.Tensor) -> torch.Tensor:
+        """`part`, what `source` selects, with its rows in the parameter's order."""
+        if not self.head_order:
+            return part
+        heads = part.unflatten(0, (-1, len(self.head_order)))
+        return heads[:, list(self.head_order)].flatten(0, 1)
+
+
+class Heads(NamedTuple):
+    """The heads of a projection, and how a checkpoint has their rows.
+
+    Projections of one `fused_name` lie one below another in its tensor, as they are listed.
+    """
+
+    number: int  # over all ranks
+    size: int  # features of each
+    order: tuple[int, ...] = ()  # see `Shard.head_order`
+    fused_name: str | None = None  # see `Shard.fused_name`
+
+
+# The checkpoint's module name, or of a part of a fused one any name -> heads, or (number, size).
+HeadsByName = Mapping[str, Heads | tuple[int, int]]
 
 
 class Parameter(nn.Parameter):
     """An inference parameter whose `shards` say what to load into it.
 
     Keys of `shards` are the names of the checkpoint's modules that are merged in this one
-    ("q_proj" in "qkv_proj"), or "" if the parameter has the checkpoint's own name.
+    ("q_proj" in "qkv_proj"), or "" if the parameter has the checkpoint's own name. Where one tensor
+    of the checkpoint holds several shards, the keys only tell these apart: see `Shard.fused_name`.
     """
 
     shards: dict[str, Shard]
@@ -36,7 +70,7 @@ class Parameter(nn.Parameter):
     @torch.no_grad()
     def fill(self, shard: Shard, part: torch.Tensor) -> None:
         """Take over `part`, what `shard.source` selects of a checkpoint tensor, of any dtype."""
-        self[shard.target].copy_(part)
+        self[shard.target].copy_(shard.in_order(part))
 
 
 class OffsetParameter(Parameter):
@@ -50,7 +84,7 @@ class OffsetParameter(Parameter):
     @torch.no_grad()
     def fill(self, shard: Shard, part: torch.Tensor) -> None:
         """See `Parameter.fill`."""
-        self[shard.target].copy_(part.float() + self.offset)
+        self[shard.target].copy_(shard.in_order(part).float() + self.offset)
 
 
 # ---- parameters, uninitialised but for padding --------------------------------------------------
@@ -89,7 +123,12 @@ def new_norm_weight(size: int, context: ModelContext, offset: float = 0.0) -> Pa
 def new_bias(weight_shards: dict[str, Shard], context: ModelContext) -> Parameter:
     """The bias of a weight with `weight_shards`: an element for each row."""
     shards = {
-        name: Shard(shard.full_shape[:1], shard.source[:1], shard.target[:1])
+        name: replace(
+            shard,
+            full_shape=shard.full_shape[:1],
+            source=shard.source[:1],
+            target=shard.target[:1],
+        )
         for name, shard in weight_shards.items()
     }
     return new_parameter(shape_of(shards), shards, context.dtype, context.device)
@@ -121,21 +160,23 @@ def shape_of(shards: dict[str, Shard]) -> tuple[int, ...]:
     return tuple(max(part.stop for part in parts) for parts in targets)
 
 
-def column_shards(
-    input_size: int, heads: dict[str, tuple[int, int]], tp: TensorParallel
-) -> dict[str, Shard]:
-    """Of each projection the rows of this rank's heads, one projection below another.
-
-    heads: checkpoint module name -> (number of heads, features of each).
-    """
+def column_shards(input_size: int, heads: HeadsByName, tp: TensorParallel) -> dict[str, Shard]:
+    """Of each projection the rows of this rank's heads, one projection below another."""
+    all_heads = {name: Heads(*values) for name, values in heads.items()}
+    num_rows: Counter[str] = Counter()  # of each tensor of the checkpoint
+    first_rows = {}
+    for name, part in all_heads.items():
+        tensor = name if part.fused_name is None else part.fused_name
+        first_rows[name] = num_rows[tensor]
+        num_rows[tensor] += part.number * part.size
     columns = slice(0, input_size)
     shards, offset = {}, 0
-    for name, (num_heads, head_dim) in heads.items():
+    for name, (num_heads, head_dim, order, fused_name) in all_heads.items():
         size = max(num_heads // tp.size, 1) * head_dim
-        start = tp.rank * num_heads // tp.size * head_dim
+        start = first_rows[name] + tp.rank * num_heads // tp.size * head_dim
         source, target = slice(start, start + size), slice(offset, offset + size)
-        full_shape = num_heads * head_dim, input_size
-        shards[name] = Shard(full_shape, (source, columns), (target, columns))
+        full_shape = num_rows[name if fused_name is None else fused_name], input_size
+        shards[name] = Shard(full_shape, (source, columns), (target, columns), order, fused_name)
         offset += size
     return shards
 

@@ -13,6 +13,7 @@ from nanovllm.layers.context import ModelContext
 from nanovllm.layers.embedding import VocabParallelEmbedding
 from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
 from nanovllm.layers.norm import RMSNorm
+from nanovllm.layers.weights import Heads
 from nanovllm.models.extras import activation
 from nanovllm.models.model_config import ModelConfig
 
@@ -90,6 +91,8 @@ class SelfAttention(nn.Module):
         context: what the rank's layers are built with.
         qkv_bias: whether q_proj, k_proj and v_proj have biases.
         output_bias: whether o_proj has one.
+        head_order: of q and k, see `rotary_order`.
+        fused_qkv: `Heads.fused_name` of q_proj, k_proj and v_proj.
     """
 
     def __init__(
@@ -100,11 +103,14 @@ class SelfAttention(nn.Module):
         *,
         qkv_bias: bool,
         output_bias: bool,
+        head_order: tuple[int, ...] = (),
+        fused_qkv: str | None = None,
     ) -> None:
         super().__init__()
         size, num_heads, head_dim = config.hidden_size, config.num_attention_heads, config.head_dim
-        kv_heads = config.num_key_value_heads, head_dim
-        heads = {"q_proj": (num_heads, head_dim), "k_proj": kv_heads, "v_proj": kv_heads}
+        key = Heads(config.num_key_value_heads, head_dim, head_order, fused_qkv)
+        query, value = key._replace(number=num_heads), key._replace(order=())
+        heads = {"q_proj": query, "k_proj": key, "v_proj": value}
         self.qkv_proj = ColumnParallelLinear(size, heads, qkv_bias, context)
         self.o_proj = RowParallelLinear(num_heads * head_dim, size, output_bias, context)
         dtype = context.kv_cache_dtype or context.dtype
@@ -116,13 +122,23 @@ class SelfAttention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202), with biases or without."""
+    """down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202), with biases or without.
 
-    def __init__(self, config: ModelConfig, context: ModelContext, bias: bool = False) -> None:
+
+    fused: `Heads.fused_name` of gate_proj and up_proj.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        context: ModelContext,
+        bias: bool = False,
+        fused: str | None = None,
+    ) -> None:
         super().__init__()
         self.activate = activation(config, context.ops)
         size, inner_size = config.hidden_size, config.intermediate_size
-        heads = {"gate_proj": (inner_size, 1), "up_proj": (inner_size, 1)}  # of one feature
+        heads = dict.fromkeys(("gate_proj", "up_proj"), Heads(inner_size, 1, (), fused))
         self.gate_up_proj = ColumnParallelLinear(size, heads, bias, context)
         self.down_proj = RowParallelLinear(inner_size, size, bias, context)
 

@@ -16,8 +16,10 @@ MAX_NAMES_IN_ERROR = 8
 EMBEDDING = "model.embed_tokens.weight"
 COMPARED_ROWS = 8192  # of the vocabulary at a time
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# Checkpoint tensor name -> the parameters and shards that it fills: several if it is fused.
+Expected = dict[str, list[tuple[Parameter, Shard]]]
 # What `load_tensor` has been asked for: mixtures of experts have tens of thousands of tensors.
-_EXPECTED: "WeakKeyDictionary[nn.Module, dict[str, tuple[Parameter, Shard]]]" = WeakKeyDictionary()
+_EXPECTED: "WeakKeyDictionary[nn.Module, Expected]" = WeakKeyDictionary()
 
 
 class DummyCheckpoint:
@@ -27,13 +29,12 @@ class DummyCheckpoint:
     `std`, but for the scales of fp8 weights (1).
     """
 
-    def __init__(
-        self, expected: dict[str, tuple[Parameter, Shard]], std: float, device: torch.device
-    ) -> None:
-        self._shapes = {name: shard.full_shape for name, (_, shard) in expected.items()}
+    def __init__(self, expected: Expected, std: float, device: torch.device) -> None:
+        self._shapes = expected_shapes(expected)
         self._offsets = {
             name: parameter.offset
-            for name, (parameter, _) in expected.items()
+            for name, shards in expected.items()
+            for parameter, _ in shards
             if isinstance(parameter, OffsetParameter)
         }
         self.std = std
@@ -58,17 +59,24 @@ class DummyCheckpoint:
         return tensor.normal_(0.0, self.std, generator=generator)[index]
 
 
-def expected_tensors(model: nn.Module) -> dict[str, tuple[Parameter, Shard]]:
-    """Checkpoint tensor name -> the parameter and shard that it fills."""
-    expected = {}
+def expected_tensors(model: nn.Module) -> Expected:
+    """The tensors of a checkpoint that fill `model`."""
+    expected: Expected = {}
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, Parameter), name
         for module_name, shard in parameter.shards.items():
             parts = name.replace(".weight_scale", f".weight{SCALES_SUFFIX}").split(".")
+            if shard.fused_name is not None:
+                module_name = shard.fused_name
             if module_name:
                 parts[-2] = module_name
-            expected[".".join(parts)] = (parameter, shard)
+            expected.setdefault(".".join(parts), []).append((parameter, shard))
     return expected
+
+
+def expected_shapes(expected: Expected) -> dict[str, tuple[int, ...]]:
+    """Checkpoint tensor name -> the shape that it must have."""
+    return {name: shards[0][1].full_shape for name, shards in expected.items()}
 
 
 def load_model(model: nn.Module, directory: str, load_format: str, std: float = 0.02) -> bool:
@@ -99,15 +107,16 @@ def load_model(model: nn.Module, directory: str, load_format: str, std: float = 
         checkpoint = DequantizedCheckpoint(files, expected.keys())
         has_lm_head = _settle_lm_head(expected, checkpoint, files.is_bare, where)
     _check_names(expected.keys(), checkpoint.names(), where)
-    for name, (_, shard) in expected.items():
-        if checkpoint.shape(name) != shard.full_shape:
+    for name, shape in expected_shapes(expected).items():
+        if checkpoint.shape(name) != shape:
             raise ArgumentError(
                 f"{where}: tensor {name!r} has shape {shown(list(checkpoint.shape(name)))}, "
-                f"the config asks for {list(shard.full_shape)}"
+                f"the config asks for {list(shape)}"
             )
-    for name, (parameter, shard) in expected.items():
-        if all(part.start < part.stop for part in shard.source):  # else all padding
-            parameter.fill(shard, checkpoint.read(name, shard.source))
+    for name, shards in expected.items():
+        for parameter, shard in shards:
+            if all(part.start < part.stop for part in shard.source):  # else all padding
+                parameter.fill(shard, checkpoint.read(name, shard.source))
     return has_lm_head
 
 
@@ -116,8 +125,8 @@ def load_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     expected = _EXPECTED.get(model)
     if expected is None:
         expected = _EXPECTED[model] = expected_tensors(model)
-    parameter, shard = expected[name]
-    parameter.fill(shard, tensor[shard.source])
+    for parameter, shard in expected[name]:
+        parameter.fill(shard, tensor[shard.source])
 
 
 def is_ignored(name: str) -> bool:
@@ -126,9 +135,7 @@ def is_ignored(name: str) -> bool:
     return name == LM_HEAD or name.endswith("rotary_emb.inv_freq")
 
 
-def _settle_lm_head(
-    expected: dict[str, tuple[Parameter, Shard]], checkpoint: Checkpoint, is_bare: bool, where: str
-) -> bool:
+def _settle_lm_head(expected: Expected, checkpoint: Checkpoint, is_bare: bool, where: str) -> bool:
     """Whether the model has an LM head; `expected` then asks for the names that it is saved by.
 
     A head of its own that `is_bare` leaves out is zero. ArgumentError as of `_check_tied`.
@@ -136,11 +143,13 @@ def _settle_lm_head(
     names = checkpoint.names()
     if LM_HEAD in expected:  # not tied
         if is_bare and LM_HEAD not in names:
-            expected.pop(LM_HEAD)[0].data.zero_()
+            [(head, _)] = expected.pop(LM_HEAD)
+            head.data.zero_()
             return False
     elif LM_HEAD in names:
         if EMBEDDING in names:
-            _check_tied(checkpoint, expected[EMBEDDING][1], where)
+            [(_, shard)] = expected[EMBEDDING]
+            _check_tied(checkpoint, shard, where)
         else:  # saved once, by the other name
             expected[LM_HEAD] = expected.pop(EMBEDDING)
     return True

@@ -53,7 +53,7 @@ def check_weights(model, exact: dict[str, torch.Tensor], through_fp8, of_slice: 
     """Compares each rank's part of the layers' weights; returns the names of those in fp8."""
     in_fp8 = set()
     modules = dict(model.named_modules())
-    for name, (parameter, shard) in expected_tensors(model).items():
+    for name, [(parameter, shard)] in expected_tensors(model).items():
         if not name.endswith("_proj.weight"):
             continue
         weight = parameter.data

@@ -34,8 +34,9 @@ def build(directory: Path, rank: int = 0, size: int = 1, dtype=torch.float32) ->
 
 def load(directory: Path, rank: int = 0, size: int = 1, load_format="auto", **kwargs) -> nn.Module:
     model = build(directory, rank, size)
-    for parameter, shard in expected_tensors(model).values():  # so that what is not loaded shows
-        parameter.data[shard.target] = torch.nan
+    for shards in expected_tensors(model).values():  # so that what is not loaded shows
+        for parameter, shard in shards:
+            parameter.data[shard.target] = torch.nan
     load_model(model, str(directory), load_format, **kwargs)
     return model
 
@@ -44,7 +45,7 @@ def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Checkpoint tensor name -> this rank's part of it, padding left out."""
     return {
         name: parameter[shard.target]
-        for name, (parameter, shard) in expected_tensors(model).items()
+        for name, [(parameter, shard)] in expected_tensors(model).items()
     }
 
 
@@ -52,7 +53,7 @@ def put_together(models: list[nn.Module]) -> dict[str, torch.Tensor]:
     """The whole tensors, from the parts of all ranks; parts held twice must agree."""
     whole = {}
     for model in models:
-        for name, (parameter, shard) in expected_tensors(model).items():
+        for name, [(parameter, shard)] in expected_tensors(model).items():
             tensor = whole.setdefault(name, torch.full(shard.full_shape, torch.nan))
             part = parameter[shard.target]
             held = tensor[shard.source]

@@ -10,7 +10,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from nanovllm import ArgumentError
-from nanovllm.layers.rotary import cos_sin_table, rope_frequencies
+from nanovllm.layers.rope_scaling import rope_frequencies
+from nanovllm.layers.rotary import cos_sin_table
 from nanovllm.models.family import Family
 from nanovllm.models.hf_config import read_hf_config
 from nanovllm.models.model_config import ModelConfig
@@ -47,7 +48,7 @@ def test_scaled_tables_are_those_of_transformers(rope, head_dim, theta):
         head_dim=head_dim, max_position_embeddings=131072, rope_parameters=dict(rope)
     )
     inverse_frequencies, magnitude = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, CPU)
-    frequencies, scale = rope_frequencies(head_dim, rope)
+    frequencies, scale = rope_frequencies(head_dim, rope, 300)
     torch.testing.assert_close(frequencies, inverse_frequencies, rtol=1e-6, atol=0)
     assert scale == pytest.approx(magnitude, rel=1e-12)
     angles = torch.arange(300.0).outer(inverse_frequencies)
@@ -68,7 +69,7 @@ def test_original_positions_beside_the_rope_parameters_win(rope, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(fields))
     hf_config = read_hf_config(str(tmp_path))
     reference = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
-    frequencies, scale = rope_frequencies(16, hf_config.rope_parameters)
+    frequencies, scale = rope_frequencies(16, hf_config.rope_parameters, 300)
     torch.testing.assert_close(frequencies, reference.inv_freq, rtol=1e-6, atol=0)
     assert scale == pytest.approx(reference.attention_scaling, rel=1e-12)
     model_config = ModelConfig.from_hf(hf_config, Family("", ""))
@@ -91,9 +92,9 @@ def test_unscaled_angles_are_the_definition():
 
 def test_every_part_of_a_scaling_is_tested():
     """Some pairs are left, some divided, some between: or the comparisons above show little."""
-    plain, _ = rope_frequencies(128, {"rope_type": "default", "rope_theta": 1e6})
+    plain, _ = rope_frequencies(128, {"rope_type": "default", "rope_theta": 1e6}, 1)
     for rope in (LLAMA3, YARN):
-        scaled, _ = rope_frequencies(128, {"rope_theta": 1e6, **rope})
+        scaled, _ = rope_frequencies(128, {"rope_theta": 1e6, **rope}, 1)
         ratio = plain / scaled
         assert ratio.min() == 1
         assert ratio.max() == pytest.approx(rope["factor"])

@@ -85,7 +85,7 @@ def sparse_mlp(path, fp8_scales, keeps_fp8, rank=0, size=1):
     checkpoint = DequantizedCheckpoint(
         SafetensorsCheckpoint(str(path)), {prefix + name for name in expected}
     )
-    for name, (parameter, shard) in expected.items():
+    for name, [(parameter, shard)] in expected.items():
         parameter.fill(shard, checkpoint.read(prefix + name, shard.source))
     return mlp
 
