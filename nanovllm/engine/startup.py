@@ -166,10 +166,9 @@ def decide_num_blocks(config: Config, per_block: int, gpu_bytes: int | None) -> 
 def check_fits(config: Config, device: torch.device) -> None:
     """ArgumentError for a cache or tables larger than all memory of `device`, in use or not."""
     total = device_memory(device)
-    spec = kv_cache_spec(
-        config.model_config, config.tensor_parallel_size, config.resolve_kv_cache_dtype()
-    )
-    specs = [spec] * config.model_config.num_hidden_layers
+    model, ranks = config.model_config, config.tensor_parallel_size
+    dtype, layers = config.resolve_kv_cache_dtype(), range(model.num_hidden_layers)
+    specs = [kv_cache_spec(model, ranks, dtype, index) for index in layers]
     per_block = block_bytes(specs, config.kvcache_block_size)
     # A row of the row table, and one of logits.
     per_seq = 4 * config.row_width + (

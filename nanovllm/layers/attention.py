@@ -15,12 +15,11 @@ class Attention(nn.Module):
         cos_sin: of `cos_sin_table`.
         context: what the rank's layers are built with.
         scale: as in `Ops.attend`; None: head_dim^-0.5.
-        window: as in `Ops.attend`; None: that of `cache_spec`.
         softcap: as in `Ops.attend`.
         sinks: this rank's, as in `Ops.attend`.
 
     Raises:
-        ArgumentError: the backend does not offer one of the last three.
+        ArgumentError: the backend does not offer the window, soft cap or sinks.
     """
 
     cache: KVCache
@@ -30,20 +29,15 @@ class Attention(nn.Module):
         cache_spec: KVCacheSpec,
         cos_sin: Tensor,
         context: ModelContext,
-        *,
         scale: float | None = None,
-        window: int | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.ops = context.ops
-        self.cache_spec = cache_spec
+        self.ops, self.cache_spec, self.cos_sin = context.ops, cache_spec, cos_sin
         self.scale = cache_spec.head_dim**-0.5 if scale is None else scale
-        self.window = cache_spec.window if window is None else window
-        self.softcap, self.sinks = softcap, sinks
+        self.window, self.cap, self.sinks = cache_spec.window, softcap, sinks
         check_attention_extras(self.ops, self.window, softcap, sinks)
-        self.cos_sin = cos_sin
 
     def forward(
         self,
@@ -63,14 +57,9 @@ class Attention(nn.Module):
             qkv, q_norm_weight, k_norm_weight, eps, self.cos_sin, positions, self.cache, slots
         )
         query = at_logits_indices(query, metadata)
+        window, cap, sinks = self.window, self.cap, self.sinks
         return self.ops.attend(
-            query,
-            self.cache,
-            metadata,
-            self.scale,
-            window=self.window,
-            softcap=self.softcap,
-            sinks=self.sinks,
+            query, self.cache, metadata, self.scale, window=window, softcap=cap, sinks=sinks
         ).flatten(1)
 
 

@@ -75,9 +75,10 @@ class DecoderLayer(nn.Module):
         return self.mlp(normed), residual
 
 
-def kv_cache_spec(config: ModelConfig, tp_size: int, dtype: torch.dtype) -> KVCacheSpec:
-    """A layer's cache on one rank; with more ranks than KV heads, every rank holds one."""
-    return KVCacheSpec(max(config.num_key_value_heads // tp_size, 1), config.head_dim, dtype)
+def kv_cache_spec(config: ModelConfig, tp_size: int, dtype: torch.dtype, index: int) -> KVCacheSpec:
+    """Layer `index`'s cache on one rank; with more ranks than KV heads, every rank holds one."""
+    num_kv_heads = max(config.num_key_value_heads // tp_size, 1)
+    return KVCacheSpec(num_kv_heads, config.head_dim, dtype, config.layer_windows[index])
 
 
 class SelfAttention(nn.Module):
@@ -89,10 +90,12 @@ class SelfAttention(nn.Module):
         config: the model's configuration.
         cos_sin: of `cos_sin_table`.
         context: what the rank's layers are built with.
+        index: the layer's number.
         qkv_bias: whether q_proj, k_proj and v_proj have biases.
         output_bias: whether o_proj has one.
         head_order: of q and k, see `rotary_order`.
         fused_qkv: `Heads.fused_name` of q_proj, k_proj and v_proj.
+        sinks: of this rank's heads, see `Ops.attend`.
     """
 
     def __init__(
@@ -100,11 +103,13 @@ class SelfAttention(nn.Module):
         config: ModelConfig,
         cos_sin: Tensor,
         context: ModelContext,
+        index: int,
         *,
         qkv_bias: bool,
         output_bias: bool,
         head_order: tuple[int, ...] = (),
         fused_qkv: str | None = None,
+        sinks: Tensor | None = None,
     ) -> None:
         super().__init__()
         size, num_heads, head_dim = config.hidden_size, config.num_attention_heads, config.head_dim
@@ -114,7 +119,9 @@ class SelfAttention(nn.Module):
         self.qkv_proj = ColumnParallelLinear(size, heads, qkv_bias, context)
         self.o_proj = RowParallelLinear(num_heads * head_dim, size, output_bias, context)
         dtype = context.kv_cache_dtype or context.dtype
-        self.attn = Attention(kv_cache_spec(config, context.tp.size, dtype), cos_sin, context)
+        spec = kv_cache_spec(config, context.tp.size, dtype, index)
+        scale, softcap = config.attention_scale, config.attn_logit_softcapping
+        self.attn = Attention(spec, cos_sin, context, scale, softcap, sinks)
 
     def forward(self, x: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Unreduced:
         """x [T, hidden_size] -> [T, hidden_size], at `logits_indices`."""
@@ -123,7 +130,6 @@ class SelfAttention(nn.Module):
 
 class GatedMLP(nn.Module):
     """down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202), with biases or without.
-
 
     fused: `Heads.fused_name` of gate_proj and up_proj.
     """

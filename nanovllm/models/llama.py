@@ -19,5 +19,5 @@ class LlamaForCausalLM(CausalLM):
     ) -> DecoderLayer:
         """See `CausalLM.new_layer`."""
         bias = config.attention_bias
-        attention = SelfAttention(config, cos_sin, context, qkv_bias=bias, output_bias=bias)
+        attention = SelfAttention(config, cos_sin, context, index, qkv_bias=bias, output_bias=bias)
         return DecoderLayer(config, context, attention, GatedMLP(config, context, config.mlp_bias))

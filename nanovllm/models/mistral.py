@@ -1,6 +1,4 @@
-"""Mistral (Jiang et al. 2023, arXiv 2310.06825), within its sliding window: no biases.
-
-A sequence that is no longer than the window sees all of itself; `Config` refuses longer ones."""
+"""Mistral (Jiang et al. 2023, arXiv 2310.06825): no biases, and mostly a sliding window."""
 
 import torch
 
@@ -18,5 +16,7 @@ class MistralForCausalLM(CausalLM):
         config: ModelConfig, cos_sin: torch.Tensor, context: ModelContext, index: int
     ) -> DecoderLayer:
         """See `CausalLM.new_layer`."""
-        attention = SelfAttention(config, cos_sin, context, qkv_bias=False, output_bias=False)
+        attention = SelfAttention(
+            config, cos_sin, context, index, qkv_bias=False, output_bias=False
+        )
         return DecoderLayer(config, context, attention, GatedMLP(config, context))

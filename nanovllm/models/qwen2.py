@@ -16,5 +16,5 @@ class Qwen2ForCausalLM(CausalLM):
         config: ModelConfig, cos_sin: torch.Tensor, context: ModelContext, index: int
     ) -> DecoderLayer:
         """See `CausalLM.new_layer`."""
-        attention = SelfAttention(config, cos_sin, context, qkv_bias=True, output_bias=False)
+        attention = SelfAttention(config, cos_sin, context, index, qkv_bias=True, output_bias=False)
         return DecoderLayer(config, context, attention, GatedMLP(config, context))

@@ -13,9 +13,11 @@ from nanovllm.models.model_config import ModelConfig
 class Qwen3Attention(SelfAttention):
     """Self-attention with an RMS norm for query heads and one for key heads."""
 
-    def __init__(self, config: ModelConfig, cos_sin: Tensor, context: ModelContext) -> None:
+    def __init__(
+        self, config: ModelConfig, cos_sin: Tensor, context: ModelContext, index: int
+    ) -> None:
         bias = config.attention_bias
-        super().__init__(config, cos_sin, context, qkv_bias=bias, output_bias=bias)
+        super().__init__(config, cos_sin, context, index, qkv_bias=bias, output_bias=bias)
         size, eps, offset = config.head_dim, config.rms_norm_eps, config.norm_weight_offset
         self.q_norm = RMSNorm(size, eps, context, offset)
         self.k_norm = RMSNorm(size, eps, context, offset)
@@ -37,5 +39,5 @@ class Qwen3ForCausalLM(CausalLM):
         config: ModelConfig, cos_sin: Tensor, context: ModelContext, index: int
     ) -> DecoderLayer:
         """See `CausalLM.new_layer`."""
-        attention = Qwen3Attention(config, cos_sin, context)
+        attention = Qwen3Attention(config, cos_sin, context, index)
         return DecoderLayer(config, context, attention, GatedMLP(config, context))

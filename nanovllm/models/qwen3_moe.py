@@ -20,7 +20,7 @@ class Qwen3MoeForCausalLM(CausalLM):
         config: ModelConfig, cos_sin: torch.Tensor, context: ModelContext, index: int
     ) -> DecoderLayer:
         """See `CausalLM.new_layer`."""
-        attention = Qwen3Attention(config, cos_sin, context)
+        attention = Qwen3Attention(config, cos_sin, context, index)
         mlp = sparse_mlp(config, context) if config.is_sparse(index) else GatedMLP(config, context)
         return DecoderLayer(config, context, attention, mlp)
 

@@ -9,12 +9,13 @@ from nanovllm.models.family import Family
 from nanovllm.models.rope_config import check_rope
 from nanovllm.validation import check_integer
 
+WINDOWS = ("layer_types", "sliding_window", "use_sliding_window")
 ARCHITECTURES = {
     "LlamaForCausalLM": Family("llama", "nanovllm.models.llama"),
-    "MistralForCausalLM": Family("mistral", "nanovllm.models.mistral"),
-    "Qwen2ForCausalLM": Family("qwen2", "nanovllm.models.qwen2"),
-    "Qwen3ForCausalLM": Family("qwen3", "nanovllm.models.qwen3"),
-    "Qwen3MoeForCausalLM": Family("qwen3_moe", "nanovllm.models.qwen3_moe"),
+    "MistralForCausalLM": Family("mistral", "nanovllm.models.mistral", ("sliding_window",)),
+    "Qwen2ForCausalLM": Family("qwen2", "nanovllm.models.qwen2", WINDOWS),
+    "Qwen3ForCausalLM": Family("qwen3", "nanovllm.models.qwen3", WINDOWS),
+    "Qwen3MoeForCausalLM": Family("qwen3_moe", "nanovllm.models.qwen3_moe", WINDOWS[1:]),
 }
 # What changes a model's results, and only the families compute that name it among their fields:
 # `is_causal` if it is false; fields, also those with a word in their names, unless they are false,

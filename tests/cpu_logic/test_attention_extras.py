@@ -152,7 +152,7 @@ def test_the_layer_hands_its_extras_on(dtype):
     cases = (
         (Attention(spec, cos_sin, context), (24**-0.5, 5, None, None)),
         (
-            Attention(spec, cos_sin, context, scale=0.5, window=3, softcap=1.0, sinks=sinks),
+            Attention(spec._replace(window=3), cos_sin, context, 0.5, 1.0, sinks),
             (0.5, 3, 1.0, sinks),
         ),
     )

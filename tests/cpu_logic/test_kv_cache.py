@@ -50,7 +50,7 @@ def test_dtype_follows_the_model_or_is_fp8(model):
 
 
 def specs_of(config: Config, tp_size: int = 1) -> list[KVCacheSpec]:
-    spec = kv_cache_spec(config.model_config, tp_size, config.resolve_kv_cache_dtype())
+    spec = kv_cache_spec(config.model_config, tp_size, config.resolve_kv_cache_dtype(), 0)
     return [spec] * LAYERS
 
 

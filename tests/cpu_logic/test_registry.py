@@ -113,7 +113,9 @@ def test_a_head_dim_that_is_no_size_is_refused(head_dim, tmp_path):
         ({"hidden_act": ["silu"]}, r"hidden_act \['silu'\] is not supported"),
     ],
 )
-def test_what_no_family_computes_is_refused_by_name(architecture, changes, message):
+def test_what_a_family_does_not_compute_is_refused_by_name(architecture, changes, message):
+    if not changes.keys().isdisjoint(ARCHITECTURES[architecture].fields):
+        pytest.skip("the family computes it")
     with refused(message) as raised:
         check_supported(raw_config(architecture, **changes), "the/config.json")
     assert str(raised.value).startswith("the/config.json: ")
@@ -124,8 +126,24 @@ def test_a_family_cannot_be_run_as_another():
         check_supported(raw_config("LlamaForCausalLM", model_type="qwen3"), "here")
 
 
-@pytest.mark.parametrize("architecture", ["MistralForCausalLM", "LlamaForCausalLM"])
-def test_a_sliding_window_matters_to_longer_sequences_only(architecture, tmp_path):
+def test_windows_are_those_of_transformers(tmp_path):
+    for architecture, changes, expected in (
+        ("MistralForCausalLM", {"sliding_window": 4096}, (4096, 4096)),
+        ("Qwen3ForCausalLM", {"sliding_window": 4096}, (None, None)),
+        (
+            "Qwen3ForCausalLM",
+            {"sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 1},
+            (None, 4096),
+        ),
+    ):
+        raw = raw_config(architecture, **changes)
+        config = config_of(tmp_path, raw, max_model_len=None)
+        assert config.model_config.layer_windows == expected
+        assert config.max_model_len == 8192
+
+
+def test_a_sliding_window_that_transformers_ignores_is_a_limit(tmp_path):
+    architecture = "LlamaForCausalLM"
     raw = raw_config(architecture, sliding_window=4096)
     assert config_of(tmp_path, raw).max_model_len == 4096
     for length in (4097, None):
