@@ -330,6 +330,12 @@ class Config:
         """`max_model_len`, capped to the model's positions."""
         longest, limit = self.model_config.max_positions, self.model_config.full_attention_limit
         max_model_len = min(self.max_model_len or longest, longest)
+        rope_limit = self.model_config.rope_limit
+        if rope_limit is not None and max_model_len > rope_limit.num_tokens:
+            raise ArgumentError(
+                f"max_model_len ({max_model_len}) must be <= the model's {rope_limit.field} "
+                f"({rope_limit.num_tokens}): beyond it, {rope_limit.beyond}"
+            )
         if limit is not None and max_model_len > limit[0]:
             raise ArgumentError(
                 f"max_model_len ({max_model_len}) must be <= the model's {limit[1]} "

@@ -32,6 +32,12 @@ YARN = {
     "factor": 16.0,
     "original_max_position_embeddings": 64,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+    "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 8.0],
+}
 # Arguments of `save_model`: all that a family's config can switch on.
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"architecture": "Qwen2ForCausalLM", "head_dim": 8, "num_key_value_heads": 2},
@@ -71,6 +77,35 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "mistral-window": {"architecture": "MistralForCausalLM", "sliding_window": 1024},
     "qwen3-yarn": {"rope_parameters": YARN},
+    "phi4-mini": {
+        "architecture": "Phi3ForCausalLM",
+        "hidden_size": 128,
+        "rope_parameters": LONGROPE | {"partial_rotary_factor": 0.75},
+        "original_max_position_embeddings": 1024,
+        "sliding_window": 150,
+    },
+    "glm": {
+        "architecture": "GlmForCausalLM",
+        "attention_bias": True,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+    },
+    "glm4": {
+        "architecture": "Glm4ForCausalLM",
+        "attention_bias": True,
+        "rope_parameters": LLAMA3 | {"partial_rotary_factor": 0.25},
+        "tie_word_embeddings": False,
+    },
+    "smollm3": {
+        "architecture": "SmolLM3ForCausalLM",
+        "no_rope_layers": [0, 1, 1],
+        "use_sliding_window": True,
+        "sliding_window": 100,
+        "head_dim": 8,
+        "rope_parameters": YARN,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
     "qwen3-moe": {
         "architecture": "Qwen3MoeForCausalLM",
         "num_experts": 6,

@@ -58,19 +58,17 @@ def rope_frequencies(
     last = rotary_dim // 2 * 2 if is_proportional else rotary_dim
     exponents = arange(0, last, 2, dtype=float32, device="cpu")
     exponents = exponents / (head_dim if is_proportional else rotary_dim)
-    return scale_frequencies(1.0 / rope["rope_theta"] ** exponents, rope, num_positions)
+    return _scale(rope["rope_theta"] ** exponents, rope, num_positions)
 
 
-def scale_frequencies(
-    frequencies: Tensor, rope: RopeParameters, num_positions: int
-) -> tuple[Tensor, float]:
-    """The frequencies [pairs] as the rope type scales them, and a factor for cos and sin.
+def _scale(periods: Tensor, rope: RopeParameters, num_positions: int) -> tuple[Tensor, float]:
+    """The frequencies 1 / periods [pairs] as the rope type scales them, and the factor.
 
     Position interpolation ("linear", Chen et al. 2023, arXiv 2306.15595) divides all by `factor`,
     and so does "proportional", if it has one. "dynamic" scales nothing within the positions of the
     training, beyond which `models.model_config` refuses it.
     """
-    rope_type = rope["rope_type"]
+    rope_type, frequencies = rope["rope_type"], 1.0 / periods
     if rope_type in ("default", "dynamic"):
         return frequencies, 1.0
     if rope_type in ("linear", "proportional"):
@@ -82,7 +80,7 @@ def scale_frequencies(
     if rope_type == "longrope":
         is_long = num_positions > rope["original_max_position_embeddings"]
         factors = tensor(rope["long_factor" if is_long else "short_factor"], device="cpu")
-        return frequencies / factors, _longrope_magnitude(rope)
+        return 1.0 / (factors * periods), _longrope_magnitude(rope)
     raise ValueError(f"rope_type {rope_type!r} is unknown")
 
 

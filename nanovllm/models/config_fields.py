@@ -84,6 +84,9 @@ EXPERT_FIELDS = {
 # Of the families that name them among their fields, see `registry.Family`.
 FAMILY_FIELDS = {
     **dict.fromkeys("layer_types hidden_activation".split(), unchecked()),  # elsewhere
+    **dict.fromkeys("partial_rotary_factor rope_local_base_freq".split(), unchecked()),
+    "no_rope_layers": optional(Check("", _check_layers)),
+    "no_rope_layer_interval": SIZE,
     "sliding_window": FIELDS["sliding_window"],
     "use_sliding_window": boolean,
     "attn_logit_softcapping": optional(POSITIVE),

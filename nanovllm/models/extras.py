@@ -48,7 +48,7 @@ def rotary_tables(
     tables = []
     for index in range(config.num_hidden_layers):
         rope = config.rope_of(index)
-        key = repr(sorted(rope.items()))
+        key = repr(rope and sorted(rope.items()))
         if key not in made:
             made[key] = cos_sin_table(config.head_dim, size, rope, device)
         tables.append(made[key])

@@ -13,6 +13,7 @@ class Family(NamedTuple):
             its check in `config_fields.FAMILY_FIELDS`.
         activations: values that `hidden_act` may have, the default first.
         norm_weight_offset: what its checkpoints leave out of norm weights.
+        has_rope_by_layer_type: whether its rotary embeddings differ by layer type.
     """
 
     model_type: str
@@ -20,3 +21,4 @@ class Family(NamedTuple):
     fields: tuple[str, ...] = ()
     activations: tuple[str, ...] = ("silu",)
     norm_weight_offset: float = 0.0
+    has_rope_by_layer_type: bool = False

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from nanovllm.errors import ArgumentError, cut, nearest, shown, shown_error
 from nanovllm.model_files import is_file, list_directory, read_json_object
 from nanovllm.models.config_fields import check_fields
-from nanovllm.models.registry import check_supported, family_of, first_supported
+from nanovllm.models.registry import ARCHITECTURES, check_supported, family_of, first_supported
+from nanovllm.models.rope_config import LAYER_TYPES
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -227,7 +228,9 @@ def _override(raw: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(old, dict) and isinstance(value, Mapping):
             value = {**old, **value}
         merged[field] = value
-    if not set(ROPE_FIELDS).isdisjoint(fields):
+    if _has_rope_by_layer_type(merged) and not set(ROPE_FIELDS).isdisjoint(fields):
+        merged |= _override_rope_by_layer_type(raw, fields)
+    elif not set(ROPE_FIELDS).isdisjoint(fields):
         merged = {name: merged[name] for name in merged if name not in ROPE_FIELDS}
         merged["rope_parameters"] = _override_rope(raw, fields)
         if "original_max_position_embeddings" in _rope_parameters(fields, "hf_overrides"):
@@ -249,7 +252,44 @@ def _override_rope(raw: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, 
     """The rope parameters of config.json changed by `fields`; another type replaces the scaling."""
     if fields.get("rope_scaling") and fields.get("rope_parameters"):
         _check_same(fields, "rope_scaling", "rope_parameters")
-    old, new = _rope_parameters(raw, "config.json"), _rope_parameters(fields, "hf_overrides")
+    return _changed_rope(
+        _rope_parameters(raw, "config.json"), _rope_parameters(fields, "hf_overrides")
+    )
+
+
+def _has_rope_by_layer_type(fields: Mapping[str, Any]) -> bool:
+    name = first_supported(fields.get("architectures"))
+    return name is not None and ARCHITECTURES[name].has_rope_by_layer_type
+
+
+def _override_rope_by_layer_type(raw: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of rope parameters that differ by layer type, each changed by those in `fields`.
+
+    Of an older config.json the base stays, which `rope_parameters` do not name.
+    """
+    given = fields.get("rope_parameters")
+    by_type = isinstance(given, Mapping) and {*given} <= {*LAYER_TYPES}
+    if not by_type or any(name in fields for name in ("rope_theta", "rope_scaling")):
+        raise ArgumentError(
+            "hf_overrides must give this model's rotary embeddings as rope_parameters with entries "
+            f"{' and '.join(map(repr, LAYER_TYPES))}, got "
+            f"{shown({name: fields[name] for name in ROPE_FIELDS if name in fields})}"
+        )
+    assert isinstance(given, Mapping)
+    rope = dict(raw.get("rope_parameters") or {})
+    for name in given:
+        old, new = (
+            _rope_parameters({"rope_parameters": part}, "hf_overrides")
+            for part in (rope.get(name) or {}, given[name])
+        )
+        rope[name] = _changed_rope(old, new)
+    changed: dict[str, Any] = {"rope_parameters": rope}
+    if "full_attention" in given:
+        changed["rope_scaling"] = None  # of an older config.json, which would win
+    return changed
+
+
+def _changed_rope(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     old_type = old.get("rope_type", "default")
     if new.get("rope_type", old_type) != old_type:
         kept = ("rope_theta", "partial_rotary_factor")  # no part of the scaling

@@ -6,6 +6,13 @@ from typing import TYPE_CHECKING, Any
 from nanovllm.errors import ArgumentError
 from nanovllm.models.config_fields import MAX_POSITIONS
 from nanovllm.models.family import Family
+from nanovllm.models.rope_config import (
+    RopeLimit,
+    check_pairs,
+    complete_rope,
+    max_positions,
+    rope_limit,
+)
 from nanovllm.validation import check_integer
 
 if TYPE_CHECKING:
@@ -24,12 +31,14 @@ class ModelConfig:
 
     Attributes:
         max_positions: tokens of the longest sequence that the rotary embeddings are meant for.
+        rope_limit: see `RopeLimit`; None: any length.
         full_attention_limit: tokens of the longest sequence that full attention is right for, and
             the field that says so; None: any.
         has_block_scales: whether the checkpoint's linear weights are fp8 with scales for blocks.
         layer_windows: of each layer the tokens that a query sees, its own included; None: all.
         layer_types: of each layer, where rotary embeddings differ by it; else empty.
         attention_scale: multiplies the scores; None: 1 / sqrt(head_dim).
+        no_rope_layers: of each layer 0 if it has no rotary embeddings; empty: all have.
         embedding_multiplier: multiplies the embeddings; Gemma's own is not among the fields.
         logits_multiplier: multiplies the logits.
         norm_weight_offset: what checkpoints leave out of norm weights.
@@ -50,10 +59,12 @@ class ModelConfig:
     initializer_range: float
     rope_parameters: "RopeParameters"  # see `models.rope_config`
     max_positions: int
+    rope_limit: RopeLimit | None
     full_attention_limit: tuple[int, str] | None
     has_block_scales: bool
     layer_windows: tuple[int | None, ...]
     layer_types: tuple[str, ...] = ()
+    no_rope_layers: tuple[int, ...] = ()
     hidden_act: str = "silu"
     attention_scale: float | None = None
     attn_logit_softcapping: float | None = None
@@ -90,11 +101,13 @@ class ModelConfig:
             "architectures": tuple(hf_config.architectures or ()),
             "dtype": str(hf_config.dtype).removeprefix("torch.") if hf_config.dtype else None,
             "head_dim": head_dim,
-            "rope_parameters": dict(hf_config.rope_parameters),
-            "max_positions": _max_positions(hf_config),
+            "rope_parameters": complete_rope(hf_config),
+            "max_positions": max_positions(hf_config),
+            "rope_limit": rope_limit(hf_config),
             "full_attention_limit": _full_attention_limit(hf_config, family.fields),
             "has_block_scales": bool(getattr(hf_config, "quantization_config", None)),
             "layer_windows": _layer_windows(hf_config, family.fields),
+            "no_rope_layers": _no_rope_layers(hf_config, family.fields),
             "layer_types": tuple(getattr(hf_config, "layer_types", None) or ()),
             "attention_scale": _attention_scale(hf_config),
             "norm_weight_offset": family.norm_weight_offset,
@@ -141,6 +154,7 @@ class ModelConfig:
             initializer_range=getattr(text, "initializer_range", None) or 0.02,
             rope_parameters={},
             max_positions=_max_positions_of_any(text),
+            rope_limit=None,
             full_attention_limit=None,
             has_block_scales=False,
             layer_windows=(None,) * size("num_hidden_layers"),
@@ -153,6 +167,9 @@ class ModelConfig:
         check_integer("the model's head_dim", self.head_dim, minimum=1)
         if self.head_dim % 2 != 0:
             raise ArgumentError(f"the model's head_dim must be even, got {self.head_dim}")
+        for index in range(self.num_hidden_layers):
+            if (rope := self.rope_of(index)) is not None:
+                check_pairs(rope, self.head_dim)
         if self.num_attention_heads % self.num_key_value_heads != 0:
             raise ArgumentError(
                 f"the model's num_attention_heads ({self.num_attention_heads}) must be a multiple "
@@ -187,8 +204,10 @@ class ModelConfig:
                 f"num_key_value_heads ({num_kv_heads})"
             )
 
-    def rope_of(self, index: int) -> "RopeParameters":
-        """The rotary embeddings of layer `index`."""
+    def rope_of(self, index: int) -> "RopeParameters | None":
+        """The rotary embeddings of layer `index`; None: it has none."""
+        if self.no_rope_layers and not self.no_rope_layers[index]:
+            return None
         by_type: Any = self.rope_parameters
         return by_type[self.layer_types[index]] if "full_attention" in by_type else by_type
 
@@ -219,28 +238,24 @@ def _layer_windows(hf_config: "PretrainedConfig", known: tuple[str, ...]) -> tup
     return tuple(window if windowed else None for windowed in is_windowed)
 
 
+def _no_rope_layers(hf_config: "PretrainedConfig", known: tuple[str, ...]) -> tuple[int, ...]:
+    if "no_rope_layers" not in known:
+        return ()
+    num_layers, layers = hf_config.num_hidden_layers, tuple(hf_config.no_rope_layers)
+    if len(layers) < num_layers:
+        raise ArgumentError(
+            f"the model's no_rope_layers must have {num_layers} entries, one for each layer, got "
+            f"{len(layers)}"
+        )
+    return layers
+
+
 def _attention_scale(hf_config: "PretrainedConfig") -> float | None:
     """Gemma's is 1 / sqrt(`query_pre_attn_scalar`), Granite's `attention_multiplier`."""
     scalar = getattr(hf_config, "query_pre_attn_scalar", None)
     if scalar is not None:
         return float(scalar**-0.5)
     return getattr(hf_config, "attention_multiplier", None)
-
-
-def _max_positions(hf_config: "PretrainedConfig") -> int:
-    """Tokens of the longest sequence that the model's rotary embeddings are meant for.
-
-    That is `max_position_embeddings`, which already counts llama3's scaling. It need not count that
-    of yarn, whose limit is `factor * original_max_position_embeddings`, and does not count linear's
-    `factor`. The same rules as vLLM's.
-    """
-    rope, stated = hf_config.rope_parameters, hf_config.max_position_embeddings
-    rope = rope.get("full_attention", rope)  # what differs by layer type
-    if rope["rope_type"] == "yarn":
-        return int(rope["factor"] * rope["original_max_position_embeddings"])
-    if rope["rope_type"] == "linear":
-        return int(rope["factor"] * stated)
-    return stated
 
 
 def _max_positions_of_any(text_config: "PretrainedConfig") -> int:

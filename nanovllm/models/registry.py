@@ -11,11 +11,21 @@ from nanovllm.validation import check_integer
 
 WINDOWS = ("layer_types", "sliding_window", "use_sliding_window")
 ARCHITECTURES = {
+    "Glm4ForCausalLM": Family("glm4", "nanovllm.models.glm4", ("partial_rotary_factor",)),
+    "GlmForCausalLM": Family("glm", "nanovllm.models.glm", ("partial_rotary_factor",)),
     "LlamaForCausalLM": Family("llama", "nanovllm.models.llama"),
     "MistralForCausalLM": Family("mistral", "nanovllm.models.mistral", ("sliding_window",)),
+    "Phi3ForCausalLM": Family(
+        "phi3", "nanovllm.models.phi3", ("partial_rotary_factor", "sliding_window")
+    ),
     "Qwen2ForCausalLM": Family("qwen2", "nanovllm.models.qwen2", WINDOWS),
     "Qwen3ForCausalLM": Family("qwen3", "nanovllm.models.qwen3", WINDOWS),
     "Qwen3MoeForCausalLM": Family("qwen3_moe", "nanovllm.models.qwen3_moe", WINDOWS[1:]),
+    "SmolLM3ForCausalLM": Family(
+        "smollm3",
+        "nanovllm.models.smollm3",
+        (*WINDOWS, "no_rope_layers", "no_rope_layer_interval"),
+    ),
 }
 # What changes a model's results, and only the families compute that name it among their fields:
 # `is_causal` if it is false; fields, also those with a word in their names, unless they are false,
@@ -44,7 +54,7 @@ def check_supported(raw_config: Mapping[str, Any], path: str) -> None:
         path: the file's path, for the message.
     """
     family = _check_family(raw_config, path)
-    check_rope(raw_config, path)
+    check_rope(raw_config, path, family)
     for name, value in raw_config.items():
         if name not in family.fields and _is_unsupported(name, value):
             raise ArgumentError(f"{path}: {cut(name)}={_as_json(value)} is not supported")

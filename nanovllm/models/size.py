@@ -27,9 +27,11 @@ def check_size(config: Config, device: torch.device) -> None:
                 f"least {needed} weights: the *.safetensors files hold {found}"
             )
     weight_bytes = 1 if config.fp8_scales else config.resolve_dtype().itemsize
-    # The table of rotations, and its angles.
-    table = 2 * 4 * config.max_model_len * config.model_config.head_dim
-    num_bytes = needed * weight_bytes // config.tensor_parallel_size + table
+    shape = config.model_config
+    # The tables of rotations, and the angles of the last one.
+    num_tables = 1 + len({repr(shape.rope_of(i)) for i in range(shape.num_hidden_layers)})
+    tables = 4 * num_tables * config.max_model_len * shape.head_dim
+    num_bytes = needed * weight_bytes // config.tensor_parallel_size + tables
     available = device_memory(device)
     if num_bytes > available:
         raise ArgumentError(

@@ -480,12 +480,12 @@ def test_cuda_without_a_gpu_is_refused(model, monkeypatch):
         ({"architectures": []}, r"architectures \[\] is not supported"),
         ({"architectures": None}, r"architectures \[\] is not supported"),
         (
-            {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
-            "rope_scaling of type 'dynamic' is not supported",
+            {"rope_scaling": {"type": "mrope", "factor": 4.0}},
+            "rope_scaling of type 'mrope' is not supported",
         ),
         (
             {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0}},
-            "rope_parameters of type 'longrope' is not supported",
+            "rope_parameters of type 'longrope' lacks long_factor",
         ),
         ({"use_sliding_window": True}, "use_sliding_window=true is not supported"),
         (
@@ -685,7 +685,7 @@ def without_rope_parameters(hf_config):
     [
         ({"hidden_act": "gelu"}, "with hf_overrides: hidden_act 'gelu' is not supported"),
         ({"architectures": ["LlamaForCausalLM"]}, r"architectures \['LlamaForCausalLM'\]"),
-        ({"rope_scaling": {"rope_type": "dynamic"}}, "of type 'dynamic' is not supported"),
+        ({"rope_scaling": {"rope_type": "mrope"}}, "of type 'mrope' is not supported"),
         (
             {"num_hiden_layers": 2},
             "no field 'num_hiden_layers'; the nearest is 'num_hidden_layers'",

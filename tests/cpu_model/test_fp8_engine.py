@@ -34,13 +34,17 @@ def through_fp8(x: torch.Tensor) -> torch.Tensor:
     return (x / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
 
 
-def attention_over_fp8(module, query, key, value, attention_mask, scaling, **kwargs):
+def attention_over_fp8(
+    module, query, key, value, attention_mask, scaling, sliding_window=None, **kwargs
+):
     """Causal attention [B, H, T, D] -> [B, T, H, D] for transformers; K and V go through fp8."""
     group = query.shape[1] // key.shape[1]
     key, value = (through_fp8(x).repeat_interleave(group, dim=1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * scaling
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+    seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if sliding_window is not None:
+        seen = seen.triu(1 - sliding_window)
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
     return (weights @ value).transpose(1, 2), None
 
 

@@ -11,7 +11,7 @@ from engine_checks import (
     tiny_engine,
 )
 from safetensors.torch import load_file, save_file
-from tiny_models import reference_greedy, save_model
+from tiny_models import reference_greedy, save_family, save_model
 from transformers import Qwen3ForCausalLM
 
 from nanovllm import ArgumentError
@@ -183,3 +183,14 @@ def test_weights_that_sleep_are_not_loaded(llm, references, state):
         llm.load_weights(state)
         llm.wake_up()
         check_generates(llm, references[1])
+
+
+@pytest.mark.parametrize("name", ["phi4-mini", "glm"])
+def test_fused_tensors_and_heads_in_another_order(name, tmp_path):
+    """The engine starts on random weights, and gets all of them by the checkpoint's names."""
+    path = save_family(tmp_path / "model", name)
+    tensors = load_file(path / "model.safetensors")
+    with tiny_engine(path, load_format="dummy") as llm:
+        assert generate(llm, PROMPTS, greedy(1))
+        llm.load_weights(tensors)
+        check_generates(llm, reference_greedy(path, PROMPTS, MAX_TOKENS))
