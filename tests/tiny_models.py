@@ -132,6 +132,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
 OLD_CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2": {"head_dim": None},
     "llama2": {"head_dim": None},
+    "phi4-mini": {
+        "rope_parameters": None,
+        "rope_theta": LONGROPE["rope_theta"],
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": LONGROPE["short_factor"],
+            "long_factor": LONGROPE["long_factor"],
+        },
+    },
+    "glm": {"rope_parameters": None, "rope_theta": 500.0},  # half of a head is the default
     "smollm2": {"head_dim": None, "rope_parameters": None, "rope_theta": 10000.0},
 }
 
