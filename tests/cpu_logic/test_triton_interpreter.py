@@ -14,6 +14,7 @@ import pytest
 FILES = (
     "triton_interpreter_checks.py",
     "triton_decode_checks.py",
+    "triton_attention_extras_checks.py",
     "triton_filter_checks.py",
     "triton_fp8_linear_checks.py",
     "triton_linear_checks.py",

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels import types
+from nanovllm.kernels.triton.attention_scores import score_scales, tanh
 from nanovllm.kernels.triton.launch import await_previous, jit, num_multiprocessors, overlap_options
 from nanovllm.kernels.types import KVCache
 
@@ -37,7 +38,8 @@ def _common_prefix_kernel(
     value_scales,
     block_table,  # [W] int32, of any row
     num_common_blocks,  # [1] int32
-    scale_log2,  # softmax scale * log2(e): the exponentials are powers of two
+    scale_log2,  # of `score_scales`
+    tanh_scale,
     num_queries,  # B * GROUP
     stride_query,
     stride_head,
@@ -84,12 +86,15 @@ def _common_prefix_kernel(
         # Shared blocks are full: only a padded head_dim needs the mask.
         k = tl.load(key_cache + base + tile_offsets, mask=in_dim[None, :], other=0.0).to(q.dtype)
         v = tl.load(value_cache + base + tile_offsets, mask=in_dim[None, :], other=0.0).to(q.dtype)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [BLOCK_M, TILE]
+        product_scale = scale_log2 if tanh_scale is None else tanh_scale
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * product_scale  # [BLOCK_M, TILE]
         if key_scales is not None:
             scale_offsets = (
                 (block * num_kv_heads + kv_head) * BLOCK_SIZE + start % BLOCK_SIZE + token
             )
             scores *= tl.load(key_scales + scale_offsets)[None, :]
+        if tanh_scale is not None:
+            scores = tanh(scores) * scale_log2
         new_max = tl.maximum(running_max, tl.max(scores, axis=1))
         correction = tl.exp2(running_max - new_max)
         p = tl.exp2(scores - new_max[:, None])
@@ -130,12 +135,14 @@ def attend_to_common_prefix(
     block_table: torch.Tensor,
     num_common_blocks: torch.Tensor,
     scale: float,
+    softcap: float | None = None,
 ) -> None:
     """Attention of query [B, Hq, D] to the first num_common_blocks [1] int32 blocks of block_table.
 
     Writes, for each of S splits of these blocks' tokens, the normalised outputs to `partial`
     [S, B, Hq, D] and the base-2 logarithm of the softmax's denominator to `partial_lse` [S, B, Hq]
-    (-inf for a split without tokens), both float32 and contiguous. Scale as in `Ops.attend`.
+    (-inf for a split without tokens), both float32 and contiguous. Scale and softcap as in
+    `Ops.attend`; sinks are counted by whoever merges.
     """
     num_splits, batch_size, num_heads, head_dim = partial.shape
     key_cache, value_cache, key_scales, value_scales = cache
@@ -151,6 +158,7 @@ def attend_to_common_prefix(
         block_m, tile, num_stages = 16, 16, 1
     assert tile >= 16 and block_size % tile == 0
     num_queries = batch_size * group
+    scale_log2, tanh_scale = score_scales(scale, softcap)
     _common_prefix_kernel[(num_kv_heads, triton.cdiv(num_queries, block_m), num_splits)](
         partial,
         partial_lse,
@@ -161,7 +169,8 @@ def attend_to_common_prefix(
         value_scales,
         block_table,
         num_common_blocks,
-        scale * 1.4426950408889634,
+        scale_log2,
+        tanh_scale,
         num_queries,
         query.stride(0),
         query.stride(1),

@@ -3,7 +3,9 @@
 Contexts are cut into splits of about one size, however unequal the rows are; `plan_decode` lists
 the splits on the device, once a step. A program reads one split of one KV head, for the whole group
 of query heads; the last program of a row to finish merges the row's splits. Every grid depends on
-the batch size and the table's width only, so all can be captured in a CUDA graph.
+the batch size, the table's width and the window only, so all can be captured in a CUDA graph.
+
+In a layer with a window the splits divide what the query sees, and no tile before it is read.
 """
 
 from typing import NamedTuple
@@ -13,6 +15,7 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels import types
+from nanovllm.kernels.triton.attention_scores import check_sinks, load_sinks, score_scales, tanh
 from nanovllm.kernels.triton.common_prefix import attend_to_common_prefix, choose_prefix_splits
 from nanovllm.kernels.triton.fp8 import unpack_pairs
 from nanovllm.kernels.triton.launch import (
@@ -49,16 +52,21 @@ ITEM_SIZE = tl.constexpr(5)
 
 
 class DecodePlan(NamedTuple):
-    """How a step's decode attention is divided among programs; the same in every layer."""
+    """How a step's decode attention is divided among programs, the same in layers of one kind.
+
+    Layers of another kind have a plan in `others`, made when the first of them asks for it.
+    """
 
     items: torch.Tensor  # [P, ITEM_SIZE] int32
     arrivals: torch.Tensor  # [B, Hkv] int32, splits finished; a multiple of NUM_SPLITS in between
     num_common_blocks: torch.Tensor | None  # [1] int32, see `Ops.plan_decode`
-    tile: int  # tokens; splits begin at multiples
+    tile: int  # tokens; splits begin at multiples, but for a row's first one in a window
+    window: int | None
+    others: "dict[tuple[int, int | None], DecodePlan]"  # by (KV heads, window)
 
 
 @jit(
-    do_not_specialize=["batch_size", "num_items", "target", "num_kv_heads", "min_tiles"],
+    do_not_specialize=["batch_size", "num_items", "target", "num_kv_heads", "min_tiles", "window"],
     do_not_specialize_on_alignment=["context_lens"],
 )
 def _plan_kernel(
@@ -71,6 +79,7 @@ def _plan_kernel(
     target,  # splits that a long batch is cut into, apart from each row's rounding
     num_kv_heads,
     min_tiles,  # of a split, in a row that has several
+    window,  # int or None: see `Ops.attend`
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     PADDED_BATCH: tl.constexpr,
@@ -83,6 +92,9 @@ def _plan_kernel(
     first_token = 0
     if num_common_blocks is not None:
         first_token = tl.load(num_common_blocks) * BLOCK_SIZE
+    if window is not None:
+        first_visible = tl.maximum(length - window, 0)
+        first_token = first_visible // TILE * TILE
     num_tiles = tl.cdiv(tl.maximum(length - first_token, 0), TILE)
     tiles_per_split = tl.maximum(tl.cdiv(tl.sum(num_tiles, axis=0), target), min_tiles)
     # At least one, so that a row of length 0 gets its zeros; no split is without a tile else.
@@ -94,6 +106,8 @@ def _plan_kernel(
         divisor = tl.maximum(num_splits, 1)
         begin = first_token + num_tiles * split // divisor * TILE
         end = tl.minimum(first_token + num_tiles * (split + 1) // divisor * TILE, length)
+        if window is not None:
+            begin = tl.maximum(begin, first_visible)
         tl.store(item + ROW, row, mask=exists)
         tl.store(item + BEGIN, begin, mask=exists)
         tl.store(item + END, end, mask=exists)
@@ -183,7 +197,9 @@ def _decode_kernel(
     key_scales,  # [num_blocks, Hkv, BLOCK_SIZE] float32 if the caches are fp8, else None
     value_scales,
     block_tables,  # [B, W] int32
-    scale_log2,  # softmax scale * log2(e): the exponentials are powers of two
+    sinks,  # [Hq] or None
+    scale_log2,  # of `score_scales`
+    tanh_scale,
     batch_size,
     num_prefix_splits,
     stride_query,
@@ -201,6 +217,7 @@ def _decode_kernel(
     MERGE_GROUP: tl.constexpr,
     MERGE_PARTS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    WINDOWED: tl.constexpr,  # whether splits may begin within a tile
     OVERLAP: tl.constexpr,
 ):
     release_next(OVERLAP)
@@ -244,21 +261,34 @@ def _decode_kernel(
     acc = tl.zeros([PADDED_GROUP, PADDED_DIM // PACKED], tl.float32)
     if IS_FP8:
         acc_odd = tl.zeros([PADDED_GROUP, PADDED_DIM // PACKED], tl.float32)
+    if sinks is not None:
+        # The row's first split counts them.
+        is_first = (member >= 0) & (item_index == first_item)
+        running_max = tl.where(is_first, load_sinks(sinks, head, member < GROUP), running_max)
+        running_sum = tl.where(is_first, 1.0, running_sum)
+    first_token = begin
+    if WINDOWED:
+        begin = begin // TILE * TILE
     for start in tl.range(begin, end, TILE):
         # begin and TILE keep a tile within one page: one block id, one int64 base address.
         block = tl.load(table + start // BLOCK_SIZE).to(tl.int64)
         base = block * stride_block + (start % BLOCK_SIZE) * stride_slot
         in_context = token < end - start
+        if WINDOWED:
+            in_context &= token >= first_token - start
         k_mask = in_context[:, None] & in_dim[None, :]
         v_mask = in_context[:, None] & in_value_dim[None, :]
         k = tl.load(key_cache + base + tile_offsets, mask=k_mask, other=0.0).to(q.dtype)
         v = tl.load(value_cache + base // PACKED + value_offsets, mask=v_mask, other=0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [group, TILE]
+        product_scale = scale_log2 if tanh_scale is None else tanh_scale
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * product_scale  # [group, TILE]
         if IS_FP8:
             scale_offsets = (
                 (block * num_kv_heads + kv_head) * BLOCK_SIZE + start % BLOCK_SIZE + token
             )
             scores *= tl.load(key_scales + scale_offsets, mask=in_context, other=0.0)[None, :]
+        if tanh_scale is not None:
+            scores = tanh(scores) * scale_log2
         scores = tl.where(in_context[None, :], scores, float("-inf"))
         new_max = tl.maximum(running_max, tl.max(scores, axis=1))  # finite: a tile has a token
         correction = tl.exp2(running_max - new_max)
@@ -316,6 +346,11 @@ def _decode_kernel(
             )
 
 
+def _cutting(window: int | None, block_tables: torch.Tensor, block_size: int) -> int | None:
+    """The window, or None where no sequence of these tables is longer."""
+    return None if window is None or window >= block_tables.shape[1] * block_size else window
+
+
 def plan_decode(
     cache: KVCache,
     block_tables: torch.Tensor,
@@ -344,12 +379,16 @@ def plan_decode(
         shortest, longest = MIN_SPLIT_TOKENS
         min_split = max(shortest, min(2 * row_heads, longest))
     min_tiles = max(1, min_split // tile)
+    window = _cutting(window, block_tables, block_size)
     if programs_per_sm is None:
         programs_per_sm = next(n for most, n in PROGRAMS_PER_SM.items() if row_heads <= most)
     num_programs = programs_per_sm * num_multiprocessors(key_cache.device)
     target = max(1, num_programs // num_kv_heads)
-    # The plan's splits are at most target + batch_size; short tables have fewer.
-    most_splits = triton.cdiv(block_tables.shape[1] * block_size, min_tiles * tile)
+    # The plan's splits are at most target + batch_size; short tables and windows have fewer.
+    most_tiles = block_tables.shape[1] * block_size // tile
+    if window is not None:
+        most_tiles = min(most_tiles, triton.cdiv(window - 1, tile) + 1)
+    most_splits = triton.cdiv(most_tiles, min_tiles)
     num_items = min(target + batch_size, most_splits * batch_size)
     device = context_lens.device
     items = torch.empty((num_items, ITEM_SIZE.value), dtype=torch.int32, device=device)
@@ -359,19 +398,35 @@ def plan_decode(
             items,
             arrivals,
             context_lens,
-            num_common_blocks,
+            num_common_blocks if window is None else None,
             batch_size,
             num_items,
             target,
             num_kv_heads,
             min_tiles,
+            window,
             BLOCK_SIZE=block_size,
             TILE=tile,
             PADDED_BATCH=max(128, triton.next_power_of_2(batch_size)),
             num_warps=4,
             **overlap_options(device),
         )
-    return DecodePlan(items, arrivals, num_common_blocks, tile)
+    return DecodePlan(items, arrivals, num_common_blocks, tile, window, {})
+
+
+def _plan_of_layer(cache: KVCache, metadata: DecodeMetadata, window: int | None) -> DecodePlan:
+    """The step's plan for a layer's number of KV heads and window; makes it if there is none."""
+    tables, context_lens = metadata.block_tables, metadata.context_lens
+    if metadata.plan is None:
+        return plan_decode(cache, tables, context_lens, window=window)
+    assert isinstance(metadata.plan, DecodePlan)
+    plan, num_kv_heads = metadata.plan, cache.key.shape[2]
+    if (plan.arrivals.shape[1], plan.window) == (num_kv_heads, window):
+        return plan
+    if (num_kv_heads, window) not in plan.others:
+        other = plan_decode(cache, tables, context_lens, plan.num_common_blocks, window)
+        plan.others[num_kv_heads, window] = other
+    return plan.others[num_kv_heads, window]
 
 
 def decode_attention(
@@ -380,6 +435,9 @@ def decode_attention(
     metadata: DecodeMetadata,
     scale: float,
     *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     num_warps: int | None = None,
     num_stages: int | None = None,
 ) -> torch.Tensor:
@@ -388,7 +446,7 @@ def decode_attention(
     The last two arguments override the tuned choices.
     """
     key_cache, value_cache, key_scales, value_scales = cache
-    block_tables, plan = metadata.block_tables, metadata.plan
+    block_tables = metadata.block_tables
     batch_size, num_heads, head_dim = query.shape
     block_size, num_kv_heads = key_cache.shape[1:3]
     out = torch.empty((batch_size, num_heads, head_dim), dtype=query.dtype, device=query.device)
@@ -396,9 +454,11 @@ def decode_attention(
         return out
     assert query.stride(2) == 1 and key_cache.stride(3) == 1
     assert key_cache.stride() == value_cache.stride()
-    if plan is None:
-        plan = plan_decode(cache, block_tables, metadata.context_lens)
-    assert isinstance(plan, DecodePlan)
+    check_sinks(sinks, num_heads)
+    scale_log2, tanh_scale = score_scales(scale, softcap)
+    window = _cutting(window, block_tables, block_size)
+    plan = _plan_of_layer(cache, metadata, window)
+    num_common_blocks = plan.num_common_blocks if window is None else None
     num_items, tile = len(plan.items), plan.tile
     group = num_heads // num_kv_heads
     # A product has at least 16 columns; with fp8 it has half of the head's.
@@ -410,20 +470,21 @@ def decode_attention(
         stage_bytes = 2 * tile * padded_dim * key_cache.element_size()
         num_stages = max(2, min(NUM_STAGES, NUM_STAGES * STAGE_BYTES // stage_bytes))
     num_prefix_splits = 0
-    if plan.num_common_blocks is not None:
+    if num_common_blocks is not None:
         num_prefix_splits = choose_prefix_splits(batch_size, num_heads, num_kv_heads, query.device)
     shape = (num_items + num_prefix_splits * batch_size, num_heads)
     partial = torch.empty((*shape, head_dim), dtype=torch.float32, device=query.device)
     partial_lse = torch.empty(shape, dtype=torch.float32, device=query.device)
-    if plan.num_common_blocks is not None:
+    if num_common_blocks is not None:
         attend_to_common_prefix(
             partial[num_items:].view(num_prefix_splits, *query.shape),
             partial_lse[num_items:].view(num_prefix_splits, *query.shape[:2]),
             query,
             cache,
             block_tables[0],
-            plan.num_common_blocks,
+            num_common_blocks,
             scale,
+            softcap,
         )
     _decode_kernel[(num_kv_heads, num_items)](
         out,
@@ -437,7 +498,9 @@ def decode_attention(
         key_scales,
         value_scales,
         block_tables,
-        scale * 1.4426950408889634,
+        sinks,
+        scale_log2,
+        tanh_scale,
         batch_size,
         num_prefix_splits,
         query.stride(0),
@@ -455,6 +518,7 @@ def decode_attention(
         MERGE_GROUP=merge_group,
         MERGE_PARTS=merge_parts,
         ASSEMBLY=query.is_cuda,  # the interpreter runs none
+        WINDOWED=window is not None,
         num_warps=num_warps or (NUM_WARPS if tile <= TILE else 2 * NUM_WARPS),
         num_stages=num_stages,
         **overlap_options(query.device),

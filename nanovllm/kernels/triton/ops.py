@@ -13,7 +13,7 @@ from nanovllm.kernels.triton.prefill_attention import prefill_attention
 from nanovllm.kernels.triton.rope import qk_norm_rope_store
 from nanovllm.kernels.triton.row_state import gather_decode_inputs, write_back
 from nanovllm.kernels.triton.sampling import sample
-from nanovllm.kernels.types import AttentionMetadata, KVCache, PrefillMetadata
+from nanovllm.kernels.types import ATTENTION_EXTRAS, AttentionMetadata, KVCache, PrefillMetadata
 
 
 def attend(
@@ -28,8 +28,12 @@ def attend(
 ) -> torch.Tensor:
     """See `Ops.attend`."""
     if isinstance(metadata, PrefillMetadata):
-        return prefill_attention(query, cache, metadata, scale)
-    return decode_attention(query, cache, metadata, scale)
+        return prefill_attention(
+            query, cache, metadata, scale, window=window, softcap=softcap, sinks=sinks
+        )
+    return decode_attention(
+        query, cache, metadata, scale, window=window, softcap=softcap, sinks=sinks
+    )
 
 
 class TritonKernels:
@@ -58,7 +62,7 @@ class TritonOps(TritonKernels):
     """`Ops` in Triton, on NVIDIA GPUs and in Triton's interpreter."""
 
     reads_common_blocks_once = True
-    attention_extras = frozenset[str]()
+    attention_extras = ATTENTION_EXTRAS
 
     attend = staticmethod(attend)
     plan_decode = staticmethod(plan_decode)

@@ -4,6 +4,9 @@ A program owns BLOCK_M consecutive queries of one head of one sequence and walks
 of which (a cached prefix and the new tokens alike) are read back from the cache by pages. Tiles of
 keys that every query sees come first and need no mask; the tiles on the diagonal follow. On Hopper
 `_attend_by_bulk_copies` does the walk; `_attend` does it elsewhere, for float32 and an fp8 cache.
+
+In a layer with a window the walk begins at the first tile that one of the queries sees, and the
+tiles that not all of them see, at its begin too, have a mask.
 """
 
 from functools import lru_cache
@@ -14,6 +17,13 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanovllm.kernels import types
+from nanovllm.kernels.triton.attention_scores import (
+    LARGEST,
+    check_sinks,
+    load_sinks,
+    score_scales,
+    tanh,
+)
 from nanovllm.kernels.triton.launch import jit
 from nanovllm.kernels.types import KVCache, PrefillMetadata
 
@@ -58,7 +68,9 @@ def _attend(
     begin,
     end,
     len_k,
+    window,
     scale_log2,
+    tanh_scale,
     stride_block,
     stride_slot,
     NUM_KV_HEADS: tl.constexpr,
@@ -97,8 +109,12 @@ def _attend(
                 key_scale = tl.load(key_scales + scale_offsets)
                 value_scale = tl.load(value_scales + scale_offsets)
             scores = scores * key_scale[None, :]
+        if tanh_scale is not None:
+            scores = tanh(scores * tanh_scale)
         if MASKED:
             visible = (start + token)[None, :] <= q_pos[:, None]
+            if window is not None:
+                visible &= (start + token)[None, :] > q_pos[:, None] - window
             scores = tl.where(visible, scores, float("-inf"))
         p, correction, running_max, running_sum = _softmax(
             scores, running_max, running_sum, scale_log2
@@ -122,22 +138,34 @@ def _attend_by_bulk_copies(
     table,
     column,  # of this KV head within a slot
     q_pos,
+    begin,
+    unmasked_begin,
     unmasked_end,
     end,
+    window,
     scale_log2,
+    tanh_scale,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The whole walk over the keys [0, end), tiles by Hopper's bulk copies, the diagonal's too."""
+    """The whole walk over the keys [begin, end), tiles by Hopper's bulk copies, masked ones too."""
     token = tl.arange(0, BLOCK_N)
-    for start in tl.range(0, end, BLOCK_N):
+    for start in tl.range(begin, end, BLOCK_N):
         # The last tile may reach past the context: what lies there is finite, and p is 0.
         slot = tl.load(table + start // BLOCK_SIZE) * BLOCK_SIZE + start % BLOCK_SIZE
         k = key_tiles.load([slot, column])
         v = value_tiles.load([slot, column])
         scores = tl.dot(q, tl.trans(k))
-        if start >= unmasked_end:
-            scores = tl.where((start + token)[None, :] <= q_pos[:, None], scores, float("-inf"))
+        if tanh_scale is not None:
+            scores = tanh(scores * tanh_scale)
+        is_masked = start >= unmasked_end
+        if window is not None:
+            is_masked |= start < unmasked_begin
+        if is_masked:
+            visible = (start + token)[None, :] <= q_pos[:, None]
+            if window is not None:
+                visible &= (start + token)[None, :] > q_pos[:, None] - window
+            scores = tl.where(visible, scores, float("-inf"))
         p, correction, running_max, running_sum = _softmax(
             scores, running_max, running_sum, scale_log2
         )
@@ -147,7 +175,7 @@ def _attend_by_bulk_copies(
 
 # Tables and lengths may be slices of one packed buffer: no recompilation for their alignment.
 @jit(
-    do_not_specialize=["stride_table"],
+    do_not_specialize=["stride_table", "window"],
     do_not_specialize_on_alignment=["block_tables", "cu_seqlens_q", "cu_seqlens_k"],
 )
 def _prefill_kernel(
@@ -162,7 +190,10 @@ def _prefill_kernel(
     block_tables,  # [S, W] int32
     cu_seqlens_q,  # [S + 1] int32
     cu_seqlens_k,
-    scale_log2,  # softmax scale * log2(e): the exponentials are powers of two
+    sinks,  # [Hq] or None
+    window,  # int or None: see `Ops.attend`
+    scale_log2,  # of `score_scales`
+    tanh_scale,
     stride_query,
     stride_head,
     stride_block,
@@ -212,6 +243,19 @@ def _prefill_kernel(
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
+    begin = 0
+    unmasked_begin = 0
+    if window is not None:
+        first_visible = num_cached + first_row + 1 - window  # to the first row
+        begin = tl.maximum(first_visible, 0) // BLOCK_N * BLOCK_N
+        # Keys from the last row's first one on are in every row's window.
+        unmasked_begin = tl.cdiv(tl.maximum(first_visible + BLOCK_M - 1, 0), BLOCK_N) * BLOCK_N
+        unmasked_begin = tl.minimum(unmasked_begin, unmasked_end)
+        # Finite, as a row may see nothing of its first tiles.
+        running_max = tl.full([BLOCK_M], -LARGEST, tl.float32)
+    if sinks is not None:
+        running_max = tl.zeros([BLOCK_M], tl.float32) + load_sinks(sinks, head, True)
+        running_sum = tl.full([BLOCK_M], 1.0, tl.float32)
     if key_tiles is not None:
         acc, running_sum = _attend_by_bulk_copies(
             acc,
@@ -223,65 +267,48 @@ def _prefill_kernel(
             table,
             kv_head * HEAD_DIM,
             q_pos,
+            begin,
+            unmasked_begin,
             unmasked_end,
             end,
+            window,
             scale_log2,
+            tanh_scale,
             BLOCK_SIZE,
             BLOCK_N,
         )
     else:
-        acc, running_max, running_sum = _attend(
-            acc,
-            running_max,
-            running_sum,
-            q,
-            key_cache,
-            value_cache,
-            key_scales,
-            value_scales,
-            table,
-            kv_head,
-            tile_offsets,
-            in_dim,
-            q_pos,
-            0,
-            unmasked_end,
-            len_k,
-            scale_log2,
-            stride_block,
-            stride_slot,
-            NUM_HEADS // GROUP,
-            BLOCK_SIZE,
-            BLOCK_N,
-            HEAD_DIM < PADDED_DIM,
-            MASKED=False,
-        )
-        acc, running_max, running_sum = _attend(
-            acc,
-            running_max,
-            running_sum,
-            q,
-            key_cache,
-            value_cache,
-            key_scales,
-            value_scales,
-            table,
-            kv_head,
-            tile_offsets,
-            in_dim,
-            q_pos,
-            unmasked_end,
-            end,
-            len_k,
-            scale_log2,
-            stride_block,
-            stride_slot,
-            NUM_HEADS // GROUP,
-            BLOCK_SIZE,
-            BLOCK_N,
-            HEAD_DIM < PADDED_DIM,
-            MASKED=True,
-        )
+        # The window's edge, what every row sees, the diagonal.
+        bounds = (begin, unmasked_begin, unmasked_end, end)
+        for part in tl.static_range(1 if window is None else 0, 3):
+            acc, running_max, running_sum = _attend(
+                acc,
+                running_max,
+                running_sum,
+                q,
+                key_cache,
+                value_cache,
+                key_scales,
+                value_scales,
+                table,
+                kv_head,
+                tile_offsets,
+                in_dim,
+                q_pos,
+                bounds[part],
+                bounds[part + 1],
+                len_k,
+                window,
+                scale_log2,
+                tanh_scale,
+                stride_block,
+                stride_slot,
+                NUM_HEADS // GROUP,
+                BLOCK_SIZE,
+                BLOCK_N,
+                HEAD_DIM < PADDED_DIM,
+                MASKED=part != 1,
+            )
     if key_scales is not None:
         running_sum = running_sum * FP8_MAX
     acc = acc / running_sum[:, None]
@@ -300,6 +327,9 @@ def prefill_attention(
     metadata: PrefillMetadata,
     scale: float,
     *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     config: tuple[int, int, int, int] | None = None,
     use_tensor_descriptors: bool | None = None,
 ) -> torch.Tensor:
@@ -318,6 +348,10 @@ def prefill_attention(
         return out
     assert query.stride(2) == 1 and key_cache.stride(3) == 1
     assert key_cache.stride() == value_cache.stride()
+    check_sinks(sinks, num_heads)
+    scale_log2, tanh_scale = score_scales(scale, softcap)
+    if window is not None and window >= metadata.max_seqlen_k:
+        window = None  # it cuts no sequence
     if config is None:
         hopper_configs = HOPPER_CONFIGS if key_scales is None else HOPPER_FP8_CONFIGS
         configs = hopper_configs if _is_hopper(query.device) else HALF_CONFIGS
@@ -352,7 +386,10 @@ def prefill_attention(
         block_tables,
         metadata.cu_seqlens_q,
         metadata.cu_seqlens_k,
-        scale * 1.4426950408889634,
+        sinks,
+        window,
+        scale_log2,
+        tanh_scale,
         query.stride(0),
         query.stride(1),
         key_cache.stride(0),
