@@ -143,7 +143,10 @@ class Config:
         256, Check("multiple of 256", _check_block_size), "tokens per KV block."
     )
     num_kvcache_blocks: int | None = parameter(
-        None, Check("integer >= 1", _check_num_blocks), "KV blocks, None: as memory allows."
+        None,
+        Check("integer >= 1", _check_num_blocks),
+        "KV blocks, None: as memory allows. Of a model with sliding windows, those of the layers "
+        "that see most; the others' numbers follow.",
     )
     kv_cache_memory_bytes: int | None = parameter(
         None,
@@ -368,8 +371,22 @@ class Config:
 
     @property
     def row_width(self) -> int:
-        """Width of a row of the row table."""
-        return row_state.BLOCK_TABLE + self.max_blocks_per_seq
+        """Width of a row of the row table, which has a block table of each cache group."""
+        return row_state.BLOCK_TABLE + len(self.cache_windows) * self.max_blocks_per_seq
+
+    def cache_window(self, window: int | None) -> int | None:
+        """The window of the cache group of layers with `window`; None: they see everything."""
+        return window if window is not None and window < self.max_model_len else None
+
+    @property
+    def cache_windows(self) -> tuple[int | None, ...]:
+        """The window of each cache group: None first, if there is one, then the largest first.
+
+        A cache group is all attention layers with this window: see `engine.cache_groups`.
+        """
+        windows = {self.cache_window(window) for window in self.model_config.layer_windows}
+        finite = sorted((w for w in windows if w is not None), reverse=True)
+        return (None, *finite) if None in windows or not finite else tuple(finite)
 
     def resolve_device(self) -> "torch.device":
         """The device of rank 0 (rank r has GPU r); ArgumentError if there are too few GPUs."""

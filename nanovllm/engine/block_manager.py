@@ -5,6 +5,7 @@ cache, until it is taken for something else; free blocks are taken oldest first.
 """
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from itertools import count
 
 import numpy as np
@@ -69,6 +70,9 @@ class BlockManager:
         digest.update(np.array(token_ids, dtype="<i8").tobytes())
         return digest.intdigest()
 
+    def begin_step(self, running: Iterable[Sequence]) -> None:
+        """Called before a step is scheduled. All blocks are held until their sequence ends."""
+
     def match_prefix(self, seq: Sequence) -> list[int]:
         """Ids of the cached blocks that hold the leading full blocks of `seq`; changes nothing."""
         matched: list[int] = []
@@ -116,11 +120,7 @@ class BlockManager:
     def deallocate(self, seq: Sequence) -> None:
         """Release the blocks of `seq`, the deepest first: tails are reused before prefixes."""
         for block_id in reversed(seq.block_table):
-            block = self.blocks[block_id]
-            assert block.ref_count > 0
-            block.ref_count -= 1
-            if block.ref_count == 0:
-                self.free_block_ids[block_id] = None
+            self._release(self.blocks[block_id])
         seq.block_table.clear()
         seq.num_hashed_blocks = 0
 
@@ -175,6 +175,12 @@ class BlockManager:
         if block.ref_count == 0:
             del self.free_block_ids[block.block_id]
         block.ref_count += 1
+
+    def _release(self, block: Block) -> None:
+        assert block.ref_count > 0
+        block.ref_count -= 1
+        if block.ref_count == 0:
+            self.free_block_ids[block.block_id] = None
 
     def _forget(self, block: Block) -> None:
         if block.hash is None:

@@ -9,7 +9,7 @@ from math import ceil
 from operator import attrgetter
 
 from nanovllm.config import Config
-from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.cache_groups import new_block_manager
 from nanovllm.engine.priority_queue import POLICIES
 from nanovllm.engine.scheduler_stats import SchedulerStats
 from nanovllm.engine.scheduling_policy import is_worth_admitting
@@ -21,7 +21,7 @@ class Scheduler:
     """Waiting and running queues over a pool of KV blocks.
 
     `config` needs max_num_seqs, max_num_batched_tokens, enable_chunked_prefill, watermark,
-    eos_token_ids, num_kvcache_blocks, kvcache_block_size, enable_prefix_caching and
+    eos_token_ids, num_kvcache_blocks, kvcache_block_size, enable_prefix_caching, cache_windows and
     scheduling_policy.
     """
 
@@ -37,11 +37,7 @@ class Scheduler:
 
     def clear(self) -> None:
         """Nothing waits or runs, and the cache is empty."""
-        config = self.config
-        assert config.num_kvcache_blocks is not None
-        self.block_manager = BlockManager(
-            config.num_kvcache_blocks, config.kvcache_block_size, config.enable_prefix_caching
-        )
+        self.block_manager = new_block_manager(self.config)
         self.free_rows = deque(range(self.max_num_seqs))
         self.running: deque[Sequence] = deque()
         self.waiting = self.new_queue()
@@ -73,6 +69,7 @@ class Scheduler:
             in_flight: a launched step is not committed yet, so nothing may be preempted; if only a
                 preemption would help, the list is empty and the caller commits first.
         """
+        self.block_manager.begin_step(self.running)
         if self._is_prefill_due() and (seqs := self._schedule_prefill()):
             self.num_decodes_since_prefill = 0
             return seqs, True

@@ -80,6 +80,7 @@ class Sequence:
         self.status = SequenceStatus.WAITING
         self.row: int | None = None  # index in the device's row table while running
         self.block_table: list[int] = []
+        self.further_tables: list[list[int]] = []  # of other cache groups than the first
         self.num_hashed_blocks = 0  # leading blocks of block_table that are in the prefix cache
         self.num_shared_tokens = 0  # tokens in blocks found in the cache: never written again
         self.num_prefill_tokens = len(self.token_ids)  # to compute before decoding (again)

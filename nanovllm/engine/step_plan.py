@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nanovllm.engine.cache_groups import SentTables
 from nanovllm.engine.common_prefix import num_common_blocks
 from nanovllm.engine.sequence import Sequence, Wants
 from nanovllm.kernels import row_state
@@ -64,6 +65,7 @@ class PlanBuilder:
     def __init__(self, num_rows: int, row_width: int) -> None:
         self.row_width = row_width
         self.num_sent_blocks = [0] * num_rows
+        self._further_tables = SentTables()
         # Of the newest decode batch; None: a prefill has given a row another sequence since.
         self._decode_rows: np.ndarray | None = None
         self._num_common_blocks = 0
@@ -75,7 +77,8 @@ class PlanBuilder:
         for seq in seqs:
             row = seq.row
             assert row is not None
-            if is_prefill and _start(seq) == seq.num_cached_tokens:  # the first chunk: a new row
+            # The first chunk: a new row.
+            if is_new := is_prefill and _start(seq) == seq.num_cached_tokens:
                 self.num_sent_blocks[row] = 0
                 updates += self._row_head(seq, row)
             num_sent = self.num_sent_blocks[row]
@@ -83,6 +86,8 @@ class PlanBuilder:
                 first = row * self.row_width + row_state.BLOCK_TABLE + num_sent
                 updates += enumerate(seq.block_table[num_sent:], first)
                 self.num_sent_blocks[row] = len(seq.block_table)
+            if seq.further_tables:
+                updates += self._further_tables.new_entries(seq, self.row_width, is_new)
         rows = np.array([seq.row for seq in seqs], dtype=np.int32)
         update_array = np.array(updates, dtype=np.int32).reshape(-1, 2)
         if not is_prefill:

@@ -2,9 +2,11 @@
 
 The fake device executes packed step plans as the runner does: it keeps a row table, and for each
 cache slot a number that stands for the K/V of a whole prefix. A sampled token is a function of what
-the sequence reads through its block table, so a wrong slot anywhere changes the completion.
+the sequence reads through its block table, so a wrong slot anywhere changes the completion. There
+is a cache for each cache group.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +15,8 @@ from unittest.mock import patch
 import numpy as np
 
 from nanovllm.engine import common_prefix
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.cache_groups import WindowedBlockManager
 from nanovllm.engine.recovery import restart
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
@@ -37,6 +41,7 @@ def make_config(**overrides: Any) -> SimpleNamespace:
         "kvcache_block_size": 16,
         "enable_prefix_caching": True,
         "scheduling_policy": "fcfs",
+        "cache_windows": (None,),
     }
     assert not overrides.keys() - settings.keys()
     return SimpleNamespace(**(settings | overrides))
@@ -81,11 +86,15 @@ def check_invariants(scheduler: Scheduler) -> None:
     manager = scheduler.block_manager
     holders = [0] * len(manager.blocks)
     for seq in scheduler.running:
-        assert len(set(seq.block_table)) == len(seq.block_table)
-        for block_id in seq.block_table:
+        held = held_tables(manager, seq)[0]
+        assert len(set(held.values())) == len(held)
+        for block_id in held.values():
             holders[block_id] += 1
     assert [block.ref_count for block in manager.blocks] == holders
     assert sorted(manager.free_block_ids) == [i for i, n in enumerate(holders) if n == 0]
+
+    if isinstance(manager, WindowedBlockManager):
+        check_pools(scheduler.running, manager)
 
     num_rows = scheduler.max_num_seqs
     assert len(scheduler.running) <= num_rows
@@ -93,7 +102,7 @@ def check_invariants(scheduler: Scheduler) -> None:
     assert sorted([*used_rows, *scheduler.free_rows]) == list(range(num_rows))
     for seq in scheduler.waiting:
         assert seq.row is None
-        assert not seq.block_table
+        assert not seq.block_table and not seq.further_tables
         assert seq.num_pending_tokens == seq.num_computed_tokens == 0
 
     listed = [i for block_ids in manager.hash_to_block_ids.values() for i in block_ids]
@@ -101,6 +110,33 @@ def check_invariants(scheduler: Scheduler) -> None:
     for block_hash, block_ids in manager.hash_to_block_ids.items():
         assert block_ids
         assert all(manager.blocks[i].hash == block_hash for i in block_ids)
+
+
+def held_tables(manager: BlockManager, seq: Sequence) -> list[dict[int, int]]:
+    """The blocks that a sequence holds by their place in its table, of each cache group."""
+    tables = [seq.block_table, *seq.further_tables]
+    is_windowed = isinstance(manager, WindowedBlockManager)
+    firsts = manager.num_released[seq] if is_windowed else [0]
+    return [
+        {index: block_id for index, block_id in enumerate(table) if index >= first}
+        for table, first in zip(tables, firsts, strict=True)
+    ]
+
+
+def check_pools(running: Iterable[Sequence], manager: WindowedBlockManager) -> None:
+    """What must hold of the cache groups behind the first."""
+    assert manager.num_released.keys() == set(running)
+    tables = [held_tables(manager, seq) for seq in running]
+    for group, pool in enumerate(manager.pools, 1):
+        holders = [0] * len(pool.ref_counts)
+        for of_seq in tables:
+            for index, block_id in of_seq[group].items():
+                holders[block_id] += 1
+                assert pool.leaders[block_id] == of_seq[0][index]
+        assert pool.ref_counts == holders
+        assert sorted(pool.free_block_ids) == [i for i, n in enumerate(holders) if n == 0]
+        pairs = {leader: i for i, leader in enumerate(pool.leaders) if leader is not None}
+        assert pool.block_ids == pairs
 
 
 def check_all_released(scheduler: Scheduler) -> None:
@@ -164,13 +200,16 @@ class FakeDevice:
         self.scheduler = scheduler
         self.vocab_size = vocab_size
         self.block_size = scheduler.block_manager.block_size
-        width = row_state.BLOCK_TABLE + max_blocks_per_seq
+        self.windows = scheduler.config.cache_windows
+        self.num_columns = max_blocks_per_seq
+        width = row_state.BLOCK_TABLE + len(self.windows) * max_blocks_per_seq
         self.plan_builder = PlanBuilder(scheduler.max_num_seqs, width)
         self.capacity = max_packed_size(
             scheduler.max_num_seqs, scheduler.config.max_num_batched_tokens, width
         )
         self.row_table = np.full((scheduler.max_num_seqs, width), -7, dtype=np.int32)
-        self.cache: dict[int, tuple[int, int]] = {}  # slot -> (token, number of its prefix)
+        # Of each cache group, slot -> (token, number of its prefix).
+        self.caches: list[dict[int, tuple[int, int]]] = [{} for _ in self.windows]
         self.sampled: dict[int, list[int]] = {}  # request_id -> all that was sampled for it
 
     def launch(self, seqs: list[Sequence], is_prefill: bool) -> Launched:
@@ -197,9 +236,9 @@ class FakeDevice:
         numbers = zip(plan.rows, plan.starts, plan.shared, plan.is_last, chunks, strict=True)
         for seq, (row, start, shared, is_last, chunk) in zip(seqs, numbers, strict=True):
             for position, token in enumerate(chunk.tolist(), int(start)):
-                self._compute(int(row), position, token, is_written=position >= shared)
+                self._compute(seq, int(row), position, token, is_written=position >= shared)
             end = int(start) + len(chunk)
-            self._check_context(seq, int(row), end)
+            self._check_context(seq, int(row), int(start), end)
             assert bool(is_last) == (end == seq.num_prefill_tokens)
             token_ids.append(self._sample(seq, int(row), end - 1) if is_last else None)
         return token_ids
@@ -211,14 +250,16 @@ class FakeDevice:
             token = int(self.row_table[row, row_state.LAST_TOKEN])
             position = int(self.row_table[row, row_state.LENGTH]) - 1
             assert position + 1 == seq.num_computed_tokens
-            self._compute(row, position, token, is_written=True)
-            self._check_context(seq, row, position + 1)
+            self._compute(seq, row, position, token, is_written=True)
+            self._check_context(seq, row, position, position + 1)
             token_ids.append(self._sample(seq, row, position))
         return token_ids
 
     def _check_common_blocks(self, plan: StepPlan) -> None:
         """They are all that the rows share, and full: no row writes into them in this step."""
-        tables = self.row_table[plan.rows, row_state.BLOCK_TABLE :]
+        if self.windows[0] is not None:  # the runner does without them
+            return
+        tables = self.row_table[plan.rows, row_state.BLOCK_TABLE :][:, : self.num_columns]
         lengths = self.row_table[plan.rows, row_state.LENGTH]
         is_used = np.arange(tables.shape[1]) < -(-lengths.min() // self.block_size)
         is_shared = (tables == tables[0]).all(axis=0) & is_used
@@ -226,33 +267,48 @@ class FakeDevice:
         assert plan.num_common_blocks == num_shared
         assert num_shared * self.block_size < lengths.min()
 
-    def _slot(self, row: int, position: int) -> int:
-        block_id = self.row_table[row, row_state.BLOCK_TABLE + position // self.block_size]
+    def _slot(self, row: int, position: int, group: int = 0) -> int:
+        column = group * self.num_columns + position // self.block_size
+        block_id = self.row_table[row, row_state.BLOCK_TABLE + column]
         assert block_id >= 0, "a block that was never sent"
         return int(block_id) * self.block_size + position % self.block_size
 
-    def _compute(self, row: int, position: int, token: int, is_written: bool) -> None:
-        before = self.cache[self._slot(row, position - 1)][1] if position else EMPTY_PREFIX
-        content = (token, extend_prefix(before, token))
-        slot = self._slot(row, position)
-        if is_written:
-            self.cache[slot] = content
-        else:
-            assert self.cache[slot] == content, "a shared block holds something else"
-
-    def _check_context(self, seq: Sequence, row: int, num_tokens: int) -> None:
+    def _tokens(self, seq: Sequence, num_tokens: int) -> list[int]:
         tokens = (seq.prompt_token_ids + self.sampled.get(seq.request_id, []))[:num_tokens]
         assert len(tokens) == num_tokens
+        return tokens
+
+    def _compute(
+        self, seq: Sequence, row: int, position: int, token: int, is_written: bool
+    ) -> None:
+        before = EMPTY_PREFIX
+        if self.windows[0] == 1:  # nothing before is in sight
+            for previous in self._tokens(seq, position):
+                before = extend_prefix(before, previous)
+        elif position:
+            before = self.caches[0][self._slot(row, position - 1)][1]
+        content = (token, extend_prefix(before, token))
+        for group, cache in enumerate(self.caches):
+            slot = self._slot(row, position, group)
+            if is_written:
+                cache[slot] = content
+            else:
+                assert cache[slot] == content, "a shared block holds something else"
+
+    def _check_context(self, seq: Sequence, row: int, start: int, end: int) -> None:
+        """All that the queries of the positions [start, end) see, in every cache group."""
         prefix = EMPTY_PREFIX
-        for position, token in enumerate(tokens):
+        for position, token in enumerate(self._tokens(seq, end)):
             prefix = extend_prefix(prefix, token)
-            assert self.cache[self._slot(row, position)] == (token, prefix), (
-                f"position {position} of sequence {seq.request_id}"
-            )
+            for group, (window, cache) in enumerate(zip(self.windows, self.caches, strict=True)):
+                if window is None or position > start - window:
+                    assert cache[self._slot(row, position, group)] == (token, prefix), (
+                        f"position {position} of sequence {seq.request_id}, group {group}"
+                    )
 
     def _sample(self, seq: Sequence, row: int, position: int) -> int:
         state = self.row_table[row].tolist()
-        prefix = self.cache[self._slot(row, position)][1]
+        prefix = self.caches[0][self._slot(row, position)][1]
         seed = (state[row_state.SEED], state[row_state.SEED + 1])
         token = sample(prefix, state[row_state.TEMPERATURE], seed, self.vocab_size)
         self.row_table[row, row_state.LAST_TOKEN] = token
@@ -263,12 +319,22 @@ class FakeDevice:
         return token
 
     def _check_cached_blocks(self) -> None:
-        """Every block in the prefix cache holds the tokens that it is listed with."""
-        for block in self.scheduler.block_manager.blocks:
+        """A block in the prefix cache holds the tokens that it is listed with, in every group."""
+        manager = self.scheduler.block_manager
+        pools = manager.pools if isinstance(manager, WindowedBlockManager) else []
+        for block in manager.blocks:
             if block.hash is not None:
-                first = block.block_id * self.block_size
-                held = [self.cache[slot][0] for slot in range(first, first + self.block_size)]
-                assert held == block.token_ids
+                self._check_block(self.caches[0], block.block_id, block.token_ids)
+                for cache, pool in zip(self.caches[1:], pools, strict=True):
+                    if block.block_id in pool.block_ids:
+                        self._check_block(cache, pool.block_ids[block.block_id], block.token_ids)
+
+    def _check_block(
+        self, cache: dict[int, tuple[int, int]], block_id: int, token_ids: list[int]
+    ) -> None:
+        first = block_id * self.block_size
+        held = [cache[slot][0] for slot in range(first, first + self.block_size)]
+        assert held == token_ids
 
 
 class FakeEngine:
