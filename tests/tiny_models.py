@@ -221,9 +221,14 @@ def edit_config(directory: Path, **changes: Any) -> None:
 
 
 @torch.inference_mode()
-def reference_greedy(directory: Path, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-    """Greedy completions of exactly `max_tokens` tokens by transformers in fp32, one by one."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+def reference_greedy(
+    directory: Path, prompts: list[list[int]], max_tokens: int, **kwargs: Any
+) -> list[list[int]]:
+    """Greedy completions of exactly `max_tokens` tokens by transformers in fp32, one by one.
+
+    kwargs: of `from_pretrained`.
+    """
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **kwargs)
     completions = []
     for prompt in prompts:
         ids = torch.tensor([prompt])

@@ -8,6 +8,7 @@ import torch
 from nanovllm.config import Config
 from nanovllm.engine.consumers import LogitsProcessing, Pooling, PromptLogprobs, StepConsumer
 from nanovllm.engine.cuda_graphs import DecodeGraphs
+from nanovllm.engine.group_metadata import decode_metadata, prefill_metadata
 from nanovllm.engine.launched_step import LaunchedStep
 from nanovllm.engine.prefill_inputs import prefill_inputs
 from nanovllm.engine.rank_state import RankState
@@ -68,11 +69,12 @@ class ModelRunner(RankState):
     def _execute_prefill(self, step: LaunchedStep) -> None:
         """Compute several tokens of each sequence, and sample where a prompt is complete."""
         plan = step.plan
-        inputs = prefill_inputs(plan, self.sent_rows, self.block_size, self.device)
+        num_groups = len(self.group_layers)
+        inputs = prefill_inputs(plan, self.sent_rows, self.block_size, self.device, num_groups)
         self._update_row_table(inputs.row_updates)
         wants_all = plan.has(Wants.PROMPT)
         metadata = PrefillMetadata(
-            slot_mapping=inputs.slot_mapping,
+            slot_mapping=inputs.slot_mappings[0],
             block_tables=inputs.block_tables,
             cu_seqlens_q=inputs.cu_seqlens_q,
             cu_seqlens_k=inputs.cu_seqlens_k,
@@ -81,12 +83,14 @@ class ModelRunner(RankState):
             last_tokens=None
             if wants_all
             else DecodeMetadata(
-                slot_mapping=inputs.slot_mapping,
+                slot_mapping=inputs.slot_mappings[0],
                 block_tables=inputs.last_block_tables,
                 context_lens=inputs.last_positions + 1,
                 logits_indices=inputs.last_tokens,
             ),
         )
+        if num_groups > 1:
+            metadata = prefill_metadata(metadata, inputs.slot_mappings.unbind())
         hidden_states = self.model.model(inputs.token_ids, inputs.positions, metadata)
         if wants_all:
             self._give(Wants.PROMPT, step, hidden_states)
@@ -109,7 +113,7 @@ class ModelRunner(RankState):
         plan = step.plan
         num_seqs = len(plan.rows)
         batch_size = self.graphs.padded_size(num_seqs) if self.graphs else num_seqs
-        num_common_blocks = plan.num_common_blocks if self.ops.reads_common_blocks_once else 0
+        num_common_blocks = plan.num_common_blocks if self.reads_common_blocks_once else 0
         batch = np.full(1 + batch_size, self.config.max_num_seqs, dtype=np.int32)
         batch[0] = num_common_blocks
         batch[1 : 1 + num_seqs] = plan.rows
@@ -134,15 +138,15 @@ class ModelRunner(RankState):
         has_common_blocks: read the rows' `num_common_blocks` leading blocks once for all.
         """
         inputs = self.ops.gather_decode_inputs(self.row_table, rows, self.block_size)
-        plan = self.ops.plan_decode(
-            self.attentions[0].cache,
-            inputs.block_tables,
-            inputs.context_lens,
-            self.decode_batch[:1] if has_common_blocks else None,
-        )
-        metadata = DecodeMetadata(
-            inputs.slot_mapping, inputs.block_tables, inputs.context_lens, plan
-        )
+        num_common_blocks = self.decode_batch[:1] if has_common_blocks else None
+        if self.has_windows:
+            metadata = decode_metadata(
+                self.ops, self.group_layers, inputs, self.block_size, num_common_blocks
+            )
+        else:
+            tables, lens = inputs.block_tables, inputs.context_lens
+            plan = self.ops.plan_decode(self.attentions[0].cache, tables, lens, num_common_blocks)
+            metadata = DecodeMetadata(inputs.slot_mapping, tables, lens, plan)
         hidden_states = self.model.model(inputs.input_ids, inputs.positions, metadata)
         logits = self.model.lm_head(hidden_states, out=self.decode_logits[: len(rows)])
         return self.sampler(logits, rows, inputs.temperatures, inputs.seeds, inputs.positions)

@@ -19,10 +19,10 @@ class PrefillInputs(NamedTuple):
     row_updates: torch.Tensor  # [U, 2] int32
     token_ids: torch.Tensor  # [T] int32
     positions: torch.Tensor  # [T] int32, index of each token in its sequence
-    slot_mapping: torch.Tensor  # [T] int64, cache slot of each token's K/V; -1: not written
+    slot_mappings: torch.Tensor  # [G, T] int64, slots of the tokens' K/V by cache group; -1: none
     cu_seqlens_q: torch.Tensor  # [S + 1] int32, where the sequences begin among the tokens
     cu_seqlens_k: torch.Tensor  # [S + 1] int32, the same among all that they attend to
-    block_tables: torch.Tensor  # [S, W] int32
+    block_tables: torch.Tensor  # [S, W] int32, of all cache groups
     last_tokens: torch.Tensor  # [N] int32, where the sampled sequences end among the tokens
     last_positions: torch.Tensor  # [N] int32, index of these tokens in their sequences
     last_block_tables: torch.Tensor  # [N, W] int32
@@ -36,6 +36,7 @@ def prefill_inputs(
     row_table: np.ndarray,
     block_size: int,
     device: torch.device,
+    num_groups: int = 1,
 ) -> PrefillInputs:
     """The inputs of a prefill plan, on the device.
 
@@ -44,6 +45,7 @@ def prefill_inputs(
         row_table: int32, the host's copy of the row table, the plan's updates included.
         block_size: tokens per KV block.
         device: where to.
+        num_groups: cache groups, whose block tables stand side by side in a row.
     """
     cu_seqlens_q = _cumulative(plan.lengths)
     num_tokens = cu_seqlens_q[-1]
@@ -52,7 +54,8 @@ def prefill_inputs(
     positions = first_positions + np.arange(num_tokens, dtype=np.int32)
     block_tables = row_table[plan.rows, row_state.BLOCK_TABLE :]
     seq_of_token = np.repeat(np.arange(len(plan.rows)), plan.lengths)
-    blocks = block_tables[seq_of_token, positions // block_size].astype(np.int64)
+    first_columns = np.arange(num_groups)[:, None] * (block_tables.shape[1] // num_groups)
+    blocks = block_tables[seq_of_token, first_columns + positions // block_size].astype(np.int64)
     slots = blocks * block_size + positions % block_size
     is_shared = positions < np.repeat(plan.shared, plan.lengths)
     is_last = plan.is_last != 0
@@ -61,7 +64,7 @@ def prefill_inputs(
         "row_updates": plan.updates,
         "token_ids": plan.token_ids,
         "positions": positions,
-        "slot_mapping": np.where(is_shared, -1, slots),
+        "slot_mappings": np.where(is_shared, -1, slots),
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": _cumulative(plan.starts + plan.lengths),
         "block_tables": block_tables,

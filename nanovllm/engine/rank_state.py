@@ -9,6 +9,7 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine import kv_cache
+from nanovllm.engine.cache_groups import num_group_blocks
 from nanovllm.kernels.ops import Ops
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.context import ModelContext
@@ -30,6 +31,10 @@ class RankState:
         row_table: a row for each running sequence, see `kernels.row_state`.
         sent_rows: the host's copy of what plans have sent to it: never the token or the length,
             which steps write.
+        attentions: the attention layers.
+        group_layers: one of them for each cache group.
+        has_windows: whether any has a window that a sequence can exceed.
+        reads_common_blocks_once: whether decode steps read common leading blocks once for all.
         decode_batch: the number of leading blocks that a decode batch has in common, then its rows;
             CUDA graphs read them here.
         decode_rows: the rows of it.
@@ -57,6 +62,7 @@ class RankState:
             self.model = new_model(config, context)
             self.reload_weights()
             self.attentions = [m for m in self.model.modules() if isinstance(m, Attention)]
+            self._assign_cache_groups()
             self._allocate_row_table()
 
     @property
@@ -76,6 +82,19 @@ class RankState:
             return getattr(self, method)(*args, **kwargs)
         with self.on_device():
             return method(self, *args, **kwargs)
+
+    def _assign_cache_groups(self) -> None:
+        """Tell each attention layer its cache group; a window that nothing exceeds is none."""
+        windows = self.config.cache_windows
+        for attention in self.attentions:
+            attention.window = self.config.cache_window(attention.window)
+            of_cache = self.config.cache_window(attention.cache_spec.window)
+            attention.cache_group = windows.index(of_cache)
+        by_group = {a.cache_group: a for a in reversed(self.attentions)}
+        self.group_layers = [by_group[group] for group in range(len(windows))]
+        self.has_windows = windows != (None,)
+        # Behind a window a table's entries are stale: equal ones need not be common blocks.
+        self.reads_common_blocks_once = self.ops.reads_common_blocks_once and windows[0] is None
 
     def _allocate_row_table(self) -> None:
         config = self.config
@@ -99,11 +118,13 @@ class RankState:
         )
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
-        """Give every attention layer a cache of `num_blocks` blocks."""
+        """Give every attention layer a cache, of `num_blocks` blocks in the first cache group."""
         self.num_kvcache_blocks = num_blocks
         specs = [attention.cache_spec for attention in self.attentions]
+        of_groups = num_group_blocks(self.config, num_blocks)
+        of_layers = [of_groups[attention.cache_group] for attention in self.attentions]
         caches, self.kv_cache, self.kv_scales = kv_cache.allocate(
-            specs, num_blocks, self.block_size, self.device
+            specs, of_layers, self.block_size, self.device
         )
         for attention, cache in zip(self.attentions, caches, strict=True):
             attention.cache = cache
@@ -116,7 +137,7 @@ class RankState:
         """Drop the cache and the weights."""
         for attention in self.attentions:
             del attention.cache
-        self.attentions = []
+        self.attentions, self.group_layers = [], []
         del self.model, self.kv_cache, self.kv_scales, self.row_table
         del self.decode_batch, self.decode_rows, self.decode_logits
         gc.collect()

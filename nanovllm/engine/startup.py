@@ -4,13 +4,14 @@ The count is of what is left of the engine's share of the GPU when the largest s
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from nanovllm.config import Config
-from nanovllm.engine.kv_cache import block_bytes
+from nanovllm.engine.cache_groups import most_blocks
+from nanovllm.engine.kv_cache import group_block_bytes
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.step_plan import StepPlan
 from nanovllm.errors import ArgumentError
@@ -95,7 +96,7 @@ def start_model_runner(
                 device, config.gpu_memory_utilization, free_at_start, _warm_up(runner)
             )
         specs = [attention.cache_spec for attention in runner.attentions]
-        per_block = block_bytes(specs, runner.block_size)
+        per_block = group_block_bytes(specs, config)
         runner.allocate_kv_cache(agree(decide_num_blocks(config, per_block, gpu_bytes)))
         runner.capture_graphs()
     return runner
@@ -129,15 +130,18 @@ def _warm_up(runner: ModelRunner) -> int:
     torch.cuda.synchronize(device)
     with torch.inference_mode():
         runner.decode(runner.decode_rows)
-        if runner.ops.reads_common_blocks_once:
+        if runner.reads_common_blocks_once:
             runner.decode(runner.decode_rows, has_common_blocks=True)
     torch.cuda.synchronize(device)
     runner.row_table.zero_()
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def decide_num_blocks(config: Config, per_block: int, gpu_bytes: int | None) -> int:
-    """The number of KV blocks of one rank, of `per_block` bytes each.
+def decide_num_blocks(config: Config, per_block: Sequence[int], gpu_bytes: int | None) -> int:
+    """The number of KV blocks of one rank's first cache group.
+
+    `per_block` are the bytes of one block of each group. The others' numbers follow from it:
+    `cache_groups.num_group_blocks`.
 
     In order of precedence: `num_kvcache_blocks`; `kv_cache_memory_bytes`; on the GPU `gpu_bytes`,
     what the utilization share leaves; on the CPU enough for `max_num_seqs` sequences of
@@ -153,14 +157,14 @@ def decide_num_blocks(config: Config, per_block: int, gpu_bytes: int | None) -> 
     elif gpu_bytes is not None:
         available, knob = gpu_bytes, "gpu_memory_utilization"
     else:
-        most = config.max_num_seqs * config.max_blocks_per_seq * per_block
+        most = config.max_num_seqs * config.max_blocks_per_seq * sum(per_block)
         available, knob = min(MAX_CPU_CACHE_BYTES, most), "kv_cache_memory_bytes"
-    if available < per_block:
+    if available < sum(per_block):
         raise ArgumentError(
             f"no room for the KV cache: {available / 2**20:.0f} MiB are left for it, one block "
-            f"takes {per_block / 2**20:.1f} MiB; raise {knob}"
+            f"takes {sum(per_block) / 2**20:.1f} MiB; raise {knob}"
         )
-    return available // per_block
+    return most_blocks(config, per_block, available)
 
 
 def check_fits(config: Config, device: torch.device) -> None:
@@ -169,22 +173,22 @@ def check_fits(config: Config, device: torch.device) -> None:
     model, ranks = config.model_config, config.tensor_parallel_size
     dtype, layers = config.resolve_kv_cache_dtype(), range(model.num_hidden_layers)
     specs = [kv_cache_spec(model, ranks, dtype, index) for index in layers]
-    per_block = block_bytes(specs, config.kvcache_block_size)
+    per_block = group_block_bytes(specs, config)
     # A row of the row table, and one of logits.
     per_seq = 4 * config.row_width + (
         config.resolve_dtype().itemsize
         * -(-config.model_config.vocab_size // config.tensor_parallel_size)
     )
-    for name, unit in (
-        ("kvcache_block_size", per_block // config.kvcache_block_size),
-        ("num_kvcache_blocks", per_block),
-        ("kv_cache_memory_bytes", 1),
-        ("max_num_seqs", per_seq),
+    for name, most in (
+        ("kvcache_block_size", total // (sum(per_block) // config.kvcache_block_size)),
+        ("num_kvcache_blocks", most_blocks(config, per_block, total)),
+        ("kv_cache_memory_bytes", total),
+        ("max_num_seqs", total // per_seq),
     ):
         value = getattr(config, name) or 0
-        if value * unit > total:
+        if value > most:
             raise ArgumentError(
-                f"{name} must be <= {total // unit}, which takes all {total / 2**30:.0f} GiB of "
+                f"{name} must be <= {most}, which takes all {total / 2**30:.0f} GiB of "
                 f"{device.type} memory, got {value}; lower {name}"
             )
     if config.kv_cache_memory_bytes is not None:

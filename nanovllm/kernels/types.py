@@ -79,6 +79,8 @@ class DecodeMetadata:
     context_lens: Tensor  # [B] int32, tokens to attend to; 0: a padded row
     plan: object = None  # of `Ops.plan_decode`
     logits_indices: Tensor | None = None  # [B] int32; None: all T tokens
+    # The same for the layers of the other cache groups: see `Config.cache_windows`.
+    further_groups: "tuple[DecodeMetadata, ...]" = ()
     last_tokens: ClassVar[None] = None
 
 
@@ -93,6 +95,7 @@ class PrefillMetadata:
     max_seqlen_q: int
     max_seqlen_k: int
     last_tokens: DecodeMetadata | None = None  # for the last layer; None: all tokens matter after
+    further_groups: "tuple[PrefillMetadata, ...]" = ()  # as in `DecodeMetadata`
     logits_indices: ClassVar[None] = None
 
 

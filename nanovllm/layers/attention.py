@@ -8,7 +8,10 @@ from nanovllm.layers.context import ModelContext
 
 
 class Attention(nn.Module):
-    """Rotation, KV write and attention. The runner sets `cache`, which is as `cache_spec` says.
+    """Rotation, KV write and attention.
+
+    The runner sets `cache`, which is as `cache_spec` says, and `cache_group`, the number of the
+    layer's cache group.
 
     Args:
         cache_spec: what the layer remembers of each token.
@@ -23,6 +26,7 @@ class Attention(nn.Module):
     """
 
     cache: KVCache
+    cache_group = 0
 
     def __init__(
         self,
@@ -52,6 +56,8 @@ class Attention(nn.Module):
 
         With norm weights ([D] each), q and k are RMS-normalised per head before the rotation.
         """
+        if self.cache_group:
+            metadata = metadata.further_groups[self.cache_group - 1]
         slots = metadata.slot_mapping
         query = self.ops.qk_norm_rope_store(
             qkv, q_norm_weight, k_norm_weight, eps, self.cos_sin, positions, self.cache, slots

@@ -75,7 +75,7 @@ def test_block_bytes_are_those_that_are_allocated(model, tp_size, block_size):
         expected = 2 * LAYERS * block_size * heads * head_bytes
         assert block_bytes(config, tp_size) == expected
         specs = specs_of(config, tp_size)
-        caches, memory, scales = kv_cache.allocate(specs, 3, block_size, CPU)
+        caches, memory, scales = kv_cache.allocate(specs, [3] * LAYERS, block_size, CPU)
         assert len(caches) == LAYERS
         num_bytes = memory.nbytes
         for cache in caches:
@@ -94,7 +94,7 @@ def test_block_bytes_are_those_that_are_allocated(model, tp_size, block_size):
 @pytest.mark.parametrize("dtype", (torch.float16, FP8_DTYPE))
 def test_layers_of_several_shapes_share_the_memory_without_overlap(dtype):
     specs = [KVCacheSpec(2, 16, dtype), KVCacheSpec(1, 64, dtype), KVCacheSpec(4, 8, dtype)]
-    caches, memory, scales = kv_cache.allocate(specs, 3, 16, CPU)
+    caches, memory, scales = kv_cache.allocate(specs, [3] * 3, 16, CPU)
     pieces = [tensor for cache in caches for tensor in cache[:2]]
     assert [piece.shape for piece in pieces[::2]] == [(3, 16, 2, 16), (3, 16, 1, 64), (3, 16, 4, 8)]
     if dtype == FP8_DTYPE:
@@ -117,7 +117,7 @@ def test_layers_of_several_shapes_share_the_memory_without_overlap(dtype):
 def test_fp8_about_doubles_the_blocks(model):
     for kwargs, gpu_bytes in (({"kv_cache_memory_bytes": 10 << 30}, None), ({}, 120 << 30)):
         plain, fp8 = (
-            startup.decide_num_blocks(config, block_bytes(config), gpu_bytes)
+            startup.decide_num_blocks(config, [block_bytes(config)], gpu_bytes)
             for config in (Config(model, kv_cache_dtype=kind, **kwargs) for kind in ("auto", "fp8"))
         )
         assert math.isclose(fp8 / plain, 2 * HEAD_DIM / (HEAD_DIM + 4), rel_tol=0.01)  # 1.94
@@ -135,7 +135,7 @@ def test_precedence_and_refusal(model):
         ({}, None, startup.MAX_CPU_CACHE_BYTES // per_block),
     ):
         config = Config(model, **fp8, **given)
-        assert startup.decide_num_blocks(config, per_block, gpu_bytes) == expected
+        assert startup.decide_num_blocks(config, [per_block], gpu_bytes) == expected
     config = Config(model, **fp8, kv_cache_memory_bytes=per_block - 1)
     with pytest.raises(ArgumentError, match=r"one block takes 14\.4 MiB; raise kv_cache_memory"):
-        startup.decide_num_blocks(config, per_block, None)
+        startup.decide_num_blocks(config, [per_block], None)

@@ -11,8 +11,9 @@ from nanovllm.kernels import row_state
 
 NUM_ROWS = 8
 NUM_BLOCKS = 5  # of a block table
+NUM_GROUPS = 3
 CPU = torch.device("cpu")
-ROW_WIDTH = row_state.BLOCK_TABLE + NUM_BLOCKS
+ROW_WIDTH = row_state.BLOCK_TABLE + NUM_GROUPS * NUM_BLOCKS
 NO_UPDATES = np.empty((0, 2), dtype=np.int32)
 
 
@@ -34,7 +35,7 @@ def make_plan(rows, starts, lengths, shared, is_last, updates=NO_UPDATES) -> Ste
 
 
 @st.composite
-def prefills(draw) -> tuple[StepPlan, np.ndarray, int]:
+def prefills(draw) -> tuple[StepPlan, np.ndarray, int, int]:
     block_size = draw(st.integers(1, 7))
     rows = draw(st.lists(st.integers(0, NUM_ROWS - 1), min_size=1, unique=True))
     longest = block_size * NUM_BLOCKS
@@ -47,24 +48,28 @@ def prefills(draw) -> tuple[StepPlan, np.ndarray, int]:
     row_table = np.random.default_rng(words).integers(
         0, 2**31, (NUM_ROWS + 1, ROW_WIDTH), dtype=np.int32
     )
-    return make_plan(rows, starts, lengths, shared, is_last), row_table, block_size
+    num_groups = draw(st.integers(1, NUM_GROUPS))
+    row_table = row_table[:, : row_state.BLOCK_TABLE + num_groups * NUM_BLOCKS]
+    return make_plan(rows, starts, lengths, shared, is_last), row_table, block_size, num_groups
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(prefills())
 def test_inputs_are_those_of_a_loop_over_the_tokens(prefill):
-    plan, row_table, block_size = prefill
-    inputs = prefill_inputs(plan, row_table, block_size, CPU)
-    positions, slots, ends_q, ends_k = [], [], [0], [0]
+    plan, row_table, block_size, num_groups = prefill
+    inputs = prefill_inputs(plan, row_table, block_size, CPU, num_groups)
+    slots: list[list[int]] = [[] for _ in range(num_groups)]
+    positions, ends_q, ends_k = [], [0], [0]
     last_tokens, last_positions, rows, seeds, temperature_bits = [], [], [], [], []
     numbers = zip(plan.rows, plan.starts, plan.lengths, plan.shared, plan.is_last, strict=True)
     for row, start, length, shared, is_last in (map(int, line) for line in numbers):
         state = row_table[row].tolist()
         for position in range(start, start + length):
             positions.append(position)
-            block_id = state[row_state.BLOCK_TABLE + position // block_size]
-            slot = block_id * block_size + position % block_size
-            slots.append(-1 if position < shared else slot)
+            for group, own_slots in enumerate(slots):
+                column = row_state.BLOCK_TABLE + group * NUM_BLOCKS + position // block_size
+                slot = state[column] * block_size + position % block_size
+                own_slots.append(-1 if position < shared else slot)
         ends_q.append(len(positions))
         ends_k.append(ends_k[-1] + start + length)
         if is_last:
@@ -77,7 +82,7 @@ def test_inputs_are_those_of_a_loop_over_the_tokens(prefill):
         row_updates=torch.from_numpy(plan.updates),
         token_ids=torch.from_numpy(plan.token_ids),
         positions=torch.from_numpy(int32(positions)),
-        slot_mapping=torch.tensor(slots),
+        slot_mappings=torch.tensor(slots),
         cu_seqlens_q=torch.from_numpy(int32(ends_q)),
         cu_seqlens_k=torch.from_numpy(int32(ends_k)),
         block_tables=torch.from_numpy(row_table[plan.rows, row_state.BLOCK_TABLE :]),
@@ -98,7 +103,7 @@ def test_slots_beyond_32_bits_are_right():
     row_table = np.zeros((1, ROW_WIDTH), dtype=np.int32)
     row_table[0, row_state.BLOCK_TABLE] = 2**31 - 1
     inputs = prefill_inputs(make_plan([0], [254], [2], [0], [1]), row_table, 256, CPU)
-    assert inputs.slot_mapping.tolist() == [256 * (2**31 - 1) + 254, 256 * (2**31 - 1) + 255]
+    assert inputs.slot_mappings.tolist() == [[256 * (2**31 - 1) + 254, 256 * (2**31 - 1) + 255]]
 
 
 def test_inputs_are_copies():
