@@ -7,16 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 from nanovllm.errors import ArgumentError, EngineDeadError, EngineUseError, RequestError
 from nanovllm.outputs import (
+    ClassificationOutput,
+    ClassificationRequestOutput,
     CompletionOutput,
     EmbeddingOutput,
     EmbeddingRequestOutput,
     Logprob,
+    PoolingOutput,
+    PoolingRequestOutput,
     RequestMetrics,
     RequestOutput,
     ScoringOutput,
     ScoringRequestOutput,
 )
-from nanovllm.pooling_params import PoolingParams
+from nanovllm.pooling_params import PoolerConfig, PoolingParams
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 if TYPE_CHECKING:
@@ -27,13 +31,18 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "ArgumentError",
+    "ClassificationOutput",
+    "ClassificationRequestOutput",
     "CompletionOutput",
     "EmbeddingOutput",
     "EmbeddingRequestOutput",
     "EngineDeadError",
     "EngineUseError",
     "Logprob",
+    "PoolerConfig",
+    "PoolingOutput",
     "PoolingParams",
+    "PoolingRequestOutput",
     "RequestError",
     "RequestMetrics",
     "RequestOutput",

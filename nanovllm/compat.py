@@ -26,7 +26,7 @@ KV_CACHE_DTYPE_ALIASES = {"fp8_e4m3": "fp8"}
 VLLM_ONLY = frozenset(
     """allowed_local_media_path allowed_media_domains quantization_config offload_group_size
     offload_num_in_group offload_prefetch_step offload_params enable_return_routed_experts
-    mm_processor_kwargs limit_mm_per_prompt pooler_config structured_outputs_config profiler_config
+    mm_processor_kwargs limit_mm_per_prompt structured_outputs_config profiler_config
     attention_config logits_processors kv_transfer_config speculative_config spec_method spec_model
     spec_tokens enable_prompt_embeds long_prefill_token_threshold cudagraph_capture_sizes
     disable_sliding_window calculate_kv_scales kv_sharing_fast_prefill""".split()
@@ -158,7 +158,7 @@ LLM_HINTS = {
     ),
     **dict.fromkeys(
         "task is_embedding embedding".split(),
-        "every model generates and embeds: call llm.generate or llm.embed",
+        "the model says what it answers: call llm.generate, llm.embed, llm.classify or llm.encode",
     ),
     **dict.fromkeys(
         "verbose log_level disable_log_requests".split(),
@@ -327,6 +327,22 @@ STRUCTURED_NAMES = {
 POOLING_NAMES = {
     **dict.fromkeys("normalize normalise normalize_embeddings softmax".split(), "use_activation"),
     **dict.fromkeys("dim dims size truncate_dim embedding_size".split(), "dimensions"),
+}
+
+POOLER_NAMES = {
+    **dict.fromkeys("pooling pooling_mode pooling_method type".split(), "pooling_type"),
+    **dict.fromkeys("normalise normalize_embeddings".split(), "normalize"),
+    **dict.fromkeys("dim dims size truncate_dim embedding_size".split(), "dimensions"),
+    "logit_bias": "logit_mean",
+    "logit_scale": "logit_sigma",
+}
+# vLLM's entries of a pooler's configuration that are not there, with what changes nothing.
+POOLER_OFF: dict[str, tuple[Any, ...]] = {
+    "task": (None,),
+    "enable_chunked_processing": (None, False),
+    "max_embed_len": (None,),
+    "logit_bias": (None,),
+    "logit_scale": (None,),
 }
 
 # ---- methods of LLM ---------------------------------------------------------------------------

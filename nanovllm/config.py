@@ -14,7 +14,8 @@ from nanovllm.kernels import row_state
 from nanovllm.model_files import read_chat_template
 from nanovllm.models.hf_config import read_hf_config, uses_transformers
 from nanovllm.models.model_config import ModelConfig
-from nanovllm.models.registry import family_of
+from nanovllm.models.pooling_config import check_pooler_config
+from nanovllm.models.registry import family_of, head_kind
 from nanovllm.parameters import (
     Check,
     at_least,
@@ -29,6 +30,7 @@ from nanovllm.parameters import (
     parameters,
     unchecked,
 )
+from nanovllm.pooling_params import PoolerConfig, as_pooler_config
 from nanovllm.sampling_params import SAMPLING_FIELDS
 from nanovllm.validation import MAX_INT32, check_at_least, check_output_path
 
@@ -266,7 +268,14 @@ class Config:
     runner: str = parameter(
         "auto",
         choice("auto", "generate", "pooling"),
-        "vLLM's, which changes nothing: every model generates and is pooled.",
+        "vLLM's, which changes nothing: models generate and are pooled, unless they have no LM "
+        "head.",
+    )
+    pooler_config: PoolerConfig | dict[str, Any] | None = parameter(
+        None,
+        Check("PoolerConfig or dict", as_pooler_config),
+        "how hidden states are pooled: see `PoolerConfig`. None: as the model's files for "
+        "sentence-transformers say, else the last token's.",
     )
     enable_sleep_mode: bool = parameter(
         False, boolean, "vLLM's, which changes nothing: every engine can sleep."
@@ -298,8 +307,13 @@ class Config:
             derive(hf_config=hf_config, model_config=ModelConfig.from_transformers(hf_config))
             self._check_transformers()
         else:
+            kind = head_kind(hf_config.architectures)
             family = family_of(hf_config.architectures or ())
-            derive(hf_config=hf_config, model_config=ModelConfig.from_hf(hf_config, family))
+            derive(hf_config=hf_config, model_config=ModelConfig.from_hf(hf_config, family, kind))
+        if self.model_config.head is not None:
+            derive(enforce_eager=True)  # it never decodes: graphs would be of no use
+        if self.pooler_config is not None:
+            check_pooler_config(self.pooling, self.model_config)
         derive(model=os.path.abspath(self.model))  # `os.chdir` does not move it
         budget = self.max_num_batched_tokens
         if budget is None:
@@ -363,6 +377,11 @@ class Config:
             )
         all_tokens = max(self.max_num_seqs * self.max_model_len, DEFAULT_MAX_NUM_BATCHED_TOKENS)
         return min(budget, all_tokens, MAX_INT32)
+
+    @property
+    def pooling(self) -> PoolerConfig:
+        """`pooler_config`; one that says nothing if there is none."""
+        return as_pooler_config("pooler_config", self.pooler_config or {})
 
     @property
     def max_blocks_per_seq(self) -> int:

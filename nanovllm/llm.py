@@ -14,6 +14,7 @@ from nanovllm.features import (
     report,
     request_queue,
     rpc,
+    scoring,
     sleep_mode,
     streaming,
     weight_update,
@@ -39,7 +40,10 @@ class LLM(LLMEngine):
     generate_stream = explained(streaming.generate_stream)
     chat = explained(chats.chat)
     embed = pooling.embed
-    score = pooling.score
+    classify = pooling.classify
+    encode = pooling.encode
+    reward = pooling.reward
+    score = scoring.score
 
     add_request = explained(LLMEngine.add_request)
     enqueue = explained(request_queue.enqueue)

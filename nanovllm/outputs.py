@@ -84,12 +84,41 @@ class EmbeddingOutput:
 
     embedding: list[float]
 
+    @property
+    def hidden_size(self) -> int:
+        """How many numbers it has."""
+        return len(self.embedding)
+
+
+@dataclass
+class ClassificationOutput:
+    """A number for each label of the model, by `config.hf_config.id2label`: its probability."""
+
+    probs: list[float]
+
+    @property
+    def num_classes(self) -> int:
+        """The number of labels."""
+        return len(self.probs)
+
 
 @dataclass
 class ScoringOutput:
     """A score: a probability, or the cosine of two embeddings."""
 
     score: float
+
+
+@dataclass(eq=False)
+class PoolingOutput:
+    """What was pooled: a float32 tensor on the CPU.
+
+    Args:
+        data: [width] of tasks "embed" and "classify", else [tokens, width]. The width is the
+            number of dimensions, or of labels.
+    """
+
+    data: Any
 
 
 @dataclass
@@ -106,6 +135,44 @@ class EmbeddingRequestOutput:
 
     request_id: str
     outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    finished: bool = True
+    num_cached_tokens: int | None = None
+
+
+@dataclass
+class ClassificationRequestOutput:
+    """An output of `LLM.classify`, of one prompt.
+
+    Args:
+        request_id: the request's number in its engine, as a string.
+        outputs: its probabilities.
+        prompt_token_ids: its token ids.
+        finished: whether it has ended; True.
+        num_cached_tokens: prompt tokens that the prefix cache spared.
+    """
+
+    request_id: str
+    outputs: ClassificationOutput
+    prompt_token_ids: list[int]
+    finished: bool = True
+    num_cached_tokens: int | None = None
+
+
+@dataclass
+class PoolingRequestOutput:
+    """An output of `LLM.encode` or `LLM.reward`, of one prompt.
+
+    Args:
+        request_id: the request's number in its engine, as a string.
+        outputs: what was pooled.
+        prompt_token_ids: its token ids.
+        finished: whether it has ended; True.
+        num_cached_tokens: prompt tokens that the prefix cache spared.
+    """
+
+    request_id: str
+    outputs: PoolingOutput
     prompt_token_ids: list[int]
     finished: bool = True
     num_cached_tokens: int | None = None

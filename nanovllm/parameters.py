@@ -136,6 +136,9 @@ def finite(minimum: float) -> Check:
     return number(f"finite and >= {minimum}", lambda value: minimum <= value < math.inf)
 
 
+finite_number = number("finite", math.isfinite)
+
+
 def choice(*choices: str, aliases: Mapping[str, str] | None = None) -> Check:
     """One of several strings; another name of one is replaced."""
 

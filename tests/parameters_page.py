@@ -5,7 +5,7 @@ from pathlib import Path
 
 from nanovllm.config import Config
 from nanovllm.parameters import parameters
-from nanovllm.pooling_params import PoolingParams
+from nanovllm.pooling_params import PoolerConfig, PoolingParams
 from nanovllm.sampling_params import SamplingParams
 
 PATH = Path(__file__).resolve().parents[1] / "docs" / "parameters.md"
@@ -31,8 +31,13 @@ SECTIONS = (
     ),
     (
         "Pooling parameters",
-        "Of `PoolingParams(...)`, an argument of `embed`.",
+        "Of `PoolingParams(...)`: arguments of `embed`, `encode`, `classify`, `reward`, `score`.",
         PoolingParams,
+    ),
+    (
+        "Pooler configuration",
+        "Of `PoolerConfig(...)`, or of a dict with these keys: the engine's `pooler_config`.",
+        PoolerConfig,
     ),
 )
 

@@ -15,10 +15,9 @@ import torch
 from nanovllm.config import Config
 from nanovllm.engine.launched_step import LaunchedStep
 from nanovllm.engine.sequence import Sequence, Wants
-from nanovllm.engine.sequence_errors import note_error
 from nanovllm.errors import is_fault
 from nanovllm.kernels import row_state
-from nanovllm.kernels.copies import Download, upload_one
+from nanovllm.kernels.copies import upload_one
 from nanovllm.kernels.ops import Ops
 from nanovllm.layers.embedding import ParallelLMHead
 from nanovllm.parallel.tensor_parallel import TensorParallel
@@ -202,29 +201,3 @@ def _keep_prompt_logprobs(seq: Sequence, download: LogprobsDownload) -> None:
         features.prompt_logprobs += [row for row in download.rows() if row is not None]
         if len(features.prompt_logprobs) == features.num_prompt_logprobs:
             seq.wants &= ~Wants.PROMPT
-
-
-class Pooling(StepConsumer):
-    """The last hidden states of sequences that end without a token."""
-
-    def run(self, step: LaunchedStep, values: torch.Tensor) -> None:
-        """Pool the sequences with `Wants.POOLING` that the step completes.
-
-        values: [N, hidden_size] last hidden states of all sequences that it completes.
-        """
-        if not step.seqs:
-            return  # not rank 0
-        seqs = [seq for seq in step.seqs if seq.is_prefilled]
-        download = Download(values.float())
-
-        def commit() -> None:
-            [rows] = download.wait()
-            for seq, row in zip(seqs, rows, strict=True):
-                if seq.wants & Wants.POOLING and not seq.is_finished:
-                    assert seq.features.pooler is not None
-                    try:
-                        seq.features.pooled = seq.features.pooler(row)
-                    except BaseException as error:
-                        note_error(seq, error)
-
-        step.commits.append(commit)

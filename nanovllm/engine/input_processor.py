@@ -4,6 +4,7 @@ Everything that can be wrong about them is found here, before anything is queued
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -64,28 +65,39 @@ class InputProcessor:
         priority: list[int] | None,
         tokenization_kwargs: Mapping[str, object] | None,
         pooler: Callable[[np.ndarray], object] | None = None,
+        pooling_type: str = "LAST",
     ) -> list[Request]:
         """Checked requests, not yet numbered or queued; arguments and errors as of `generate`.
 
-        pooler: as of `FeatureState`; None: tokens are generated.
+        pooler, pooling_type: as of `FeatureState`; no pooler: tokens are generated.
         """
         if pooler is None and not self.model_runner.has_lm_head:
-            raise ArgumentError(
-                f"{self.config.model!r} was saved without an LM head: it can embed, not generate"
-            )
+            why = "was saved without an LM head: it can embed, not generate"
+            if head := self.config.model_config.head:
+                why = (
+                    f"has a classification head: it answers {head.tasks[0]}, and generates nothing"
+                )
+            raise ArgumentError(f"{self.config.model!r} {why}")
         if sampling_params is None:
             sampling_params = self.default_params
         params_list = as_params_list(sampling_params, len(prompts))
+        if pooling_type != "LAST":  # a cached block has no hidden states
+            params_list = [replace(p, skip_reading_prefix_cache=True) for p in params_list]
         priorities = as_priority_list(priority, len(prompts))
         encoded = encode_prompts(
             prompts, self.tokenizer, self.config.model_config.vocab_size, tokenization_kwargs
         )
         # Usually one object serves all prompts: checked, and copied, once.
         checked = {id(params): check_params(params) for params in params_list}
-        return [
+        requests = [
             self._new_request(*prompt, checked[id(params)], priority, pooler)
             for prompt, params, priority in zip(encoded, params_list, priorities, strict=True)
         ]
+        if pooling_type != "LAST":
+            for [seq] in (request.sequences for request in requests):
+                seq.features.pooling_type = pooling_type
+                seq.wants |= Wants.STATES
+        return requests
 
     def _new_request(
         self,

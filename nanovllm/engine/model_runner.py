@@ -6,10 +6,11 @@ import numpy as np
 import torch
 
 from nanovllm.config import Config
-from nanovllm.engine.consumers import LogitsProcessing, Pooling, PromptLogprobs, StepConsumer
+from nanovllm.engine.consumers import LogitsProcessing, PromptLogprobs, StepConsumer
 from nanovllm.engine.cuda_graphs import DecodeGraphs
 from nanovllm.engine.group_metadata import decode_metadata, prefill_metadata
 from nanovllm.engine.launched_step import LaunchedStep
+from nanovllm.engine.poolers import LastTokenPooling, TokenPooling
 from nanovllm.engine.prefill_inputs import prefill_inputs
 from nanovllm.engine.rank_state import RankState
 from nanovllm.engine.sampler import Sampler
@@ -39,7 +40,8 @@ class ModelRunner(RankState):
         self.consumers: dict[int, StepConsumer] = {
             Wants.LOGITS: LogitsProcessing(config, device, tp, ops, row_table),
             Wants.PROMPT: PromptLogprobs(config, tp, lm_head),
-            Wants.POOLING: Pooling(),
+            Wants.POOLING: LastTokenPooling(self.model),
+            Wants.STATES: TokenPooling(self.model),
         }
         self.graphs: DecodeGraphs | None = None
         self._uploaded_batch = NONE  # what `decode_batch` holds
@@ -72,7 +74,7 @@ class ModelRunner(RankState):
         num_groups = len(self.group_layers)
         inputs = prefill_inputs(plan, self.sent_rows, self.block_size, self.device, num_groups)
         self._update_row_table(inputs.row_updates)
-        wants_all = plan.has(Wants.PROMPT)
+        wants_all = plan.has(Wants.PROMPT | Wants.STATES)
         metadata = PrefillMetadata(
             slot_mapping=inputs.slot_mappings[0],
             block_tables=inputs.block_tables,
@@ -94,6 +96,7 @@ class ModelRunner(RankState):
         hidden_states = self.model.model(inputs.token_ids, inputs.positions, metadata)
         if wants_all:
             self._give(Wants.PROMPT, step, hidden_states)
+            self._give(Wants.STATES, step, hidden_states)
             hidden_states = hidden_states.index_select(0, inputs.last_tokens)
         if not len(inputs.rows):
             return  # no prompt is complete

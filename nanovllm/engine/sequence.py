@@ -21,6 +21,7 @@ class Wants:
     CONFIRMED = 2  # it is computed only when no token of it is pending
     PROMPT = 4  # every hidden state of its prompt: cached blocks cannot stand in for them
     POOLING = 8  # its last hidden state, and no token: it ends when it is prefilled
+    STATES = 16  # with POOLING: every hidden state of its prompt; it skips the prefix cache
 
 
 class Sequence:

@@ -1,211 +1,443 @@
-"""Embeddings and scores: what the last token's final hidden state says, with nothing generated.
+"""Pooling: what a prompt's hidden states say, with nothing generated.
 
-The question for rerankers is that of Qwen3-Reranker's model card (Zhang et al. 2025, arXiv
-2506.05176).
+Without a head they are embeddings; a classification head makes labels or rewards of them. The tasks
+have vLLM's names. `features.scoring` has scores of pairs.
 """
 
-import os
 from collections.abc import Callable
 from functools import partial
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import torch
 
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.request import Request
 from nanovllm.engine.request_output import raise_failed
 from nanovllm.errors import ArgumentError, shown
-from nanovllm.features.rpc import call_ranks
 from nanovllm.inputs.prompts import (
+    as_priority_list,
     as_prompt_list,
     check_each,
     check_tokenization_kwargs,
     check_unsupported,
     encode_prompts,
 )
-from nanovllm.model_files import is_file, read_json, read_json_object
+from nanovllm.models.head_config import IDENTITY, SIGMOID, SOFTMAX
+from nanovllm.models.pooling_config import PoolingFiles, read_pooling_files, token_type
 from nanovllm.outputs import (
+    ClassificationOutput,
+    ClassificationRequestOutput,
     EmbeddingOutput,
     EmbeddingRequestOutput,
-    ScoringOutput,
-    ScoringRequestOutput,
+    PoolingOutput,
+    PoolingRequestOutput,
 )
-from nanovllm.pooling_params import PoolingParams
+from nanovllm.pooling_params import TASKS, PoolingParams
 from nanovllm.progress import check_use_tqdm
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.validation import check_choice, check_integer
 
-# Of sentence-transformers: its modules of which the last token's embedding is made, and the modes.
-MODULES = ("Transformer", "Pooling", "Normalize")
-MODE, LAST_TOKEN = "pooling_mode_", "lasttoken"
 SMALLEST_NORM = 1e-12  # a vector of zeros stays one
-QUESTION_BEFORE = (
-    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and "
-    'the Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n'
-    "<|im_start|>user\n"
-)
-QUESTION = "<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}"
-QUESTION_AFTER = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-YES, NO = "yes", "no"
-QUESTION_TOKENS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>", YES, NO)
-WEB_SEARCH = "Given a web search query, retrieve relevant passages that answer the query"
+EMBEDDING_TASKS = ("embed", "token_embed")
+TOKEN_TASKS = ("token_embed", "token_classify")
+Output = TypeVar("Output")
+Prompts = str | list[str] | list[int] | list[list[int]] | list[Any]
+Params = PoolingParams | list[PoolingParams] | None
 
 
-# ---- embeddings -------------------------------------------------------------------------------
+class Pooling(NamedTuple):
+    """How a prompt of a call is pooled."""
+
+    pooling_type: str  # of `FeatureState`, or "STEP"
+    pooler: Callable[[np.ndarray], Any]  # of `FeatureState`
+    skip_reading_prefix_cache: bool | None = None
+    step_tag_id: int | None = None
+
+
+# ---- the calls --------------------------------------------------------------------------------
 
 
 def embed(
     llm: LLMEngine,
-    prompts: str | list[str] | list[int] | list[list[int]] | list[Any],
+    prompts: Prompts,
     *,
     use_tqdm: bool | Callable[..., Any] = True,
-    pooling_params: PoolingParams | None = None,
+    pooling_params: Params = None,
     truncate_prompt_tokens: int | None = None,
     tokenization_kwargs: dict[str, Any] | None = None,
     priority: list[int] | None = None,
     lora_request: None = None,
 ) -> list[EmbeddingRequestOutput]:
-    """Embed prompts: the final hidden state of each one's last token, scaled to length 1.
+    """Embed prompts: a hidden state of the last layer for each, scaled to length 1.
 
-    That is how Qwen3-Embedding works; the token that its prompts end with is added by the
-    tokenizer that it comes with. Nothing is generated. Requests queued otherwise run along.
+    Which one is said by `pooler_config`, else by the model's files for sentence-transformers. The
+    default is that of the last token, which is how Qwen3-Embedding works; the token that its
+    prompts end with is added by the tokenizer that it comes with. Nothing is generated. Requests
+    queued otherwise run along.
 
     Args:
         prompts, priority, use_tqdm, tokenization_kwargs: as for `generate`; a prompt may have
-            `max_model_len` tokens.
-        pooling_params: fewer dimensions, or embeddings as they come.
+            `max_model_len` tokens, or the `max_seq_length` of sentence_bert_config.json.
+        pooling_params: fewer dimensions, or embeddings as they come; one for all prompts or one
+            for each.
         truncate_prompt_tokens: cut texts to so many tokens, as the tokenizer does it (the
-            tokens that it adds stay); -1: to `max_model_len`.
+            tokens that it adds stay); -1: to the longest prompt.
         lora_request: only None.
 
     Returns:
         For each prompt an output whose `outputs.embedding` is a list of floats.
 
     Raises:
-        ArgumentError: a prompt or parameter is wrong, or the model's files for
-            sentence-transformers ask for another pooling or a further module; nothing was
+        ArgumentError: a prompt or parameter is wrong, the model has a classification head, or its
+            files for sentence-transformers ask for another pooling or a further module; nothing
+            was queued then.
+        EngineDeadError: a tensor-parallel worker died.
+    """
+    check_unsupported(lora_request=lora_request)
+    truncation = truncate_prompt_tokens, tokenization_kwargs
+    requests = run_task(llm, "embed", prompts, pooling_params, truncation, use_tqdm, priority)
+    return [
+        _output(EmbeddingRequestOutput, request, EmbeddingOutput(_pooled(request).tolist()))
+        for request in requests
+    ]
+
+
+def classify(
+    llm: LLMEngine,
+    prompts: Prompts,
+    *,
+    use_tqdm: bool | Callable[..., Any] = True,
+    pooling_params: Params = None,
+    truncate_prompt_tokens: int | None = None,
+    tokenization_kwargs: dict[str, Any] | None = None,
+    priority: list[int] | None = None,
+    lora_request: None = None,
+) -> list[ClassificationRequestOutput]:
+    """Classify prompts with the head of a model for sequence classification.
+
+    The head reads the last token's hidden state (`pooler_config`: another). Softmax makes
+    probabilities of its logits, sigmoid where there is one label or each is a question of its own
+    (`problem_type` of config.json). `use_activation=False` leaves logits: the reward of a reward
+    model.
+
+    Args:
+        prompts, use_tqdm, pooling_params, truncate_prompt_tokens, tokenization_kwargs, priority,
+            lora_request: as of `embed`.
+
+    Returns:
+        For each prompt an output whose `outputs.probs` is a list of floats, one for each label.
+
+    Raises:
+        ArgumentError: a prompt or parameter is wrong, or the model has no such head; nothing was
             queued then.
         EngineDeadError: a tensor-parallel worker died.
     """
     check_unsupported(lora_request=lora_request)
-    _check_pooling_mode(os.path.join(_pooling_folder(llm.config.model), "config.json"))
-    pooler = _embedding_pooler(pooling_params, llm.config.model_config.hidden_size)
-    kwargs = _truncating(llm, truncate_prompt_tokens, tokenization_kwargs)
-    requests = _pool(llm, as_prompt_list(prompts), pooler, use_tqdm, kwargs, priority)
-    outputs = []
-    for request in requests:
-        [seq] = request.sequences
-        outputs.append(
-            EmbeddingRequestOutput(
-                str(request.request_id),
-                EmbeddingOutput(seq.features.pooled.tolist()),
-                seq.prompt_token_ids,
-                num_cached_tokens=seq.num_cached_tokens,
-            )
+    truncation = truncate_prompt_tokens, tokenization_kwargs
+    requests = run_task(llm, "classify", prompts, pooling_params, truncation, use_tqdm, priority)
+    return [
+        _output(
+            ClassificationRequestOutput, request, ClassificationOutput(_pooled(request).tolist())
         )
-    return outputs
+        for request in requests
+    ]
 
 
-def _pool(
+def encode(
+    llm: LLMEngine,
+    prompts: Prompts,
+    pooling_params: Params = None,
+    *,
+    use_tqdm: bool | Callable[..., Any] = True,
+    pooling_task: str | None = None,
+    truncate_prompt_tokens: int | None = None,
+    tokenization_kwargs: dict[str, Any] | None = None,
+    priority: list[int] | None = None,
+    lora_request: None = None,
+) -> list[PoolingRequestOutput]:
+    """Pool prompts by any task, and get tensors.
+
+    Args:
+        prompts, use_tqdm, pooling_params, truncate_prompt_tokens, tokenization_kwargs, priority,
+            lora_request: as of `embed`.
+        pooling_task: "embed" and "classify" give one row for a prompt, as the methods of these
+            names do. "token_embed" gives a row for each token, its hidden state scaled to length
+            1; "token_classify" gives the head's results for each token. With pooling type "STEP"
+            these are the rows of the tokens `step_tag_id` alone.
+
+    Returns:
+        For each prompt an output whose `outputs.data` is a float32 tensor on the CPU, of [width] or
+        [tokens, width].
+
+    Raises:
+        ArgumentError: a prompt or parameter is wrong, no task is named, or the model does not
+            answer it; nothing was queued then.
+        EngineDeadError: a tensor-parallel worker died.
+
+    Tasks with a row for each token, and pooling types other than "LAST", need all hidden states of
+    a prompt. So such a prompt is computed whole, without the prefix cache.
+    """
+    check_unsupported(lora_request=lora_request)
+    task = pooling_task
+    if task is None:
+        named = pooling_params if isinstance(pooling_params, list) else [pooling_params]
+        tasks = {getattr(params, "task", None) for params in named}
+        if len(tasks) != 1 or None in tasks:
+            raise ArgumentError(
+                f"encode needs pooling_task: {llm.config.model!r} answers "
+                f"{' and '.join(map(repr, tasks_of(llm)))}"
+            )
+        [task] = tasks
+    assert task is not None
+    truncation = truncate_prompt_tokens, tokenization_kwargs
+    requests = run_task(llm, task, prompts, pooling_params, truncation, use_tqdm, priority)
+    return [
+        _output(PoolingRequestOutput, request, PoolingOutput(torch.from_numpy(_pooled(request))))
+        for request in requests
+    ]
+
+
+def reward(
+    llm: LLMEngine,
+    prompts: Prompts,
+    *,
+    use_tqdm: bool | Callable[..., Any] = True,
+    pooling_params: Params = None,
+    truncate_prompt_tokens: int | None = None,
+    tokenization_kwargs: dict[str, Any] | None = None,
+    priority: list[int] | None = None,
+    lora_request: None = None,
+) -> list[PoolingRequestOutput]:
+    """Rewards of each prompt's tokens, or steps: `encode` with `pooling_task="token_classify"`.
+
+    A reward model for whole prompts (sequence classification) gives its reward with `classify`,
+    which is this one's last row.
+    """
+    return encode(
+        llm,
+        prompts,
+        pooling_params,
+        use_tqdm=use_tqdm,
+        pooling_task="token_classify",
+        truncate_prompt_tokens=truncate_prompt_tokens,
+        tokenization_kwargs=tokenization_kwargs,
+        priority=priority,
+        lora_request=lora_request,
+    )
+
+
+# ---- what they share --------------------------------------------------------------------------
+
+
+def tasks_of(llm: LLMEngine) -> tuple[str, ...]:
+    """What the model answers, of TASKS."""
+    head = llm.config.model_config.head
+    return EMBEDDING_TASKS if head is None else head.tasks
+
+
+def check_task(llm: LLMEngine, task: str) -> None:
+    """ArgumentError if the model does not answer a task."""
+    check_choice("pooling_task", task, TASKS)
+    tasks = tasks_of(llm)
+    if task not in tasks:
+        raise ArgumentError(
+            f"{llm.config.model!r} does not answer {task!r}: a model of "
+            f"{llm.config.model_config.architectures[0]} answers {' and '.join(map(repr, tasks))}"
+        )
+
+
+def run_task(
+    llm: LLMEngine,
+    task: str,
+    prompts: Prompts,
+    pooling_params: Params,
+    truncation: tuple[int | None, dict[str, Any] | None],
+    use_tqdm: bool | Callable[..., Any],
+    priority: list[int] | None,
+) -> list[Request]:
+    """The finished requests of a call; arguments and errors are those of `encode`.
+
+    truncation: `truncate_prompt_tokens` and `tokenization_kwargs`.
+    """
+    check_task(llm, task)
+    files = read_pooling_files(llm.config.model) if task == "embed" else PoolingFiles()
+    prompt_list = as_prompt_list(prompts)
+    poolings = check_each_params(
+        pooling_params, len(prompt_list), lambda params: new_pooling(llm, task, params, files)
+    )
+    kwargs = truncating(llm, *truncation, longest=files.max_seq_length)
+    return pool(llm, prompt_list, poolings, use_tqdm, kwargs, priority, files.max_seq_length)
+
+
+def check_each_params(
+    params: Any, num_prompts: int, check: Callable[[PoolingParams], Output]
+) -> list[Output]:
+    """`check` of the parameters of each prompt; one, or None for the defaults, serves all."""
+    if params is None:
+        params = PoolingParams()
+    if isinstance(params, PoolingParams):
+        return [check(params)] * num_prompts
+    if not isinstance(params, (list, tuple)):
+        raise ArgumentError(
+            f"pooling_params must be a PoolingParams or a list of them, got {shown(params)}"
+        )
+    if len(params) != num_prompts:
+        raise ArgumentError(
+            f"The lengths of prompts ({num_prompts}) and pooling_params ({len(params)}) must be "
+            "the same."
+        )
+    checked: dict[int, Output] = {}  # usually one object serves many prompts
+
+    def check_once(item: Any) -> Output:
+        if not isinstance(item, PoolingParams):
+            raise ArgumentError(f"pooling_params must be a PoolingParams, got {shown(item)}")
+        if id(item) not in checked:
+            checked[id(item)] = check(item)
+        return checked[id(item)]
+
+    return check_each("pooling_params", check_once, params)
+
+
+def new_pooling(llm: LLMEngine, task: str, params: PoolingParams, files: PoolingFiles) -> Pooling:
+    """How a task pools a prompt with these parameters; ArgumentError if they do not go with it."""
+    config, model_config = llm.config.pooling, llm.config.model_config
+    is_embedding = task in EMBEDDING_TASKS
+    if params.task not in (None, task):
+        raise ArgumentError(f"pooling_params: task is {params.task!r}, but {task!r} is asked for")
+    if params.dimensions is not None and not is_embedding:
+        raise ArgumentError(f"dimensions are of embeddings, got {params.dimensions} for {task!r}")
+    if task in TOKEN_TASKS:
+        pooling_type = token_type(config, model_config)
+    else:
+        pooling_type = config.sequence_type or files.pooling_type or "LAST"
+    is_step = pooling_type == "STEP"
+    for name in ("step_tag_id", "returned_token_ids"):
+        if (value := getattr(params, name)) is not None and not is_step:
+            raise ArgumentError(
+                f"{name} is for pooling type 'STEP' of a task for tokens, got {shown(value)} for "
+                f"{task!r} with {pooling_type!r}"
+            )
+    step_tag_id = config.step_tag_id if params.step_tag_id is None else params.step_tag_id
+    columns = params.returned_token_ids or config.returned_token_ids
+    activates = params.use_activation
+    if activates is None:
+        activates = config.is_activated
+    pooler: Callable[[np.ndarray], Any]
+    if is_embedding:
+        dimensions = config.dimensions if params.dimensions is None else params.dimensions
+        size = model_config.hidden_size
+        if dimensions is not None:
+            check_integer("dimensions", dimensions, 1, size)
+        if activates is None:
+            activates = files.normalize
+        pooler = partial(embedding, dimensions=dimensions, normalize=activates is not False)
+    else:
+        assert model_config.head is not None
+        size = len(model_config.head.labels)
+        pooler = partial(
+            classification,
+            mean=config.logit_mean or 0.0,
+            sigma=1.0 if config.logit_sigma is None else config.logit_sigma,
+            activation=IDENTITY if activates is False else model_config.head.activation,
+        )
+    if not is_step:
+        return Pooling(pooling_type, pooler, params.skip_reading_prefix_cache)
+    if columns is not None:
+        check_integer("returned_token_ids", max(columns), 0, size - 1)
+        pooler = partial(_of_columns, columns=columns, pooler=pooler)
+    if step_tag_id is not None:
+        check_integer("step_tag_id", step_tag_id, 0, model_config.vocab_size - 1)
+    return Pooling(pooling_type, pooler, params.skip_reading_prefix_cache, step_tag_id)
+
+
+def pool(
     llm: LLMEngine,
     prompts: list[Any],
-    pooler: Callable[[np.ndarray], Any],
+    poolings: list[Pooling],
     use_tqdm: bool | Callable[..., Any],
     tokenization_kwargs: dict[str, Any] | None = None,
     priority: list[int] | None = None,
+    longest: int | None = None,
 ) -> list[Request]:
-    """The finished requests; their sequences' `pooled` is what `pooler` made of [hidden_size]."""
+    """The finished requests, one for each prompt; their sequences' `pooled` is the result.
+
+    longest: tokens that a prompt may have, if fewer than `max_model_len`.
+    """
     check_use_tqdm(use_tqdm)
     llm.check_awake()
-    nothing = SamplingParams(temperature=0, max_tokens=1)  # is sampled
-    requests = llm.input_processor.process(prompts, nothing, priority, tokenization_kwargs, pooler)
-    llm.run(requests, use_tqdm)
-    raise_failed(requests)
-    return requests
-
-
-def _pooling_folder(model_dir: str) -> str:
-    """Where sentence-transformers keeps how to pool; ArgumentError for modules that we lack."""
-    path = os.path.join(model_dir, "modules.json")
-    folder = "1_Pooling"
-    if is_file(path):
-        modules = read_json(path)
-        if modules == {}:
-            modules = []  # it names none
-        if not isinstance(modules, list):
-            raise ArgumentError(f"cannot read {path}: it must hold a list, got {shown(modules)}")
-        for module in modules:
-            kind, module_path = _module(module, path)
-            if kind not in MODULES:
-                raise ArgumentError(
-                    f"{path}: module {shown(kind)} is not supported; supported: "
-                    f"{', '.join(MODULES)}"
-                )
-            if kind == "Pooling":
-                folder = module_path
-    return os.path.join(model_dir, folder)
-
-
-def _module(module: Any, path: str) -> tuple[str, str]:
-    """The class and the folder of an entry of modules.json."""
-    fields = module if isinstance(module, dict) else {}
-    kind, folder = fields.get("type"), fields.get("path")
-    if not isinstance(kind, str) or not isinstance(folder, str):
-        raise ArgumentError(
-            f"cannot read {path}: a module needs a type and a path, got {shown(module)}"
+    vocab_size = llm.config.model_config.vocab_size
+    encoded = encode_prompts(prompts, llm.tokenizer, vocab_size, tokenization_kwargs)
+    priorities = as_priority_list(priority, len(prompts))
+    for index, (_, token_ids) in enumerate(encoded):
+        if longest is not None and len(token_ids) > longest:
+            raise ArgumentError(
+                f"prompts[{index}] has {len(token_ids)} tokens, the max_seq_length of "
+                f"sentence_bert_config.json is {longest}; truncate_prompt_tokens=-1 cuts texts"
+            )
+    numbers: dict[int, list[int]] = {}  # the prompts of each pooling
+    for index, pooling in enumerate(poolings):
+        numbers.setdefault(id(pooling), []).append(index)
+    found: dict[int, Request] = {}
+    for own in numbers.values():
+        pooling = poolings[own[0]]
+        params = SamplingParams(  # nothing is sampled
+            temperature=0,
+            max_tokens=1,
+            skip_reading_prefix_cache=pooling.skip_reading_prefix_cache,
         )
-    if os.path.isabs(folder) or ".." in folder.split("/") or "\0" in folder:
-        raise ArgumentError(
-            f"{path}: a module's path must be in the model's directory: {shown(folder)}"
+        requests = llm.input_processor.process(
+            [{"prompt": encoded[i].text, "prompt_token_ids": encoded[i].token_ids} for i in own],
+            params,
+            [priorities[i] for i in own],
+            None,
+            pooling.pooler,
+            "ALL" if pooling.pooling_type == "STEP" else pooling.pooling_type,
         )
-    return kind.rpartition(".")[2], folder
+        found.update(zip(own, requests, strict=True))
+    result = [found[index] for index in range(len(prompts))]
+    llm.run(result, use_tqdm)
+    raise_failed(result)
+    for request, pooling in zip(result, poolings, strict=True):
+        if pooling.step_tag_id is not None:
+            [seq] = request.sequences
+            is_step = np.array(seq.prompt_token_ids) == pooling.step_tag_id
+            seq.features.pooled = seq.features.pooled[is_step]
+    return result
 
 
-def _check_pooling_mode(path: str) -> None:
-    """ArgumentError if the file, that of sentence-transformers, does not ask for the last token.
-
-    Older versions have a field for each mode; newer ones `pooling_mode`, whose default is "mean".
-    """
-    if not is_file(path):
-        return
-    fields = read_json_object(path)
-    mode = fields.get("pooling_mode", [])
-    modes = list(mode) if isinstance(mode, list) else [mode]
-    modes += [n.removeprefix(MODE) for n, v in fields.items() if n.startswith(MODE) and v is True]
-    if {str(mode) for mode in modes} != {LAST_TOKEN}:
-        raise ArgumentError(
-            f"{path}: pooling {shown(modes) if modes else 'mean'} is not supported; supported: "
-            "last token"
-        )
+def _pooled(request: Request) -> np.ndarray:
+    [seq] = request.sequences
+    return seq.features.pooled
 
 
-def _embedding_pooler(params: Any, hidden_size: int) -> Callable[[np.ndarray], np.ndarray]:
-    if params is None:
-        params = PoolingParams()
-    if not isinstance(params, PoolingParams):
-        raise ArgumentError(f"pooling_params must be a PoolingParams, got {shown(params)}")
-    if params.dimensions is not None:
-        check_integer("dimensions", params.dimensions, 1, hidden_size)
-    normalize = params.use_activation is not False
-    return partial(_embedding, dimensions=params.dimensions, normalize=normalize)
+def _output(cls: Callable[..., Output], request: Request, outputs: object) -> Output:
+    """A request's output of one of the classes in `nanovllm.outputs`."""
+    [seq] = request.sequences
+    return cls(
+        str(request.request_id),
+        outputs,
+        seq.prompt_token_ids,
+        num_cached_tokens=seq.num_cached_tokens,
+    )
 
 
-def _embedding(hidden_state: np.ndarray, dimensions: int | None, normalize: bool) -> np.ndarray:
-    """A new array of the first `dimensions` numbers."""
-    kept = hidden_state[:dimensions]
-    return kept / max(np.linalg.norm(kept), SMALLEST_NORM) if normalize else kept.copy()
-
-
-def _truncating(
-    llm: LLMEngine, limit: int | None, kwargs: Any, num_others: int = 0
+def truncating(
+    llm: LLMEngine,
+    limit: int | None,
+    kwargs: Any,
+    num_others: int = 0,
+    longest: int | None = None,
 ) -> dict[str, Any]:
-    """Checked keywords for the tokenizer, which with `num_others` more tokens gives `limit`."""
+    """Checked keywords for the tokenizer, which with `num_others` more tokens gives `limit`.
+
+    longest: tokens that a prompt may have, if fewer than `max_model_len`.
+    """
     kwargs = check_tokenization_kwargs(kwargs)
     if limit is None:
         return kwargs
-    longest = llm.config.max_model_len
+    longest = min(longest or llm.config.max_model_len, llm.config.max_model_len)
     if longest <= num_others:
         raise ArgumentError(
             f"max_model_len ({longest}) leaves no room for a text beside the {num_others} tokens "
@@ -217,169 +449,34 @@ def _truncating(
     return kwargs | {"truncation": True, "max_length": limit - num_others}
 
 
-# ---- scores -----------------------------------------------------------------------------------
+# ---- poolers ----------------------------------------------------------------------------------
 
 
-def score(
-    llm: LLMEngine,
-    data_1: str | list[str],
-    data_2: str | list[str],
-    /,
-    *,
-    method: str = "reranker",
-    instruction: str | None = None,
-    use_tqdm: bool | Callable[..., Any] = True,
-    truncate_prompt_tokens: int | None = None,
-    lora_request: None = None,
-) -> list[ScoringRequestOutput]:
-    """Score pairs of texts: one with one, one with each of several, or each with its own.
+def embedding(states: np.ndarray, dimensions: int | None, normalize: bool) -> np.ndarray:
+    """[..., hidden_size] float32 -> a new array of the first `dimensions` numbers of each row."""
+    kept = states[..., :dimensions]
+    if not normalize:
+        return kept.copy()
+    return kept / np.maximum(np.linalg.norm(kept, axis=-1, keepdims=True), SMALLEST_NORM)
 
-    Args:
-        data_1: queries.
-        data_2: documents, as many; any number for a single query.
-        method: "reranker" asks the model as Qwen3-Reranker was trained to be asked, whether the
-            document meets the query; the score is the probability of "yes" against "no".
-            "embedding": the cosine of the two texts' embeddings, as of Qwen3-Embedding.
-        instruction: what the reranker looks for; None: passages that answer a web search.
-        use_tqdm: as for `generate`.
-        truncate_prompt_tokens: cut texts so that a prompt has so many tokens at most; the
-            reranker loses the end of the document. -1: `max_model_len`.
-        lora_request: only None.
 
-    Returns:
-        For each pair an output whose `outputs.score` is a float.
+def classification(
+    logits: np.ndarray, mean: float, sigma: float, activation: str | None
+) -> np.ndarray:
+    """[..., labels] float32 -> what the activation makes of (logits - mean) / sigma.
 
-    Raises:
-        ArgumentError: an argument is wrong, the model has no LM head, or its tokenizer lacks
-            one of the tokens that the reranker's question or answer is made of.
-        EngineDeadError: a tensor-parallel worker died.
+    activation: one of `models.head_config`; None: softmax of several labels, sigmoid of one.
     """
-    check_unsupported(lora_request=lora_request)
-    check_choice("method", method, ("reranker", "embedding"))
-    queries, documents = _as_texts("data_1", data_1), _as_texts("data_2", data_2)
-    if len(queries) not in (1, len(documents)):
-        raise ArgumentError(
-            f"data_1 and data_2 must be one with one, one with several or as many with as many, "
-            f"got {len(queries)} and {len(documents)}"
-        )
-    if method == "embedding":
-        if instruction is not None:
-            raise ArgumentError(
-                "instruction is for method='reranker'; write it into the queries of an embedding "
-                f"model, got {shown(instruction)}"
-            )
-        return _cosines(llm, queries, documents, use_tqdm, truncate_prompt_tokens)
-    if not isinstance(instruction, (str, type(None))):
-        raise ArgumentError(f"instruction must be a string, got {shown(instruction)}")
-    pairs = list(zip(queries * (len(documents) // len(queries)), documents, strict=True))
-    return _rerank(llm, pairs, instruction or WEB_SEARCH, use_tqdm, truncate_prompt_tokens)
+    logits = ((logits - mean) / sigma).astype(np.float32)
+    if activation is None:
+        activation = SOFTMAX if logits.shape[-1] > 1 else SIGMOID
+    if activation == IDENTITY:
+        return logits
+    if activation == SIGMOID:
+        return np.exp(-np.logaddexp(np.float32(0), -logits))
+    powers = np.exp(logits - logits.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
 
 
-def _rerank(
-    llm: LLMEngine,
-    pairs: list[tuple[str, str]],
-    instruction: str,
-    use_tqdm: bool | Callable[..., Any],
-    limit: int | None,
-) -> list[ScoringRequestOutput]:
-    llm.check_awake()
-    if not llm.model_runner.has_lm_head:
-        raise ArgumentError(
-            f"{llm.config.model!r} was saved without an LM head: only method='embedding' scores"
-        )
-    if llm.config.model_config.uses_transformers:  # its head may do more than multiply
-        raise ArgumentError(
-            "only method='embedding' scores with a model that runs on transformers' own module"
-        )
-    tokenizer, vocab_size = llm.tokenizer, llm.config.model_config.vocab_size
-    yes_id, no_id = _check_question_tokens(tokenizer)
-    plain = {"add_special_tokens": False}
-    (_, before), (_, after) = encode_prompts(
-        [QUESTION_BEFORE, QUESTION_AFTER], tokenizer, vocab_size, plain
-    )
-    kwargs = _truncating(llm, limit, plain, len(before) + len(after))
-    questions = [
-        QUESTION.format(instruction=instruction, query=query, document=document)
-        for query, document in pairs
-    ]
-    encoded = encode_prompts(questions, tokenizer, vocab_size, kwargs)
-    rows: dict[int, np.ndarray] = {}
-    for held in call_ranks(llm, _lm_head_rows, args=([yes_id, no_id],)):
-        rows |= held
-    # softmax over two logits is the logistic function of their difference
-    pooler = partial(_probability, weights=rows[yes_id] - rows[no_id])
-    requests = _pool(llm, [[*before, *ids, *after] for _, ids in encoded], pooler, use_tqdm)
-    outputs = []
-    for request in requests:
-        [seq] = request.sequences
-        outputs.append(
-            ScoringRequestOutput(
-                str(request.request_id),
-                ScoringOutput(seq.features.pooled),
-                seq.prompt_token_ids,
-                num_cached_tokens=seq.num_cached_tokens,
-            )
-        )
-    return outputs
-
-
-def _probability(hidden_state: np.ndarray, weights: np.ndarray) -> float:
-    """1 / (1 + exp(-x)) of the product x; both arguments are [hidden_size] float32."""
-    return float(np.exp(-np.logaddexp(0.0, -float(hidden_state @ weights))))
-
-
-def _lm_head_rows(runner: ModelRunner, token_ids: list[int]) -> dict[int, np.ndarray]:
-    """[hidden_size] float32 of those of `token_ids` whose logits this rank computes."""
-    lm_head = runner.model.lm_head
-    local = {token_id: token_id - lm_head.first_token_id for token_id in token_ids}
-    return {
-        token_id: lm_head.weight[row].detach().float().cpu().numpy()
-        for token_id, row in local.items()
-        if 0 <= row < len(lm_head.weight)
-    }
-
-
-def _check_question_tokens(tokenizer: Any) -> tuple[int, int]:
-    """The ids of "yes" and "no"; ArgumentError if a token of the question is none."""
-    if tokenizer is None:
-        raise ArgumentError("score needs the tokenizer that skip_tokenizer_init=True left out")
-    vocabulary: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
-    if missing := [token for token in QUESTION_TOKENS if token not in vocabulary]:
-        raise ArgumentError(
-            "method='reranker' needs a model like Qwen3-Reranker: the tokenizer has no token "
-            f"{', '.join(map(repr, missing))}"
-        )
-    return vocabulary[YES], vocabulary[NO]
-
-
-def _cosines(
-    llm: LLMEngine,
-    queries: list[str],
-    documents: list[str],
-    use_tqdm: bool | Callable[..., Any],
-    limit: int | None,
-) -> list[ScoringRequestOutput]:
-    embedded = embed(llm, [*queries, *documents], use_tqdm=use_tqdm, truncate_prompt_tokens=limit)
-    ours, theirs = embedded[: len(queries)], embedded[len(queries) :]
-    return [
-        ScoringRequestOutput(
-            f"{one.request_id}_{other.request_id}",
-            ScoringOutput(float(np.dot(one.outputs.embedding, other.outputs.embedding))),
-            one.prompt_token_ids + other.prompt_token_ids,
-            num_cached_tokens=(one.num_cached_tokens or 0) + (other.num_cached_tokens or 0),
-        )
-        for one, other in zip(ours * (len(theirs) // len(ours)), theirs, strict=True)
-    ]
-
-
-def _as_texts(name: str, data: Any) -> list[str]:
-    texts = [data] if isinstance(data, str) else data
-    if not isinstance(texts, (list, tuple)) or not texts:
-        raise ArgumentError(f"{name} must be a string or a list of strings, got {shown(data)}")
-
-    def check(text: Any) -> str:
-        if not isinstance(text, str):
-            raise ArgumentError(f"a text must be a string, got {shown(text)}")
-        return text
-
-    return check_each(name, check, texts)
+def _of_columns(values: np.ndarray, columns: list[int], pooler: Callable[[np.ndarray], Any]) -> Any:
+    return pooler(values[..., columns])

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nanovllm.errors import ArgumentError, shown
+from nanovllm.models.head_config import check_activation, check_labels, check_problem_type
 from nanovllm.parameters import Check, at_least, boolean, finite, number, optional, unchecked
 from nanovllm.validation import check_integer
 
 MAX_SIZE = 2**31 - 1  # of a dimension
 MAX_LAYERS = 1024
 MAX_EXPERTS = 4096
+MAX_LABELS = 2**20
 MAX_POSITIONS = 2**24  # whose rotations are a table
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -97,6 +99,15 @@ FAMILY_FIELDS = {
     "residual_multiplier": POSITIVE,
     "logits_scaling": POSITIVE,
 }
+# Of a classification head.
+HEAD_FIELDS = {
+    "id2label": optional(Check("", check_labels)),
+    "num_labels": optional(at_least(1, MAX_LABELS)),
+    "problem_type": Check("", check_problem_type),
+    "token_classification_bias": boolean,
+    "sentence_transformers": Check("", check_activation),
+    "sbert_ce_default_activation_function": Check("", check_activation),
+}
 # Left out unless they are of this type: little depends on them.
 TYPES = {
     "tokenizer_class": str,
@@ -107,7 +118,11 @@ TYPES = {
 
 
 def check_fields(
-    raw: Mapping[str, Any], path: str, has_experts: bool, family_fields: Sequence[str] = ()
+    raw: Mapping[str, Any],
+    path: str,
+    has_experts: bool,
+    family_fields: Sequence[str] = (),
+    has_head: bool = False,
 ) -> dict[str, Any]:
     """The fields of config.json that are used, by their values.
 
@@ -116,6 +131,7 @@ def check_fields(
         path: the file's path, for the message.
         has_experts: whether the family has experts: the fields of others are left out.
         family_fields: names in FAMILY_FIELDS that the family uses.
+        has_head: the same of a classification head.
 
     Raises:
         ArgumentError: a field is of another type than it must be, or outside its range.
@@ -123,6 +139,14 @@ def check_fields(
     known = FIELDS | EXPERT_FIELDS if has_experts else FIELDS
     known = known | {name: FAMILY_FIELDS[name] for name in family_fields}
     checked: dict[str, Any] = {}
+    if has_head:
+        known = known | HEAD_FIELDS
+        labels, number = raw.get("id2label"), raw.get("num_labels")
+        if labels and number and isinstance(labels, dict) and len(labels) != number:
+            raise ArgumentError(
+                f"{path}: the model's num_labels ({shown(number)}) and id2label "
+                f"({len(labels)} labels) do not fit"
+            )
     for name, value in raw.items():
         if name in known:
             checked[name] = known[name].run(f"{path}: the model's {name}", value)

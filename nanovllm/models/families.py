@@ -1,11 +1,14 @@
 """The class of a model's family, imported when it is wanted."""
 
 import importlib
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nanovllm.config import Config
 from nanovllm.layers.context import ModelContext
 from nanovllm.models.base import CausalLM
+from nanovllm.models.head_config import split_architecture
+from nanovllm.models.heads import new_head
 from nanovllm.models.loader import load_model
 from nanovllm.models.registry import family_of, first_supported
 
@@ -14,10 +17,19 @@ if TYPE_CHECKING:
 
 
 def new_model(config: Config, context: ModelContext) -> "CausalLM | TransformersForCausalLM":
-    """The model of one rank, its weights not loaded."""
+    """The model of one rank, its weights not loaded.
+
+    In one with a classification head, `score`, the embedding stands in for the LM head that it does
+    not have: tables and the warm-up need one of the vocabulary's size.
+    """
     model_config = config.model_config
     if not model_config.uses_transformers:
-        return model_class(model_config.architectures)(model_config, context)
+        family = model_class(model_config.architectures)
+        if model_config.head is None:
+            return family(model_config, context)
+        model = family(replace(model_config, tie_word_embeddings=True), context)
+        model.score = new_head(model_config.head, model_config.hidden_size, context)
+        return model
     from nanovllm.models.transformers_model import TransformersForCausalLM
 
     return TransformersForCausalLM(config.hf_config, model_config.vocab_size, context)
@@ -32,6 +44,7 @@ def load_weights(model: "CausalLM | TransformersForCausalLM", config: Config) ->
 
 
 def model_class(architectures: tuple[str, ...]) -> type[CausalLM]:
-    """The class that runs the first supported name of `architectures`."""
+    """The class whose decoder runs the first supported name of `architectures`."""
     module = importlib.import_module(family_of(architectures).module)
-    return getattr(module, str(first_supported([*architectures])))
+    name, _ = split_architecture(str(first_supported([*architectures])))
+    return getattr(module, name)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nanovllm.errors import ArgumentError, cut, nearest, shown, shown_error
 from nanovllm.model_files import is_file, list_directory, read_json_object
 from nanovllm.models.config_fields import check_fields
-from nanovllm.models.registry import ARCHITECTURES, check_supported, family_of, first_supported
+from nanovllm.models.registry import check_supported, family_of, first_supported, head_kind
 from nanovllm.models.rope_config import LAYER_TYPES
 
 if TYPE_CHECKING:
@@ -135,7 +135,9 @@ def _check(raw: dict[str, Any], where: str) -> dict[str, Any]:
     for name, stored in config_class.attribute_map.items():
         if stored in newest:  # of two names, the one that transformers stores wins
             newest[name] = newest.pop(stored)
-    return check_fields(newest, where, has_experts, family_of(raw["architectures"]).fields)
+    architectures = raw["architectures"]
+    has_head = head_kind(architectures) is not None
+    return check_fields(newest, where, has_experts, family_of(architectures).fields, has_head)
 
 
 def _read_config_json(model: str) -> tuple[str, dict[str, Any]]:
@@ -259,7 +261,7 @@ def _override_rope(raw: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, 
 
 def _has_rope_by_layer_type(fields: Mapping[str, Any]) -> bool:
     name = first_supported(fields.get("architectures"))
-    return name is not None and ARCHITECTURES[name].has_rope_by_layer_type
+    return name is not None and family_of([name]).has_rope_by_layer_type
 
 
 def _override_rope_by_layer_type(raw: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:

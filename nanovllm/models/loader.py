@@ -11,6 +11,7 @@ from nanovllm.errors import ArgumentError, cut, shown
 from nanovllm.layers.weights import OffsetParameter, Parameter, Shard
 from nanovllm.models.checkpoint import LM_HEAD, Checkpoint, SafetensorsCheckpoint
 from nanovllm.models.fp8_checkpoint import SCALES_SUFFIX, DequantizedCheckpoint
+from nanovllm.models.heads import head_of
 
 MAX_NAMES_IN_ERROR = 8
 EMBEDDING = "model.embed_tokens.weight"
@@ -88,8 +89,8 @@ def load_model(model: nn.Module, directory: str, load_format: str, std: float = 
         load_format: "auto" reads the files, "dummy" draws random weights of deviation `std`.
 
     Returns:
-        Whether the model has an LM head: False if a decoder was saved without one that it needs;
-        the head is zero then.
+        Whether the model has an LM head: False if it has a classification head, or if a decoder
+        was saved without one that it needs; the LM head is zero then.
 
     Raises:
         ArgumentError: names the tensors that are missing, unexpected or of the wrong shape, or an
@@ -97,7 +98,7 @@ def load_model(model: nn.Module, directory: str, load_format: str, std: float = 
     """
     expected = expected_tensors(model)
     where = f"model directory {directory!r}"
-    has_lm_head = True
+    has_lm_head = head_of(model) is None
     checkpoint: Checkpoint
     if load_format == "dummy":
         device = next(model.parameters()).device
@@ -105,7 +106,8 @@ def load_model(model: nn.Module, directory: str, load_format: str, std: float = 
     else:
         files = SafetensorsCheckpoint(directory)
         checkpoint = DequantizedCheckpoint(files, expected.keys())
-        has_lm_head = _settle_lm_head(expected, checkpoint, files.is_bare, where)
+        if has_lm_head:
+            has_lm_head = _settle_lm_head(expected, checkpoint, files.is_bare, where)
     _check_names(expected.keys(), checkpoint.names(), where)
     for name, shape in expected_shapes(expected).items():
         if checkpoint.shape(name) != shape:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from nanovllm.errors import ArgumentError
 from nanovllm.models.config_fields import MAX_POSITIONS
 from nanovllm.models.family import Family
+from nanovllm.models.head_config import HeadConfig, head_config
 from nanovllm.models.rope_config import (
     RopeLimit,
     check_pairs,
@@ -42,6 +43,7 @@ class ModelConfig:
         embedding_multiplier: multiplies the embeddings; Gemma's own is not among the fields.
         logits_multiplier: multiplies the logits.
         norm_weight_offset: what checkpoints leave out of norm weights.
+        head: what is there in place of an LM head; None: an LM head.
         uses_transformers: whether transformers' own module runs. What it alone needs to know is 0
             or empty then.
     """
@@ -83,13 +85,19 @@ class ModelConfig:
     norm_topk_prob: bool = False
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
+    head: HeadConfig | None = None
     uses_transformers: bool = False
 
     @classmethod
-    def from_hf(cls, hf_config: "PretrainedConfig", family: Family) -> "ModelConfig":
+    def from_hf(
+        cls, hf_config: "PretrainedConfig", family: Family, head: str | None = None
+    ) -> "ModelConfig":
         """From a configuration whose fields are checked, as `read_hf_config` gives it.
 
-        family: of the configuration.
+        Args:
+            hf_config: the configuration.
+            family: of the configuration.
+            head: the kind of classification head that its architecture asks for, if it does.
 
         Raises:
             ArgumentError: fields do not fit each other.
@@ -98,6 +106,7 @@ class ModelConfig:
         if head_dim is None:
             head_dim = hf_config.hidden_size // hf_config.num_attention_heads
         values: dict[str, Any] = {
+            "head": None if head is None else head_config(head, hf_config),
             "architectures": tuple(hf_config.architectures or ()),
             "dtype": str(hf_config.dtype).removeprefix("torch.") if hf_config.dtype else None,
             "head_dim": head_dim,

@@ -6,10 +6,12 @@ from typing import Any
 
 from nanovllm.errors import MAX_SHOWN, ArgumentError, cut, shown
 from nanovllm.models.family import Family
+from nanovllm.models.head_config import ENDINGS, REWARD_MODELS, split_architecture
 from nanovllm.models.rope_config import check_rope
 from nanovllm.validation import check_integer
 
 WINDOWS = ("layer_types", "sliding_window", "use_sliding_window")
+# Each name stands for those with other heads too: see `models.head_config`.
 ARCHITECTURES = {
     "Glm4ForCausalLM": Family("glm4", "nanovllm.models.glm4", ("partial_rotary_factor",)),
     "GlmForCausalLM": Family("glm", "nanovllm.models.glm", ("partial_rotary_factor",)),
@@ -138,9 +140,10 @@ def _check_family(raw_config: Mapping[str, Any], path: str) -> Family:
     if name is None:
         raise ArgumentError(
             f"{path}: architectures {_shown_names(architectures)} is not supported; "
-            f"supported: {', '.join(ARCHITECTURES)}"
+            f"supported: {', '.join(ARCHITECTURES)}, the same with {' or '.join(ENDINGS)}, "
+            f"{', '.join(REWARD_MODELS)}"
         )
-    model_type, family = raw_config.get("model_type"), ARCHITECTURES[name]
+    model_type, family = raw_config.get("model_type"), family_of([name])
     if model_type != family.model_type:
         raise ArgumentError(
             f"{path}: architectures {_shown_names(architectures)} with model_type "
@@ -159,11 +162,18 @@ def family_of(architectures: Sequence[str]) -> Family:
     """The family of the first supported name."""
     name = first_supported([*architectures])
     assert name is not None, architectures
-    return ARCHITECTURES[name]
+    return ARCHITECTURES[split_architecture(name)[0]]
 
 
 def first_supported(architectures: Any) -> str | None:
     """The first name of config.json's `architectures` that is supported."""
     if not isinstance(architectures, list):
         return None
-    return next((a for a in architectures if isinstance(a, str) and a in ARCHITECTURES), None)
+    names = (name for name in architectures if isinstance(name, str))
+    return next((name for name in names if split_architecture(name)[0] in ARCHITECTURES), None)
+
+
+def head_kind(architectures: Any) -> str | None:
+    """The kind of the head that the first supported name asks for; None: an LM head."""
+    name = first_supported(architectures)
+    return None if name is None else split_architecture(name)[1]

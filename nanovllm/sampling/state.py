@@ -36,14 +36,19 @@ class FeatureState:
         grammar: has accepted the confirmed tokens.
         bad_word_ids: each word as its token ids.
         num_prompt_logprobs: how many prompt tokens want log probabilities.
-        pooler: makes `pooled` of the last token's hidden state: [hidden_size] float32, in memory
-            that is reused.
+        pooler: makes `pooled` of what was pooled: float32 [width], or [prompt tokens, width] with
+            pooling type "ALL". The width is the hidden size, or that of the model's head.
+        pooling_type: what is pooled of the hidden states of the prompt's tokens: the "LAST", the
+            first ("CLS"), the "MEAN" or "ALL". Only "LAST" does without those of the others.
+        pooling_state: of the chunks of the prompt so far, where it needs them.
     """
 
     grammar: "Grammar | None" = None
     bad_word_ids: list[list[int]] = field(default_factory=list)
     num_prompt_logprobs: int = 0
     pooler: Callable[[np.ndarray], Any] | None = None
+    pooling_type: str = "LAST"
+    pooling_state: Any = None
     pooled: Any = None
     logprobs: list[LogprobRow] = field(default_factory=list)  # of each completion token
     prompt_logprobs: list[LogprobRow] = field(default_factory=list)  # of each but the first

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from nanovllm.engine.consumers import Pooling, PromptLogprobs, errors_kept
+from nanovllm.engine.consumers import PromptLogprobs, errors_kept
 from nanovllm.engine.launched_step import LaunchedStep
+from nanovllm.engine.poolers import LastTokenPooling, TokenPooling
 from nanovllm.engine.sequence import Sequence, Wants
 from nanovllm.engine.step_plan import StepPlan
 from nanovllm.parallel.tensor_parallel import TensorParallel
@@ -85,9 +86,38 @@ def test_pooling_takes_the_rows_of_prompts_that_are_complete():
         seq.wants |= Wants.POOLING
         seq.features.pooler = np.sum
     step = launched(seqs, [0, 0, 0], [2, 3, 3])
-    Pooling().run(step, torch.tensor([[1.0, 2.0], [5.0, 6.0]], dtype=torch.bfloat16))
+    LastTokenPooling(torch.nn.Module()).run(
+        step, torch.tensor([[1.0, 2.0], [5.0, 6.0]], dtype=torch.bfloat16)
+    )
     step.commit()
     assert [seq.features.pooled for seq in seqs] == [None, 3.0, None]
+
+
+def test_states_are_pooled_over_chunks_and_anew_after_a_restart():
+    """A head on the mean of three tokens in two chunks, beside a prompt of which all are wanted."""
+    model = torch.nn.Module()
+    model.score = torch.nn.Linear(2, 1, bias=False)
+    mean, both = Sequence([1, 2, 3]), Sequence([7, 8])
+    for seq, pooling_type in ((mean, "MEAN"), (both, "ALL")):
+        seq.wants |= Wants.POOLING | Wants.STATES
+        seq.features.pooling_type = pooling_type
+        seq.features.pooler = np.copy
+    states = torch.randn(5, 2, dtype=torch.bfloat16)
+    pooling = TokenPooling(model)
+    with torch.inference_mode():
+        for _ in range(2):  # the first time the step is not committed, and both begin anew
+            step = launched([mean, both], [0, 0], [2, 2])
+            pooling.run(step, states[[0, 1, 3, 4]])
+            assert mean.features.pooled is None
+            last = launched([mean], [2], [1])
+            pooling.run(last, states[2:3])
+        step.commit()
+        last.commit()
+        exact = model.score.weight.double()
+    assert mean.features.pooling_state is None and both.features.pooling_state is None
+    expected = states[:3].double().mean(0) @ exact.T
+    np.testing.assert_allclose(mean.features.pooled, expected, rtol=1e-5)
+    np.testing.assert_allclose(both.features.pooled, states[3:].double() @ exact.T, rtol=1e-5)
 
 
 def test_a_pooler_that_raises_ends_its_sequence_alone():
@@ -99,7 +129,7 @@ def test_a_pooler_that_raises_ends_its_sequence_alone():
         seq.wants |= Wants.POOLING
         seq.features.pooler = pooler
     step = launched(seqs, [0, 0], [1, 1])
-    Pooling().run(step, torch.ones(2, 4))
+    LastTokenPooling(torch.nn.Module()).run(step, torch.ones(2, 4))
     step.commit()
     assert "no" in str(seqs[0].stop_reason) and seqs[0].error is not None
     assert seqs[1].features.pooled == 4.0 and seqs[1].error is None

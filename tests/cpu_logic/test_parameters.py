@@ -7,7 +7,7 @@ import pytest
 from parameters_page import PATH, page
 from test_config import write_model
 
-from nanovllm import LLM, ArgumentError, PoolingParams, SamplingParams
+from nanovllm import LLM, ArgumentError, PoolerConfig, PoolingParams, SamplingParams
 from nanovllm.config import Config
 from nanovllm.parameters import (
     at_least,
@@ -20,13 +20,16 @@ from nanovllm.parameters import (
     parameters,
 )
 
+CLASSES = (Config, SamplingParams, PoolingParams, PoolerConfig)
+
 
 def test_the_page_of_parameters_is_up_to_date():
     assert PATH.read_text() == page(), "run: python tests/parameters_page.py"
 
 
 @pytest.mark.parametrize(
-    ("documented", "declared"), [(LLM, Config), (SamplingParams,) * 2, (PoolingParams,) * 2]
+    ("documented", "declared"),
+    [(LLM, Config), (SamplingParams,) * 2, (PoolingParams,) * 2, (PoolerConfig,) * 2],
 )
 def test_the_docstring_has_every_parameter_with_its_default(documented, declared):
     text = " ".join(inspect.getdoc(documented).split())
@@ -38,7 +41,7 @@ def test_the_docstring_has_every_parameter_with_its_default(documented, declared
 
 
 def test_every_parameter_has_a_sentence_of_help():
-    for p in (p for cls in (Config, SamplingParams, PoolingParams) for p in parameters(cls)):
+    for p in (p for cls in CLASSES for p in parameters(cls)):
         assert p.help.endswith(".") and "|" not in p.help and len(p.help.split()) > 2, p.name
 
 

@@ -130,6 +130,10 @@ SAMPLING = {
 POOLING = {
     "dimensions": or_none(integer(1, INT32)),
     "use_activation": Row(lambda value: value is None or isinstance(value, bool)),
+    "task": Row(lambda value: value is None),
+    "step_tag_id": or_none(integer(0, INT32)),
+    "returned_token_ids": or_none(Row(lambda v: isinstance(v, list) and len(v) > 0)),
+    "skip_reading_prefix_cache": Row(lambda value: value is None or isinstance(value, bool)),
 }
 nothing = Row(lambda value: False)
 anything = Row(lambda value: True)
@@ -179,6 +183,7 @@ NO_NUMBERS = {"model", "hf_overrides", "tokenizer", "chat_template", "generation
 NO_NUMBERS |= {"override_generation_config", "hf_config", "model_config", "eos_token_ids"}
 NO_NUMBERS |= {"override_generation_config", "hf_config", "eos_token_ids"}
 NO_NUMBERS |= {"record"}  # with the report
+NO_NUMBERS |= {"pooler_config"}  # with heads
 
 
 def same(left: Any, right: Any) -> bool:
@@ -274,6 +279,9 @@ def test_pooling_parameters_at_the_ends_of_numbers_are_refused_or_hurt_nobody(ll
         for value, params in check_row(name, row, partial(make_pooling, name)):
             if name == "dimensions" and value is not None and value > 64:
                 with pytest.raises(ArgumentError, match=r"dimensions must be between 1 and \d+"):
+                    llm.embed(PROMPTS, pooling_params=params, use_tqdm=False)
+            elif name in ("step_tag_id", "returned_token_ids") and value is not None:
+                with pytest.raises(ArgumentError, match=f"{name} is for pooling type 'STEP'"):
                     llm.embed(PROMPTS, pooling_params=params, use_tqdm=False)
             else:
                 [output, _] = llm.embed(PROMPTS, pooling_params=params, use_tqdm=False)

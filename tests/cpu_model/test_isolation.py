@@ -333,7 +333,8 @@ def test_pooling(tiny_dir):
         expected = llm.embed(PROMPTS, use_tqdm=False)
         llm.add_request(PROMPTS[0], greedy(4))
         with pytest.raises(RequestError, match=r"prompts\[0\] failed, and 6 more: InjectedError"):
-            pooling._pool(llm, PROMPTS, pooler, use_tqdm=False)
+            poolings = [pooling.Pooling("LAST", pooler)] * len(PROMPTS)
+            pooling.pool(llm, PROMPTS, poolings, use_tqdm=False)
         again = llm.embed(PROMPTS, pooling_params=PoolingParams(), use_tqdm=False)
         for output, other in zip(again, expected, strict=True):
             assert output.outputs.embedding == pytest.approx(other.outputs.embedding, abs=1e-5)

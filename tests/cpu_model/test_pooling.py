@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from nanovllm import ArgumentError, PoolingParams
 from nanovllm.engine.sequence import Wants
-from nanovllm.features.pooling import QUESTION_AFTER, WEB_SEARCH
+from nanovllm.features.scoring import QUESTION_AFTER, WEB_SEARCH
 
 HIDDEN_SIZE = 64
 QUERY = "the quick brown fox?"
@@ -301,7 +301,7 @@ def test_two_ranks(model_dir, prompts, expected):
         (lambda llm: llm.embed([[1], []]), r"prompts\[1\]: Prompt cannot be empty"),
         (
             lambda llm: llm.embed([1], pooling_params={"dimensions": 1}),
-            "must be a PoolingParams, got",
+            "must be a PoolingParams or a list of them, got",
         ),
         (
             lambda llm: llm.embed([1], pooling_params=PoolingParams(dimensions=HIDDEN_SIZE + 1)),
@@ -315,7 +315,7 @@ def test_two_ranks(model_dir, prompts, expected):
         (lambda llm: llm.score("a", []), "data_2 must be a string or a list of strings"),
         (lambda llm: llm.score(["a", 1], ["b", "c"]), r"data_1\[1\]: a text must be a string"),
         (lambda llm: llm.score(["a", "b"], ["c"] * 3), "got 2 and 3"),
-        (lambda llm: llm.score("a", "b", method="cross"), "method must be one of reranker, emb"),
+        (lambda llm: llm.score("a", "b", method="cross"), "method must be one of cross-enc"),
         (lambda llm: llm.score("a", "b", method="embedding", instruction="x"), "instruction is"),
         (lambda llm: llm.score("a", "b", instruction=5), "instruction must be a string, got 5"),
         (
@@ -367,8 +367,8 @@ def test_modules_of_sentence_transformers(llm, model_dir):
         expected = llm.embed([[5, 6, 7]], use_tqdm=False)
         write("lasttoken", (2, "Normalize"))
         assert llm.embed([[5, 6, 7]], use_tqdm=False)[0].outputs == expected[0].outputs
-        write("mean_tokens", (2, "Normalize"))
-        with pytest.raises(ArgumentError, match="mean_tokens'] is not supported"):
+        write("max_tokens", (2, "Normalize"))
+        with pytest.raises(ArgumentError, match="max_tokens'] is not supported"):
             llm.embed([[5, 6, 7]], use_tqdm=False)
         write("lasttoken", (2, "Dense"), (3, "Normalize"))
         with pytest.raises(ArgumentError, match=r"modules\.json: module 'Dense' is not supported"):
@@ -395,9 +395,8 @@ def test_other_poolings_of_sentence_transformers_are_refused(llm, model_dir):
     path = model_dir / "1_Pooling" / "config.json"
     path.parent.mkdir()
     last = {"pooling_mode_cls_token": False, "pooling_mode_lasttoken": True}
-    mean = {"pooling_mode_mean_tokens": True, "pooling_mode_lasttoken": False}
     both = {"pooling_mode_mean_tokens": True, "pooling_mode_lasttoken": True}
-    others = [mean, both, {"pooling_mode": "mean"}, {"pooling_mode": ["lasttoken", "cls"]}, {}]
+    others = [both, {"pooling_mode": "max"}, {"pooling_mode": ["lasttoken", "cls"]}]
     try:
         new = {"pooling_mode": "lasttoken"}
         for fields in (last, new, {"pooling_mode": ["lasttoken"]}, new | last):
@@ -407,7 +406,7 @@ def test_other_poolings_of_sentence_transformers_are_refused(llm, model_dir):
             assert len(llm.embed(["some words"], use_tqdm=False)) == 1
         for fields in others:
             path.write_text(json.dumps(fields | {"embedding_dimension": 64}))
-            with pytest.raises(ArgumentError, match="is not supported; supported: last token"):
+            with pytest.raises(ArgumentError, match="is not supported; supported: one of last"):
                 llm.embed(["some words"], use_tqdm=False)
         path.write_text("{")
         with pytest.raises(ArgumentError, match=r"cannot read .*1_Pooling"):
