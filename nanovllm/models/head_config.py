@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 CAUSAL_LM = "ForCausalLM"
+DECODER = "Model"  # saved alone, as embedding models are: its files may lack an LM head
 SEQUENCE, TOKEN = "sequence", "token"
 REWARD, PROCESS_REWARD = "reward", "process_reward"
 ENDINGS = {"ForSequenceClassification": SEQUENCE, "ForTokenClassification": TOKEN}
@@ -65,6 +66,8 @@ def split_architecture(name: str) -> tuple[str, str | None]:
     for ending, kind in ENDINGS.items():
         if name.endswith(ending):
             return name.removesuffix(ending) + CAUSAL_LM, kind
+    if name.endswith(DECODER):
+        return name.removesuffix(DECODER) + CAUSAL_LM, None
     return name, None
 
 
