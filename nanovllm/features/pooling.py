@@ -262,7 +262,8 @@ def run_task(
     truncation: `truncate_prompt_tokens` and `tokenization_kwargs`.
     """
     check_task(llm, task)
-    files = read_pooling_files(llm.config.model) if task == "embed" else PoolingFiles()
+    makes_embeddings = task in EMBEDDING_TASKS
+    files = read_pooling_files(llm.config.model) if makes_embeddings else PoolingFiles()
     prompt_list = as_prompt_list(prompts)
     poolings = check_each_params(
         pooling_params, len(prompt_list), lambda params: new_pooling(llm, task, params, files)

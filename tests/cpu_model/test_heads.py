@@ -4,6 +4,7 @@ Prompts of many lengths, in whole and in chunks, with a warm prefix cache, besid
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -203,6 +204,17 @@ def test_process_rewards(reward_dir, step_rewards):
         check_close(data(llm, "token_classify"), [rows.softmax(1) for rows in step_rewards])
 
 
+def test_rewards_of_one_label(reward_dir, step_rewards, tmp_path):
+    path = Path(shutil.copytree(reward_dir, tmp_path / "model"))
+    tensors = load_file(path / "model.safetensors")
+    for name in ("score.2.weight", "score.2.bias"):
+        tensors[name] = tensors[name][1:].clone()
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    edit_config(path, architectures=["Qwen2ForRewardModel"])
+    with tiny_engine(path, **CHUNKED) as llm:
+        check_close(data(llm, "token_classify"), [rows[:, 1:].sigmoid() for rows in step_rewards])
+
+
 def test_a_reward_for_a_prompt_is_the_last_of_those_for_its_tokens(tmp_path):
     path = save_head(tmp_path / "model", "Llama", "ForSequenceClassification", num_labels=1)
     expected = logits_of_transformers(path)
@@ -373,11 +385,13 @@ def test_files_of_sentence_transformers(tmp_path):
         check_close(data(llm, "embed"), [r.mean(0) for r in rows])
         write_modules(path, "Transformer", "Pooling", "Normalize", pooling=mean)
         check_close(data(llm, "embed"), [unit(r.mean(0)) for r in rows])
+        check_close(data(llm, "token_embed"), map_list(unit, rows))
         check_close(
             data(llm, "embed", PoolingParams(use_activation=False)), [r.mean(0) for r in rows]
         )
         write_modules(path, "Transformer", "Pooling", pooling={"pooling_mode_cls_token": True})
         check_close(data(llm, "embed"), [r[0] for r in rows])
+        check_close(data(llm, "token_embed"), rows)
         write_modules(path, "Transformer", "Pooling", "Normalize", max_seq_length=90)
         with pytest.raises(ArgumentError, match=r"prompts\[5\] has 91 tokens, the max_seq_length"):
             llm.embed(PROMPTS)
