@@ -593,3 +593,10 @@ def test_heads_on_transformers_own_modules_are_refused(cross_encoder):
     message = "Qwen2ForSequenceClassification.* is no causal language model of transformers"
     with pytest.raises(ArgumentError, match=message):
         tiny_engine(cross_encoder, model_impl="transformers")
+
+
+def test_means_on_transformers_own_module(tiny_dir, states):
+    config = {"pooling_type": "MEAN", "normalize": False}
+    settings = {"model_impl": "transformers", "pooler_config": config}
+    with tiny_engine(tiny_dir, **settings, **CHUNKED) as llm:
+        check_close(data(llm, "embed"), [rows.mean(0) for rows in states])
