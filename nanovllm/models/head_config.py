@@ -58,6 +58,11 @@ class HeadConfig:
         """vLLM's names of what a model with this head answers; the first is its own."""
         return ("classify", "token_classify") if self.kind == SEQUENCE else ("token_classify",)
 
+    def num_weights(self, hidden_size: int) -> int:
+        """The weights of its matrices."""
+        rows = len(self.labels) + (hidden_size if self.kind in NUM_REWARDS else 0)
+        return rows * hidden_size
+
 
 def split_architecture(name: str) -> tuple[str, str | None]:
     """The causal language model with the same decoder, and the kind of the head; None: that one."""

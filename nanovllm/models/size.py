@@ -55,6 +55,8 @@ def num_weights(config: ModelConfig) -> int:
             total += 3 * config.num_experts * config.moe_intermediate_size * hidden_size
         else:
             total += dense
+    if config.head is not None:
+        total += config.head.num_weights(hidden_size)
     return total
 
 

@@ -560,6 +560,7 @@ def test_wrong_pooler_configs_of_a_head(reward_dir, config, message):
         ({"id2label": {}}, "id2label must name a label at least"),
         ({"id2label": {"0": "a"}, "num_labels": 2}, r"num_labels \(2\) and id2label \(1 labels\)"),
         ({"num_labels": 0}, "num_labels must be >= 1, got 0"),
+        ({"num_labels": 2**20}, "does not fit its config, which asks for at least"),
         ({"problem_type": "ranking"}, "problem_type 'ranking' is not supported; supported: regr"),
         ({"sentence_transformers": 5}, "sentence_transformers must name a class of torch.nn"),
         ({"architectures": ["Qwen2ForQuestionAnswering"]}, "is not supported; supported: [A-Z]"),
