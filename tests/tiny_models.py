@@ -75,7 +75,79 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": None,
         "tie_word_embeddings": False,
     },
-    "mistral-window": {"architecture": "MistralForCausalLM", "sliding_window": 1024},
+    "mistral-window": {"architecture": "MistralForCausalLM", "sliding_window": 30},
+    "ministral": {
+        "architecture": "MinistralForCausalLM",
+        "sliding_window": 20,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "qwen2-window": {
+        "architecture": "Qwen2ForCausalLM",
+        "use_sliding_window": True,
+        "sliding_window": 40,
+        "max_window_layers": 1,
+    },
+    "qwen3-window": {
+        "use_sliding_window": True,
+        "sliding_window": 50,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "attention_bias": True,
+    },
+    "gemma": {
+        "architecture": "GemmaForCausalLM",
+        "hidden_size": 72,  # whose root is rounded
+        "attention_bias": True,
+    },
+    "gemma2": {
+        "architecture": "Gemma2ForCausalLM",
+        "sliding_window": 24,
+        "query_pre_attn_scalar": 9,
+        "attn_logit_softcapping": 5.0,
+        "tie_word_embeddings": False,
+        "final_logit_softcapping": 4.0,
+        "attention_bias": True,
+    },
+    "gemma3": {
+        "architecture": "Gemma3ForCausalLM",
+        "num_hidden_layers": 4,
+        "sliding_window_pattern": 2,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+        "tie_word_embeddings": False,
+        "sliding_window": 24,
+        "query_pre_attn_scalar": 9,
+        "final_logit_softcapping": 4.0,
+        "hidden_activation": "gelu",
+    },
+    "olmo2": {
+        "architecture": "Olmo2ForCausalLM",
+        "attention_bias": True,
+        "rope_parameters": LLAMA3,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.5,
+    },
+    "olmo3": {
+        "architecture": "Olmo3ForCausalLM",
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "sliding_window": 30,
+        "rope_parameters": {
+            "full_attention": YARN,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        },
+        "tie_word_embeddings": False,
+        "initializer_range": 0.5,
+    },
+    "granite": {
+        "architecture": "GraniteForCausalLM",
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.15,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 2.5,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
     "qwen3-yarn": {"rope_parameters": YARN},
     "phi4-mini": {
         "architecture": "Phi3ForCausalLM",
@@ -144,6 +216,17 @@ OLD_CONFIGS: dict[str, dict[str, Any]] = {
     },
     "glm": {"rope_parameters": None, "rope_theta": 500.0},  # half of a head is the default
     "smollm2": {"head_dim": None, "rope_parameters": None, "rope_theta": 10000.0},
+    "qwen2-window": {"layer_types": None},
+    "gemma": {"hidden_act": "gelu", "hidden_activation": None},
+    "gemma2": {"layer_types": None, "hidden_act": "gelu_pytorch_tanh"},
+    "gemma3": {
+        "layer_types": None,
+        "sliding_window_pattern": 2,
+        "rope_parameters": None,
+        "rope_theta": 5000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "rope_local_base_freq": 100.0,
+    },
 }
 
 

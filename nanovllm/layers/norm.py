@@ -10,10 +10,13 @@ from nanovllm.layers.weights import new_norm_weight
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension.
 
-    offset: what checkpoints leave out of the weight (Gemma's are the weight less 1).
+    offset: what checkpoints leave out of the weight (Gemma's are the weight less 1), which is
+        float32 then; None: the weight is of the model's dtype.
     """
 
-    def __init__(self, size: int, eps: float, context: ModelContext, offset: float = 0.0) -> None:
+    def __init__(
+        self, size: int, eps: float, context: ModelContext, offset: float | None = None
+    ) -> None:
         super().__init__()
         self.ops, self.tp, self.eps = context.ops, context.tp, eps
         self.weight = new_norm_weight(size, context, offset)

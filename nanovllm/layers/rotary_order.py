@@ -46,7 +46,7 @@ class HeadNorm(RMSNorm):
         eps: float,
         context: ModelContext,
         order: tuple[int, ...],
-        offset: float = 0.0,
+        offset: float | None = None,
     ) -> None:
         super().__init__(head_dim, eps, context, offset)
         shards = self.weight.shards

@@ -110,10 +110,10 @@ def new_whole_parameter(shape: tuple[int, ...], context: ModelContext) -> Parame
     return new_parameter(shape, shards, context.dtype, context.device)
 
 
-def new_norm_weight(size: int, context: ModelContext, offset: float = 0.0) -> Parameter:
+def new_norm_weight(size: int, context: ModelContext, offset: float | None = None) -> Parameter:
     """A norm's weight, which every rank holds whole; with an offset see `OffsetParameter`."""
     weight = new_whole_parameter((size,), context)
-    if not offset:
+    if offset is None:
         return weight
     with_offset = OffsetParameter(weight.data.float(), requires_grad=False)
     with_offset.shards, with_offset.offset = weight.shards, offset

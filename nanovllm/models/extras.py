@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels.ops import Ops
-from nanovllm.kernels.types import LinearOutput
+from nanovllm.kernels.types import LinearOutput, Unreduced, summed
 from nanovllm.layers.rotary import cos_sin_table
 from nanovllm.models.model_config import ModelConfig
 
@@ -34,6 +34,11 @@ def finish_logits(config: ModelConfig) -> Callable[[Tensor], Tensor] | None:
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     return None if multiplier == 1 and cap is None else finish
+
+
+def scaled(x: Unreduced, factor: float) -> Unreduced:
+    """Every rank's term [T, N], once it is rounded to its dtype, times `factor`."""
+    return Unreduced(summed(x.term) * factor)
 
 
 def rotary_tables(

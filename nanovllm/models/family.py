@@ -12,7 +12,8 @@ class Family(NamedTuple):
         fields: what it computes of config.json that other families refuse or leave out. Each has
             its check in `config_fields.FAMILY_FIELDS`.
         activations: values that `hidden_act` may have, the default first.
-        norm_weight_offset: what its checkpoints leave out of norm weights.
+        norm_weight_offset: what its checkpoints leave out of norm weights, which are float32 here;
+            None: norm weights are of the model's dtype, to which a norm is rounded before them.
         has_rope_by_layer_type: whether its rotary embeddings differ by layer type.
     """
 
@@ -20,5 +21,5 @@ class Family(NamedTuple):
     module: str
     fields: tuple[str, ...] = ()
     activations: tuple[str, ...] = ("silu",)
-    norm_weight_offset: float = 0.0
+    norm_weight_offset: float | None = None
     has_rope_by_layer_type: bool = False

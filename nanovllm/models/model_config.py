@@ -42,7 +42,7 @@ class ModelConfig:
         no_rope_layers: of each layer 0 if it has no rotary embeddings; empty: all have.
         embedding_multiplier: multiplies the embeddings; Gemma's own is not among the fields.
         logits_multiplier: multiplies the logits.
-        norm_weight_offset: what checkpoints leave out of norm weights.
+        norm_weight_offset: see `Family`.
         head: what is there in place of an LM head; None: an LM head.
         uses_transformers: whether transformers' own module runs. What it alone needs to know is 0
             or empty then.
@@ -74,7 +74,7 @@ class ModelConfig:
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_multiplier: float = 1.0
-    norm_weight_offset: float = 0.0
+    norm_weight_offset: float | None = None
     eos_token_id: int | list[int] | None = None  # as it is: not checked
     tie_word_embeddings: bool = False
     attention_bias: bool = False

@@ -10,19 +10,49 @@ from nanovllm.models.head_config import ENDINGS, REWARD_MODELS, split_architectu
 from nanovllm.models.rope_config import check_rope
 from nanovllm.validation import check_integer
 
+GELU = ("gelu_pytorch_tanh", "gelu")
+WINDOW = ("sliding_window",)
+LAYER_TYPES = (*WINDOW, "layer_types")
 WINDOWS = ("layer_types", "sliding_window", "use_sliding_window")
+PARTIAL_ROPE = ("partial_rotary_factor",)
+GEMMA2 = (*LAYER_TYPES, "query_pre_attn_scalar", "hidden_activation", "final_logit_softcapping")
+GRANITE = tuple(
+    "embedding_multiplier attention_multiplier residual_multiplier logits_scaling".split()
+)
 # Each name stands for those with other heads too: see `models.head_config`.
 ARCHITECTURES = {
-    "Glm4ForCausalLM": Family("glm4", "nanovllm.models.glm4", ("partial_rotary_factor",)),
-    "GlmForCausalLM": Family("glm", "nanovllm.models.glm", ("partial_rotary_factor",)),
-    "LlamaForCausalLM": Family("llama", "nanovllm.models.llama"),
-    "MistralForCausalLM": Family("mistral", "nanovllm.models.mistral", ("sliding_window",)),
-    "Phi3ForCausalLM": Family(
-        "phi3", "nanovllm.models.phi3", ("partial_rotary_factor", "sliding_window")
+    "Gemma2ForCausalLM": Family(
+        "gemma2", "nanovllm.models.gemma2", (*GEMMA2, "attn_logit_softcapping"), GELU, 1.0
     ),
+    "Gemma3ForCausalLM": Family(
+        "gemma3_text",
+        "nanovllm.models.gemma3",
+        (*GEMMA2, "sliding_window_pattern", "rope_local_base_freq"),
+        GELU,
+        norm_weight_offset=1.0,
+        has_rope_by_layer_type=True,
+    ),
+    "GemmaForCausalLM": Family("gemma", "nanovllm.models.gemma", (), GELU, 1.0),
+    "Glm4ForCausalLM": Family("glm4", "nanovllm.models.glm4", PARTIAL_ROPE),
+    "GlmForCausalLM": Family("glm", "nanovllm.models.glm", PARTIAL_ROPE),
+    "GraniteForCausalLM": Family("granite", "nanovllm.models.granite", GRANITE),
+    "LlamaForCausalLM": Family("llama", "nanovllm.models.llama"),
+    "MinistralForCausalLM": Family("ministral", "nanovllm.models.ministral", LAYER_TYPES),
+    "MistralForCausalLM": Family("mistral", "nanovllm.models.mistral", WINDOW),
+    "Olmo2ForCausalLM": Family("olmo2", "nanovllm.models.olmo2", norm_weight_offset=0.0),
+    "Olmo3ForCausalLM": Family(
+        "olmo3",
+        "nanovllm.models.olmo3",
+        LAYER_TYPES,
+        norm_weight_offset=0.0,
+        has_rope_by_layer_type=True,
+    ),
+    "Phi3ForCausalLM": Family("phi3", "nanovllm.models.phi3", (*PARTIAL_ROPE, *WINDOW)),
     "Qwen2ForCausalLM": Family("qwen2", "nanovllm.models.qwen2", WINDOWS),
     "Qwen3ForCausalLM": Family("qwen3", "nanovllm.models.qwen3", WINDOWS),
-    "Qwen3MoeForCausalLM": Family("qwen3_moe", "nanovllm.models.qwen3_moe", WINDOWS[1:]),
+    "Qwen3MoeForCausalLM": Family(
+        "qwen3_moe", "nanovllm.models.qwen3_moe", (*WINDOW, "use_sliding_window")
+    ),
     "SmolLM3ForCausalLM": Family(
         "smollm3",
         "nanovllm.models.smollm3",

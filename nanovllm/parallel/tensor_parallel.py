@@ -137,6 +137,16 @@ class TensorParallel:
         """`all_reduce`; of a single rank the term as it is, perhaps in parts."""
         return x.term if self.size == 1 else self.all_reduce(x)
 
+    def mean_over_ranks(self, x: torch.Tensor) -> torch.Tensor:
+        """x, of any shape and of a dtype that adds up well, -> its mean over the ranks, in place.
+
+        Memory that GPUs share is for rows of hidden_size: this goes through NCCL.
+        """
+        if self.size > 1 and x.numel():
+            self._reduce(x, dist.ReduceOp.SUM)
+            x /= self.size
+        return x
+
     def add_rms_norm(
         self, ops: Ops, x: Unreduced, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:

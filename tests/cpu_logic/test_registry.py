@@ -67,58 +67,75 @@ def test_a_head_dim_that_is_no_size_is_refused(head_dim, tmp_path):
         config_of(tmp_path, raw_config("Qwen2ForCausalLM", head_dim=head_dim))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+REFUSED = [
+    ({"architectures": "LlamaForCausalLM"}, "architectures LlamaForCausalLM is not supported"),
+    ({"architectures": {"a": 1}}, "architectures {'a': 1} is not supported"),
+    ({"architectures": [["LlamaForCausalLM"]]}, "is not supported"),
+    ({"architectures": ["NoSuchForCausalLM"]}, r"\['NoSuchForCausalLM'\] is not supported"),
+    ({"model_type": "nosuch"}, "with model_type 'nosuch' is not supported; the model_type of"),
+    ({"model_type": None}, "with model_type None is not supported"),
+    ({"model_type": ["llama"]}, r"with model_type \['llama'\] is not supported"),
+    ({"rope_scaling": {"type": "mrope", "factor": 2.0}}, "type 'mrope' is not supported"),
+    ({"partial_rotary_factor": 1.5}, "partial_rotary_factor 1.5 is not supported"),
+    ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported"),
+    ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported"),
+    ({"attention_logit_softcapping": 50.0}, "attention_logit_softcapping=50.0 is not"),
+    ({"logits_soft_cap": 30}, "logits_soft_cap=30 is not supported"),
+    ({"logit_scale": 0.0625}, "logit_scale=0.0625 is not supported"),
+    ({"embedding_multiplier": 12.0}, "embedding_multiplier=12.0 is not supported"),
+    ({"is_causal": False}, "is_causal=false is not supported"),
+    ({"use_bidirectional_attention": True}, "use_bidirectional_attention=true is not supported"),
+    ({"use_mrope": True}, "use_mrope=true is not supported"),
+    ({"dual_chunk_attention_config": {"chunk_size": 8}}, "local_size must be an integer betw"),
+    (
+        {"dual_chunk_attention_config": {"chunk_size": 8, "local_size": 8}},
+        "local_size must be between 1 and 7, got 8",
+    ),
+    ({"dual_chunk_attention_config": 8192}, "dual_chunk_attention_config must be an object"),
+    ({"use_sliding_window": True}, "use_sliding_window=true is not supported"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention'.* is not"),
+    ({"layer_types": "sliding_attention"}, "layer_types 'sliding_attention' is not supported"),
+    ({"quantization_config": {"quant_method": "awq"}}, "quantization_config 'awq' is not"),
+    ({"quantization_config": {"quant_method": "fp8"}}, "with weight_block_size None is not"),
+    ({"quantization_config": FP8 | {"weight_block_size": [64, 64]}}, r"size \[64, 64\] is not"),
+    ({"quantization_config": FP8 | {"activation_scheme": "static"}}, "scheme 'static' is not"),
+    ({"quantization_config": FP8 | {"fmt": "e5m2"}}, "fmt 'e5m2' is not supported"),
+    (
+        {"quantization_config": FP8 | {"modules_to_not_convert": ["lm_head", "a.q_proj"]}},
+        "modules_to_not_convert has 'a.q_proj'",
+    ),
+    ({"compression_config": FP8}, "compression_config 'fp8' is not supported"),
+    ({"quantization_config": ["fp8"]}, "quantization_config 'unnamed' is not"),
+    ({"compression_config": {"format": "int8"}}, "compression_config 'unnamed' is not"),
+    ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: silu"),
+    ({"hidden_act": ["silu"]}, r"hidden_act \['silu'\] is not supported"),
+]
+
+
+def computes(architecture: str, changes: dict) -> bool:
+    """Whether the family computes what other families refuse."""
+    family = ARCHITECTURES[architecture]
+    [(name, value)] = changes.items()
+    if name == "hidden_act":
+        return "hidden_activation" in family.fields or value in family.activations
+    return name in family.fields
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"architectures": "LlamaForCausalLM"}, "architectures LlamaForCausalLM is not supported"),
-        ({"architectures": {"a": 1}}, "architectures {'a': 1} is not supported"),
-        ({"architectures": [["LlamaForCausalLM"]]}, "is not supported"),
-        ({"architectures": ["NoSuchForCausalLM"]}, r"\['NoSuchForCausalLM'\] is not supported"),
-        ({"model_type": "nosuch"}, "with model_type 'nosuch' is not supported; the model_type of"),
-        ({"model_type": None}, "with model_type None is not supported"),
-        ({"model_type": ["llama"]}, r"with model_type \['llama'\] is not supported"),
-        ({"rope_scaling": {"type": "mrope", "factor": 2.0}}, "type 'mrope' is not supported"),
-        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor (1.5 is not|must be > 0 and <= 1)"),
-        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported"),
-        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported"),
-        ({"attention_logit_softcapping": 50.0}, "attention_logit_softcapping=50.0 is not"),
-        ({"logits_soft_cap": 30}, "logits_soft_cap=30 is not supported"),
-        ({"logit_scale": 0.0625}, "logit_scale=0.0625 is not supported"),
-        ({"embedding_multiplier": 12.0}, "embedding_multiplier=12.0 is not supported"),
-        ({"is_causal": False}, "is_causal=false is not supported"),
-        ({"use_mrope": True}, "use_mrope=true is not supported"),
-        ({"dual_chunk_attention_config": {"chunk_size": 8}}, "local_size must be an integer betw"),
-        (
-            {"dual_chunk_attention_config": {"chunk_size": 8, "local_size": 8}},
-            "local_size must be between 1 and 7, got 8",
-        ),
-        ({"dual_chunk_attention_config": 8192}, "dual_chunk_attention_config must be an object"),
-        ({"use_sliding_window": True}, "use_sliding_window=true is not supported"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention'.* is not"),
-        ({"layer_types": "sliding_attention"}, "layer_types 'sliding_attention' is not supported"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config 'awq' is not"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "with weight_block_size None is not"),
-        ({"quantization_config": FP8 | {"weight_block_size": [64, 64]}}, r"size \[64, 64\] is not"),
-        ({"quantization_config": FP8 | {"activation_scheme": "static"}}, "scheme 'static' is not"),
-        ({"quantization_config": FP8 | {"fmt": "e5m2"}}, "fmt 'e5m2' is not supported"),
-        (
-            {"quantization_config": FP8 | {"modules_to_not_convert": ["lm_head", "a.q_proj"]}},
-            "modules_to_not_convert has 'a.q_proj'",
-        ),
-        ({"compression_config": FP8}, "compression_config 'fp8' is not supported"),
-        ({"quantization_config": ["fp8"]}, "quantization_config 'unnamed' is not"),
-        ({"compression_config": {"format": "int8"}}, "compression_config 'unnamed' is not"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: silu"),
-        ({"hidden_act": ["silu"]}, r"hidden_act \['silu'\] is not supported"),
-    ],
+    ("architecture", "changes", "message"),
+    [(a, *case) for case in REFUSED for a in ARCHITECTURES if not computes(a, case[0])],
 )
 def test_what_a_family_does_not_compute_is_refused_by_name(architecture, changes, message):
-    if not changes.keys().isdisjoint(ARCHITECTURES[architecture].fields):
-        pytest.skip("the family computes it")
     with refused(message) as raised:
         check_supported(raw_config(architecture, **changes), "the/config.json")
     assert str(raised.value).startswith("the/config.json: ")
+
+
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if ARCHITECTURES[a].fields])
+def test_what_only_some_families_compute_is_checked(architecture, tmp_path):
+    for name in ARCHITECTURES[architecture].fields:
+        with refused(f"{name}.* (must be|is not supported)"):
+            config_of(tmp_path, raw_config(architecture, **{name: {"not": "a value"}}))
 
 
 def test_a_family_cannot_be_run_as_another():
@@ -126,32 +143,55 @@ def test_a_family_cannot_be_run_as_another():
         check_supported(raw_config("LlamaForCausalLM", model_type="qwen3"), "here")
 
 
-def test_windows_are_those_of_transformers(tmp_path):
-    for architecture, changes, expected in (
-        ("MistralForCausalLM", {"sliding_window": 4096}, (4096, 4096)),
-        ("Qwen3ForCausalLM", {"sliding_window": 4096}, (None, None)),
-        (
-            "Qwen3ForCausalLM",
-            {"sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 1},
-            (None, 4096),
-        ),
-    ):
-        raw = raw_config(architecture, **changes)
-        config = config_of(tmp_path, raw, max_model_len=None)
-        assert config.model_config.layer_windows == expected
-        assert config.max_model_len == 8192
-
-
 def test_a_sliding_window_that_transformers_ignores_is_a_limit(tmp_path):
-    architecture = "LlamaForCausalLM"
-    raw = raw_config(architecture, sliding_window=4096)
+    raw = raw_config("LlamaForCausalLM", sliding_window=4096)
     assert config_of(tmp_path, raw).max_model_len == 4096
     for length in (4097, None):
         with refused(rf"max_model_len \({length or 8192}\) must be <= .*sliding_window \(4096\)"):
             config_of(tmp_path, raw, max_model_len=length)
-    without = raw_config(architecture)
-    without["sliding_window"] = None
+    without = raw_config("LlamaForCausalLM") | {"sliding_window": None}
     assert config_of(tmp_path, without, max_model_len=None).max_model_len == 8192
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "windows"),
+    [
+        ("MistralForCausalLM", {"sliding_window": 512}, [512, 512, 512]),
+        ("MistralForCausalLM", {}, [4096] * 3),
+        ("MinistralForCausalLM", {"layer_types": [FULL, SLIDING, FULL]}, [None, 4096, None]),
+        ("Qwen2ForCausalLM", {"max_window_layers": 1}, [None] * 3),
+        (
+            "Qwen2ForCausalLM",
+            {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+            [None, 9, 9],
+        ),
+        ("Qwen3MoeForCausalLM", {"use_sliding_window": True, "sliding_window": 9}, [9, 9, 9]),
+        ("Gemma2ForCausalLM", {}, [4096, None, 4096]),
+        ("Gemma3ForCausalLM", {"sliding_window_pattern": 2}, [4096, None, 4096]),
+    ],
+)
+def test_each_layer_has_the_window_that_transformers_gives_it(
+    architecture, changes, windows, tmp_path
+):
+    raw = raw_config(architecture, num_hidden_layers=3, **changes)
+    config = config_of(tmp_path, raw, max_model_len=None)
+    assert config.model_config.layer_windows == tuple(windows)
+    assert config.max_model_len == 8192
+
+
+def test_layer_types_that_do_not_fit_are_refused(tmp_path):
+    for changes, message in (
+        ({"layer_types": [SLIDING]}, "layer_types"),
+        ({"layer_types": [SLIDING, FULL], "sliding_window": 0}, "sliding_window must be"),
+    ):
+        with refused(message):
+            config_of(tmp_path, raw_config("Gemma2ForCausalLM", **changes))
+    raw = raw_config("Gemma2ForCausalLM", layer_types=[SLIDING, FULL]) | {"sliding_window": None}
+    with refused("sliding_window must be set"):
+        config_of(tmp_path, raw)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -35,12 +35,14 @@ def through_fp8(x: torch.Tensor) -> torch.Tensor:
 
 
 def attention_over_fp8(
-    module, query, key, value, attention_mask, scaling, sliding_window=None, **kwargs
+    module, query, key, value, mask, scaling, sliding_window=None, softcap=None, **kwargs
 ):
     """Causal attention [B, H, T, D] -> [B, T, H, D] for transformers; K and V go through fp8."""
     group = query.shape[1] // key.shape[1]
     key, value = (through_fp8(x).repeat_interleave(group, dim=1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
     if sliding_window is not None:
         seen = seen.triu(1 - sliding_window)

@@ -45,6 +45,32 @@ SHAPES = {
         "attention_bias": True,
         "mlp_bias": True,
     },
+    "gemma-2-2b": {
+        "architecture": "Gemma2ForCausalLM",
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "sliding_window": 24,  # shorter than the prompts
+    },
+    "gemma-3-1b": {
+        "architecture": "Gemma3ForCausalLM",
+        "hidden_size": 1152,
+        "intermediate_size": 6912,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "sliding_window": 24,
+    },
+    "olmo-2-1b": {
+        "architecture": "Olmo2ForCausalLM",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "head_dim": 128,
+    },
     "qwen3-30b-a3b": {
         "architecture": "Qwen3MoeForCausalLM",
         "hidden_size": 2048,
@@ -89,7 +115,7 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path, name):
     [
         *(
             pytest.param(name, 2, marks=pytest.mark.two_gpus)
-            for name in ("qwen2-yarn", "llama2", "qwen3-moe")
+            for name in ("qwen2-yarn", "llama2", "qwen3-moe", "gemma2", "granite", "olmo2")
         ),
         *(
             pytest.param(name, 4, marks=pytest.mark.four_gpus)
