@@ -121,6 +121,59 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 4.0,
         "hidden_activation": "gelu",
     },
+    "arcee": {"architecture": "ArceeForCausalLM", "attention_bias": True, "mlp_bias": True},
+    "cohere": {
+        "architecture": "CohereForCausalLM",
+        "head_dim": 8,
+        "attention_bias": True,
+        "logit_scale": 0.3,
+        "layer_norm_eps": 1e-3,
+    },
+    "cohere2": {
+        "architecture": "Cohere2ForCausalLM",
+        "head_dim": 8,
+        "sliding_window": 30,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "tie_word_embeddings": False,
+    },
+    "exaone4": {
+        "architecture": "Exaone4ForCausalLM",
+        "sliding_window": 30,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "tie_word_embeddings": False,
+    },
+    "exaone4-full": {
+        "architecture": "Exaone4ForCausalLM",
+        "sliding_window": None,
+        "layer_types": ["full_attention"] * 3,
+        "tie_word_embeddings": False,
+    },
+    "helium": {
+        "architecture": "HeliumForCausalLM",
+        "head_dim": 8,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "nemotron": {
+        "architecture": "NemotronForCausalLM",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "norm_eps": 1e-3,
+    },
+    "seed-oss": {
+        "architecture": "SeedOssForCausalLM",
+        "attention_out_bias": True,
+        "mlp_bias": True,
+    },
+    "starcoder2": {
+        "architecture": "Starcoder2ForCausalLM",
+        "head_dim": 8,
+        "sliding_window": 40,
+        "norm_epsilon": 1e-3,
+        "initializer_range": 0.4,
+        "tie_word_embeddings": False,
+    },
     "olmo2": {
         "architecture": "Olmo2ForCausalLM",
         "attention_bias": True,
@@ -278,10 +331,10 @@ def save_model(
     torch.manual_seed(seed)
     model = family(config).to(torch.float32).eval()
     for name, parameter in model.named_parameters():
-        if "norm" in name:  # ones would hide a norm weight that is not loaded
-            parameter.data.uniform_(0.5, 1.5)
-        elif name.endswith("bias"):
+        if name.endswith("bias"):
             parameter.data.normal_(0.0, 0.2)
+        elif "norm" in name:  # ones would hide a norm weight that is not loaded
+            parameter.data.uniform_(0.5, 1.5)
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     save_tokenizer(directory)

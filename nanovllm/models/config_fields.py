@@ -35,6 +35,19 @@ def _check_layers(where: str, value: Any) -> list[int] | tuple[int, ...]:
     return value
 
 
+def _check_false(where: str, value: Any) -> Any:
+    if value:
+        raise ArgumentError(f"{where} {shown(value)} is not supported")
+    return value
+
+
+def _check_pattern(where: str, value: Any) -> Any:
+    """A number, or EXAONE's letters, which its `layer_types` repeat."""
+    if not isinstance(value, str):
+        check_integer(where, value, 0, MAX_LAYERS)
+    return value
+
+
 def _without_nulls(where: str, value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
@@ -91,7 +104,7 @@ FAMILY_FIELDS = {
     "no_rope_layer_interval": SIZE,
     "sliding_window": FIELDS["sliding_window"],
     "use_sliding_window": boolean,
-    "sliding_window_pattern": at_least(1, MAX_LAYERS),
+    "sliding_window_pattern": optional(Check("", _check_pattern)),
     "attn_logit_softcapping": optional(POSITIVE),
     "final_logit_softcapping": optional(POSITIVE),
     "query_pre_attn_scalar": SIZE,
@@ -99,6 +112,10 @@ FAMILY_FIELDS = {
     "embedding_multiplier": POSITIVE,
     "residual_multiplier": POSITIVE,
     "logits_scaling": POSITIVE,
+    "logit_scale": POSITIVE,
+    "use_qk_norm": Check("", _check_false),
+    **dict.fromkeys("layer_norm_eps norm_epsilon norm_eps".split(), finite(0)),
+    **dict.fromkeys("use_bias attention_out_bias".split(), boolean),
 }
 # Of a classification head.
 HEAD_FIELDS = {

@@ -1,6 +1,6 @@
 """What sets one model family apart from the others, as far as its config.json goes."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 
 class Family(NamedTuple):
@@ -15,6 +15,9 @@ class Family(NamedTuple):
         norm_weight_offset: what its checkpoints leave out of norm weights, which are float32 here;
             None: norm weights are of the model's dtype, to which a norm is rounded before them.
         has_rope_by_layer_type: whether its rotary embeddings differ by layer type.
+        rope_layers: which layers have rotary embeddings, where config.json does not say so: those
+            with a window, or those with a window unless no window is set at all.
+        has_gated_mlp: whether its MLPs have three matrices, and not two.
     """
 
     model_type: str
@@ -23,3 +26,5 @@ class Family(NamedTuple):
     activations: tuple[str, ...] = ("silu",)
     norm_weight_offset: float | None = None
     has_rope_by_layer_type: bool = False
+    rope_layers: Literal["all", "windowed", "windowed, if any"] = "all"
+    has_gated_mlp: bool = True

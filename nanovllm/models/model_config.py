@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from nanovllm.layers.rope_scaling import RopeParameters
 
+NORM_EPS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps")
 MAX_EXPERTS_OF_ALL_LAYERS = 2**17  # each has three weights with a shard
 
 
@@ -43,6 +44,8 @@ class ModelConfig:
         embedding_multiplier: multiplies the embeddings; Gemma's own is not among the fields.
         logits_multiplier: multiplies the logits.
         norm_weight_offset: see `Family`.
+        has_gated_mlp: see `Family`.
+        rms_norm_eps: of layer norms as well.
         head: what is there in place of an LM head; None: an LM head.
         uses_transformers: whether transformers' own module runs. What it alone needs to know is 0
             or empty then.
@@ -75,9 +78,11 @@ class ModelConfig:
     residual_multiplier: float = 1.0
     logits_multiplier: float = 1.0
     norm_weight_offset: float | None = None
+    has_gated_mlp: bool = True
     eos_token_id: int | list[int] | None = None  # as it is: not checked
     tie_word_embeddings: bool = False
     attention_bias: bool = False
+    attention_out_bias: bool = False  # of families whose o_proj has not `attention_bias`
     mlp_bias: bool = False
     num_experts: int = 0  # 0: a dense model, whose other fields of experts mean nothing
     num_experts_per_tok: int = 0
@@ -116,17 +121,21 @@ class ModelConfig:
             "full_attention_limit": _full_attention_limit(hf_config, family.fields),
             "has_block_scales": bool(getattr(hf_config, "quantization_config", None)),
             "layer_windows": _layer_windows(hf_config, family.fields),
-            "no_rope_layers": _no_rope_layers(hf_config, family.fields),
+            "no_rope_layers": _no_rope_layers(hf_config, family),
             "layer_types": tuple(getattr(hf_config, "layer_types", None) or ()),
             "attention_scale": _attention_scale(hf_config),
             "norm_weight_offset": family.norm_weight_offset,
-            "logits_multiplier": 1 / getattr(hf_config, "logits_scaling", 1.0),
+            "has_gated_mlp": family.has_gated_mlp,
+            "logits_multiplier": _logits_multiplier(hf_config),
+            "rms_norm_eps": _first_of(hf_config, NORM_EPS),
             "mlp_only_layers": tuple(getattr(hf_config, "mlp_only_layers", None) or ()),
         }
         for f in fields(cls):
             if f.name not in values:
                 values[f.name] = getattr(hf_config, f.name, f.default)
         values["hidden_act"] = getattr(hf_config, "hidden_activation", values["hidden_act"])
+        if hasattr(hf_config, "use_bias"):  # Starcoder2's, of all linear layers
+            values["attention_bias"] = values["mlp_bias"] = hf_config.use_bias
         config = cls(**values)
         config._check()
         return config
@@ -247,8 +256,14 @@ def _layer_windows(hf_config: "PretrainedConfig", known: tuple[str, ...]) -> tup
     return tuple(window if windowed else None for windowed in is_windowed)
 
 
-def _no_rope_layers(hf_config: "PretrainedConfig", known: tuple[str, ...]) -> tuple[int, ...]:
-    if "no_rope_layers" not in known:
+def _no_rope_layers(hf_config: "PretrainedConfig", family: Family) -> tuple[int, ...]:
+    """`ModelConfig.no_rope_layers`, which the config names or its layer types tell."""
+    has_window = getattr(hf_config, "sliding_window", None) is not None
+    if family.rope_layers == "windowed" or (
+        family.rope_layers == "windowed, if any" and has_window
+    ):
+        return tuple(int(kind == "sliding_attention") for kind in hf_config.layer_types)
+    if "no_rope_layers" not in family.fields:
         return ()
     num_layers, layers = hf_config.num_hidden_layers, tuple(hf_config.no_rope_layers)
     if len(layers) < num_layers:
@@ -265,6 +280,16 @@ def _attention_scale(hf_config: "PretrainedConfig") -> float | None:
     if scalar is not None:
         return float(scalar**-0.5)
     return getattr(hf_config, "attention_multiplier", None)
+
+
+def _logits_multiplier(hf_config: "PretrainedConfig") -> float:
+    """Cohere's `logit_scale` multiplies, Granite's `logits_scaling` divides."""
+    scale: float = getattr(hf_config, "logit_scale", 1.0)
+    return scale / getattr(hf_config, "logits_scaling", 1.0)
+
+
+def _first_of(hf_config: "PretrainedConfig", names: tuple[str, ...]) -> Any:
+    return next(getattr(hf_config, name) for name in names if hasattr(hf_config, name))
 
 
 def _max_positions_of_any(text_config: "PretrainedConfig") -> int:

@@ -19,8 +19,27 @@ GEMMA2 = (*LAYER_TYPES, "query_pre_attn_scalar", "hidden_activation", "final_log
 GRANITE = tuple(
     "embedding_multiplier attention_multiplier residual_multiplier logits_scaling".split()
 )
+COHERE = ("layer_norm_eps", "logit_scale", "use_qk_norm")
+NEMOTRON = (*PARTIAL_ROPE, "norm_eps")
+STARCODER2 = (*WINDOW, "norm_epsilon", "use_bias")
 # Each name stands for those with other heads too: see `models.head_config`.
 ARCHITECTURES = {
+    "ArceeForCausalLM": Family(
+        "arcee", "nanovllm.models.arcee", (), ("relu2",), has_gated_mlp=False
+    ),
+    "Cohere2ForCausalLM": Family(
+        "cohere2",
+        "nanovllm.models.cohere2",
+        (*LAYER_TYPES, *COHERE, "sliding_window_pattern"),
+        rope_layers="windowed",
+    ),
+    "CohereForCausalLM": Family("cohere", "nanovllm.models.cohere", COHERE),
+    "Exaone4ForCausalLM": Family(
+        "exaone4",
+        "nanovllm.models.exaone4",
+        (*LAYER_TYPES, "sliding_window_pattern"),
+        rope_layers="windowed, if any",
+    ),
     "Gemma2ForCausalLM": Family(
         "gemma2", "nanovllm.models.gemma2", (*GEMMA2, "attn_logit_softcapping"), GELU, 1.0
     ),
@@ -36,9 +55,18 @@ ARCHITECTURES = {
     "Glm4ForCausalLM": Family("glm4", "nanovllm.models.glm4", PARTIAL_ROPE),
     "GlmForCausalLM": Family("glm", "nanovllm.models.glm", PARTIAL_ROPE),
     "GraniteForCausalLM": Family("granite", "nanovllm.models.granite", GRANITE),
+    "HeliumForCausalLM": Family("helium", "nanovllm.models.helium", norm_weight_offset=0.0),
     "LlamaForCausalLM": Family("llama", "nanovllm.models.llama"),
     "MinistralForCausalLM": Family("ministral", "nanovllm.models.ministral", LAYER_TYPES),
     "MistralForCausalLM": Family("mistral", "nanovllm.models.mistral", WINDOW),
+    "NemotronForCausalLM": Family(
+        "nemotron",
+        "nanovllm.models.nemotron",
+        NEMOTRON,
+        ("relu2",),
+        norm_weight_offset=1.0,
+        has_gated_mlp=False,
+    ),
     "Olmo2ForCausalLM": Family("olmo2", "nanovllm.models.olmo2", norm_weight_offset=0.0),
     "Olmo3ForCausalLM": Family(
         "olmo3",
@@ -52,6 +80,10 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": Family("qwen3", "nanovllm.models.qwen3", WINDOWS),
     "Qwen3MoeForCausalLM": Family(
         "qwen3_moe", "nanovllm.models.qwen3_moe", (*WINDOW, "use_sliding_window")
+    ),
+    "SeedOssForCausalLM": Family("seed_oss", "nanovllm.models.seed_oss", ("attention_out_bias",)),
+    "Starcoder2ForCausalLM": Family(
+        "starcoder2", "nanovllm.models.starcoder2", STARCODER2, GELU, has_gated_mlp=False
     ),
     "SmolLM3ForCausalLM": Family(
         "smollm3",

@@ -47,7 +47,7 @@ def num_weights(config: ModelConfig) -> int:
     if config.uses_transformers:  # transformers alone knows its matrices
         return config.vocab_size * hidden_size
     heads = 2 * (config.num_attention_heads + config.num_key_value_heads)
-    dense = 3 * config.intermediate_size * hidden_size
+    dense = (3 if config.has_gated_mlp else 2) * config.intermediate_size * hidden_size
     total = config.vocab_size * hidden_size
     for index in range(config.num_hidden_layers):
         total += heads * config.head_dim * hidden_size

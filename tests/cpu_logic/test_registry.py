@@ -107,7 +107,7 @@ REFUSED = [
     ({"compression_config": FP8}, "compression_config 'fp8' is not supported"),
     ({"quantization_config": ["fp8"]}, "quantization_config 'unnamed' is not"),
     ({"compression_config": {"format": "int8"}}, "compression_config 'unnamed' is not"),
-    ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: silu"),
+    ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: (silu|relu2)"),
     ({"hidden_act": ["silu"]}, r"hidden_act \['silu'\] is not supported"),
 ]
 
