@@ -4,7 +4,13 @@ from typing import Protocol
 
 from torch import Tensor
 
-from nanovllm.kernels.types import AttentionMetadata, DecodeInputs, KVCache, LinearOutput
+from nanovllm.kernels.types import (
+    AttentionMetadata,
+    ClampedSwiGLU,
+    DecodeInputs,
+    KVCache,
+    LinearOutput,
+)
 
 
 class Ops(Protocol):
@@ -72,11 +78,16 @@ class Ops(Protocol):
         norm_topk_prob: bool,
         gate_up_scales: Tensor | None = None,
         down_scales: Tensor | None = None,
+        *,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+        swiglu: ClampedSwiGLU | None = None,
     ) -> LinearOutput:
         """Each token's most probable experts, down(silu(gate(x)) * up(x)) each, summed.
 
-        Each expert's output is multiplied by its probability first. With norm_topk_prob these
-        probabilities add up to 1.
+        Each expert's output, bias included, is multiplied by its probability first. With
+        norm_topk_prob these probabilities add up to 1: they are then also the softmax of the chosen
+        experts' logits alone.
 
         Args:
             x: [T, H].
@@ -88,6 +99,9 @@ class Ops(Protocol):
             gate_up_scales: of an fp8 weight, as in `fp8_linear`; a block is an expert's, or its
                 gate's or up's, alone. x, and what goes into down, may then be quantised as well.
             down_scales: the same.
+            gate_up_bias: [E * 2I], or None.
+            down_bias: [E * H], or None.
+            swiglu: takes the place of silu(gate) * up.
 
         Returns:
             [T, H].

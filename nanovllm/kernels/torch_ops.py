@@ -21,6 +21,7 @@ from nanovllm.kernels.types import (
     FP8_MAX,
     FP8_MIN_AMAX,
     AttentionMetadata,
+    ClampedSwiGLU,
     DecodeInputs,
     DecodeMetadata,
     KVCache,
@@ -107,6 +108,10 @@ def experts(
     norm_topk_prob: bool,
     gate_up_scales: torch.Tensor | None = None,
     down_scales: torch.Tensor | None = None,
+    *,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    swiglu: ClampedSwiGLU | None = None,
 ) -> torch.Tensor:
     """x [T, H], router_logits [T, E] -> [T, H], an expert at a time; see `Ops.experts`."""
     probabilities = summed(router_logits).softmax(-1, dtype=torch.float32)
@@ -121,10 +126,23 @@ def experts(
             _weight_of_expert(weight, scales, expert, num_experts, x.dtype)
             for weight, scales in ((gate_up_weight, gate_up_scales), (down_weight, down_scales))
         )
+        first_bias, second_bias = (
+            None if bias is None else bias.view(num_experts, -1)[expert]
+            for bias in (gate_up_bias, down_bias)
+        )
         tokens, slots = torch.where(ids == expert)
-        y = F.linear(silu_and_mul(F.linear(x[tokens], gate_up)), down)
+        inner = F.linear(x[tokens], gate_up, first_bias)
+        inner = silu_and_mul(inner) if swiglu is None else clamped_swiglu(inner, swiglu)
+        y = F.linear(inner, down, second_bias)
         out.index_add_(0, tokens, y * weights[tokens, slots].unsqueeze(1))
     return out
+
+
+def clamped_swiglu(gate_up: torch.Tensor, swiglu: ClampedSwiGLU) -> torch.Tensor:
+    """gate_up [T, 2I], gate first -> [T, I]; see `ClampedSwiGLU`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=swiglu.limit), up.clamp(-swiglu.limit, swiglu.limit)
+    return (up + 1) * (gate * torch.sigmoid(gate * swiglu.alpha))
 
 
 def _weight_of_expert(

@@ -28,6 +28,16 @@ class PartialSums(NamedTuple):
 LinearOutput = Tensor | PartialSums
 
 
+class ClampedSwiGLU(NamedTuple):
+    """gate, up -> (up + 1) * gate * sigmoid(alpha * gate), of numbers within the limit.
+
+    gate is at most `limit`, up is between -limit and limit (OpenAI 2025, arXiv 2508.10925).
+    """
+
+    alpha: float
+    limit: float
+
+
 def summed(x: LinearOutput) -> Tensor:
     """x [T, N] as one tensor."""
     return x if isinstance(x, Tensor) else x.parts.sum(0).to(x.dtype)

@@ -1,5 +1,7 @@
 """Run by test_triton_interpreter.py in a process with TRITON_INTERPRET=1: mixtures of experts."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -7,7 +9,14 @@ from nanovllm.kernels import torch_ops
 from nanovllm.kernels.triton import moe as triton_moe
 from nanovllm.kernels.triton.fp8_linear import quantize_rows
 from nanovllm.kernels.triton.moe import Tile, Tiles, experts, route
-from nanovllm.kernels.types import FP8_BLOCK, FP8_DTYPE, FP8_MAX, LinearOutput, PartialSums
+from nanovllm.kernels.types import (
+    FP8_BLOCK,
+    FP8_DTYPE,
+    FP8_MAX,
+    ClampedSwiGLU,
+    LinearOutput,
+    PartialSums,
+)
 
 
 def both(*tile: int) -> Tiles:
@@ -76,6 +85,32 @@ def test_experts(hidden_size, size, block_m, in_parts, monkeypatch):
     torch.testing.assert_close(summed(product), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("block_m", "in_parts", "dtype"), [(16, True, torch.float16), (128, False, torch.float32)]
+)
+def test_biases_and_clamped_swiglu(block_m, in_parts, dtype, monkeypatch):
+    """Each alone and both, with numbers on either side of the limit."""
+    monkeypatch.setattr(triton_moe, "MAX_TOKENS_IN_PARTS", 256 if in_parts else 0)
+    torch.manual_seed(0)
+    num_tokens, num_experts, hidden_size, size = 6, 3, 48, 40
+    x, logits = torch.randn(num_tokens, hidden_size), torch.randn(num_tokens, num_experts)
+    gate_up = torch.randn(num_experts * 2 * size, hidden_size) / hidden_size**0.5
+    down = torch.randn(num_experts * hidden_size, size) / size**0.5
+    args = [tensor.to(dtype) for tensor in (x, logits, gate_up, down)]
+    biases = {
+        "gate_up_bias": torch.randn(num_experts * 2 * size).to(dtype),
+        "down_bias": torch.randn(num_experts * hidden_size).to(dtype),
+    }
+    swiglu = {"swiglu": ClampedSwiGLU(1.3, 1.0)}
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-3
+    results = []
+    for extras in ({}, biases, swiglu, biases | swiglu):
+        got = summed(experts(*args, 2, True, **extras, tiles=both(block_m, 32, 32, 4, 1)))
+        results.append(torch_ops.experts(*args, 2, True, **extras))
+        torch.testing.assert_close(got.to(dtype), results[-1], rtol=tolerance, atol=tolerance)
+    assert all((a - b).abs().max() > 0.3 for a, b in itertools.combinations(results, 2))
+
+
 def fp8_rounded(x: torch.Tensor, group: int | None) -> torch.Tensor:
     """Rows as fp8 keeps them; the interpreter rounds a little otherwise than `torch_ops`."""
     values, scales = quantize_rows(x, group)
@@ -90,7 +125,14 @@ def check_fp8(hidden_size: int, size: int, group: int | None, quantize, tiles: T
         quantize(torch.randn(4 * n, k) / k**0.5)
         for n, k in ((2 * size, hidden_size), (hidden_size, size))
     )
-    got = summed(experts(x, logits, gate_up, down, 2, True, scales, down_scales, tiles=tiles))
+    bias, down_bias = torch.randn(4 * 2 * size), torch.randn(4 * hidden_size)
+    product = experts(
+        *(x, logits, gate_up, down, 2, True, scales, down_scales),
+        gate_up_bias=bias,
+        down_bias=down_bias,
+        tiles=tiles,
+    )
+    got = summed(product)
     w1 = torch_ops.dequantize_weight(gate_up, scales).view(4, 2 * size, hidden_size)
     w2 = torch_ops.dequantize_weight(down, down_scales).view(4, hidden_size, size)
     weights, ids = logits.softmax(-1).topk(2)
@@ -99,8 +141,9 @@ def check_fp8(hidden_size: int, size: int, group: int | None, quantize, tiles: T
         expected = torch.zeros(hidden_size)
         for weight, expert in zip(weights[token], ids[token], strict=True):
             row = fp8_rounded(x[token : token + 1], group)
-            y = torch_ops.silu_and_mul(row @ w1[expert].t())
-            expected += (fp8_rounded(y, group) @ w2[expert].t())[0] * weight
+            y = torch_ops.silu_and_mul(row @ w1[expert].t() + bias.view(4, -1)[expert])
+            y = fp8_rounded(y, group) @ w2[expert].t() + down_bias.view(4, -1)[expert]
+            expected += y[0] * weight
         # A number at the border of two fp8 ones may be rounded to the other.
         torch.testing.assert_close(got[token], expected, rtol=2e-2, atol=2e-2)
 

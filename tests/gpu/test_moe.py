@@ -16,7 +16,7 @@ from nanovllm.kernels.triton.moe import (
     route,
 )
 from nanovllm.kernels.triton.norm import add_rms_norm
-from nanovllm.kernels.types import FP8_BLOCK, LinearOutput, PartialSums
+from nanovllm.kernels.types import FP8_BLOCK, ClampedSwiGLU, LinearOutput, PartialSums
 
 HIDDEN_SIZE, SIZE, NUM_EXPERTS, TOP_K = 512, 192, 16, 4
 
@@ -122,6 +122,34 @@ def test_every_tile_for_any_number_of_tokens(hidden_size, size, num_tokens, tile
         got = experts(x, logits, gate_up, down, TOP_K, True, tiles=tiles)
         exact = exact_experts(x, logits, gate_up, down, TOP_K, True)
         assert relative_error(summed(got), exact) < 8e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("num_tokens", [1, 7, 33, 256, 257, 1000, 4096])
+@pytest.mark.parametrize(("hidden_size", "size"), [(512, 192), (360, 90)])
+def test_biases_and_clamped_swiglu_equal_float64(hidden_size, size, num_tokens, dtype):
+    """As of gpt-oss, whose features do not fill the tiles."""
+    x, logits = randn(num_tokens, hidden_size, dtype=dtype), distinct_logits(num_tokens)
+    gate_up, down = weights(dtype, hidden_size, size)
+    bias, down_bias = randn(len(gate_up), dtype=dtype), randn(len(down), dtype=dtype)
+    swiglu = ClampedSwiGLU(1.702, 1.5)
+
+    def mlp(rows: torch.Tensor, expert: int) -> torch.Tensor:
+        first, second = (of_expert(w, NUM_EXPERTS, expert) for w in (gate_up, down))
+        b1, b2 = (b.view(NUM_EXPERTS, -1)[expert].double() for b in (bias, down_bias))
+        return torch_ops.clamped_swiglu(rows.double() @ first.t() + b1, swiglu) @ second.t() + b2
+
+    exact = sum_of_experts(x, logits, TOP_K, True, mlp)
+    got = summed(
+        experts(
+            *(x, PartialSums(logits.unsqueeze(0), torch.float32), gate_up, down, TOP_K, True),
+            gate_up_bias=bias,
+            down_bias=down_bias,
+            swiglu=swiglu,
+        )
+    )
+    tolerance = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-5}[dtype]
+    assert relative_error(got, exact) < tolerance
 
 
 def fp8_rounded(rows: torch.Tensor, group: int) -> torch.Tensor:

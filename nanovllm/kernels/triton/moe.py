@@ -15,7 +15,13 @@ from nanovllm.kernels.triton.fp8_linear import quantize_rows
 from nanovllm.kernels.triton.launch import await_previous, jit, overlap_options
 from nanovllm.kernels.triton.linear import load_summed, parts_of
 from nanovllm.kernels.triton.tiled_linear import along_tokens, multiply_add
-from nanovllm.kernels.types import FP8_BLOCK, FP8_DTYPE, LinearOutput, PartialSums
+from nanovllm.kernels.types import (
+    FP8_BLOCK,
+    FP8_DTYPE,
+    ClampedSwiGLU,
+    LinearOutput,
+    PartialSums,
+)
 
 # Up to here the products of a token's experts stay apart for the next op to add up.
 MAX_TOKENS_IN_PARTS = 256
@@ -195,6 +201,7 @@ def _experts_kernel(
     x_scales,  # of x in fp8: float32 [T] or [P], or [K / FP8_BLOCK, T or P], else None
     weight,  # [experts * N, K]
     scales,  # of fp8 weights: float32 [experts * N], or of blocks, else None
+    bias,  # [experts * N], or None
     routing_weights,  # [P]
     sorted_pairs,
     blocks,
@@ -207,6 +214,8 @@ def _experts_kernel(
     IN_PARTS: tl.constexpr,
     BY_BLOCKS: tl.constexpr,  # whether the scales are those of blocks; BLOCK_K is then FP8_BLOCK
     FP8_BLOCK: tl.constexpr,
+    SWIGLU_ALPHA: tl.constexpr,  # of `ClampedSwiGLU`, as the limit; None: silu(gate) * up
+    SWIGLU_LIMIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -281,12 +290,21 @@ def _experts_kernel(
     if scales is not None and not BY_BLOCKS:
         x_scale = tl.load(x_scales + x_row, mask=is_pair, other=0.0)[:, None]
         product *= x_scale * tl.load(scales + weight_row)[None, :]
+    if bias is not None:
+        product += tl.load(bias + weight_row).to(tl.float32)[None, :]
     if GATED:
         if scales is not None and not BY_BLOCKS:
             up *= x_scale * tl.load(scales + weight_row + WIDTH)[None, :]
+        if bias is not None:
+            up += tl.load(bias + weight_row + WIDTH).to(tl.float32)[None, :]
         dtype: tl.constexpr = out.dtype.element_ty
         gate = product.to(dtype).to(tl.float32)
-        y = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32) * up.to(dtype).to(tl.float32)
+        if SWIGLU_ALPHA is None:
+            y = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32) * up.to(dtype).to(tl.float32)
+        else:
+            gate = tl.minimum(gate, SWIGLU_LIMIT)
+            up = tl.minimum(tl.maximum(up.to(dtype).to(tl.float32), -SWIGLU_LIMIT), SWIGLU_LIMIT)
+            y = (gate / (1 + tl.exp(-SWIGLU_ALPHA * gate))).to(dtype).to(tl.float32) * (up + 1)
         out_row = place
     else:
         routing_weight = tl.load(routing_weights + pair, mask=is_pair, other=0.0).to(tl.float32)
@@ -381,10 +399,12 @@ def _multiply(
     x: torch.Tensor,
     weight: torch.Tensor,
     scales: torch.Tensor | None,
+    bias: torch.Tensor | None,
     routing: Routing,
     num_experts: int,
     num_experts_per_tok: int,
     tile: Tile,
+    swiglu: ClampedSwiGLU | None = None,
 ) -> None:
     """`_experts_kernel` over all blocks; out's width tells which product it is."""
     width = out.shape[-1]
@@ -400,6 +420,7 @@ def _multiply(
         x_scales,
         weight,
         scales,
+        bias,
         routing.weights,
         routing.sorted_pairs,
         routing.blocks,
@@ -412,6 +433,8 @@ def _multiply(
         IN_PARTS=out.dim() == 3,
         BY_BLOCKS=by_blocks,
         FP8_BLOCK=FP8_BLOCK,
+        SWIGLU_ALPHA=None if swiglu is None else swiglu.alpha,
+        SWIGLU_LIMIT=None if swiglu is None else swiglu.limit,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
@@ -431,6 +454,9 @@ def experts(
     gate_up_scales: torch.Tensor | None = None,
     down_scales: torch.Tensor | None = None,
     *,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    swiglu: ClampedSwiGLU | None = None,
     tiles: Tiles | None = None,
 ) -> LinearOutput:
     """x [T, H], router_logits [T, E] -> [T, H]; see `Ops.experts`. `tiles`: instead of the best."""
@@ -444,14 +470,15 @@ def experts(
     rest = routing, num_experts, num_experts_per_tok
     size = gate_up_weight.shape[0] // num_experts // 2
     activations = torch.empty(num_pairs, size, dtype=x.dtype, device=x.device)
-    _multiply(activations, x, gate_up_weight, gate_up_scales, *rest, tiles.gate_up)
+    gate_up = gate_up_weight, gate_up_scales, gate_up_bias
+    _multiply(activations, x, *gate_up, *rest, tiles.gate_up, swiglu)
     in_parts = num_tokens <= MAX_TOKENS_IN_PARTS
     if in_parts:
         shape = num_experts_per_tok, num_tokens, hidden_size
         products = torch.empty(shape, dtype=torch.float32, device=x.device)
     else:
         products = torch.empty(num_pairs, hidden_size, dtype=x.dtype, device=x.device)
-    _multiply(products, activations, down_weight, down_scales, *rest, tiles.down)
+    _multiply(products, activations, down_weight, down_scales, down_bias, *rest, tiles.down)
     if in_parts:
         return PartialSums(products, x.dtype)
     out = torch.empty_like(x)
