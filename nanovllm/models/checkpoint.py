@@ -12,6 +12,7 @@ from nanovllm.model_files import is_file, list_directory, read_json_object, read
 
 SINGLE_FILE = "model.safetensors"
 LM_HEAD = "lm_head.weight"
+BYTE = "U8"
 WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64", "F8_E4M3")  # by their names in the files
 
 
@@ -102,19 +103,20 @@ class SafetensorsCheckpoint:
         return {name if name == LM_HEAD else f"model.{name}" for name in self._files}
 
     def num_weights(self) -> int:
-        """The numbers of all tensors together."""
-        return sum(
-            math.prod(self._handles[file_name].get_slice(name).get_shape())
-            for name, file_name in self._files.items()
-        )
+        """The numbers of all tensors together, of which a byte holds two."""
+        total = 0
+        for name, file_name in self._files.items():
+            tensor = self._handles[file_name].get_slice(name)
+            total += math.prod(tensor.get_shape()) * (2 if tensor.get_dtype() == BYTE else 1)
+        return total
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """See `Checkpoint`; ArgumentError if the numbers are not floating-point ones."""
+    def shape(self, name: str, dtypes: tuple[str, ...] = WEIGHT_DTYPES) -> tuple[int, ...]:
+        """See `Checkpoint`; ArgumentError if the tensor is of none of these dtypes."""
         tensor = self._slice(name)
-        if tensor.get_dtype() not in WEIGHT_DTYPES:
+        if tensor.get_dtype() not in dtypes:
             raise ArgumentError(
                 f"tensor {shown(name)} of {self.directory!r} is {_dtype(tensor)}; supported: "
-                f"{', '.join(WEIGHT_DTYPES)}"
+                f"{', '.join(dtypes)}"
             )
         return tuple(tensor.get_shape())
 

@@ -1,7 +1,7 @@
 """Fills a model's parameters from safetensors files or with random numbers; none is left out."""
 
 import zlib
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,6 +12,7 @@ from nanovllm.layers.weights import OffsetParameter, Parameter, Shard
 from nanovllm.models.checkpoint import LM_HEAD, Checkpoint, SafetensorsCheckpoint
 from nanovllm.models.fp8_checkpoint import SCALES_SUFFIX, DequantizedCheckpoint
 from nanovllm.models.heads import head_of
+from nanovllm.models.mxfp4_checkpoint import Mxfp4Checkpoint
 
 MAX_NAMES_IN_ERROR = 8
 EMBEDDING = "model.embed_tokens.weight"
@@ -27,7 +28,8 @@ class DummyCheckpoint:
     """Random weights of the shapes that a model expects: the same for any number of ranks.
 
     Vectors are norm weights (1, less an offset) or biases (0); matrices are normal with deviation
-    `std`, but for the scales of fp8 weights (1).
+    `std`, but for the scales of fp8 weights (1) and the biases of experts (0). Each expert of a
+    tensor that has all of them is drawn alone.
     """
 
     def __init__(self, expected: Expected, std: float, device: torch.device) -> None:
@@ -52,17 +54,24 @@ class DummyCheckpoint:
     def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
         """See `Checkpoint`."""
         shape = self._shapes[name]
-        if len(shape) == 1 or name.endswith(SCALES_SUFFIX):
+        if len(shape) == 1 or name.endswith((SCALES_SUFFIX, "_bias")):
             value = 0.0 if name.endswith("bias") else 1.0 - self._offsets.get(name, 0.0)
             return torch.full(shape, value, device=self.device)[index]
+        if len(shape) == 2:
+            return self._drawn(name, shape)[index]
+        experts = range(*index[0].indices(shape[0]))
+        return torch.stack([self._drawn(f"{name}.{i}", shape[1:])[index[1:]] for i in experts])
+
+    def _drawn(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
         tensor = torch.empty(shape, dtype=torch.float32, device=self.device)
-        return tensor.normal_(0.0, self.std, generator=generator)[index]
+        return tensor.normal_(0.0, self.std, generator=generator)
 
 
 def expected_tensors(model: nn.Module) -> Expected:
     """The tensors of a checkpoint that fill `model`."""
     expected: Expected = {}
+    names: Mapping[str, str] = getattr(model, "checkpoint_names", {})
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, Parameter), name
         for module_name, shard in parameter.shards.items():
@@ -71,7 +80,8 @@ def expected_tensors(model: nn.Module) -> Expected:
                 module_name = shard.fused_name
             if module_name:
                 parts[-2] = module_name
-            expected.setdefault(".".join(parts), []).append((parameter, shard))
+            name_there = ".".join(names.get(part, part) for part in ".".join(parts).split("."))
+            expected.setdefault(name_there, []).append((parameter, shard))
     return expected
 
 
@@ -105,7 +115,7 @@ def load_model(model: nn.Module, directory: str, load_format: str, std: float = 
         checkpoint = DummyCheckpoint(expected, std, device)
     else:
         files = SafetensorsCheckpoint(directory)
-        checkpoint = DequantizedCheckpoint(files, expected.keys())
+        checkpoint = DequantizedCheckpoint(Mxfp4Checkpoint(files), expected.keys())
         if has_lm_head:
             has_lm_head = _settle_lm_head(expected, checkpoint, files.is_bare, where)
     _check_names(expected.keys(), checkpoint.names(), where)
