@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import edit_config
 
 BLOCK = 128
+LINEARS = ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")
+STACKED = ("experts.gate_up_proj", "experts.down_proj")  # [experts, columns, rows]
 CONFIG = {
     "quant_method": "fp8",
     "fmt": "e4m3",
@@ -70,6 +72,10 @@ def _save(source: Path, target: Path, convert) -> Path:
     shutil.copytree(source, target)
     tensors = {}
     for name, tensor in load_file(source / "model.safetensors").items():
-        tensors |= convert(name, tensor) if name.endswith("_proj.weight") else {name: tensor}
+        if name.endswith(STACKED):
+            experts = [convert(name, weight.t())[name].t() for weight in tensor]
+            tensors[name] = torch.stack(experts)
+        else:
+            tensors |= convert(name, tensor) if name.endswith(LINEARS) else {name: tensor}
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     return target

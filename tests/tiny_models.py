@@ -251,6 +251,43 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "tie_word_embeddings": False,
     },
+    "mixtral": {
+        "architecture": "MixtralForCausalLM",
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "sliding_window": 50,
+        "tie_word_embeddings": False,
+    },
+    "qwen2-moe": {
+        "architecture": "Qwen2MoeForCausalLM",
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 48,
+        "mlp_only_layers": [1],
+    },
+    "qwen2-moe-windows": {
+        "architecture": "Qwen2MoeForCausalLM",
+        "num_experts": 4,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "qkv_bias": False,
+        "use_sliding_window": True,
+        "sliding_window": 40,
+        "max_window_layers": 2,
+    },
+    "gpt-oss": {
+        "architecture": "GptOssForCausalLM",
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "sliding_window": 50,
+        "swiglu_limit": 1.5,  # few numbers here are beyond 7
+        "swiglu_alpha": 1.3,
+        "rope_parameters": YARN | {"truncate": False, "beta_fast": 32.0, "beta_slow": 1.0},
+        "tie_word_embeddings": False,
+    },
 }
 
 # As old checkpoints write it: changes to config.json, None for a field that is derived.
@@ -335,6 +372,8 @@ def save_model(
             parameter.data.normal_(0.0, 0.2)
         elif "norm" in name:  # ones would hide a norm weight that is not loaded
             parameter.data.uniform_(0.5, 1.5)
+        elif name.endswith("sinks"):
+            parameter.data.normal_(2.0, 1.0)
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     save_tokenizer(directory)

@@ -32,9 +32,11 @@ class RowQuantizedParameter(Parameter):
 class RowRoundedParameter(Parameter):
     """A weight in the model's dtype with the values that `RowQuantizedParameter` gives it."""
 
+    @torch.no_grad()
     def fill(self, shard: Shard, part: torch.Tensor) -> None:
         """See `Parameter.fill`; `part` has all columns of the parameter."""
-        super().fill(shard, dequantize_weight(*quantize(part.to(self.device))))
+        part = shard.in_order(part).to(self.device)
+        self[shard.target].copy_(dequantize_weight(*quantize(part)))
 
 
 def keeps_fp8(shards: dict[str, Shard], context: ModelContext) -> bool:

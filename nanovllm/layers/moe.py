@@ -51,14 +51,17 @@ class SparseMLP(nn.Module):
 class Router(nn.Module):
     """Scores the experts; every rank holds it whole, in the model's dtype."""
 
-    def __init__(self, num_experts: int, hidden_size: int, context: ModelContext) -> None:
+    def __init__(
+        self, num_experts: int, hidden_size: int, context: ModelContext, bias: bool = False
+    ) -> None:
         super().__init__()
         self.ops = context.ops
         self.weight = new_whole_parameter((num_experts, hidden_size), context)
+        self.bias = new_whole_parameter((num_experts,), context) if bias else None
 
     def forward(self, x: Tensor) -> LinearOutput:
         """x [T, hidden_size] -> [T, num_experts], the logits of their probabilities."""
-        return self.ops.linear(x, self.weight, None)
+        return self.ops.linear(x, self.weight, self.bias)
 
 
 class Experts(nn.Module):

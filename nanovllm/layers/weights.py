@@ -25,6 +25,7 @@ class Shard:
             which the parameter has them; empty: the same.
         fused_name: the checkpoint's module whose tensor holds several shards, "" if it has the
             parameter's own name; None: the tensor holds this shard alone.
+        is_transposed: whether the tensor has the parameter's rows as its last dimension.
     """
 
     full_shape: tuple[int, ...]
@@ -32,9 +33,17 @@ class Shard:
     target: tuple[slice, ...]
     head_order: tuple[int, ...] = ()
     fused_name: str | None = None
+    is_transposed: bool = False
 
     def in_order(self, part: torch.Tensor) -> torch.Tensor:
-        """`part`, what `source` selects, with its rows in the parameter's order."""
+        """`part`, what `source` selects, with its rows in the parameter's order.
+
+        The experts of a part [experts, rows, ...] come one below another.
+        """
+        if self.is_transposed:
+            part = part.transpose(-1, -2)
+        if part.dim() > len(self.target):
+            part = part.flatten(0, 1)
         if not self.head_order:
             return part
         heads = part.unflatten(0, (-1, len(self.head_order)))

@@ -17,7 +17,7 @@ class CausalLM(nn.Module, ABC):
 
     `model(input_ids [T] int32, positions [T] int32, metadata)` gives hidden states
     [T, hidden_size], `lm_head(hidden states [B, hidden_size])` this rank's logits. Module names are
-    those of the checkpoint's tensors.
+    those of the checkpoint's tensors, but for the keys of `checkpoint_names`, if a family has it.
     """
 
     def __init__(self, config: ModelConfig, context: ModelContext) -> None:

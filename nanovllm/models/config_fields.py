@@ -115,7 +115,10 @@ FAMILY_FIELDS = {
     "logit_scale": POSITIVE,
     "use_qk_norm": Check("", _check_false),
     **dict.fromkeys("layer_norm_eps norm_epsilon norm_eps".split(), finite(0)),
-    **dict.fromkeys("use_bias attention_out_bias".split(), boolean),
+    **dict.fromkeys("use_bias attention_out_bias qkv_bias".split(), boolean),
+    "shared_expert_intermediate_size": SIZE,
+    "swiglu_alpha": POSITIVE,
+    "swiglu_limit": POSITIVE,
 }
 # Of a classification head.
 HEAD_FIELDS = {
@@ -138,7 +141,7 @@ TYPES = {
 def check_fields(
     raw: Mapping[str, Any],
     path: str,
-    has_experts: bool,
+    default: object,
     family_fields: Sequence[str] = (),
     has_head: bool = False,
 ) -> dict[str, Any]:
@@ -147,15 +150,15 @@ def check_fields(
     Args:
         raw: config.json as parsed, with no field under an older name (but for dtypes and rope).
         path: the file's path, for the message.
-        has_experts: whether the family has experts: the fields of others are left out.
+        default: the family's configuration: of EXPERT_FIELDS those that it lacks are left out.
         family_fields: names in FAMILY_FIELDS that the family uses.
         has_head: the same of a classification head.
 
     Raises:
         ArgumentError: a field is of another type than it must be, or outside its range.
     """
-    known = FIELDS | EXPERT_FIELDS if has_experts else FIELDS
-    known = known | {name: FAMILY_FIELDS[name] for name in family_fields}
+    known = FIELDS | {n: EXPERT_FIELDS[n] for n in EXPERT_FIELDS if hasattr(default, n)}
+    known |= {name: FAMILY_FIELDS[name] for name in family_fields}
     checked: dict[str, Any] = {}
     if has_head:
         known = known | HEAD_FIELDS

@@ -18,6 +18,7 @@ class Family(NamedTuple):
         rope_layers: which layers have rotary embeddings, where config.json does not say so: those
             with a window, or those with a window unless no window is set at all.
         has_gated_mlp: whether its MLPs have three matrices, and not two.
+        quantization: kinds of quantised checkpoints that are read, by config.json's `quant_method`.
     """
 
     model_type: str
@@ -28,3 +29,4 @@ class Family(NamedTuple):
     has_rope_by_layer_type: bool = False
     rope_layers: Literal["all", "windowed", "windowed, if any"] = "all"
     has_gated_mlp: bool = True
+    quantization: tuple[str, ...] = ("fp8",)

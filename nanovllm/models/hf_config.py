@@ -130,14 +130,16 @@ def _check(raw: dict[str, Any], where: str) -> dict[str, Any]:
     check_supported(raw, where)
     config_class = _config_class(raw)
     assert config_class is not None  # `check_supported` knows the model_type
-    has_experts = hasattr(config_class(), "num_experts_per_tok")
+    fields = family_of(raw["architectures"]).fields
     newest = dict(raw)
     for name, stored in config_class.attribute_map.items():
         if stored in newest:  # of two names, the one that transformers stores wins
             newest[name] = newest.pop(stored)
-    architectures = raw["architectures"]
-    has_head = head_kind(architectures) is not None
-    return check_fields(newest, where, has_experts, family_of(architectures).fields, has_head)
+    is_off = "use_sliding_window" in fields and newest.get("use_sliding_window") is False
+    if is_off and newest.get("sliding_window") == 0:
+        del newest["sliding_window"]  # as transformers saves Qwen2-MoE's
+    has_head = head_kind(raw["architectures"]) is not None
+    return check_fields(newest, where, config_class(), fields, has_head)
 
 
 def _read_config_json(model: str) -> tuple[str, dict[str, Any]]:

@@ -46,6 +46,10 @@ class ModelConfig:
         norm_weight_offset: see `Family`.
         has_gated_mlp: see `Family`.
         rms_norm_eps: of layer norms as well.
+        moe_intermediate_size: of an expert, whatever the field's name.
+        norm_topk_prob: also of families without the field, whose models do so.
+        shared_expert_intermediate_size: of an expert that every token has; 0: there is none.
+        swiglu_alpha: see `ClampedSwiGLU`, as for `swiglu_limit`; 0: the family has another.
         head: what is there in place of an LM head; None: an LM head.
         uses_transformers: whether transformers' own module runs. What it alone needs to know is 0
             or empty then.
@@ -84,12 +88,16 @@ class ModelConfig:
     attention_bias: bool = False
     attention_out_bias: bool = False  # of families whose o_proj has not `attention_bias`
     mlp_bias: bool = False
+    qkv_bias: bool = False
     num_experts: int = 0  # 0: a dense model, whose other fields of experts mean nothing
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
     norm_topk_prob: bool = False
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
+    shared_expert_intermediate_size: int = 0
+    swiglu_alpha: float = 0.0
+    swiglu_limit: float = 0.0
     head: HeadConfig | None = None
     uses_transformers: bool = False
 
@@ -119,7 +127,7 @@ class ModelConfig:
             "max_positions": max_positions(hf_config),
             "rope_limit": rope_limit(hf_config),
             "full_attention_limit": _full_attention_limit(hf_config, family.fields),
-            "has_block_scales": bool(getattr(hf_config, "quantization_config", None)),
+            "has_block_scales": _quantization(hf_config) == "fp8",
             "layer_windows": _layer_windows(hf_config, family.fields),
             "no_rope_layers": _no_rope_layers(hf_config, family),
             "layer_types": tuple(getattr(hf_config, "layer_types", None) or ()),
@@ -128,6 +136,8 @@ class ModelConfig:
             "has_gated_mlp": family.has_gated_mlp,
             "logits_multiplier": _logits_multiplier(hf_config),
             "rms_norm_eps": _first_of(hf_config, NORM_EPS),
+            "moe_intermediate_size": _expert_size(hf_config),
+            "norm_topk_prob": getattr(hf_config, "norm_topk_prob", True),
             "mlp_only_layers": tuple(getattr(hf_config, "mlp_only_layers", None) or ()),
         }
         for f in fields(cls):
@@ -210,7 +220,9 @@ class ModelConfig:
             return
         names = ["num_attention_heads", "intermediate_size"]
         num_kv_heads = self.num_key_value_heads
-        for name in [*names, "moe_intermediate_size"] if self.num_experts else names:
+        if self.num_experts:
+            names += ["moe_intermediate_size", "shared_expert_intermediate_size"]
+        for name in names:
             value = getattr(self, name)
             if value % size != 0:
                 raise ArgumentError(
@@ -272,6 +284,18 @@ def _no_rope_layers(hf_config: "PretrainedConfig", family: Family) -> tuple[int,
             f"{len(layers)}"
         )
     return layers
+
+
+def _expert_size(hf_config: "PretrainedConfig") -> int:
+    """The features of an expert; families without dense layers call them intermediate_size."""
+    size: int = getattr(hf_config, "moe_intermediate_size", 0)
+    return size or getattr(hf_config, "intermediate_size", 0)
+
+
+def _quantization(hf_config: "PretrainedConfig") -> str | None:
+    """The kind of the checkpoint's quantised weights; None: they are not."""
+    fields = getattr(hf_config, "quantization_config", None) or {}
+    return fields.get("quant_method")
 
 
 def _attention_scale(hf_config: "PretrainedConfig") -> float | None:

@@ -22,6 +22,8 @@ GRANITE = tuple(
 COHERE = ("layer_norm_eps", "logit_scale", "use_qk_norm")
 NEMOTRON = (*PARTIAL_ROPE, "norm_eps")
 STARCODER2 = (*WINDOW, "norm_epsilon", "use_bias")
+QWEN2_MOE = (*WINDOWS, "qkv_bias", "shared_expert_intermediate_size")
+GPT_OSS = (*LAYER_TYPES, "swiglu_alpha", "swiglu_limit")
 # Each name stands for those with other heads too: see `models.head_config`.
 ARCHITECTURES = {
     "ArceeForCausalLM": Family(
@@ -54,11 +56,19 @@ ARCHITECTURES = {
     "GemmaForCausalLM": Family("gemma", "nanovllm.models.gemma", (), GELU, 1.0),
     "Glm4ForCausalLM": Family("glm4", "nanovllm.models.glm4", PARTIAL_ROPE),
     "GlmForCausalLM": Family("glm", "nanovllm.models.glm", PARTIAL_ROPE),
+    "GptOssForCausalLM": Family(
+        "gpt_oss",
+        "nanovllm.models.gpt_oss",
+        GPT_OSS,
+        norm_weight_offset=0.0,
+        quantization=("mxfp4",),
+    ),
     "GraniteForCausalLM": Family("granite", "nanovllm.models.granite", GRANITE),
     "HeliumForCausalLM": Family("helium", "nanovllm.models.helium", norm_weight_offset=0.0),
     "LlamaForCausalLM": Family("llama", "nanovllm.models.llama"),
     "MinistralForCausalLM": Family("ministral", "nanovllm.models.ministral", LAYER_TYPES),
     "MistralForCausalLM": Family("mistral", "nanovllm.models.mistral", WINDOW),
+    "MixtralForCausalLM": Family("mixtral", "nanovllm.models.mixtral", WINDOW),
     "NemotronForCausalLM": Family(
         "nemotron",
         "nanovllm.models.nemotron",
@@ -77,6 +87,7 @@ ARCHITECTURES = {
     ),
     "Phi3ForCausalLM": Family("phi3", "nanovllm.models.phi3", (*PARTIAL_ROPE, *WINDOW)),
     "Qwen2ForCausalLM": Family("qwen2", "nanovllm.models.qwen2", WINDOWS),
+    "Qwen2MoeForCausalLM": Family("qwen2_moe", "nanovllm.models.qwen2_moe", QWEN2_MOE),
     "Qwen3ForCausalLM": Family("qwen3", "nanovllm.models.qwen3", WINDOWS),
     "Qwen3MoeForCausalLM": Family(
         "qwen3_moe", "nanovllm.models.qwen3_moe", (*WINDOW, "use_sliding_window")
@@ -123,7 +134,7 @@ def check_supported(raw_config: Mapping[str, Any], path: str) -> None:
         if name not in family.fields and _is_unsupported(name, value):
             raise ArgumentError(f"{path}: {cut(name)}={_as_json(value)} is not supported")
     _check_attention(raw_config, family, path)
-    _check_quantization(raw_config, path)
+    _check_quantization(raw_config, family, path)
     name = "hidden_activation" if "hidden_activation" in family.fields else "hidden_act"
     activation = raw_config.get(name, family.activations[0])
     if activation not in family.activations:
@@ -158,16 +169,21 @@ def _check_dual_chunk(fields: Any, path: str) -> None:
     check_integer(f"{where}: local_size", fields.get("local_size"), minimum=1, maximum=maximum)
 
 
-def _check_quantization(raw_config: Mapping[str, Any], path: str) -> None:
-    """ArgumentError for weights of another kind than fp8 with scales for blocks."""
+def _check_quantization(raw_config: Mapping[str, Any], family: Family, path: str) -> None:
+    """ArgumentError for weights of another kind than the family's checkpoints.
+
+    fp8 weights have scales for blocks.
+    """
     for name in ("quantization_config", "compression_config"):
         value = raw_config.get(name)
         if not value:
             continue
         fields = value if isinstance(value, Mapping) else {}
         method = fields.get("quant_method", "unnamed")
-        if name != "quantization_config" or method != "fp8":
+        if name != "quantization_config" or method not in family.quantization:
             raise ArgumentError(f"{path}: {name} {shown(method)} is not supported")
+        if method != "fp8":
+            continue
         for field, supported in FP8_FIELDS.items():
             if fields.get(field) not in supported:
                 raise ArgumentError(

@@ -52,7 +52,9 @@ def num_weights(config: ModelConfig) -> int:
     for index in range(config.num_hidden_layers):
         total += heads * config.head_dim * hidden_size
         if config.is_sparse(index):
-            total += 3 * config.num_experts * config.moe_intermediate_size * hidden_size
+            expert_size = config.num_experts * config.moe_intermediate_size
+            expert_size += config.shared_expert_intermediate_size
+            total += 3 * expert_size * hidden_size
         else:
             total += dense
     if config.head is not None:

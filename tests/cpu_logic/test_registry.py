@@ -126,6 +126,8 @@ def computes(architecture: str, changes: dict) -> bool:
     [(a, *case) for case in REFUSED for a in ARCHITECTURES if not computes(a, case[0])],
 )
 def test_what_a_family_does_not_compute_is_refused_by_name(architecture, changes, message):
+    if "quantization_config" in changes and "fp8" not in ARCHITECTURES[architecture].quantization:
+        message = "quantization_config '(fp8|awq|unnamed)' is not supported"
     with refused(message) as raised:
         check_supported(raw_config(architecture, **changes), "the/config.json")
     assert str(raised.value).startswith("the/config.json: ")
@@ -136,6 +138,16 @@ def test_what_only_some_families_compute_is_checked(architecture, tmp_path):
     for name in ARCHITECTURES[architecture].fields:
         with refused(f"{name}.* (must be|is not supported)"):
             config_of(tmp_path, raw_config(architecture, **{name: {"not": "a value"}}))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_mxfp4_is_read_for_the_families_that_have_it(architecture):
+    raw = raw_config(architecture, quantization_config={"quant_method": "mxfp4"})
+    if "mxfp4" in ARCHITECTURES[architecture].quantization:
+        check_supported(raw, "here")
+    else:
+        with refused("quantization_config 'mxfp4' is not supported"):
+            check_supported(raw, "here")
 
 
 def test_a_family_cannot_be_run_as_another():

@@ -35,7 +35,16 @@ def through_fp8(x: torch.Tensor) -> torch.Tensor:
 
 
 def attention_over_fp8(
-    module, query, key, value, mask, scaling, sliding_window=None, softcap=None, **kwargs
+    module,
+    query,
+    key,
+    value,
+    mask,
+    scaling,
+    sliding_window=None,
+    softcap=None,
+    s_aux=None,
+    **kwargs,
 ):
     """Causal attention [B, H, T, D] -> [B, T, H, D] for transformers; K and V go through fp8."""
     group = query.shape[1] // key.shape[1]
@@ -43,10 +52,16 @@ def attention_over_fp8(
     scores = query @ key.transpose(2, 3) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
-    if sliding_window is not None:
-        seen = seen.triu(1 - sliding_window)
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    everything = torch.ones(scores.shape[-2:], dtype=torch.bool)
+    hidden = everything.triu(1)
+    window = sliding_window or getattr(module, "sliding_window", None)  # Qwen2-MoE passes none
+    if window is not None:
+        hidden |= everything.tril(-window)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if s_aux is not None:
+        sinks = s_aux.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, sinks), -1)
+    weights = scores.softmax(-1)[..., : key.shape[2]]
     return (weights @ value).transpose(1, 2), None
 
 

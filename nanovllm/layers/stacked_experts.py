@@ -1,0 +1,95 @@
+"""Experts with biases whose checkpoints have one tensor for the weights of all of them."""
+
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from nanovllm.kernels.types import ClampedSwiGLU, LinearOutput
+from nanovllm.layers.context import ModelContext
+from nanovllm.layers.fp8_weights import keeps_fp8, new_linear_weight
+from nanovllm.layers.weights import Parameter, Shard, new_parameter, shape_of
+
+
+class StackedExperts(nn.Module):
+    """This rank's slices of the experts' weights and biases.
+
+    The checkpoint's `gate_up_proj` [E, hidden_size, 2 * intermediate_size] has gate's and up's
+    features in turn, its `down_proj` is [E, intermediate_size, hidden_size]. Here gate comes before
+    up, and both are transposed, as `Ops.experts` takes them. The names of biases end with "_bias".
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        swiglu: ClampedSwiGLU,
+        context: ModelContext,
+    ) -> None:
+        super().__init__()
+        self.ops, self.swiglu, self.rank = context.ops, swiglu, context.tp.rank
+        size = intermediate_size // context.tp.size
+        start = self.rank * size
+        gate_up_shards, down_shards = {}, {}
+        for expert in range(num_experts):
+            experts = slice(expert, expert + 1)
+            for i in range(2):  # gate and up
+                rows = slice(2 * start + i, 2 * (start + size), 2)
+                first = (2 * expert + i) * size
+                gate_up_shards[f"{expert}.{i}"] = Shard(
+                    (num_experts, hidden_size, 2 * intermediate_size),
+                    (experts, slice(0, hidden_size), rows),
+                    (slice(first, first + size), slice(0, hidden_size)),
+                    fused_name="",
+                    is_transposed=True,
+                )
+            first = expert * hidden_size
+            down_shards[f"{expert}"] = Shard(
+                (num_experts, intermediate_size, hidden_size),
+                (experts, slice(start, start + size), slice(0, hidden_size)),
+                (slice(first, first + hidden_size), slice(0, size)),
+                fused_name="",
+                is_transposed=True,
+            )
+        # Both in fp8 or none.
+        is_fp8 = keeps_fp8(gate_up_shards, context) and keeps_fp8(down_shards, context)
+        self.gate_up_proj, self.gate_up_scale = new_linear_weight(gate_up_shards, context, is_fp8)
+        self.down_proj, self.down_scale = new_linear_weight(down_shards, context, is_fp8)
+        self.gate_up_proj_bias = _new_bias(gate_up_shards, context)
+        self.down_proj_bias = _new_bias(down_shards, context)
+
+    def forward(
+        self, x: Tensor, router_logits: LinearOutput, num_experts_per_tok: int
+    ) -> LinearOutput:
+        """x [T, hidden_size], router_logits [T, E] -> this rank's term of [T, hidden_size].
+
+        A token's probabilities are the softmax of the logits of its experts.
+        """
+        return self.ops.experts(
+            x,
+            router_logits,
+            self.gate_up_proj,
+            self.down_proj,
+            num_experts_per_tok,
+            True,
+            self.gate_up_scale,
+            self.down_scale,
+            gate_up_bias=self.gate_up_proj_bias,
+            down_bias=self.down_proj_bias if self.rank == 0 else None,
+            swiglu=self.swiglu,
+        )
+
+
+def _new_bias(weight_shards: dict[str, Shard], context: ModelContext) -> Parameter:
+    """The bias of a weight with these shards: [E, rows] in the checkpoint, [E * rows] here."""
+    shards = {
+        name: replace(
+            shard,
+            full_shape=shard.full_shape[::2],
+            source=shard.source[::2],
+            target=shard.target[:1],
+            is_transposed=False,
+        )
+        for name, shard in weight_shards.items()
+    }
+    return new_parameter(shape_of(shards), shards, context.dtype, context.device)
