@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from tiny_models import FAMILIES, VOCAB_SIZE, reference_greedy, save_family, save_model
+from tiny_models import FAMILIES, VOCAB_SIZE, YARN, reference_greedy, save_family, save_model
 from transformers import AutoModelForCausalLM
 
 from nanovllm import LLM, SamplingParams
@@ -82,6 +82,29 @@ SHAPES = {
         "num_key_value_heads": 4,
         "head_dim": 128,
     },
+    "qwen1.5-moe-a2.7b": {
+        "architecture": "Qwen2MoeForCausalLM",
+        "hidden_size": 2048,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "num_experts": 12,
+        "num_experts_per_tok": 4,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "head_dim": 128,
+    },
+    "gpt-oss-20b on two ranks": {
+        "architecture": "GptOssForCausalLM",
+        "hidden_size": 2880,
+        "intermediate_size": 1440,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 4,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "sliding_window": 16,
+        "rope_parameters": YARN | {"truncate": False},
+    },
 }
 
 
@@ -115,11 +138,19 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path, name):
     [
         *(
             pytest.param(name, 2, marks=pytest.mark.two_gpus)
-            for name in ("qwen2-yarn", "llama2", "qwen3-moe", "gemma2", "granite", "olmo2")
+            for name in (
+                "qwen2-yarn",
+                "llama2",
+                "qwen3-moe",
+                "gemma2",
+                "granite",
+                "olmo2",
+                "gpt-oss",
+            )
         ),
         *(
             pytest.param(name, 4, marks=pytest.mark.four_gpus)
-            for name in ("llama2", "qwen3-moe-steps")
+            for name in ("llama2", "qwen3-moe-steps", "gpt-oss")
         ),
     ],
 )
