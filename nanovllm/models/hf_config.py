@@ -53,7 +53,7 @@ def read_hf_config(
         raw = _override(raw, fields)
     if uses_transformers(raw, model_impl):
         return _any_config(raw, overrides, where)
-    checked = _check(raw, where)
+    checked = _check(raw, where, model_impl)
     config_class = _config_class(raw)
     assert config_class is not None
     try:
@@ -70,7 +70,7 @@ def read_hf_config(
     # As transformers' models do: an entry beside the rope parameters may replace one of them.
     hf_config.standardize_rope_params()
     if callable(overrides):
-        _check(hf_config.to_dict(), f"{where} with hf_overrides")
+        _check(hf_config.to_dict(), f"{where} with hf_overrides", model_impl)
     return hf_config
 
 
@@ -125,9 +125,15 @@ def _overridden(hf_config: "PretrainedConfig", overrides: Any) -> "PretrainedCon
     return hf_config
 
 
-def _check(raw: dict[str, Any], where: str) -> dict[str, Any]:
+def _check(raw: dict[str, Any], where: str, model_impl: str) -> dict[str, Any]:
     """The fields for the family's configuration; ArgumentError if one of them is not supported."""
-    check_supported(raw, where)
+    try:
+        check_supported(raw, where)
+    except ArgumentError as error:
+        quantized = raw.get("quantization_config") or raw.get("compression_config")
+        if model_impl != "auto" or quantized or _causal_lm(raw) is None:
+            raise
+        raise ArgumentError(f"{error}; model_impl='transformers' may run it") from None
     config_class = _config_class(raw)
     assert config_class is not None  # `check_supported` knows the model_type
     fields = family_of(raw["architectures"]).fields
