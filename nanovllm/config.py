@@ -334,8 +334,7 @@ class Config:
         """ArgumentError for values that transformers' own module does not go with."""
         for name, taken in (
             ("quantization", (None,)),
-            ("kv_cache_dtype", ("auto",)),
-            ("attention_backend", ("auto", "torch")),
+            ("attention_backend", ("auto", "torch", "triton")),
         ):
             if getattr(self, name) not in taken:
                 raise ArgumentError(

@@ -197,11 +197,16 @@ ENGINE: dict[str, Any] = {
 
 
 class Outcome(NamedTuple):
-    """What became of an architecture: "equal", "different", "refused" or "not tried", and why."""
+    """What became of an architecture: "equal", "different", "refused" or "not tried", and why.
+
+    Of those that run also what speaks against CUDA graphs, and against tensor parallelism.
+    """
 
     kind: str
     reason: str = ""
     num_preemptions: int = 0
+    eager_reason: str | None = None
+    has_plan: bool = False
 
 
 def prompts() -> list[list[int]]:
@@ -246,6 +251,13 @@ def outcome(name: str) -> Outcome:
         outputs = llm.generate(prompts(), params, use_tqdm=False)
         found = [output["token_ids"] for output in outputs]
         num_preemptions = llm.get_metrics().get("num_preemptions")
+        eager_reason = llm.model_runner.model.eager_reason
+        try:
+            llm.config.model_config.check_ranks(2)
+            has_plan = True
+        except ArgumentError:
+            has_plan = False
     finally:
         llm.exit()
-    return Outcome("equal" if found == expected else "different", "", num_preemptions)
+    kind = "equal" if found == expected else "different"
+    return Outcome(kind, "", num_preemptions, eager_reason, has_plan)

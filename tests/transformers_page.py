@@ -33,6 +33,15 @@ def documented() -> dict[str, list[str]]:
     return dict(zip(KINDS, lists, strict=True))
 
 
+def documented_limits() -> tuple[set[str], set[str]]:
+    """Those that docs/models.md lists as running without CUDA graphs, and on one rank only."""
+    text = MODELS.read_text("utf-8").split(BEGIN)[1].split(END)[0]
+    lines = [line for line in text.splitlines() if line.startswith("* ")]
+    eager = {line.split("`")[1] for line in lines if ": " in line}
+    [alone] = [set(re.findall(r"`(\w+)`", line)) for line in lines if ": " not in line]
+    return eager, alone
+
+
 def named(found: dict[str, Outcome], kind: str) -> list[str]:
     """The architectures whose outcome is of a kind."""
     return [name for name, result in found.items() if result.kind == kind]
@@ -44,6 +53,14 @@ def section(found: dict[str, Outcome]) -> str:
         "Transformers' own greedy tokens, in float32 and with tiny random weights, come from "
         f"{sentence(len(named(found, 'equal')))}:",
         _listed(named(found, "equal")),
+        "Of these, decoding is not captured in CUDA graphs for:",
+        "\n".join(
+            f"* `{name}`: {re.sub(r':[0-9]+', '', result.eager_reason)}."
+            for name, result in found.items()
+            if result.eager_reason is not None
+        ),
+        "And transformers has no plan of tensor parallelism that is supported here for:",
+        "* " + _listed([n for n, r in found.items() if r.kind == "equal" and not r.has_plan]),
         "Refused by name, as they mix tokens by other means than attention over a KV cache, do not "
         "take an attention function, or mask in a way of their own:",
         _listed(named(found, "refused")),

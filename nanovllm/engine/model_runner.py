@@ -8,6 +8,7 @@ import torch
 from nanovllm.config import Config
 from nanovllm.engine.consumers import LogitsProcessing, PromptLogprobs, StepConsumer
 from nanovllm.engine.cuda_graphs import DecodeGraphs
+from nanovllm.engine.graph_capture import new_graphs
 from nanovllm.engine.group_metadata import decode_metadata, prefill_metadata
 from nanovllm.engine.launched_step import LaunchedStep
 from nanovllm.engine.poolers import LastTokenPooling, TokenPooling
@@ -170,7 +171,9 @@ class ModelRunner(RankState):
             with self.on_device():
                 self.decode_batch.fill_(config.max_num_seqs)  # every row is padding
                 self.decode_batch[0] = 0
-                self.graphs = DecodeGraphs(config.max_num_seqs, self.decode_rows, self.decode)
+                self.graphs = new_graphs(
+                    self.model, config.max_num_seqs, self.decode_rows, self.decode
+                )
 
     def drop_graphs(self) -> None:
         """Run without CUDA graphs from now on."""

@@ -18,7 +18,7 @@ from nanovllm.errors import ArgumentError
 from nanovllm.inputs.generation_config import default_sampling_params, eos_token_ids
 from nanovllm.inputs.tokenizer import Tokenizer, load_tokenizer
 from nanovllm.kernels.ops import Ops
-from nanovllm.kernels.select import select_ops
+from nanovllm.kernels.select import MAX_TRITON_HEAD_DIM, select_ops
 from nanovllm.models.decoder import kv_cache_spec
 from nanovllm.models.size import check_size, device_memory
 from nanovllm.parallel.tensor_parallel import TensorParallel
@@ -32,12 +32,15 @@ RESERVED_GPU_BYTES = 1 << 30
 def choose_ops(config: Config, device: torch.device) -> Ops:
     """The operations of the configured backend; ArgumentError if it cannot run here."""
     uses_transformers = config.model_config.uses_transformers
+    head_dim = config.model_config.head_dim
+    if uses_transformers:  # attention that the kernels do not take goes without them
+        head_dim = min(head_dim, MAX_TRITON_HEAD_DIM)
     try:
         return select_ops(
-            "torch" if uses_transformers else config.attention_backend,
+            config.attention_backend,
             device,
             config.resolve_dtype(),
-            config.model_config.head_dim,
+            head_dim,
             compile_torch_ops=not (config.enforce_eager or uses_transformers),
             kv_cache_dtype=config.resolve_kv_cache_dtype(),
         )

@@ -2,7 +2,7 @@
 
 import importlib
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from nanovllm.config import Config
 from nanovllm.layers.context import ModelContext
@@ -15,8 +15,10 @@ from nanovllm.models.registry import family_of, first_supported
 if TYPE_CHECKING:
     from nanovllm.models.transformers_model import TransformersForCausalLM
 
+Model: TypeAlias = "CausalLM | TransformersForCausalLM"
 
-def new_model(config: Config, context: ModelContext) -> "CausalLM | TransformersForCausalLM":
+
+def new_model(config: Config, context: ModelContext) -> Model:
     """The model of one rank, its weights not loaded.
 
     In one with a classification head, `score`, the embedding stands in for the LM head that it does
@@ -35,7 +37,7 @@ def new_model(config: Config, context: ModelContext) -> "CausalLM | Transformers
     return TransformersForCausalLM(config.hf_config, model_config.vocab_size, context)
 
 
-def load_weights(model: "CausalLM | TransformersForCausalLM", config: Config) -> bool:
+def load_weights(model: Model, config: Config) -> bool:
     """Fill every parameter of `model`; returns and raises as `load_model`."""
     std = config.model_config.initializer_range
     if isinstance(model, CausalLM):

@@ -1,5 +1,6 @@
 """The shape of a model: what its layers, its KV cache and its ranks need to know of config.json."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from nanovllm.models.rope_config import (
     max_positions,
     rope_limit,
 )
+from nanovllm.models.tp_plan import check_plan
 from nanovllm.validation import check_integer
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ class ModelConfig:
         head: what is there in place of an LM head; None: an LM head.
         uses_transformers: whether transformers' own module runs. What it alone needs to know is 0
             or empty then.
+        tp_plan: how transformers would share its module among ranks, see `models.tp_plan`.
     """
 
     architectures: tuple[str, ...]
@@ -100,6 +103,7 @@ class ModelConfig:
     swiglu_limit: float = 0.0
     head: HeadConfig | None = None
     uses_transformers: bool = False
+    tp_plan: Mapping[str, str] | None = None
 
     @classmethod
     def from_hf(
@@ -188,6 +192,7 @@ class ModelConfig:
             layer_windows=(None,) * size("num_hidden_layers"),
             eos_token_id=hf_config.eos_token_id,
             uses_transformers=True,
+            tp_plan=getattr(text, "base_model_tp_plan", None),
         )
 
     def _check(self) -> None:
@@ -213,10 +218,7 @@ class ModelConfig:
         """ArgumentError if the model cannot be divided over `size` ranks."""
         if self.uses_transformers:
             if size > 1:
-                raise ArgumentError(
-                    f"tensor_parallel_size must be 1 for {self.architectures[0]}, which runs on "
-                    f"transformers' own module, got {size}"
-                )
+                check_plan(self.tp_plan or {}, self.architectures[0], size)
             return
         names = ["num_attention_heads", "intermediate_size"]
         num_kv_heads = self.num_key_value_heads

@@ -1,244 +1,50 @@
 """Transformers' own module of a family that has no file here, on packed tokens and a paged cache.
 
-The module calls an attention function from outside, which stores and reads K/V in our blocks. The
-masks that transformers makes come to it as functions of positions, so sliding windows and chunks
-hold at any length. When a model is built, what it gives is compared with transformers' own
-attention: a module that mixes tokens by other means (convolutions, recurrent states, encoders) is
-refused.
+The module calls an attention function from outside: see `transformers_attention`. When a model is
+built, what it gives is compared with transformers' own attention: a module that mixes tokens by
+other means (convolutions, recurrent states, encoders) is refused.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from contextlib import nullcontext
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
-    AttentionMaskInterface,
     AutoModelForCausalLM,
     DynamicCache,
     PretrainedConfig,
+    PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 
 from nanovllm.errors import ArgumentError, shown_error
 from nanovllm.kernels.types import (
+    FP8_DTYPE,
     AttentionMetadata,
     DecodeMetadata,
     KVCache,
-    KVCacheSpec,
     PrefillMetadata,
 )
-from nanovllm.layers.attention import Attention, at_logits_indices
+from nanovllm.layers.attention import at_logits_indices
 from nanovllm.layers.context import ModelContext
 from nanovllm.layers.embedding import ParallelLMHead
-from nanovllm.layers.weights import Parameter, Shard
-from nanovllm.models.loader import load_model, shortened
+from nanovllm.models.host_reads import HostReads
+from nanovllm.models.loader import expected_tensors, load_model, load_tensor, shortened
+from nanovllm.models.transformers_attention import (
+    ATTENTION,
+    PROBE,
+    AttentionCalls,
+    Mask,
+    PagedAttention,
+    window_of,
+)
+from nanovllm.models.transformers_parallel import as_whole, split
 
-ATTENTION, PROBE = "nanovllm", "nanovllm_probe"  # by transformers' names of implementations
-MAX_SCORE_ELEMENTS = 2**24  # attention scores alive at a time
 # How far apart results of equal meaning may be, by their Euclidean norms.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-
-
-class Mask:
-    """Which keys a query sees, by their positions in the sequence: transformers' mask function."""
-
-    def __init__(self, function: Callable[[int, int, Tensor, Tensor], Tensor]) -> None:
-        self.function = function
-
-    def __call__(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
-        """[..., Lq] and [..., Lk] -> bool [..., Lq, Lk]."""
-        q, k = query_positions.unsqueeze(-1), key_positions.unsqueeze(-2)
-        return self.function(0, 0, q, k) & (k <= q)
-
-    def __getattr__(self, name: str) -> object:
-        raise AttributeError("it makes a mask of its own out of transformers' one")
-
-    def __getitem__(self, index: object) -> "Mask":
-        parts = index if isinstance(index, tuple) else (index,)
-        if all(part in (slice(None), slice(0, None)) for part in parts):
-            return self
-        raise TypeError("it makes a mask of its own out of transformers' one")
-
-
-class Scoring(NamedTuple):
-    """How an attention function makes scores of products, and weights of scores."""
-
-    mask: Mask
-    scale: float  # multiplies the products
-    softcap: float | None  # scores become softcap * tanh(score / softcap)
-    sinks: Tensor | None  # [Hq], a score for each head that takes its part and has no value
-
-
-class PagedAttention(Attention):
-    """One call of the attention function: K/V into the cache, and attention over it.
-
-    Keys and values of different sizes are stored in the larger one's.
-    """
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scoring: Scoring,
-        metadata: AttentionMetadata,
-    ) -> Tensor:
-        """query [T, Hq, Dk], key [T, Hkv, Dk], value [T, Hkv, Dv] -> [T, Hq, Dv]."""
-        dim, value_dim = self.cache_spec.head_dim, value.shape[-1]
-        stored = metadata.slot_mapping >= 0
-        slots = metadata.slot_mapping[stored]
-        for new, memory in ((key, self.cache.key), (value, self.cache.value)):
-            heads = F.pad(new, (0, dim - new.shape[-1]))[stored]
-            memory.view(-1, *memory.shape[2:])[slots] = heads.to(memory.dtype)
-        out = query.new_empty(*query.shape[:2], value_dim)
-        if isinstance(metadata, DecodeMetadata):
-            self._decode(query, scoring, metadata, out)
-        else:
-            self._prefill(query, scoring, metadata, out)
-        return out
-
-    def _prefill(
-        self,
-        query: Tensor,
-        scoring: Scoring,
-        metadata: PrefillMetadata,
-        out: Tensor,
-    ) -> None:
-        """A sequence at a time, and of its queries as many as the scores' memory allows."""
-        block_size = self.cache.key.shape[1]
-        q_ends, k_ends = metadata.cu_seqlens_q.tolist(), metadata.cu_seqlens_k.tolist()
-        for seq, table in enumerate(metadata.block_tables):
-            q_begin, q_end = q_ends[seq : seq + 2]
-            len_k = k_ends[seq + 1] - k_ends[seq]
-            pages = table[: -(-len_k // block_size)].long()
-            key, value = (m[pages].flatten(0, 1)[:len_k].transpose(0, 1) for m in self.cache[:2])
-            positions = torch.arange(len_k, device=query.device)
-            rows = max(1, MAX_SCORE_ELEMENTS // (query.shape[1] * len_k))
-            for begin in range(q_begin, q_end, rows):
-                end = min(begin + rows, q_end)
-                first, last = begin - q_end + len_k, end - q_end + len_k
-                out[begin:end] = attention(
-                    query[begin:end].transpose(0, 1),
-                    key[:, :last, : query.shape[-1]],
-                    value[:, :last, : out.shape[-1]],
-                    scoring.mask(positions[first:last], positions[:last]),
-                    scoring,
-                ).transpose(0, 1)
-
-    def _decode(
-        self,
-        query: Tensor,
-        scoring: Scoring,
-        metadata: DecodeMetadata,
-        out: Tensor,
-    ) -> None:
-        """Slices of rows, each padded to the slice's longest context."""
-        num_heads, block_size = query.shape[1], self.cache.key.shape[1]
-        lens = metadata.context_lens.tolist()
-        rows = max(1, MAX_SCORE_ELEMENTS // max(1, max(lens) * num_heads * query.shape[-1]))
-        for begin in range(0, len(lens), rows):
-            part = slice(begin, begin + rows)
-            length = metadata.context_lens[part].long().unsqueeze(1)  # [b, 1]
-            positions = torch.arange(max(1, max(lens[part])), device=query.device)
-            # Past its end a row reads its own first slot: a masked NaN would spoil the product.
-            places = torch.where(positions < length, positions, 0)
-            pages = metadata.block_tables[part].long().gather(1, places // block_size)
-            slots = pages * block_size + places % block_size
-            key, value = (m.flatten(0, 1)[slots].transpose(1, 2) for m in self.cache[:2])
-            out[part] = attention(
-                query[part].unsqueeze(2),
-                key[..., : query.shape[-1]],
-                value[..., : out.shape[-1]],
-                scoring.mask(length - 1, positions.expand_as(places)).unsqueeze(1),
-                scoring,
-            ).squeeze(2)
-
-
-class AttentionCalls:
-    """The calls of the attention function in one pass through the module, in their order."""
-
-    def __init__(self) -> None:
-        self.paged: list[PagedAttention] = []
-        self.metadata: AttentionMetadata
-        self._index = 0
-
-    def begin(self, metadata: AttentionMetadata) -> None:
-        """A pass begins."""
-        self.metadata, self._index = metadata, 0
-
-    def next(self) -> PagedAttention:
-        """The next call's attention."""
-        self._index += 1
-        return self.paged[self._index - 1]
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the pass has made all of its calls."""
-        return self._index == len(self.paged)
-
-
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible: Tensor,
-    scoring: Scoring,
-) -> Tensor:
-    """query [..., Hq, Lq, Dk], key [..., Hkv, Lk, Dk], value [..., Hkv, Lk, Dv] -> [..., Lq, Dv].
-
-    Args:
-        query: as above.
-        key: as above.
-        value: as above.
-        visible: bool, which key each query sees; of a shape that broadcasts to [..., Hq, Lq, Lk].
-        scoring: how the products become weights; its mask is not read.
-    """
-    group = query.shape[-3] // key.shape[-3]
-    key, value = (x.to(query.dtype).repeat_interleave(group, -3) for x in (key, value))
-    scores = query @ key.transpose(-1, -2) * scoring.scale
-    if scoring.softcap is not None:
-        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
-    scores = scores.float().masked_fill(~visible, torch.finfo(torch.float32).min)
-    if scoring.sinks is not None:
-        sink = scoring.sinks.float().view(-1, 1, 1).expand(*scores.shape[:-1], 1)
-        scores = torch.cat([scores, sink], -1)
-    weights = scores.softmax(-1).to(query.dtype)
-    return weights[..., : key.shape[-2]] @ value
-
-
-def _mask(*args: object, mask_function: Callable[..., Tensor], **kwargs: object) -> Mask:
-    """For transformers' mask interface."""
-    return Mask(mask_function)
-
-
-def _run(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: object,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: object,
-) -> tuple[Tensor, None]:
-    """For transformers' attention interface: query [1, Hq, T, Dk] -> [1, T, Hq, Dv]."""
-    assert isinstance(attention_mask, Mask)
-    calls = module.attention_calls
-    assert isinstance(calls, AttentionCalls)
-    paged = calls.next()
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    scoring = Scoring(attention_mask, scale, softcap, s_aux)
-    out = paged.attend(query, key, value, scoring, calls.metadata)
-    return out.unsqueeze(0), None
-
-
-AttentionInterface.register(ATTENTION, _run)
-AttentionMaskInterface.register(ATTENTION, _mask)
-AttentionMaskInterface.register(PROBE, _mask)
+CHECK_BLOCK_SIZE = 256  # any that the kernels take
 
 
 class TransformersBody(nn.Module):
@@ -255,10 +61,11 @@ class TransformersBody(nn.Module):
 
 
 class TransformersLMHead(ParallelLMHead):
-    """Hidden states to logits, with all that transformers does between them."""
+    """Hidden states to all logits on every rank, with what transformers does between them."""
 
     def __init__(self, model: "TransformersForCausalLM", vocab_size: int) -> None:
         super().__init__(vocab_size, model.module.get_output_embeddings().weight, model.context)
+        self.first_token_id = 0
         self.run = model.run_head
 
     def forward(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
@@ -288,27 +95,38 @@ class TransformersForCausalLM(nn.Module):
         vocab_size: token ids that may be sampled.
         context: of one rank.
 
+    Attributes:
+        eager_reason: why decode steps cannot be captured in CUDA graphs, known once it is loaded;
+            None: nothing speaks against it.
+
     Raises:
-        ArgumentError: transformers cannot build it, or `load` finds that it mixes tokens otherwise
-            than by attention.
+        ArgumentError: transformers cannot build it, or its ranks cannot share it; or `load` finds
+            that it mixes tokens otherwise than by attention.
     """
 
     def __init__(self, hf_config: PretrainedConfig, vocab_size: int, context: ModelContext) -> None:
         super().__init__()
         self.name = (hf_config.architectures or [type(hf_config).__name__])[0]
         self.context = context
+        self.eager_reason: str | None = None
+        is_split = context.tp.size > 1
         try:
-            with context.device:
+            with (
+                torch.device("cpu") if is_split else context.device,
+                no_init_weights() if is_split else nullcontext(),
+            ):
                 self.module = AutoModelForCausalLM.from_config(
                     hf_config, dtype=context.dtype, attn_implementation="eager"
                 )
+            self.module.eval().requires_grad_(False)
+            if is_split:
+                self.module.tie_weights()  # what comes after initialising
+                split(self.module, self.module.tp_plan, context)
         except Exception as error:
             raise self._refusal(f"transformers does not build it: {shown_error(error)}") from error
-        self.module.eval().requires_grad_(False)
-        for parameter in self.module.parameters():
-            everything = tuple(slice(0, n) for n in parameter.shape)
-            parameter.__class__ = Parameter
-            parameter.shards = {"": Shard(tuple(parameter.shape), everything, everything)}
+        if not is_split:
+            for parameter in self.module.parameters():
+                as_whole(parameter)
         name = self.module.base_model_prefix
         self.body_name = name if hasattr(self.module, name) else "model"
         self.calls = AttentionCalls()
@@ -326,13 +144,14 @@ class TransformersForCausalLM(nn.Module):
 
     def load(self, directory: str, load_format: str, std: float) -> bool:
         """As `loader.load_model`; the first time the model is checked then."""
+        whole: PreTrainedModel | None = None
         if load_format == "dummy":
             load_model(self, directory, load_format, std)
         else:
-            self._load_files(directory)
+            whole = self._load_files(directory)
         if not self.calls.paged:
             try:
-                self._check()
+                self._check(whole if self.context.tp.size > 1 else None)
             except ArgumentError:
                 raise
             except Exception as error:
@@ -340,13 +159,15 @@ class TransformersForCausalLM(nn.Module):
             self.attentions = nn.ModuleList(self.calls.paged)
         return True
 
-    def _load_files(self, directory: str) -> None:
+    def _load_files(self, directory: str) -> PreTrainedModel:
+        """Fill the parameters from files; returns transformers' own model of them, on the CPU."""
         config = self.module.config
         try:
             loaded, info = type(self.module).from_pretrained(
                 directory,
                 config=config,
                 dtype=self.context.dtype,
+                attn_implementation="eager",
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -368,7 +189,14 @@ class TransformersForCausalLM(nn.Module):
             raise ArgumentError(
                 f"model directory {directory!r} does not fit its config; {'; '.join(problems)}"
             )
-        self.module.load_state_dict(loaded.state_dict())
+        state = loaded.state_dict()
+        for name in expected_tensors(self):
+            load_tensor(self, name, state[name])
+        with torch.no_grad():
+            for name, buffer in self.module.named_buffers():
+                if name in state:
+                    buffer.copy_(state[name])
+        return loaded.eval()
 
     def run_body(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
         """[T] -> hidden states [T, hidden_size]."""
@@ -379,14 +207,18 @@ class TransformersForCausalLM(nn.Module):
 
     def _call_body(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         ids = input_ids.long().unsqueeze(0)
-        output = getattr(self.module, self.body_name)(
+        output = self._output_of(self.module, ids, positions.long().unsqueeze(0))
+        self.output_class = type(output)
+        return output.last_hidden_state[0]
+
+    def _output_of(self, module: PreTrainedModel, ids: Tensor, positions: Tensor) -> Any:
+        """What a module's body gives for ids and positions [1, T]."""
+        return getattr(module, self.body_name)(
             input_ids=ids,
-            position_ids=positions.long().unsqueeze(0),
+            position_ids=positions,
             attention_mask=torch.ones_like(ids),
             use_cache=False,
         )
-        self.output_class = type(output)
-        return output.last_hidden_state[0]
 
     def run_head(self, hidden_states: Tensor) -> Tensor:
         """[B, hidden_size] -> logits [B, vocab_size]."""
@@ -402,29 +234,51 @@ class TransformersForCausalLM(nn.Module):
     # ---- what is checked once -------------------------------------------------------------------
 
     @torch.inference_mode()
-    def _check(self) -> None:
+    def _check(self, whole: PreTrainedModel | None) -> None:
         """ArgumentError unless packed tokens give what separate rows give in transformers.
 
         Two sequences, prefilled in one row and in parts, then decoded in one batch.
+
+        whole: what they are compared with, on the CPU and on rank 0 alone; None: this module.
         """
         device, lengths = self.context.device, (7, 4)
         generator = torch.Generator().manual_seed(0)
         ids = [
-            torch.randint(0, self.lm_head.vocab_size, (n + 1,), generator=generator).to(device)
+            torch.randint(0, self.lm_head.vocab_size, (n + 1,), generator=generator)[None]
             for n in lengths
         ]
-        positions = [torch.arange(n + 1, device=device) for n in lengths]
-        whole = [self._call_body(i, p) for i, p in zip(ids, positions, strict=True)]
-        expected = [self.module(input_ids=i[None], use_cache=False).logits[0] for i in ids]
-        if expected[0].shape[-1] != len(self.lm_head.weight):
-            raise ValueError("it has not one logit for each row of its LM head")
+        positions = [torch.arange(n + 1)[None] for n in lengths]
+        expected: list[tuple[Tensor, Tensor]] = []
+        if whole is None or self.context.tp.rank == 0:
+            reference = self.module if whole is None else whole
+            for tensors in zip(ids, positions, strict=True):
+                i, p = (t.to(reference.device) for t in tensors)
+                hidden = self._output_of(reference, i, p).last_hidden_state[0]
+                logits = reference(input_ids=i, use_cache=False).logits[0]
+                expected.append((hidden.to(device), logits.to(device)))
+        ids, positions = ([t[0].to(device) for t in tensors] for tensors in (ids, positions))
         self._probe(ids[0], positions[0])
         self.module.set_attn_implementation(ATTENTION)
-        block_size = max(lengths) + 1
+        found = self._run_packed(ids, positions, lengths)
+        for hidden, (whole_hidden, whole_logits) in zip(found, expected, strict=False):
+            self._compare(hidden, whole_hidden, "hidden states")
+            logits = self.lm_head(hidden)
+            if logits.shape[-1] != len(self.lm_head.weight):
+                raise ValueError("it has not one logit for each row of its LM head")
+            self._compare(logits, whole_logits, "logits")
+
+    def _run_packed(
+        self, ids: list[Tensor], positions: list[Tensor], lengths: tuple[int, int]
+    ) -> list[Tensor]:
+        """The hidden states of two sequences; notes what a CUDA graph cannot capture.
+
+        All but each one's last token are prefilled, in two steps.
+        """
+        device, block_size = self.context.device, CHECK_BLOCK_SIZE
         for paged in self.calls.paged:
-            heads, dim, dtype, _ = paged.cache_spec
-            memory = torch.zeros(2, 2, block_size, heads, dim, dtype=dtype, device=device)
-            paged.cache = KVCache(memory[0], memory[1])
+            spec = paged.cache_spec
+            shape = 2, 2, block_size, spec.num_kv_heads, spec.head_dim
+            paged.cache = KVCache(*torch.zeros(shape, dtype=self.context.dtype, device=device))
         tables = torch.tensor([[0], [1]], dtype=torch.int32, device=device)
         found: list[list[Tensor]] = [[], []]
         for starts, ends in (((0, 0), (3, 2)), ((3, 2), lengths), (lengths, (8, 5))):
@@ -443,23 +297,25 @@ class TransformersForCausalLM(nn.Module):
                     torch.tensor(e, dtype=torch.int32, device=device) for e in (q_ends, k_ends)
                 )
                 metadata = PrefillMetadata(slots, tables, cu_q, cu_k, max(sizes), max(ends))
-            hidden = self.model(new_ids, new_positions, metadata)
+            with HostReads() as reads:
+                hidden = self.model(new_ids, new_positions, metadata)
+                self.lm_head(hidden)
             for seq, part in enumerate(hidden.split(sizes)):
                 found[seq].append(part)
-        for seq, parts_of_seq in enumerate(found):
-            hidden = torch.cat(parts_of_seq)
-            self._compare(hidden, whole[seq], "hidden states")
-            self._compare(self.lm_head(hidden), expected[seq], "logits")
+        if reads.found is not None:  # by the decode step
+            self.eager_reason = self.eager_reason or f"the host waits for {reads.found}"
         for paged in self.calls.paged:
             del paged.cache
+        return [torch.cat(parts_of_seq) for parts_of_seq in found]
 
     def _probe(self, input_ids: Tensor, positions: Tensor) -> None:
         """Give each module that calls the attention function a `PagedAttention`."""
-        dtype = self.context.dtype
+        context = self.context
         layers = DynamicCache(config=self.module.config).layers  # of transformers' `generate`
-        windows: dict[int | None, int | None] = {
+        forgotten: dict[int | None, int | None] = {
             i: getattr(layer, "sliding_window", None) for i, layer in enumerate(layers)
         }
+        windows: dict[Mask, int | None] = {}  # layers share masks
 
         def record(
             module: nn.Module,
@@ -471,15 +327,25 @@ class TransformersForCausalLM(nn.Module):
         ) -> tuple[Tensor, None]:
             if not isinstance(attention_mask, Mask):
                 raise TypeError(f"{type(module).__name__} has a mask of its own")
-            window = windows.get(getattr(module, "layer_idx", None))
-            if window is not None:
-                seen = torch.arange(2 * window, device=query.device)
-                if int(attention_mask(seen[-1:], seen).sum()) > window:
+            kept = forgotten.get(getattr(module, "layer_idx", None))
+            if kept is not None:
+                seen = torch.arange(2 * kept, device=query.device)
+                if int(attention_mask(seen[-1:], seen).sum()) > kept:
                     raise ValueError(
                         f"the cache of {type(module).__name__} forgets tokens that its mask shows"
                     )
-            spec = KVCacheSpec(key.shape[1], max(key.shape[-1], value.shape[-1]), dtype)
-            self.calls.paged.append(PagedAttention(spec, input_ids, self.context))
+            if attention_mask not in windows:
+                length = context.max_model_len or len(positions)
+                windows[attention_mask] = window_of(attention_mask, length, query.device)
+            names = {"softcap": "softcap", "s_aux": "sinks"}
+            extras = {names[name] for name in names if kwargs.get(name) is not None}
+            if any(isinstance(kwargs.get(name), Tensor) for name in ("scaling", "softcap")):
+                extras.add("a scale or soft cap that is a tensor")
+            head_dims, window = (key.shape[-1], value.shape[-1]), windows[attention_mask]
+            paged = PagedAttention(key.shape[1], head_dims, context, window, extras)
+            if paged.obstacle is not None:
+                self._note_obstacle(f"{type(module).__name__}: {paged.obstacle}")
+            self.calls.paged.append(paged)
             vars(module)["attention_calls"] = self.calls
             return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None
 
@@ -489,10 +355,20 @@ class TransformersForCausalLM(nn.Module):
         if not self.calls.paged:
             raise ValueError("its layers do not call an attention function from outside")
 
+    def _note_obstacle(self, obstacle: str) -> None:
+        """Attention without a kernel: no CUDA graphs, and ArgumentError for an fp8 cache."""
+        if self.context.kv_cache_dtype == FP8_DTYPE:
+            raise ArgumentError(
+                f"kv_cache_dtype 'fp8' is not supported for {self.name}, as no attention kernel "
+                f"computes {obstacle}"
+            )
+        self.eager_reason = f"no attention kernel computes {obstacle}"
+
     def _compare(self, found: Tensor, expected: Tensor, what: str) -> None:
         difference = (found.float() - expected.float()).norm() / expected.float().norm()
         if not difference <= TOLERANCES[self.context.dtype]:
+            shared = "its tp_plan changes results, or " if self.context.tp.size > 1 else ""
             raise self._refusal(
-                "it mixes tokens by other means than attention over a KV cache (its packed "
-                f"{what} differ by {difference:.1e} from those of separate rows)"
+                f"{shared}it mixes tokens by other means than attention over a KV cache (its "
+                f"packed {what} differ by {difference:.1e} from those of separate rows)"
             )

@@ -119,6 +119,23 @@ def test_qk_norm_rope_store_into_an_fp8_cache():
         torch.testing.assert_close(caches, expected_caches, rtol=0.5, atol=2**-9)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_and_values_alone_are_stored_as_they_are(dtype):
+    """Without query heads, and with angles of 0: so models of transformers store theirs."""
+    for _, num_kv_heads, head_dim in HEADS:
+        kv = torch.randn(4, 2 * num_kv_heads, head_dim).to(dtype)
+        slots, positions = torch.tensor([35, -1, 0, 17]), torch.zeros(4, dtype=torch.int32)
+        cos_sin = torch.cat([torch.ones(1, head_dim // 2), torch.zeros(1, head_dim // 2)], 1)
+        expected = torch.zeros(2, 48, num_kv_heads, head_dim, dtype=dtype)
+        for memory, heads in zip(expected, kv.chunk(2, 1), strict=True):
+            memory[slots[slots >= 0]] = heads[slots >= 0]
+        for ops in (OPS, torch_ops):
+            caches = torch.zeros(2, 3, 16, num_kv_heads, head_dim, dtype=dtype)
+            args = kv.flatten(1), None, None, 1.0, cos_sin, positions, KVCache(*caches), slots
+            assert ops.qk_norm_rope_store(*args).shape == (4, 0, head_dim)
+            assert torch.equal(caches.flatten(1, 2), expected)
+
+
 NO_SLOTS = torch.empty(0, dtype=torch.int64)  # attention only reads the cache
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import types
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers
 from engine_checks import check_nothing_is_held, greedy
+from test_fp8_engine import attention_over_fp8
 from tiny_models import edit_config, reference_greedy, save_family
 from tiny_transformers import (
     ENGINE,
@@ -20,10 +22,14 @@ from tiny_transformers import (
     tiny_config,
     tiny_model,
 )
-from transformers_page import README, documented, sentence
+from transformers import AttentionInterface
+from transformers_page import README, documented, documented_limits, sentence
 
 from nanovllm import LLM
+from nanovllm.engine.graph_capture import new_graphs
 from nanovllm.errors import ArgumentError
+from nanovllm.models.host_reads import HostReads
+from nanovllm.models.transformers_attention import Mask, window_of
 
 DOCUMENTED = "5.24.0"  # the version of transformers that the lists in the documents are of
 IS_DOCUMENTED = transformers.__version__ == DOCUMENTED
@@ -52,10 +58,13 @@ def tokens_of(llm: LLM) -> list[list[int]]:
 
 @pytest.mark.parametrize("name", sorted(architectures()))
 def test_tokens_are_transformers_own_or_the_model_is_refused(name):
-    kind, reason, num_preemptions = outcome(name)
+    kind, reason, num_preemptions, eager_reason, has_plan = outcome(name)
     assert kind != "different"
     if IS_DOCUMENTED:
+        eager, alone = documented_limits()
         assert name in documented()[kind], "run: python tests/transformers_page.py"
+        assert (name in eager) == (eager_reason is not None)
+        assert (name in alone) == (kind == "equal" and not has_plan)
     if kind == "equal":
         assert num_preemptions > 0
     elif kind == "refused":
@@ -168,10 +177,9 @@ def test_files_must_fit_the_config(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size must be 1 for OlmoForCausalLM"),
         ({"quantization": "fp8"}, "quantization 'fp8' is not supported for OlmoForCausalLM"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype 'fp8' is not supported for OlmoForCausalLM"),
-        ({"attention_backend": "triton"}, "attention_backend 'triton' is not supported"),
+        ({"attention_backend": "flash-attn"}, "attention_backend 'flash-attn' is not supported"),
+        ({"attention_backend": "triton"}, "attention_backend is 'triton', which needs a CUDA"),
         ({"hf_overrides": {"hidden_size": 0}}, "hidden_size must be"),
     ],
 )
@@ -179,6 +187,25 @@ def test_what_does_not_go_with_it_is_refused(tmp_path, values, message):
     saved(tmp_path, "OlmoForCausalLM")
     with pytest.raises(ArgumentError, match=message):
         engine(tmp_path, **values)
+
+
+def test_ranks_need_a_plan(tmp_path):
+    saved(tmp_path, "GPT2LMHeadModel")
+    with pytest.raises(ArgumentError, match="must be 1 for GPT2LMHeadModel.* no tp_plan"):
+        engine(tmp_path, tensor_parallel_size=2)
+
+
+def test_a_family_of_ours_that_lacks_a_feature_names_the_other_way(tmp_path):
+    directory = save_family(tmp_path / "model", "llama3")
+    edit_config(directory, hidden_act="gelu")
+    with pytest.raises(ArgumentError, match="is not supported.*; model_impl='transformers' may"):
+        engine(directory, model_impl="auto")
+    with pytest.raises(ArgumentError, match="supported: silu$"):
+        engine(directory, model_impl="nanovllm")
+    engine(directory, model_impl="transformers").exit()
+    edit_config(directory, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(ArgumentError, match="'gptq' is not supported$"):
+        engine(directory, model_impl="auto")
 
 
 def test_quantised_checkpoints_are_refused(tmp_path):
@@ -218,3 +245,151 @@ def test_rotations_that_follow_the_batch_end_where_they_begin_to(tmp_path):
     llm = engine(tmp_path, hf_overrides={"rope_parameters": {"rope_theta": 1e4, **rope}})
     assert llm.config.max_model_len == 128
     llm.exit()
+
+
+# ---- which attention goes to kernels, and what can be captured -----------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 7, 300, 3000])
+@pytest.mark.parametrize(
+    ("function", "window"),
+    [
+        (lambda b, h, q, k: k <= q, None),
+        (lambda b, h, q, k: q >= 0, None),  # `Mask` is causal itself
+        (lambda b, h, q, k: k > q - 5, 5),
+        (lambda b, h, q, k: (k > q - 2048) & (k <= q), 2048),
+    ],
+)
+def test_windows_are_read_off_masks(function, window, length):
+    found = window_of(Mask(function), length, torch.device("cpu"))
+    assert found == min(window or length, length)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda b, h, q, k: k // 512 == q // 512,  # chunks
+        lambda b, h, q, k: k // 3000 == q // 3000,
+        lambda b, h, q, k: (k > q - 5) | (k < 1),  # a token that all see
+        lambda b, h, q, k: (k > q - 4096) & (k != 17),
+        lambda b, h, q, k: (q - k) % 2 == 0,
+        lambda b, h, q, k: k < q,
+    ],
+)
+def test_other_masks_are_no_windows(function):
+    assert window_of(Mask(function), 8192, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("Gemma2ForCausalLM", None),  # windows and soft caps
+        ("GptOssForCausalLM", None),  # sinks, experts
+        ("DeepseekV3ForCausalLM", None),  # keys larger than values
+        ("Llama4ForCausalLM", "Llama4TextAttention: its mask is neither causal nor a sliding wind"),
+        ("Gemma4ForCausalLM", "Gemma4TextAttention: its heads have 512 elements"),
+        ("Gemma3nForCausalLM", "the host waits for aten::_local_scalar_dense in _gaussian_topk"),
+        ("LongcatFlashForCausalLM", "the host waits for aten::nonzero in forward"),
+    ],
+)
+def test_what_speaks_against_cuda_graphs(tmp_path, name, reason):
+    saved(tmp_path, name)
+    llm = engine(tmp_path)
+    found = llm.model_runner.model.eager_reason
+    assert found is None if reason is None else reason in found
+    llm.exit()
+
+
+def test_rotations_that_follow_the_longest_sequence_wait_for_it(tmp_path):
+    saved(tmp_path, "OlmoForCausalLM")
+    rope = {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0}
+    llm = engine(tmp_path, hf_overrides={"rope_parameters": rope})
+    assert "in dynamic_frequency_update" in llm.model_runner.model.eager_reason
+    llm.exit()
+
+
+@pytest.mark.parametrize(
+    ("function", "operation"),
+    [
+        (lambda x: x.sum().item(), "aten::_local_scalar_dense"),
+        (lambda x: 1 if x.any() else 2, "aten::_local_scalar_dense"),
+        (lambda x: x[x > 0], "aten::index.Tensor"),
+        (lambda x: torch.where(x > 0), "aten::nonzero"),
+        (lambda x: x.unique(), "aten::_unique2"),
+        (lambda x: x.repeat_interleave((x > 0).long()), "aten::repeat_interleave.Tensor"),
+        (lambda x: x[torch.arange(2)] * x.softmax(-1)[:2], None),
+        (lambda x: x.masked_fill(x > 0, 0).topk(2), None),
+        (lambda x: x.clone().index_put_((x > 0,), torch.tensor(0.0)), None),
+    ],
+)
+@pytest.mark.parametrize("inference", [True, False])
+def test_waits_of_the_host_are_found(function, operation, inference):
+    with torch.inference_mode(inference), HostReads() as reads:
+        function(torch.tensor([1.0, -1.0, 2.0]))
+    assert reads.found is None if operation is None else reads.found.startswith(operation)
+
+
+class FakeModel:
+    name, eager_reason = "SomeModel", None
+    context = types.SimpleNamespace(tp=types.SimpleNamespace(rank=0))
+
+
+def test_a_known_reason_is_logged_and_nothing_captured(caplog):
+    model = FakeModel()
+    model.eager_reason = "it has one"
+    assert new_graphs(model, 4, torch.arange(4), None) is None
+    assert [r.getMessage() for r in caplog.records] == [
+        "SomeModel decodes without CUDA graphs: it has one"
+    ]
+
+
+def test_a_capture_that_fails_leaves_the_engine_without_graphs(caplog, monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "main")
+    monkeypatch.setattr(torch.cuda, "set_stream", current.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    model = FakeModel()
+
+    def decode(rows: torch.Tensor, has_common_blocks: bool) -> torch.Tensor:
+        return rows[: rows.sum().item()]
+
+    assert new_graphs(model, 4, torch.arange(4), decode) is None
+    assert current == ["main"] and modes == ["error", 0]
+    [record] = caplog.records
+    assert "waits for aten::_local_scalar_dense in decode" in record.getMessage()
+    assert new_graphs(model, 4, torch.arange(4), None) is None  # not tried again
+
+
+# ---- fp8 ---------------------------------------------------------------------------------------
+
+
+def test_an_fp8_cache_gives_the_logprobs_of_transformers_over_quantised_keys_and_values(tmp_path):
+    """Rounding may tip an element to the next fp8 number, hence the tolerance."""
+    name, ids = "Olmo2ForCausalLM", prompts()[5]
+    model = saved(tmp_path, name)
+    llm = engine(tmp_path, kv_cache_dtype="fp8", num_kvcache_blocks=8)
+    params = greedy(4)
+    params.prompt_logprobs = 0
+    [output] = llm.generate([ids], params, use_tqdm=False)
+    assert {a.cache.key.dtype for a in llm.model_runner.attentions} == {torch.float8_e4m3fn}
+    llm.exit()
+    found = torch.tensor([e.logprob for p in output["prompt_logprobs"][1:] for e in p.values()])
+    AttentionInterface.register("over_fp8", attention_over_fp8)
+    expected = []
+    for attention in ("over_fp8", "eager"):
+        model.set_attn_implementation(attention)
+        with torch.inference_mode():
+            logprobs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        expected.append(logprobs.gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1))
+    error, of_quantisation = ((found - e).square().mean().sqrt() for e in expected)
+    assert error < 0.1 * of_quantisation
+
+
+def test_an_fp8_cache_needs_kernels(tmp_path):
+    saved(tmp_path, "Llama4ForCausalLM")
+    with pytest.raises(ArgumentError, match="kv_cache_dtype 'fp8' is not supported for Llama4"):
+        engine(tmp_path, kv_cache_dtype="fp8")
