@@ -40,7 +40,10 @@ def new_graphs(
     if reason is None:
         stream = torch.cuda.current_stream()
         try:
-            return DecodeGraphs(max_num_seqs, rows, _checked(decode))
+            step = decode if model.was_captured else _checked(decode)
+            graphs = DecodeGraphs(max_num_seqs, rows, step)
+            model.was_captured = True
+            return graphs
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -59,11 +62,12 @@ def _checked(
 ) -> Callable[[torch.Tensor, bool], torch.Tensor]:
     """`decode` that raises before a capture begins if the module would break it.
 
-    A capture that is broken leaves torch's generator and memory pools in the middle of it.
+    A capture that is broken leaves torch's generator and memory pools in the middle of it. Steps
+    with common blocks, whose module is the same, are captured while the engine runs: unchecked.
     """
 
     def checked(rows: torch.Tensor, has_common_blocks: bool) -> torch.Tensor:
-        if torch.cuda.is_current_stream_capturing():
+        if has_common_blocks or torch.cuda.is_current_stream_capturing():
             return decode(rows, has_common_blocks)
         with HostReads() as reads, errors_on_waits():
             token_ids = decode(rows, has_common_blocks)

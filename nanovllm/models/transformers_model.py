@@ -98,6 +98,7 @@ class TransformersForCausalLM(nn.Module):
     Attributes:
         eager_reason: why decode steps cannot be captured in CUDA graphs, known once it is loaded;
             None: nothing speaks against it.
+        was_captured: whether they have been.
 
     Raises:
         ArgumentError: transformers cannot build it, or its ranks cannot share it; or `load` finds
@@ -109,6 +110,7 @@ class TransformersForCausalLM(nn.Module):
         self.name = (hf_config.architectures or [type(hf_config).__name__])[0]
         self.context = context
         self.eager_reason: str | None = None
+        self.was_captured = False
         is_split = context.tp.size > 1
         try:
             with (

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import types
 from pathlib import Path
 
@@ -26,9 +27,10 @@ from transformers import AttentionInterface
 from transformers_page import README, documented, documented_limits, sentence
 
 from nanovllm import LLM
+from nanovllm.engine import graph_capture
 from nanovllm.engine.graph_capture import new_graphs
 from nanovllm.errors import ArgumentError
-from nanovllm.models.host_reads import HostReads
+from nanovllm.models.host_reads import HostReads, described
 from nanovllm.models.transformers_attention import Mask, window_of
 
 DOCUMENTED = "5.24.0"  # the version of transformers that the lists in the documents are of
@@ -329,8 +331,22 @@ def test_waits_of_the_host_are_found(function, operation, inference):
     assert reads.found is None if operation is None else reads.found.startswith(operation)
 
 
+def test_errors_name_the_function_of_the_module():
+    def forward():
+        raise RuntimeError("it waits")
+
+    try:
+        forward()
+    except RuntimeError as error:
+        assert re.fullmatch(r".*it waits in forward \(test_\w+\.py:\d+\)", described(error))
+    try:
+        Mask(None).shape  # noqa: B018
+    except AttributeError as error:
+        assert described(error).endswith("it makes a mask of its own out of transformers' one")
+
+
 class FakeModel:
-    name, eager_reason = "SomeModel", None
+    name, eager_reason, was_captured = "SomeModel", None, False
     context = types.SimpleNamespace(tp=types.SimpleNamespace(rank=0))
 
 
@@ -362,6 +378,21 @@ def test_a_capture_that_fails_leaves_the_engine_without_graphs(caplog, monkeypat
     [record] = caplog.records
     assert "waits for aten::_local_scalar_dense in decode" in record.getMessage()
     assert new_graphs(model, 4, torch.arange(4), None) is None  # not tried again
+
+
+def test_what_was_captured_once_is_not_checked_again(monkeypatch):
+    found = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "main")
+    monkeypatch.setattr(graph_capture, "DecodeGraphs", lambda *args: found.append(args) or found)
+    model, rows = FakeModel(), torch.arange(4)
+
+    def decode(rows: torch.Tensor, has_common_blocks: bool) -> torch.Tensor:
+        return rows
+
+    for _ in range(2):
+        assert graph_capture.new_graphs(model, 4, rows, decode) is found
+    (_, _, first), (_, _, second) = found
+    assert first is not decode and second is decode
 
 
 # ---- fp8 ---------------------------------------------------------------------------------------
