@@ -6,12 +6,11 @@ import numpy as np
 import torch
 
 from nanovllm.config import Config
-from nanovllm.engine.consumers import LogitsProcessing, PromptLogprobs, StepConsumer
+from nanovllm.engine.all_consumers import new_consumers
 from nanovllm.engine.cuda_graphs import DecodeGraphs
 from nanovllm.engine.graph_capture import new_graphs
 from nanovllm.engine.group_metadata import decode_metadata, prefill_metadata
 from nanovllm.engine.launched_step import LaunchedStep
-from nanovllm.engine.poolers import LastTokenPooling, TokenPooling
 from nanovllm.engine.prefill_inputs import prefill_inputs
 from nanovllm.engine.rank_state import RankState
 from nanovllm.engine.sampler import Sampler
@@ -36,14 +35,8 @@ class ModelRunner(RankState):
 
     def __init__(self, config: Config, device: torch.device, tp: TensorParallel, ops: Ops) -> None:
         super().__init__(config, device, tp, ops)
-        lm_head, row_table = self.model.lm_head, self.row_table
-        self.sampler = Sampler(ops, tp, lm_head, row_table)
-        self.consumers: dict[int, StepConsumer] = {
-            Wants.LOGITS: LogitsProcessing(config, device, tp, ops, row_table),
-            Wants.PROMPT: PromptLogprobs(config, tp, lm_head),
-            Wants.POOLING: LastTokenPooling(self.model),
-            Wants.STATES: TokenPooling(self.model),
-        }
+        self.sampler = Sampler(ops, tp, self.model.lm_head, self.row_table)
+        self.consumers = new_consumers(self)
         self.graphs: DecodeGraphs | None = None
         self._uploaded_batch = NONE  # what `decode_batch` holds
 
