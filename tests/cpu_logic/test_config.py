@@ -487,7 +487,7 @@ def test_cuda_without_a_gpu_is_refused(model, monkeypatch):
             {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0}},
             "rope_parameters of type 'longrope' lacks long_factor",
         ),
-        ({"use_sliding_window": True}, "use_sliding_window=true is not supported"),
+        ({"use_mrope": True}, "use_mrope=true is not supported"),
         (
             {"quantization_config": {"quant_method": "awq", "bits": 4}},
             "quantization_config 'awq' is not supported",
@@ -569,10 +569,10 @@ def test_a_parameter_given_under_both_names_is_refused(model, order):
 
 def test_a_dict_replaces_fields_before_anything_is_derived_or_checked(tmp_path):
     layer_types = ["full_attention"] * 2
-    path = write_model(tmp_path, layer_types=layer_types, use_sliding_window=True)
+    path = write_model(tmp_path, layer_types=layer_types, use_mrope=True)
     overrides = {
         "num_hidden_layers": 5,
-        "use_sliding_window": False,
+        "use_mrope": False,
         "max_position_embeddings": 512,
         "torch_dtype": "float16",
     }
@@ -581,7 +581,7 @@ def test_a_dict_replaces_fields_before_anything_is_derived_or_checked(tmp_path):
     assert config.hf_config.layer_types == ["full_attention"] * 5
     assert config.max_model_len == 512
     assert config.resolve_dtype() is torch.float16
-    with refused("use_sliding_window=true is not supported"):
+    with refused("use_mrope=true is not supported"):
         Config(path)
 
 
