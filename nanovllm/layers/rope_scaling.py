@@ -79,8 +79,9 @@ def _scale(periods: Tensor, rope: RopeParameters, num_positions: int) -> tuple[T
         return _yarn(frequencies, rope), _yarn_magnitude(rope)
     if rope_type == "longrope":
         is_long = num_positions > rope["original_max_position_embeddings"]
-        factors = tensor(rope["long_factor" if is_long else "short_factor"], device="cpu")
-        return 1.0 / (factors * periods), _longrope_magnitude(rope)
+        factors = rope["long_factor"] if is_long else rope["short_factor"]
+        scaled = tensor(factors, dtype=float32, device="cpu") * periods
+        return 1.0 / scaled, _longrope_magnitude(rope)
     raise ValueError(f"rope_type {rope_type!r} is unknown")
 
 

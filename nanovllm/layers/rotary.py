@@ -25,7 +25,7 @@ def cos_sin_table(
             rotated.
         device: where to put the table.
     """
-    frequencies, magnitude = torch.empty(0, device="cpu"), 1.0
+    frequencies, magnitude = torch.empty(0, dtype=torch.float32, device="cpu"), 1.0
     if rope_parameters is not None:
         frequencies, magnitude = rope_frequencies(head_dim, rope_parameters, num_positions)
     positions = torch.arange(num_positions, dtype=torch.float32, device="cpu")

@@ -131,6 +131,18 @@ def test_original_positions_beside_the_rope_parameters_win(rope, tmp_path):
     assert overridden.rope_parameters["original_max_position_embeddings"] == 512
 
 
+@pytest.mark.parametrize("rope", [None, {"rope_type": "linear", "factor": 3}, LONGROPE | FACTORS])
+def test_a_users_default_dtype_changes_nothing(rope):
+    rope = rope and {"rope_theta": 1e4, "factor": 2.0, **rope}
+    expected = cos_sin_table(32, 50, rope, CPU)
+    torch.set_default_dtype(torch.float64)
+    try:
+        table = cos_sin_table(32, 50, rope, CPU)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert table.dtype == torch.float32 and torch.equal(table, expected)
+
+
 def test_unscaled_angles_are_the_definition():
     rope = {"rope_type": "default", "rope_theta": 1e4}
     table = cos_sin_table(8, 50, rope, CPU).double()
