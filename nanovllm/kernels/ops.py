@@ -167,6 +167,63 @@ class Ops(Protocol):
             [T, Hq, D].
         """
 
+    def sigmoid_gate(self, x: Tensor, gate: LinearOutput) -> Tensor:
+        """x [T, N], gate [T, N] -> x * sigmoid(gate) [T, N]."""
+
+    def causal_conv1d(
+        self, x: LinearOutput, weight: Tensor, state: Tensor, metadata: AttentionMetadata
+    ) -> Tensor:
+        """silu of a convolution over each sequence's tokens, with a kernel for each channel.
+
+        Token t gives silu(sum over j < K of weight[:, j] * x[t - K + 1 + j]). What comes before the
+        step's first token is in `state`; before a sequence's first token it is 0.
+
+        Args:
+            x: [T, C].
+            weight: [C, K].
+            state: [rows, C, K - 1], the last K - 1 inputs of each sequence; those of this step
+                replace them. The padding row's, and that of a row of length 0, may be anything.
+            metadata: with `rows`.
+
+        Returns:
+            [T, C]; a row of length 0 gives finite values.
+        """
+
+    def gated_delta_rule(
+        self,
+        qkv: Tensor,
+        beta: LinearOutput,
+        decay: LinearOutput,
+        decay_rate: Tensor,
+        decay_bias: Tensor,
+        state: Tensor,
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        """The gated delta rule (Yang et al. 2024, arXiv 2412.06464), for each value head.
+
+        q and k are divided by their lengths, q by sqrt(Dk) as well. The head's state S [Dk, Dv], 0
+        before the sequence, changes with each token:
+
+            S = exp(-exp(decay_rate) * softplus(decay + decay_bias)) * S
+            S = S + k (sigmoid(beta) * (v - S^T k))^T
+            output = S^T q
+
+        Args:
+            qkv: [T, 2 Hk Dk + Hv Dv], q first. Each key head serves Hv / Hk value heads in a row.
+            beta: [T, Hv].
+            decay: [T, Hv].
+            decay_rate: [Hv] float32.
+            decay_bias: [Hv] float32.
+            state: [rows, Hv, Dk, Dv] float32, as the last step left it; changed in place.
+            metadata: with `rows`.
+
+        Returns:
+            [T, Hv, Dv]; a row of length 0 gives finite values.
+        """
+
+    def gated_rms_norm(self, x: Tensor, gate: LinearOutput, weight: Tensor, eps: float) -> Tensor:
+        """norm(x) * silu(gate): x [T, Hv, Dv], gate [T, Hv * Dv], weight [Dv] -> [T, Hv * Dv]."""
+
     def plan_decode(
         self,
         cache: KVCache,

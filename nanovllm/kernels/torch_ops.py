@@ -13,7 +13,7 @@ from typing import ParamSpec, TypeVar
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels import row_state
+from nanovllm.kernels import row_state, torch_delta_rule
 from nanovllm.kernels.types import (
     ATTENTION_EXTRAS,
     FP8_BLOCK,
@@ -642,6 +642,10 @@ class TorchOps:
     fp8_linear = staticmethod(fp8_linear)
     experts = staticmethod(experts)
     attend = staticmethod(attend)
+    sigmoid_gate = staticmethod(torch_delta_rule.sigmoid_gate)
+    causal_conv1d = staticmethod(torch_delta_rule.causal_conv1d)
+    gated_delta_rule = staticmethod(torch_delta_rule.gated_delta_rule)
+    gated_rms_norm = staticmethod(torch_delta_rule.gated_rms_norm)
     plan_decode = staticmethod(plan_decode)
     filter_thresholds = staticmethod(filter_thresholds)
     gather_decode_inputs = staticmethod(gather_decode_inputs)

@@ -4,6 +4,7 @@ T tokens, S sequences, B rows, D head_dim, Hq query and Hkv KV heads. A cache sl
 block_id * block_size + offset.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -43,6 +44,13 @@ def summed(x: LinearOutput) -> Tensor:
     return x if isinstance(x, Tensor) else x.parts.sum(0).to(x.dtype)
 
 
+def split_columns(x: LinearOutput, sizes: Sequence[int]) -> list[LinearOutput]:
+    """x [T, N] as views of so many neighbouring columns each."""
+    if isinstance(x, Tensor):
+        return list(x.split(sizes, dim=-1))
+    return [PartialSums(parts, x.dtype) for parts in x.parts.split(sizes, dim=-1)]
+
+
 @dataclass(frozen=True)
 class Unreduced:
     """This rank's term of a sum over all ranks, also where there is one rank.
@@ -76,6 +84,24 @@ class KVCache(NamedTuple):
     value_scales: Tensor | None = None
 
 
+class StateSpec(NamedTuple):
+    """A gated delta net's memory of each sequence, whatever its length, on one rank."""
+
+    num_channels: int  # of the convolution: C
+    kernel_size: int  # K
+    num_heads: int  # value heads: Hv
+    key_dim: int  # Dk
+    value_dim: int  # Dv
+    dtype: torch.dtype  # of the model
+
+
+class RecurrentState(NamedTuple):
+    """One layer's memory of the sequences, by their rows in the row table; the last is padding."""
+
+    conv: Tensor  # [rows, C, K - 1], the newest inputs of the convolution, the oldest first
+    recurrent: Tensor  # [rows, Hv, Dk, Dv] float32
+
+
 @dataclass(frozen=True)
 class DecodeMetadata:
     """One query of each of B sequences. It attends to all tokens up to its own.
@@ -89,6 +115,7 @@ class DecodeMetadata:
     context_lens: Tensor  # [B] int32, tokens to attend to; 0: a padded row
     plan: object = None  # of `Ops.plan_decode`
     logits_indices: Tensor | None = None  # [B] int32; None: all T tokens
+    rows: Tensor | None = None  # [B] int32, in the row table; None: in the last layer of a prefill
     # The same for the layers of the other cache groups: see `Config.cache_windows`.
     further_groups: "tuple[DecodeMetadata, ...]" = ()
     last_tokens: ClassVar[None] = None
@@ -104,6 +131,7 @@ class PrefillMetadata:
     cu_seqlens_k: Tensor  # [S + 1] int32, the same of all its tokens
     max_seqlen_q: int
     max_seqlen_k: int
+    rows: Tensor | None = None  # [S] int32, in the row table; None: no layer has a `StateSpec`
     last_tokens: DecodeMetadata | None = None  # for the last layer; None: all tokens matter after
     further_groups: "tuple[PrefillMetadata, ...]" = ()  # as in `DecodeMetadata`
     logits_indices: ClassVar[None] = None

@@ -15,6 +15,7 @@ FILES = (
     "triton_interpreter_checks.py",
     "triton_decode_checks.py",
     "triton_attention_extras_checks.py",
+    "triton_delta_net_checks.py",
     "triton_filter_checks.py",
     "triton_fp8_linear_checks.py",
     "triton_linear_checks.py",

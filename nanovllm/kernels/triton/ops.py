@@ -6,6 +6,12 @@ from nanovllm.kernels.triton.activation import gelu_and_mul, silu_and_mul
 from nanovllm.kernels.triton.decode_attention import decode_attention, plan_decode
 from nanovllm.kernels.triton.filters import filter_thresholds
 from nanovllm.kernels.triton.fp8_linear import fp8_linear
+from nanovllm.kernels.triton.gated_delta_net import (
+    causal_conv1d,
+    gated_delta_rule,
+    gated_rms_norm,
+    sigmoid_gate,
+)
 from nanovllm.kernels.triton.linear import linear
 from nanovllm.kernels.triton.moe import experts
 from nanovllm.kernels.triton.norm import add_rms_norm, rms_norm
@@ -49,6 +55,10 @@ class TritonKernels:
     fp8_linear = staticmethod(fp8_linear)
     experts = staticmethod(experts)
     qk_norm_rope_store = staticmethod(qk_norm_rope_store)
+    sigmoid_gate = staticmethod(sigmoid_gate)
+    causal_conv1d = staticmethod(causal_conv1d)
+    gated_delta_rule = staticmethod(gated_delta_rule)
+    gated_rms_norm = staticmethod(gated_rms_norm)
     sample = staticmethod(sample)
     filter_thresholds = staticmethod(filter_thresholds)
     gather_decode_inputs = staticmethod(gather_decode_inputs)
