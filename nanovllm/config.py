@@ -169,7 +169,10 @@ class Config:
         "preemptions when memory is short; 0 keeps none.",
     )
     enable_prefix_caching: bool = parameter(
-        True, boolean, "share equal prefixes of whole KV blocks."
+        None,
+        boolean,
+        "share equal prefixes of whole KV blocks. None: with every model but those with recurrent "
+        "states, which cannot share them.",
     )
     enable_chunked_prefill: bool = parameter(
         False, boolean, "split prompts that exceed what is left of a step."
@@ -310,6 +313,7 @@ class Config:
             kind = head_kind(hf_config.architectures)
             family = family_of(hf_config.architectures or ())
             derive(hf_config=hf_config, model_config=ModelConfig.from_hf(hf_config, family, kind))
+        derive(enable_prefix_caching=self._caches_prefixes())
         if self.model_config.head is not None:
             derive(enforce_eager=True)  # it never decodes: graphs would be of no use
         if self.pooler_config is not None:
@@ -341,6 +345,19 @@ class Config:
                     f"{name} {getattr(self, name)!r} is not supported for "
                     f"{self.model_config.architectures[0]}, which runs on transformers' own module"
                 )
+
+    def _caches_prefixes(self) -> bool:
+        """`enable_prefix_caching`; its default follows from the model."""
+        is_recurrent = self.model_config.has_delta_nets
+        if is_recurrent and self.enable_prefix_caching:
+            raise ArgumentError(
+                f"enable_prefix_caching=True is not supported for "
+                f"{self.model_config.architectures[0]}: what its recurrent states hold of a prefix "
+                "is not kept"
+            )
+        return (
+            not is_recurrent if self.enable_prefix_caching is None else self.enable_prefix_caching
+        )
 
     def _longest_sequence(self) -> int:
         """`max_model_len`, capped to the model's positions."""

@@ -38,6 +38,21 @@ LONGROPE = {
     "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
     "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 8.0],
 }
+DELTA_NET = {
+    "num_hidden_layers": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 500.0,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    },
+}
 # Arguments of `save_model`: all that a family's config can switch on.
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"architecture": "Qwen2ForCausalLM", "head_dim": 8, "num_key_value_heads": 2},
@@ -288,6 +303,29 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_parameters": YARN | {"truncate": False, "beta_fast": 32.0, "beta_slow": 1.0},
         "tie_word_embeddings": False,
     },
+    "qwen3.5": {"architecture": "Qwen3_5ForCausalLM", **DELTA_NET},
+    "qwen3.5-moe": {
+        "architecture": "Qwen3_5MoeForCausalLM",
+        **DELTA_NET,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 24,
+        "linear_num_key_heads": 4,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+    },
+    "qwen3-next": {
+        "architecture": "Qwen3NextForCausalLM",
+        **DELTA_NET,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": False,
+        "tie_word_embeddings": False,
+    },
 }
 
 # As old checkpoints write it: changes to config.json, None for a field that is derived.
@@ -367,11 +405,14 @@ def save_model(
     config = family.config_class(**(settings | overrides))
     torch.manual_seed(seed)
     model = family(config).to(torch.float32).eval()
+    has_recurrence = hasattr(config, "linear_num_key_heads")
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.data.normal_(0.0, 0.2)
         elif "norm" in name:  # ones would hide a norm weight that is not loaded
-            parameter.data.uniform_(0.5, 1.5)
+            # With larger ones rounding errors grow in a recurrence.
+            is_zero = has_recurrence and not parameter.any()
+            parameter.data.uniform_(0.5, 1.5).sub_(int(is_zero))
         elif name.endswith("sinks"):
             parameter.data.normal_(2.0, 1.0)
     directory.mkdir(parents=True, exist_ok=True)
@@ -404,6 +445,14 @@ def reference_greedy(
     kwargs: of `from_pretrained`.
     """
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **kwargs)
+    return greedy_tokens(model, prompts, max_tokens)
+
+
+@torch.inference_mode()
+def greedy_tokens(
+    model: transformers.PreTrainedModel, prompts: list[list[int]], max_tokens: int
+) -> list[list[int]]:
+    """What `reference_greedy` gives, of a model that is loaded."""
     completions = []
     for prompt in prompts:
         ids = torch.tensor([prompt])

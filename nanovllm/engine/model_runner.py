@@ -69,6 +69,12 @@ class ModelRunner(RankState):
         inputs = prefill_inputs(plan, self.sent_rows, self.block_size, self.device, num_groups)
         self._update_row_table(inputs.row_updates)
         wants_all = plan.has(Wants.PROMPT | Wants.STATES)
+        last_tokens = DecodeMetadata(
+            slot_mapping=inputs.slot_mappings[0],
+            block_tables=inputs.last_block_tables,
+            context_lens=inputs.last_positions + 1,
+            logits_indices=inputs.last_tokens,
+        )
         metadata = PrefillMetadata(
             slot_mapping=inputs.slot_mappings[0],
             block_tables=inputs.block_tables,
@@ -76,14 +82,8 @@ class ModelRunner(RankState):
             cu_seqlens_k=inputs.cu_seqlens_k,
             max_seqlen_q=int(plan.lengths.max()),
             max_seqlen_k=int((plan.starts + plan.lengths).max()),
-            last_tokens=None
-            if wants_all
-            else DecodeMetadata(
-                slot_mapping=inputs.slot_mappings[0],
-                block_tables=inputs.last_block_tables,
-                context_lens=inputs.last_positions + 1,
-                logits_indices=inputs.last_tokens,
-            ),
+            rows=inputs.seq_rows,
+            last_tokens=None if wants_all else last_tokens,
         )
         if num_groups > 1:
             metadata = prefill_metadata(metadata, inputs.slot_mappings.unbind())
@@ -143,7 +143,7 @@ class ModelRunner(RankState):
         else:
             tables, lens = inputs.block_tables, inputs.context_lens
             plan = self.ops.plan_decode(self.attentions[0].cache, tables, lens, num_common_blocks)
-            metadata = DecodeMetadata(inputs.slot_mapping, tables, lens, plan)
+            metadata = DecodeMetadata(inputs.slot_mapping, tables, lens, plan, rows=rows)
         hidden_states = self.model.model(inputs.input_ids, inputs.positions, metadata)
         logits = self.model.lm_head(hidden_states, out=self.decode_logits[: len(rows)])
         return self.sampler(logits, rows, inputs.temperatures, inputs.seeds, inputs.positions)

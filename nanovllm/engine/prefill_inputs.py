@@ -26,7 +26,8 @@ class PrefillInputs(NamedTuple):
     last_tokens: torch.Tensor  # [N] int32, where the sampled sequences end among the tokens
     last_positions: torch.Tensor  # [N] int32, index of these tokens in their sequences
     last_block_tables: torch.Tensor  # [N, W] int32
-    rows: torch.Tensor  # [N] int32
+    seq_rows: torch.Tensor  # [S] int32, of all sequences
+    rows: torch.Tensor  # [N] int32, of those that are sampled or pooled
     temperatures: torch.Tensor  # [N] float32
     seeds: torch.Tensor  # [N, 2] int32
 
@@ -71,6 +72,7 @@ def prefill_inputs(
         "last_tokens": cu_seqlens_q[1:][is_last] - 1,
         "last_positions": (plan.starts + plan.lengths)[is_last] - 1,
         "last_block_tables": block_tables[is_last],
+        "seq_rows": plan.rows,
         "rows": plan.rows[is_last],
         "temperatures": states[:, row_state.TEMPERATURE].copy().view(np.float32),
         "seeds": states[:, row_state.SEED : row_state.SEED + 2],

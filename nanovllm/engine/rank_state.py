@@ -8,11 +8,12 @@ import numpy as np
 import torch
 
 from nanovllm.config import Config
-from nanovllm.engine import kv_cache
+from nanovllm.engine import kv_cache, state_cache
 from nanovllm.engine.cache_groups import num_group_blocks
 from nanovllm.kernels.ops import Ops
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.context import ModelContext
+from nanovllm.layers.gated_delta_net import GatedDeltaNet
 from nanovllm.models.families import load_weights, new_model
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
@@ -28,6 +29,7 @@ class RankState:
 
     Attributes:
         model: this rank's slice of the model.
+        states: the memory of all recurrent states, of every row of the row table.
         row_table: a row for each running sequence, see `kernels.row_state`.
         sent_rows: the host's copy of what plans have sent to it: never the token or the length,
             which steps write.
@@ -64,6 +66,7 @@ class RankState:
             self.attentions = [m for m in self.model.modules() if isinstance(m, Attention)]
             self._assign_cache_groups()
             self._allocate_row_table()
+            self._allocate_states()
 
     @property
     def rank(self) -> int:
@@ -117,6 +120,18 @@ class RankState:
             device=self.device,
         )
 
+    def _allocate_states(self) -> None:
+        """Give every gated delta net its state for each row of the row table."""
+        delta_nets = [m for m in self.model.modules() if isinstance(m, GatedDeltaNet)]
+        states = state_cache.allocate(
+            [delta_net.state_spec for delta_net in delta_nets],
+            self.config.max_num_seqs,
+            self.device,
+        )
+        for delta_net, state in zip(delta_nets, states, strict=True):
+            delta_net.state = state
+        self.states = [memory for state in states for memory in state]
+
     def allocate_kv_cache(self, num_blocks: int) -> None:
         """Give every attention layer a cache, of `num_blocks` blocks in the first cache group."""
         self.num_kvcache_blocks = num_blocks
@@ -138,7 +153,7 @@ class RankState:
         for attention in self.attentions:
             del attention.cache
         self.attentions, self.group_layers = [], []
-        del self.model, self.kv_cache, self.kv_scales, self.row_table
+        del self.model, self.states, self.kv_cache, self.kv_scales, self.row_table
         del self.decode_batch, self.decode_rows, self.decode_logits
         gc.collect()
         if self.is_cuda:

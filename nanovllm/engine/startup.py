@@ -13,6 +13,7 @@ from nanovllm.config import Config
 from nanovllm.engine.cache_groups import most_blocks
 from nanovllm.engine.kv_cache import group_block_bytes
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.state_cache import row_bytes
 from nanovllm.engine.step_plan import StepPlan
 from nanovllm.errors import ArgumentError
 from nanovllm.inputs.generation_config import default_sampling_params, eos_token_ids
@@ -20,6 +21,7 @@ from nanovllm.inputs.tokenizer import Tokenizer, load_tokenizer
 from nanovllm.kernels.ops import Ops
 from nanovllm.kernels.select import MAX_TRITON_HEAD_DIM, select_ops
 from nanovllm.models.decoder import kv_cache_spec
+from nanovllm.models.hybrid import state_specs
 from nanovllm.models.size import check_size, device_memory
 from nanovllm.parallel.tensor_parallel import TensorParallel
 from nanovllm.sampling_params import SamplingParams
@@ -175,12 +177,21 @@ def check_fits(config: Config, device: torch.device) -> None:
     total = device_memory(device)
     model, ranks = config.model_config, config.tensor_parallel_size
     dtype, layers = config.resolve_kv_cache_dtype(), range(model.num_hidden_layers)
-    specs = [kv_cache_spec(model, ranks, dtype, index) for index in layers]
+    specs = [
+        kv_cache_spec(model, ranks, dtype, index)
+        for index in layers
+        if not model.is_delta_net(index)
+    ]
+    states = state_specs(model, ranks, config.resolve_dtype())
     per_block = group_block_bytes(specs, config)
-    # A row of the row table, and one of logits.
-    per_seq = 4 * config.row_width + (
-        config.resolve_dtype().itemsize
-        * -(-config.model_config.vocab_size // config.tensor_parallel_size)
+    # A row of the row table, one of each recurrent state, and one of logits.
+    per_seq = (
+        4 * config.row_width
+        + row_bytes(states)
+        + (
+            config.resolve_dtype().itemsize
+            * -(-config.model_config.vocab_size // config.tensor_parallel_size)
+        )
     )
     for name, most in (
         ("kvcache_block_size", total // (sum(per_block) // config.kvcache_block_size)),

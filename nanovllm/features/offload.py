@@ -54,8 +54,8 @@ def restore_kv_cache(runner: ModelRunner) -> None:
 
 
 def _buffers(runner: ModelRunner) -> list[torch.Tensor]:
-    """What only steps fill and read: the KV cache, its scales, the logits of a decode step."""
-    buffers = [runner.kv_cache, runner.kv_scales, runner.decode_logits]
+    """What only steps fill and read: KV cache, its scales, recurrent states, decode logits."""
+    buffers = [runner.kv_cache, runner.kv_scales, runner.decode_logits, *runner.states]
     return [buffer for buffer in buffers if buffer is not None]
 
 

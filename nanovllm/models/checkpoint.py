@@ -13,6 +13,7 @@ from nanovllm.model_files import is_file, list_directory, read_json_object, read
 SINGLE_FILE = "model.safetensors"
 LM_HEAD = "lm_head.weight"
 BYTE = "U8"
+TEXT_PREFIX = "model.language_model."  # of the text part's tensors in a multimodal model
 WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64", "F8_E4M3")  # by their names in the files
 
 
@@ -32,8 +33,9 @@ class Checkpoint(Protocol):
 class SafetensorsCheckpoint:
     """The weights of a directory: model.safetensors, else the files of its index, else all.
 
-    `is_bare`: the decoder's tensors lack the "model." that `names` gives them, as embedding models
-    are saved; they need no LM head.
+    Names are those of a language model. `is_bare`: the decoder's tensors lack the "model." that
+    `names` gives them, as embedding models are saved; they need no LM head. A multimodal model's
+    are saved with "model.language_model.".
 
     Raises:
         ArgumentError: there is none, the index names a missing one, one is damaged, or two have a
@@ -61,6 +63,7 @@ class SafetensorsCheckpoint:
                         f"tensor {shown(name)} is in both {other} and {file_name} of {directory!r}"
                     )
         self.is_bare = "embed_tokens.weight" in self._files
+        self._stored_names = {self._name_of(name): name for name in self._files}
 
     def _choose_files(self) -> tuple[list[str], dict[str, str]]:
         """The files to read, and which tensor is in which of them where an index says so."""
@@ -96,11 +99,16 @@ class SafetensorsCheckpoint:
                 )
         return index
 
+    def _name_of(self, stored_name: str) -> str:
+        if self.is_bare and stored_name != LM_HEAD:
+            return f"model.{stored_name}"
+        if stored_name.startswith(TEXT_PREFIX):
+            return f"model.{stored_name.removeprefix(TEXT_PREFIX)}"
+        return stored_name
+
     def names(self) -> set[str]:
         """See `Checkpoint`."""
-        if not self.is_bare:
-            return set(self._files)
-        return {name if name == LM_HEAD else f"model.{name}" for name in self._files}
+        return set(self._stored_names)
 
     def num_weights(self) -> int:
         """The numbers of all tensors together, of which a byte holds two."""
@@ -125,8 +133,7 @@ class SafetensorsCheckpoint:
         return self._slice(name)[index]
 
     def _slice(self, name: str) -> Any:
-        if self.is_bare:
-            name = name.removeprefix("model.")
+        name = self._stored_names[name]
         return self._handles[self._files[name]].get_slice(name)
 
 

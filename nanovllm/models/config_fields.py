@@ -119,6 +119,13 @@ FAMILY_FIELDS = {
     "shared_expert_intermediate_size": SIZE,
     "swiglu_alpha": POSITIVE,
     "swiglu_limit": POSITIVE,
+    # Of gated delta nets.
+    **dict.fromkeys(
+        """linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim
+        linear_conv_kernel_dim full_attention_interval""".split(),
+        SIZE,
+    ),
+    "mrope_section": unchecked(),  # among the rope parameters
 }
 # Of a classification head.
 HEAD_FIELDS = {

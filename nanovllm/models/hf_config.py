@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
 # What config.json may hold beside the fields of the family's configuration.
 OTHER_FIELDS = ("torch_dtype", "quantization_config")
+# Multimodal architectures -> that of their text part, which is all that is run of them.
+TEXT_PARTS = {
+    "Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM",
+    "Qwen3_5MoeForConditionalGeneration": "Qwen3_5MoeForCausalLM",
+}
+# What stands beside the text part's configuration and holds for it as well.
+SHARED_FIELDS = "dtype torch_dtype quantization_config compression_config"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 GGUF = (
     "GGUF files are not supported: give the directory of the model that they were made of, with "
@@ -158,7 +165,20 @@ def _read_config_json(model: str) -> tuple[str, dict[str, Any]]:
     path = os.path.join(model, "config.json")
     if not is_file(path):
         raise ArgumentError(f"model directory {model!r} holds no config.json{_what_it_is(model)}")
-    return path, read_json_object(path)
+    return path, _text_part(read_json_object(path))
+
+
+def _text_part(raw: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a multimodal model's text part, if the family is here; else all as they are."""
+    architectures, text = raw.get("architectures"), raw.get("text_config")
+    if not isinstance(architectures, list) or not isinstance(text, dict):
+        return raw
+    names = [TEXT_PARTS[name] for name in TEXT_PARTS if name in architectures]
+    if not names:
+        return raw
+    shared = {name: raw[name] for name in SHARED_FIELDS.split() if name in raw}
+    is_tied = raw.get("tie_word_embeddings", False)
+    return {**text, **shared, "architectures": names, "tie_word_embeddings": is_tied}
 
 
 def _why_no_directory(model: str) -> str:

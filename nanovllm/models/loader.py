@@ -11,6 +11,7 @@ from nanovllm.errors import ArgumentError, cut, shown
 from nanovllm.layers.weights import OffsetParameter, Parameter, Shard
 from nanovllm.models.checkpoint import LM_HEAD, Checkpoint, SafetensorsCheckpoint
 from nanovllm.models.fp8_checkpoint import SCALES_SUFFIX, DequantizedCheckpoint
+from nanovllm.models.fused_experts import SplitExpertsCheckpoint
 from nanovllm.models.heads import head_of
 from nanovllm.models.mxfp4_checkpoint import Mxfp4Checkpoint
 
@@ -115,7 +116,8 @@ def load_model(model: nn.Module, directory: str, load_format: str, std: float = 
         checkpoint = DummyCheckpoint(expected, std, device)
     else:
         files = SafetensorsCheckpoint(directory)
-        checkpoint = DequantizedCheckpoint(Mxfp4Checkpoint(files), expected.keys())
+        split = SplitExpertsCheckpoint(Mxfp4Checkpoint(files), expected.keys())
+        checkpoint = DequantizedCheckpoint(split, expected.keys())
         if has_lm_head:
             has_lm_head = _settle_lm_head(expected, checkpoint, files.is_bare, where)
     _check_names(expected.keys(), checkpoint.names(), where)
@@ -143,8 +145,13 @@ def load_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 def is_ignored(name: str) -> bool:
     """Whether checkpoints may hold a tensor `name` that the model does not expect."""
-    # A tied model may repeat the embedding as lm_head.weight.
-    return name == LM_HEAD or name.endswith("rotary_emb.inv_freq")
+    # A tied model may repeat the embedding as lm_head.weight. Qwen3.5 predicts further tokens with
+    # "mtp", and has its images' encoder beside the text model.
+    return (
+        name == LM_HEAD
+        or name.endswith("rotary_emb.inv_freq")
+        or name.startswith(("mtp.", "model.visual."))
+    )
 
 
 def _settle_lm_head(expected: Expected, checkpoint: Checkpoint, is_bare: bool, where: str) -> bool:

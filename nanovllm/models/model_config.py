@@ -53,6 +53,7 @@ class ModelConfig:
         shared_expert_intermediate_size: of an expert that every token has; 0: there is none.
         swiglu_alpha: see `ClampedSwiGLU`, as for `swiglu_limit`; 0: the family has another.
         head: what is there in place of an LM head; None: an LM head.
+        linear_num_key_heads: of gated delta nets, as the four fields after it; 0: there are none.
         uses_transformers: whether transformers' own module runs. What it alone needs to know is 0
             or empty then.
         tp_plan: how transformers would share its module among ranks, see `models.tp_plan`.
@@ -99,6 +100,11 @@ class ModelConfig:
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
     shared_expert_intermediate_size: int = 0
+    linear_num_key_heads: int = 0
+    linear_num_value_heads: int = 0
+    linear_key_head_dim: int = 0
+    linear_value_head_dim: int = 0
+    linear_conv_kernel_dim: int = 0
     swiglu_alpha: float = 0.0
     swiglu_limit: float = 0.0
     head: HeadConfig | None = None
@@ -127,6 +133,7 @@ class ModelConfig:
             "architectures": tuple(hf_config.architectures or ()),
             "dtype": str(hf_config.dtype).removeprefix("torch.") if hf_config.dtype else None,
             "head_dim": head_dim,
+            "intermediate_size": getattr(hf_config, "intermediate_size", 0),
             "rope_parameters": complete_rope(hf_config),
             "max_positions": max_positions(hf_config),
             "rope_limit": rope_limit(hf_config),
@@ -208,11 +215,34 @@ class ModelConfig:
                 f"the model's num_attention_heads ({self.num_attention_heads}) must be a multiple "
                 f"of its num_key_value_heads ({self.num_key_value_heads})"
             )
+        if self.has_delta_nets:
+            self._check_delta_nets()
         if self.num_experts:
             name = "the model's num_experts_per_tok"
             check_integer(name, self.num_experts_per_tok, 1, self.num_experts)
             name, number = "the model's experts of all layers", self.num_experts
             check_integer(name, self.num_hidden_layers * number, 1, MAX_EXPERTS_OF_ALL_LAYERS)
+
+    def _check_delta_nets(self) -> None:
+        if self.linear_num_value_heads % self.linear_num_key_heads != 0:
+            raise ArgumentError(
+                f"the model's linear_num_value_heads ({self.linear_num_value_heads}) must be a "
+                f"multiple of its linear_num_key_heads ({self.linear_num_key_heads})"
+            )
+        if self.is_delta_net(self.num_hidden_layers - 1):
+            raise ArgumentError(
+                "the model's last layer must have full attention, got layer_types that end with "
+                "'linear_attention'"
+            )
+
+    @property
+    def has_delta_nets(self) -> bool:
+        """Whether some layers are gated delta nets, with a state instead of a KV cache."""
+        return any(map(self.is_delta_net, range(self.num_hidden_layers)))
+
+    def is_delta_net(self, index: int) -> bool:
+        """Whether layer `index` is a gated delta net."""
+        return self.linear_num_key_heads > 0 and self.layer_types[index] == "linear_attention"
 
     def check_ranks(self, size: int) -> None:
         """ArgumentError if the model cannot be divided over `size` ranks."""
@@ -224,6 +254,8 @@ class ModelConfig:
         num_kv_heads = self.num_key_value_heads
         if self.num_experts:
             names += ["moe_intermediate_size", "shared_expert_intermediate_size"]
+        if self.has_delta_nets:
+            names += ["linear_num_key_heads", "linear_num_value_heads"]
         for name in names:
             value = getattr(self, name)
             if value % size != 0:

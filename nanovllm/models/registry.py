@@ -24,6 +24,11 @@ NEMOTRON = (*PARTIAL_ROPE, "norm_eps")
 STARCODER2 = (*WINDOW, "norm_epsilon", "use_bias")
 QWEN2_MOE = (*WINDOWS, "qkv_bias", "shared_expert_intermediate_size")
 GPT_OSS = (*LAYER_TYPES, "swiglu_alpha", "swiglu_limit")
+DELTA_NET = (
+    *"layer_types full_attention_interval partial_rotary_factor mrope_section".split(),
+    *"linear_num_key_heads linear_key_head_dim linear_num_value_heads".split(),
+    *"linear_value_head_dim linear_conv_kernel_dim".split(),
+)
 # Each name stands for those with other heads too: see `models.head_config`.
 ARCHITECTURES = {
     "ArceeForCausalLM": Family(
@@ -92,6 +97,21 @@ ARCHITECTURES = {
     "Qwen3MoeForCausalLM": Family(
         "qwen3_moe", "nanovllm.models.qwen3_moe", (*WINDOW, "use_sliding_window")
     ),
+    "Qwen3NextForCausalLM": Family(
+        "qwen3_next",
+        "nanovllm.models.qwen3_next",
+        (*DELTA_NET, "shared_expert_intermediate_size"),
+        norm_weight_offset=1.0,
+    ),
+    "Qwen3_5ForCausalLM": Family(
+        "qwen3_5_text", "nanovllm.models.qwen3_5", DELTA_NET, norm_weight_offset=1.0
+    ),
+    "Qwen3_5MoeForCausalLM": Family(
+        "qwen3_5_moe_text",
+        "nanovllm.models.qwen3_5_moe",
+        (*DELTA_NET, "shared_expert_intermediate_size"),
+        norm_weight_offset=1.0,
+    ),
     "SeedOssForCausalLM": Family("seed_oss", "nanovllm.models.seed_oss", ("attention_out_bias",)),
     "Starcoder2ForCausalLM": Family(
         "starcoder2", "nanovllm.models.starcoder2", STARCODER2, GELU, has_gated_mlp=False
@@ -150,7 +170,8 @@ def _check_attention(raw_config: Mapping[str, Any], family: Family, path: str) -
     layer_types = raw_config.get("layer_types") or []
     supported = ["full_attention"]
     if "layer_types" in family.fields:
-        supported.append("sliding_attention")
+        is_delta_net = "linear_conv_kernel_dim" in family.fields
+        supported.append("linear_attention" if is_delta_net else "sliding_attention")
     if not isinstance(layer_types, list) or any(t not in supported for t in layer_types):
         raise ArgumentError(
             f"{path}: layer_types {shown(layer_types)} is not supported; supported: "

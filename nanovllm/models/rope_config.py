@@ -74,6 +74,11 @@ ROPE_TYPES: dict[str, tuple[dict[str, Check], dict[str, Check]]] = {
 COMMON_FIELDS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
 
 
+# Where a token of an image is. A token of a text has the same position in all three dimensions,
+# and is rotated as without them.
+MROPE_FIELDS = {"mrope_section", "mrope_interleaved"}
+
+
 def check_rope(raw_config: Mapping[str, Any], path: str, family: Family) -> None:
     """ArgumentError, beginning with `path`, for rotary embeddings that are not supported."""
     is_partial = "partial_rotary_factor" in family.fields
@@ -139,6 +144,8 @@ def _check_type(rope: Mapping[str, Any], where: str, family: Family) -> str:
     where = f"{where} of type {shown(rope_type)}"
     required, optional = ROPE_TYPES[rope_type]
     given = {name: value for name, value in rope.items() if value is not None}
+    if "mrope_section" in family.fields:
+        given = {name: given[name] for name in given if name not in MROPE_FIELDS}
     for name in sorted(required.keys() - given.keys()):
         raise ArgumentError(f"{where} lacks {name}")
     for name in (name for name in given if name not in COMMON_FIELDS):

@@ -49,8 +49,13 @@ def num_weights(config: ModelConfig) -> int:
     heads = 2 * (config.num_attention_heads + config.num_key_value_heads)
     dense = (3 if config.has_gated_mlp else 2) * config.intermediate_size * hidden_size
     total = config.vocab_size * hidden_size
+    key_size = config.linear_num_key_heads * config.linear_key_head_dim
+    value_size = config.linear_num_value_heads * config.linear_value_head_dim
     for index in range(config.num_hidden_layers):
-        total += heads * config.head_dim * hidden_size
+        if config.is_delta_net(index):
+            total += (2 * key_size + 3 * value_size) * hidden_size
+        else:
+            total += heads * config.head_dim * hidden_size
         if config.is_sparse(index):
             expert_size = config.num_experts * config.moe_intermediate_size
             expert_size += config.shared_expert_intermediate_size

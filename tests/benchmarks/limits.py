@@ -25,6 +25,8 @@ from nanovllm.models.model_config import ModelConfig
 class ModelCost:
     """What tokens and steps cost a model, summed over the ranks; norms and biases are left out.
 
+    So are the recurrent states of gated delta nets.
+
     What several ranks hold, such as a router, counts for each of them; so does padding.
     """
 
@@ -58,7 +60,8 @@ class ModelCost:
         fp8_linears, fp8_experts = (
             [m for m in modules if m.weight.dtype == FP8_DTYPE] for modules in (linears, experts)
         )
-        head_dim, num_layers = config.head_dim, config.num_hidden_layers
+        layers = range(config.num_hidden_layers)
+        head_dim, num_layers = config.head_dim, sum(not config.is_delta_net(i) for i in layers)
         num_kv_heads = max(config.num_key_value_heads, tp_size)
         scale_bytes = torch.float32.itemsize if kv_dtype == FP8_DTYPE else 0
         head = model.lm_head.weight  # tied to the embedding or not

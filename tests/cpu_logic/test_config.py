@@ -332,7 +332,7 @@ def test_no_known_keyword_is_listed_as_vllm_only():
         ({"load_format": "pt"}, "load_format must be one of auto, dummy, got 'pt'"),
         ({"attention_backend": "xformers"}, "attention_backend must be one of .* got 'xformers'"),
         ({"enforce_eager": 1}, "enforce_eager must be True or False, got 1"),
-        ({"enable_prefix_caching": None}, "enable_prefix_caching must be True or False, got None"),
+        ({"enable_prefix_caching": 1}, "enable_prefix_caching must be True or False, got 1"),
         ({"enable_chunked_prefill": "no"}, "enable_chunked_prefill must be True or False"),
         ({"async_scheduling": 0}, "async_scheduling must be True or False, got 0"),
     ],

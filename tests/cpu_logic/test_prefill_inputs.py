@@ -89,6 +89,7 @@ def test_inputs_are_those_of_a_loop_over_the_tokens(prefill):
         last_tokens=torch.from_numpy(int32(last_tokens)),
         last_positions=torch.from_numpy(int32(last_positions)),
         last_block_tables=torch.from_numpy(row_table[int32(rows), row_state.BLOCK_TABLE :]),
+        seq_rows=torch.from_numpy(plan.rows),
         rows=torch.from_numpy(int32(rows)),
         temperatures=torch.from_numpy(int32(temperature_bits).view(np.float32)),
         seeds=torch.from_numpy(int32(seeds).reshape(-1, 2)),

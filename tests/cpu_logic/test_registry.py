@@ -30,6 +30,8 @@ def raw_config(architecture: str, **changes) -> dict:
         "model_type": ARCHITECTURES[architecture][0],
         "torch_dtype": "bfloat16",
         **SIZES,
+        # Of gated delta nets and attention, which is last.
+        **({"num_hidden_layers": 4} if architecture.startswith(("Qwen3_5", "Qwen3Next")) else {}),
         **changes,
     }
     return {name: value for name, value in raw.items() if value is not None}

@@ -159,7 +159,7 @@ CONFIG = {
     "kv_cache_memory_bytes": or_none(integer(1, 2**63 - 1)),
     "kv_cache_dtype": nothing,
     "watermark": number(lambda w: 0 <= w < math.inf, lambda w: min(w, float(INT32))),
-    "enable_prefix_caching": boolean,
+    "enable_prefix_caching": or_none(boolean, True),
     "enable_chunked_prefill": boolean,
     "async_scheduling": boolean,
     "attention_backend": nothing,

@@ -23,6 +23,7 @@ from nanovllm.models.registry import ARCHITECTURES
 
 MAX_TOKENS = 10
 NAMES = ("caching", "chunked", "overlap", "eager")
+LIKE_QWEN3_5 = ("qwen3.5-moe", "qwen3-next")  # whose switches are tested with that one
 SWITCHES = list(itertools.product([True, False], repeat=4))
 # Each switch on and off twice; of caching, chunked and overlap any two in all four combinations.
 FEW_SWITCHES = [
@@ -33,7 +34,7 @@ FEW_SWITCHES = [
 ]
 # One of each way to divide a layer; processes that start take seconds.
 WITH_RANKS = """qwen2-yarn llama2 smollm2 phi4-mini glm4 qwen3-moe qwen3-moe-steps gemma2 gemma3
-    granite olmo2 cohere nemotron starcoder2""".split()
+    granite olmo2 cohere nemotron starcoder2 qwen3.5 qwen3-next""".split()
 WITH_THEIR_OWN_ROUNDING = ("gemma", "gemma2", "granite", "nemotron", "olmo2")
 WITH_ALL_SWITCHES = ("gemma2", "qwen3-moe")
 
@@ -88,11 +89,15 @@ def captured_logits(llm, model: Model) -> torch.Tensor:
     return torch.cat(captured)[:, :VOCAB_SIZE]
 
 
+def caches_prefixes(name: str) -> bool:
+    return "linear_num_key_heads" not in FAMILIES[name]
+
+
 def engine_with(model: Model, caching, chunked, overlap, eager, **kwargs):
     chunks = {"enable_chunked_prefill": True, "max_num_batched_tokens": 90} if chunked else {}
     return tiny_engine(
         model.path,
-        enable_prefix_caching=caching,
+        enable_prefix_caching=caching and caches_prefixes(model.path.name),
         async_scheduling=overlap,
         enforce_eager=eager,
         num_kvcache_blocks=8,  # too few for all at once
@@ -132,6 +137,7 @@ def test_bfloat16_is_as_near_to_float32_as_that_of_transformers(models, name):
     [
         (name, *switches)
         for name in FAMILIES
+        if name not in LIKE_QWEN3_5
         for switches in (SWITCHES if name in WITH_ALL_SWITCHES else FEW_SWITCHES)
     ],
 )

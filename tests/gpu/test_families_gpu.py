@@ -9,6 +9,20 @@ from transformers import AutoModelForCausalLM
 
 from nanovllm import LLM, SamplingParams
 
+DELTA_NET = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 16,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e7,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [11, 11, 10],
+        "mrope_interleaved": True,
+    },
+}
 # Of one or two layers: heads, KV heads, hidden and MLP size are those of the models named.
 SHAPES = {
     "qwen2.5-0.5b": {
@@ -105,6 +119,29 @@ SHAPES = {
         "sliding_window": 16,
         "rope_parameters": YARN | {"truncate": False},
     },
+    "qwen3.5-0.8b": {
+        "architecture": "Qwen3_5ForCausalLM",
+        **DELTA_NET,
+        "hidden_size": 1024,
+        "intermediate_size": 3584,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "linear_num_value_heads": 16,
+    },
+    "qwen3.5-35b-a3b": {
+        "architecture": "Qwen3_5MoeForCausalLM",
+        **DELTA_NET,
+        "hidden_size": 2048,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "num_experts": 32,
+        "num_experts_per_tok": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "linear_num_value_heads": 32,
+    },
 }
 
 
@@ -146,6 +183,8 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path, name):
                 "granite",
                 "olmo2",
                 "gpt-oss",
+                "qwen3.5",
+                "qwen3.5-moe",
             )
         ),
         *(
