@@ -13,7 +13,8 @@ from nanovllm.model_files import is_file, list_directory, read_json_object, read
 SINGLE_FILE = "model.safetensors"
 LM_HEAD = "lm_head.weight"
 BYTE = "U8"
-TEXT_PREFIX = "model.language_model."  # of the text part's tensors in a multimodal model
+# Of the text part's tensors in a multimodal model.
+TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
 WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64", "F8_E4M3")  # by their names in the files
 
 
@@ -35,7 +36,7 @@ class SafetensorsCheckpoint:
 
     Names are those of a language model. `is_bare`: the decoder's tensors lack the "model." that
     `names` gives them, as embedding models are saved; they need no LM head. A multimodal model's
-    are saved with "model.language_model.".
+    have one of TEXT_PREFIXES.
 
     Raises:
         ArgumentError: there is none, the index names a missing one, one is damaged, or two have a
@@ -63,7 +64,14 @@ class SafetensorsCheckpoint:
                         f"tensor {shown(name)} is in both {other} and {file_name} of {directory!r}"
                     )
         self.is_bare = "embed_tokens.weight" in self._files
-        self._stored_names = {self._name_of(name): name for name in self._files}
+        self._stored_names: dict[str, str] = {}
+        for name in self._files:
+            other = self._stored_names.setdefault(self._name_of(name), name)
+            if other != name:
+                raise ArgumentError(
+                    f"tensor {shown(self._name_of(name))} is in {directory!r} twice, as "
+                    f"{shown(other)} and {shown(name)}"
+                )
 
     def _choose_files(self) -> tuple[list[str], dict[str, str]]:
         """The files to read, and which tensor is in which of them where an index says so."""
@@ -102,8 +110,9 @@ class SafetensorsCheckpoint:
     def _name_of(self, stored_name: str) -> str:
         if self.is_bare and stored_name != LM_HEAD:
             return f"model.{stored_name}"
-        if stored_name.startswith(TEXT_PREFIX):
-            return f"model.{stored_name.removeprefix(TEXT_PREFIX)}"
+        for prefix in TEXT_PREFIXES:
+            if stored_name.startswith(prefix):
+                return f"model.{stored_name.removeprefix(prefix)}"
         return stored_name
 
     def names(self) -> set[str]:

@@ -18,13 +18,15 @@ if TYPE_CHECKING:
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
 # What config.json may hold beside the fields of the family's configuration.
 OTHER_FIELDS = ("torch_dtype", "quantization_config")
-# Multimodal architectures -> that of their text part, which is all that is run of them.
+# Multimodal architectures -> that of their text part, which is all that is run of them, and what
+# `tie_word_embeddings` is by default.
 TEXT_PARTS = {
-    "Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM",
-    "Qwen3_5MoeForConditionalGeneration": "Qwen3_5MoeForCausalLM",
+    "Gemma3ForConditionalGeneration": ("Gemma3ForCausalLM", True),
+    "Qwen3_5ForConditionalGeneration": ("Qwen3_5ForCausalLM", False),
+    "Qwen3_5MoeForConditionalGeneration": ("Qwen3_5MoeForCausalLM", False),
 }
 # What stands beside the text part's configuration and holds for it as well.
-SHARED_FIELDS = "dtype torch_dtype quantization_config compression_config"
+SHARED_FIELDS = "dtype torch_dtype quantization_config compression_config eos_token_id"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 GGUF = (
     "GGUF files are not supported: give the directory of the model that they were made of, with "
@@ -53,6 +55,8 @@ def read_hf_config(
             values under two names of one field.
     """
     where, raw = _read_config_json(model)
+    if model_impl != "transformers":
+        raw = _text_part(raw)
     fields = overrides if isinstance(overrides, Mapping) else {}
     if fields:
         where += " with hf_overrides"
@@ -165,7 +169,7 @@ def _read_config_json(model: str) -> tuple[str, dict[str, Any]]:
     path = os.path.join(model, "config.json")
     if not is_file(path):
         raise ArgumentError(f"model directory {model!r} holds no config.json{_what_it_is(model)}")
-    return path, _text_part(read_json_object(path))
+    return path, read_json_object(path)
 
 
 def _text_part(raw: dict[str, Any]) -> dict[str, Any]:
@@ -173,12 +177,14 @@ def _text_part(raw: dict[str, Any]) -> dict[str, Any]:
     architectures, text = raw.get("architectures"), raw.get("text_config")
     if not isinstance(architectures, list) or not isinstance(text, dict):
         return raw
-    names = [TEXT_PARTS[name] for name in TEXT_PARTS if name in architectures]
-    if not names:
+    found = [TEXT_PARTS[name] for name in TEXT_PARTS if name in architectures]
+    if not found:
         return raw
-    shared = {name: raw[name] for name in SHARED_FIELDS.split() if name in raw}
-    is_tied = raw.get("tie_word_embeddings", False)
-    return {**text, **shared, "architectures": names, "tie_word_embeddings": is_tied}
+    name, is_tied = found[0]
+    shared = {"tie_word_embeddings": is_tied} | {
+        name: raw[name] for name in (*SHARED_FIELDS.split(), "tie_word_embeddings") if name in raw
+    }
+    return {**text, **shared, "architectures": [name]}
 
 
 def _why_no_directory(model: str) -> str:

@@ -18,6 +18,7 @@ from nanovllm.models.mxfp4_checkpoint import Mxfp4Checkpoint
 MAX_NAMES_IN_ERROR = 8
 EMBEDDING = "model.embed_tokens.weight"
 COMPARED_ROWS = 8192  # of the vocabulary at a time
+NOT_TEXT = ("mtp.", "visual.", "vision_tower.", "multi_modal_projector.")  # parts of a model
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Checkpoint tensor name -> the parameters and shards that it fills: several if it is fused.
 Expected = dict[str, list[tuple[Parameter, Shard]]]
@@ -146,11 +147,11 @@ def load_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 def is_ignored(name: str) -> bool:
     """Whether checkpoints may hold a tensor `name` that the model does not expect."""
     # A tied model may repeat the embedding as lm_head.weight. Qwen3.5 predicts further tokens with
-    # "mtp", and has its images' encoder beside the text model.
+    # "mtp". Multimodal models have their images' encoder beside the text model.
     return (
         name == LM_HEAD
         or name.endswith("rotary_emb.inv_freq")
-        or name.startswith(("mtp.", "model.visual."))
+        or name.removeprefix("model.").startswith(NOT_TEXT)
     )
 
 
