@@ -19,7 +19,9 @@ CAUSAL_LM = "ForCausalLM"
 DECODER = "Model"  # saved alone, as embedding models are: its files may lack an LM head
 SEQUENCE, TOKEN = "sequence", "token"
 REWARD, PROCESS_REWARD = "reward", "process_reward"
-ENDINGS = {"ForSequenceClassification": SEQUENCE, "ForTokenClassification": TOKEN}
+ENDINGS = {"ForSequenceClassification": SEQUENCE, "ForTokenClassification": TOKEN, DECODER: None}
+# Where a family has images too, its plain names stand for all of it, and these for the text alone.
+TEXT_DECODERS = {"Gemma3Text": "Gemma3"}
 REWARD_MODELS = {"Qwen2ForRewardModel": REWARD, "Qwen2ForProcessRewardModel": PROCESS_REWARD}
 NUM_REWARDS = {REWARD: 1, PROCESS_REWARD: 2}  # config.json does not say it
 # What a head may have beside a linear layer, by config.json's `problem_type`: the function of the
@@ -69,10 +71,9 @@ def split_architecture(name: str) -> tuple[str, str | None]:
     if name in REWARD_MODELS:
         return name.partition("For")[0] + CAUSAL_LM, REWARD_MODELS[name]
     for ending, kind in ENDINGS.items():
-        if name.endswith(ending):
-            return name.removesuffix(ending) + CAUSAL_LM, kind
-    if name.endswith(DECODER):
-        return name.removesuffix(DECODER) + CAUSAL_LM, None
+        decoder = name.removesuffix(ending)
+        if decoder != name and decoder not in TEXT_DECODERS.values():
+            return TEXT_DECODERS.get(decoder, decoder) + CAUSAL_LM, kind
     return name, None
 
 
