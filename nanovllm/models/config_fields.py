@@ -125,7 +125,6 @@ FAMILY_FIELDS = {
         linear_conv_kernel_dim full_attention_interval""".split(),
         SIZE,
     ),
-    "mrope_section": unchecked(),  # among the rope parameters
 }
 # Of a classification head.
 HEAD_FIELDS = {

@@ -17,6 +17,7 @@ class Family(NamedTuple):
         has_rope_by_layer_type: whether its rotary embeddings differ by layer type.
         rope_layers: which layers have rotary embeddings, where config.json does not say so: those
             with a window, or those with a window unless no window is set at all.
+        has_mrope: whether rope parameters may have sections for the places of images' tokens.
         has_gated_mlp: whether its MLPs have three matrices, and not two.
         quantization: kinds of quantised checkpoints that are read, by config.json's `quant_method`.
     """
@@ -28,5 +29,6 @@ class Family(NamedTuple):
     norm_weight_offset: float | None = None
     has_rope_by_layer_type: bool = False
     rope_layers: Literal["all", "windowed", "windowed, if any"] = "all"
+    has_mrope: bool = False
     has_gated_mlp: bool = True
     quantization: tuple[str, ...] = ("fp8",)

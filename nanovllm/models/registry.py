@@ -25,7 +25,7 @@ STARCODER2 = (*WINDOW, "norm_epsilon", "use_bias")
 QWEN2_MOE = (*WINDOWS, "qkv_bias", "shared_expert_intermediate_size")
 GPT_OSS = (*LAYER_TYPES, "swiglu_alpha", "swiglu_limit")
 DELTA_NET = (
-    *"layer_types full_attention_interval partial_rotary_factor mrope_section".split(),
+    *"layer_types full_attention_interval partial_rotary_factor".split(),
     *"linear_num_key_heads linear_key_head_dim linear_num_value_heads".split(),
     *"linear_value_head_dim linear_conv_kernel_dim".split(),
 )
@@ -102,15 +102,17 @@ ARCHITECTURES = {
         "nanovllm.models.qwen3_next",
         (*DELTA_NET, "shared_expert_intermediate_size"),
         norm_weight_offset=1.0,
+        has_mrope=True,
     ),
     "Qwen3_5ForCausalLM": Family(
-        "qwen3_5_text", "nanovllm.models.qwen3_5", DELTA_NET, norm_weight_offset=1.0
+        "qwen3_5_text", "nanovllm.models.qwen3_5", DELTA_NET, norm_weight_offset=1.0, has_mrope=True
     ),
     "Qwen3_5MoeForCausalLM": Family(
         "qwen3_5_moe_text",
         "nanovllm.models.qwen3_5_moe",
         (*DELTA_NET, "shared_expert_intermediate_size"),
         norm_weight_offset=1.0,
+        has_mrope=True,
     ),
     "SeedOssForCausalLM": Family("seed_oss", "nanovllm.models.seed_oss", ("attention_out_bias",)),
     "Starcoder2ForCausalLM": Family(

@@ -144,7 +144,7 @@ def _check_type(rope: Mapping[str, Any], where: str, family: Family) -> str:
     where = f"{where} of type {shown(rope_type)}"
     required, optional = ROPE_TYPES[rope_type]
     given = {name: value for name, value in rope.items() if value is not None}
-    if "mrope_section" in family.fields:
+    if family.has_mrope:
         given = {name: given[name] for name in given if name not in MROPE_FIELDS}
     for name in sorted(required.keys() - given.keys()):
         raise ArgumentError(f"{where} lacks {name}")
