@@ -293,6 +293,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": 40,
         "max_window_layers": 2,
     },
+    "olmoe": {
+        "architecture": "OlmoeForCausalLM",
+        "head_dim": 8,
+        "num_experts": 7,
+        "num_experts_per_tok": 3,
+        "tie_word_embeddings": False,
+    },
     "gpt-oss": {
         "architecture": "GptOssForCausalLM",
         "num_local_experts": 6,
@@ -330,6 +337,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 # As old checkpoints write it: changes to config.json, None for a field that is derived.
 OLD_CONFIGS: dict[str, dict[str, Any]] = {
+    "olmoe": {"head_dim": None},
     "qwen2": {"head_dim": None},
     "llama2": {"head_dim": None},
     "phi4-mini": {

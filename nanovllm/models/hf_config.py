@@ -152,6 +152,8 @@ def _check(raw: dict[str, Any], where: str, model_impl: str) -> dict[str, Any]:
     for name, stored in config_class.attribute_map.items():
         if stored in newest:  # of two names, the one that transformers stores wins
             newest[name] = newest.pop(stored)
+        if name == "num_local_experts" and name in newest:  # OLMoE's older name
+            newest["num_experts"] = newest.pop(name)
     is_off = "use_sliding_window" in fields and newest.get("use_sliding_window") is False
     if is_off and newest.get("sliding_window") == 0:
         del newest["sliding_window"]  # as transformers saves Qwen2-MoE's

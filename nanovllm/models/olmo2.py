@@ -17,12 +17,22 @@ POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 
 class HeadsNorm(nn.Module):
-    """The float32 weight of a norm over all heads of q or of k: this rank's heads' part."""
+    """The weight of a norm over all heads of q or of k: this rank's heads' part.
 
-    def __init__(self, num_heads: int, head_dim: int, context: ModelContext) -> None:
+    It is float32 if the model's other norm weights are.
+    """
+
+    def __init__(self, num_heads: int, config: ModelConfig, context: ModelContext) -> None:
         super().__init__()
-        shards = column_shards(1, {"": (num_heads, head_dim)}, context.tp)
-        self.weight = new_bias(shards, replace(context, dtype=torch.float32))
+        shards = column_shards(1, {"": (num_heads, config.head_dim)}, context.tp)
+        dtype = context.dtype if config.norm_weight_offset is None else torch.float32
+        self.weight = new_bias(shards, replace(context, dtype=dtype))
+
+    def scaled(self, normed: Tensor, dtype: torch.dtype) -> Tensor:
+        """normed [T, size] float32 times the weight, rounded as `Ops.rms_norm` rounds."""
+        if self.weight.dtype == dtype:
+            normed = normed.to(dtype)
+        return (normed * self.weight).to(dtype)
 
 
 class Olmo2Attention(SelfAttention):
@@ -33,8 +43,8 @@ class Olmo2Attention(SelfAttention):
     ) -> None:
         bias = config.attention_bias
         super().__init__(config, cos_sin, context, index, qkv_bias=bias, output_bias=bias)
-        self.q_norm = HeadsNorm(config.num_attention_heads, config.head_dim, context)
-        self.k_norm = HeadsNorm(config.num_key_value_heads, config.head_dim, context)
+        self.q_norm = HeadsNorm(config.num_attention_heads, config, context)
+        self.k_norm = HeadsNorm(config.num_key_value_heads, config, context)
         self.tp, self.ops, self.eps = context.tp, context.ops, config.rms_norm_eps
 
     def forward(self, x: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Unreduced:
@@ -57,9 +67,10 @@ class Olmo2Attention(SelfAttention):
         q32, k32 = q.float(), k.float()
         mean_squares = torch.stack([y.square().mean(-1) for y in (q32, k32)])
         inverse_rms = torch.rsqrt(self.tp.mean_over_ranks(mean_squares) + self.eps).unsqueeze(-1)
-        q32 = q32 * inverse_rms[0] * self.q_norm.weight
-        k32 = k32 * inverse_rms[1] * self.k_norm.weight
-        return q32.to(q.dtype), k32.to(k.dtype)
+        return (
+            self.q_norm.scaled(q32 * inverse_rms[0], q.dtype),
+            self.k_norm.scaled(k32 * inverse_rms[1], k.dtype),
+        )
 
 
 class Olmo2ForCausalLM(CausalLM):

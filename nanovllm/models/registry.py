@@ -90,6 +90,7 @@ ARCHITECTURES = {
         norm_weight_offset=0.0,
         has_rope_by_layer_type=True,
     ),
+    "OlmoeForCausalLM": Family("olmoe", "nanovllm.models.olmoe"),
     "Phi3ForCausalLM": Family("phi3", "nanovllm.models.phi3", (*PARTIAL_ROPE, *WINDOW)),
     "Qwen2ForCausalLM": Family("qwen2", "nanovllm.models.qwen2", WINDOWS),
     "Qwen2MoeForCausalLM": Family("qwen2_moe", "nanovllm.models.qwen2_moe", QWEN2_MOE),
@@ -128,7 +129,7 @@ ARCHITECTURES = {
 # `is_causal` if it is false; fields, also those with a word in their names, unless they are false,
 # null, 0 or empty; factors beside 1.
 UNSUPPORTED_FIELDS = (
-    "use_sliding_window use_mrope rope_interleaved alibi per_layer_config "
+    "use_sliding_window use_mrope rope_interleaved alibi clip_qkv per_layer_config "
     "use_bidirectional_attention"
 ).split()
 UNSUPPORTED_WORDS = ("softcap", "soft_cap")

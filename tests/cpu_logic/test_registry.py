@@ -88,6 +88,7 @@ REFUSED = [
     ({"is_causal": False}, "is_causal=false is not supported"),
     ({"use_bidirectional_attention": True}, "use_bidirectional_attention=true is not supported"),
     ({"use_mrope": True}, "use_mrope=true is not supported"),
+    ({"clip_qkv": 8.0}, "clip_qkv=8.0 is not supported"),
     ({"dual_chunk_attention_config": {"chunk_size": 8}}, "local_size must be an integer betw"),
     (
         {"dual_chunk_attention_config": {"chunk_size": 8, "local_size": 8}},

@@ -8,7 +8,7 @@ from engine_checks import generate, greedy, random_prompts, tiny_engine
 from fp8_models import save_fp8, save_rounded, through_blocks, through_rows
 from mxfp4 import save_mxfp4
 from safetensors.torch import load_file
-from tiny_models import FAMILIES, reference_greedy, save_family, save_model
+from tiny_models import FAMILIES, edit_config, reference_greedy, save_family, save_model
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from nanovllm import ArgumentError
@@ -207,6 +207,16 @@ def test_fields_of_other_mixtures_do_not_matter_to_mixtral(paths, tmp_path):
     config = model_config(tmp_path, raw | others)
     assert config == model_config(tmp_path, raw)
     assert config.norm_topk_prob and config.is_sparse(0) and config.moe_intermediate_size == 96
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe"])
+@pytest.mark.parametrize("field", ["num_experts", "num_local_experts"])
+def test_the_number_of_experts_has_two_names(family, field, tmp_path):
+    """transformers stores Mixtral's by one and OLMoE's by the other."""
+    save_family(tmp_path, family)
+    edit_config(tmp_path, num_experts=None, num_local_experts=None)
+    edit_config(tmp_path, **{field: 5})
+    assert Config(str(tmp_path)).model_config.num_experts == 5
 
 
 def test_ranks_must_divide_the_shared_expert(paths, tmp_path):
