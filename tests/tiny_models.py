@@ -300,6 +300,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 3,
         "tie_word_embeddings": False,
     },
+    "granite-moe": {
+        "architecture": "GraniteMoeForCausalLM",
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 1.5,
+        "tie_word_embeddings": False,
+    },
     "gpt-oss": {
         "architecture": "GptOssForCausalLM",
         "num_local_experts": 6,

@@ -117,6 +117,7 @@ FAMILY_FIELDS = {
     **dict.fromkeys("layer_norm_eps norm_epsilon norm_eps".split(), finite(0)),
     **dict.fromkeys("use_bias attention_out_bias qkv_bias".split(), boolean),
     "shared_expert_intermediate_size": SIZE,
+    "num_local_experts": EXPERT_FIELDS["num_experts"],
     "swiglu_alpha": POSITIVE,
     "swiglu_limit": POSITIVE,
     # Of gated delta nets.

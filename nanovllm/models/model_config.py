@@ -147,6 +147,7 @@ class ModelConfig:
             "has_gated_mlp": family.has_gated_mlp,
             "logits_multiplier": _logits_multiplier(hf_config),
             "rms_norm_eps": _first_of(hf_config, NORM_EPS),
+            "num_experts": _num_experts(hf_config),
             "moe_intermediate_size": _expert_size(hf_config),
             "norm_topk_prob": getattr(hf_config, "norm_topk_prob", True),
             "mlp_only_layers": tuple(getattr(hf_config, "mlp_only_layers", None) or ()),
@@ -318,6 +319,12 @@ def _no_rope_layers(hf_config: "PretrainedConfig", family: Family) -> tuple[int,
             f"{len(layers)}"
         )
     return layers
+
+
+def _num_experts(hf_config: "PretrainedConfig") -> int:
+    """The experts of a sparse layer, by either name that transformers has for them."""
+    number: int = getattr(hf_config, "num_experts", 0)
+    return number or getattr(hf_config, "num_local_experts", 0)
 
 
 def _expert_size(hf_config: "PretrainedConfig") -> int:

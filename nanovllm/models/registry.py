@@ -69,6 +69,12 @@ ARCHITECTURES = {
         quantization=("mxfp4",),
     ),
     "GraniteForCausalLM": Family("granite", "nanovllm.models.granite", GRANITE),
+    "GraniteMoeForCausalLM": Family(
+        "granitemoe",
+        "nanovllm.models.granite_moe",
+        (*GRANITE, "num_local_experts"),
+        quantization=(),
+    ),
     "HeliumForCausalLM": Family("helium", "nanovllm.models.helium", norm_weight_offset=0.0),
     "LlamaForCausalLM": Family("llama", "nanovllm.models.llama"),
     "MinistralForCausalLM": Family("ministral", "nanovllm.models.ministral", LAYER_TYPES),
