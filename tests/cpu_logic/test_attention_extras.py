@@ -1,6 +1,8 @@
 """Windows, soft caps and sinks of the torch attention, against a plain dense formula in float64."""
 
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 from nanovllm.errors import ArgumentError
 from nanovllm.kernels import torch_ops
+from nanovllm.kernels.select import select_ops
 from nanovllm.kernels.types import DecodeMetadata, KVCache, KVCacheSpec, PrefillMetadata
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.context import ModelContext
@@ -173,3 +176,44 @@ def test_the_layer_refuses_what_the_backend_does_not_offer():
     Attention(spec, cos_sin, context)
     with pytest.raises(ArgumentError, match="attention has sinks and softcap, which"):
         Attention(spec, cos_sin, context, softcap=3.0, sinks=torch.zeros(4))
+
+
+# flash-attn
+
+
+@pytest.mark.parametrize("has_softcap", (False, True))
+def test_flash_attn_gets_what_its_functions_take(has_softcap, monkeypatch):
+    """A stand-in for the package, with the parameters that version 2.6 has, or those of 2.5."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    calls = []
+
+    def new(query, *args, window_size=(-1, -1), softcap=0.0, **kwargs):
+        calls.append((window_size, softcap))
+        return query
+
+    def old(query, *args, window_size=(-1, -1), **kwargs):
+        calls.append((window_size, None))
+        return query
+
+    function = new if has_softcap else old
+    package = SimpleNamespace(flash_attn_varlen_func=function, flash_attn_with_kvcache=function)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.delitem(sys.modules, "nanovllm.kernels.flash_attention", raising=False)
+    ops = select_ops("flash-attn", torch.device("cuda"), torch.bfloat16, 64, False)
+    monkeypatch.delitem(sys.modules, "nanovllm.kernels.flash_attention")
+    assert ops.attention_extras == ({"window", "softcap"} if has_softcap else {"window"})
+    tables, lens = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
+    cache = KVCache(*torch.zeros(2, 1, 256, 1, 64))
+    for metadata in (
+        DecodeMetadata(NO_SLOTS, tables, lens),
+        PrefillMetadata(NO_SLOTS, tables, lens, lens, 1, 1),
+    ):
+        calls.clear()
+        query = torch.zeros(1, 1, 64)
+        ops.attend(query, cache, metadata, 1.0)
+        ops.attend(query, cache, metadata, 1.0, window=5)
+        nothing = 0.0 if has_softcap else None
+        assert calls == [((-1, -1), nothing), ((4, 0), nothing)]
+        if has_softcap:
+            ops.attend(query, cache, metadata, 1.0, softcap=3.0)
+            assert calls[2] == ((-1, -1), 3.0)
