@@ -21,7 +21,11 @@ SEQUENCE, TOKEN = "sequence", "token"
 REWARD, PROCESS_REWARD = "reward", "process_reward"
 ENDINGS = {"ForSequenceClassification": SEQUENCE, "ForTokenClassification": TOKEN, DECODER: None}
 # Where a family has images too, its plain names stand for all of it, and these for the text alone.
-TEXT_DECODERS = {"Gemma3Text": "Gemma3"}
+TEXT_DECODERS = {
+    "Gemma3Text": "Gemma3",
+    "Qwen3_5Text": "Qwen3_5",
+    "Qwen3_5MoeText": "Qwen3_5Moe",
+}
 REWARD_MODELS = {"Qwen2ForRewardModel": REWARD, "Qwen2ForProcessRewardModel": PROCESS_REWARD}
 NUM_REWARDS = {REWARD: 1, PROCESS_REWARD: 2}  # config.json does not say it
 # What a head may have beside a linear layer, by config.json's `problem_type`: the function of the
@@ -75,6 +79,11 @@ def split_architecture(name: str) -> tuple[str, str | None]:
         if decoder != name and decoder not in TEXT_DECODERS.values():
             return TEXT_DECODERS.get(decoder, decoder) + CAUSAL_LM, kind
     return name, None
+
+
+def causal_lm_of(name: str) -> str:
+    """The causal language model with the same decoder as an architecture."""
+    return split_architecture(name)[0]
 
 
 def head_config(kind: str, hf_config: "PretrainedConfig") -> HeadConfig:

@@ -14,6 +14,7 @@ from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
 from nanovllm.layers.rotary_order import HeadNorm, rotary_order
 from nanovllm.layers.weights import Heads
 from nanovllm.models.decoder import DecoderLayer, kv_cache_spec
+from nanovllm.models.head_config import causal_lm_of
 from nanovllm.models.model_config import ModelConfig
 
 
@@ -25,7 +26,7 @@ def delta_net_sizes(config: ModelConfig) -> DeltaNetSizes:
         config.linear_key_head_dim,
         config.linear_value_head_dim,
         config.linear_conv_kernel_dim,
-        is_by_key_head="Qwen3NextForCausalLM" in config.architectures,
+        is_by_key_head="Qwen3NextForCausalLM" in map(causal_lm_of, config.architectures),
     )
 
 

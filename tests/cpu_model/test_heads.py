@@ -80,10 +80,10 @@ def states_of_transformers(path: Path, prompts=PROMPTS) -> list[torch.Tensor]:
     return [model(torch.tensor([ids])).last_hidden_state[0] for ids in prompts]
 
 
-def check_close(found, expected) -> None:
+def check_close(found, expected, atol: float = 3e-5) -> None:
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(np.asarray(one), np.asarray(other), atol=3e-5, rtol=2e-4)
+        np.testing.assert_allclose(np.asarray(one), np.asarray(other), atol=atol, rtol=2e-4)
 
 
 def probs(llm, prompts=PROMPTS, **kwargs) -> list[list[float]]:
@@ -107,7 +107,7 @@ def test_heads_of_every_family(ending, family, tmp_path):
     few = PROMPTS[:6]
     expected = logits_of_transformers(path, few)
     with tiny_engine(path, **CHUNKED) as llm:
-        check_close(data(llm, task, LOGITS, few), expected)
+        check_close(data(llm, task, LOGITS, few), expected, atol=5e-4)  # recurrences are sums
         check_nothing_is_held(llm)
 
 
