@@ -34,7 +34,7 @@ FEW_SWITCHES = [
 ]
 # One of each way to divide a layer; processes that start take seconds.
 WITH_RANKS = """qwen2-yarn llama2 smollm2 phi4-mini glm4 qwen3-moe qwen3-moe-steps gemma2 gemma3
-    granite olmo2 cohere nemotron starcoder2 qwen3.5 qwen3-next""".split()
+    gpt-oss granite olmo2 cohere nemotron starcoder2 qwen3.5 qwen3-next""".split()
 WITH_THEIR_OWN_ROUNDING = ("gemma", "gemma2", "granite", "nemotron", "olmo2")
 WITH_ALL_SWITCHES = ("gemma2", "qwen3-moe")
 
