@@ -43,6 +43,7 @@ def decode_metadata(
     ops: Ops,
     layers: Sequence[Attention],
     inputs: DecodeInputs,
+    rows: torch.Tensor,
     block_size: int,
     num_common_blocks: torch.Tensor | None,
 ) -> DecodeMetadata:
@@ -54,6 +55,7 @@ def decode_metadata(
         ops: the backend.
         layers: a layer of each group.
         inputs: of the step, with the block tables of all groups and the first group's slots.
+        rows: [B] int32, in the row table.
         block_size: tokens per block.
         num_common_blocks: as of `Ops.plan_decode`, of the first group; None if it has a window.
     """
@@ -71,6 +73,7 @@ def decode_metadata(
                 None if group else num_common_blocks,
                 window=layer.window,
             ),
+            rows=rows,
         )
         for group, (layer, slots, table) in enumerate(
             zip(layers, slot_mappings, tables, strict=True)

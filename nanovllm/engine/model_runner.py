@@ -138,7 +138,7 @@ class ModelRunner(RankState):
         num_common_blocks = self.decode_batch[:1] if has_common_blocks else None
         if self.has_windows:
             metadata = decode_metadata(
-                self.ops, self.group_layers, inputs, self.block_size, num_common_blocks
+                self.ops, self.group_layers, inputs, rows, self.block_size, num_common_blocks
             )
         else:
             tables, lens = inputs.block_tables, inputs.context_lens

@@ -36,7 +36,7 @@ def test_decode(windows):
     inputs = torch_ops.gather_decode_inputs(row_table, rows, BLOCK_SIZE)
     common = torch.tensor([2], dtype=torch.int32)
     layers = layers_with(windows)
-    metadata = decode_metadata(RecordingOps(), layers, inputs, BLOCK_SIZE, common)
+    metadata = decode_metadata(RecordingOps(), layers, inputs, rows, BLOCK_SIZE, common)
     groups = [metadata, *metadata.further_groups]
     assert len(groups) == num_groups
     for number, group in enumerate(groups):
@@ -53,6 +53,7 @@ def test_decode(windows):
         assert group.block_tables.tolist() == tables
         assert group.block_tables.stride(1) == 1
         assert group.context_lens is inputs.context_lens
+        assert group.rows is rows
         assert group.logits_indices is None
         expected_common = common if number == 0 else None
         assert group.plan == (f"cache {number}", tables, expected_common, windows[number])
