@@ -1,5 +1,7 @@
 """Decoding speed of transformers' modules: its own `generate`, and here, eager and with graphs.
 
+Beside them stands the family's own file here ("nanovllm").
+
     PYTHONPATH=. python tests/benchmarks/transformers_speed.py --layers 4
 
 Random weights of the shapes of published models, of a few layers. Prompts have equal lengths, so
@@ -30,6 +32,7 @@ SHAPES: dict[str, tuple[str, str, int, int, int, int, int, int]] = {
     "olmo-2-7b": ("olmo2", "Olmo2ForCausalLM", 4096, 11008, 32, 32, 128, 100352),
     "glm-4-9b": ("glm4", "Glm4ForCausalLM", 4096, 13696, 32, 2, 128, 151552),
 }
+WAYS = ["transformers", "eager", "graphs", "fp8 cache", "nanovllm"]
 TINY = 64, 128, 4, 2, 16, 512  # for a look at whether the script runs
 
 
@@ -92,7 +95,6 @@ def engine(
     """The same of an engine."""
     llm = LLM(
         str(path),
-        model_impl="transformers",
         load_format="dummy",
         skip_tokenizer_init=True,
         dtype=args.dtype,
@@ -102,7 +104,7 @@ def engine(
         gpu_memory_utilization=0.6,
         num_kvcache_blocks=max(args.batches) * (-(-(args.prompt + args.tokens) // 256) + 1),
         enable_prefix_caching=False,
-        **settings,
+        **({"model_impl": "transformers"} | settings),
     )
     params = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True)
     vocab_size = llm.config.model_config.vocab_size
@@ -111,7 +113,8 @@ def engine(
         prompts = torch.randint(3, vocab_size, (batch, args.prompt)).tolist()
         return llm.generate(prompts, params, use_tqdm=False)
 
-    generate.reason = llm.model_runner.model.eager_reason  # type: ignore[attr-defined]
+    reason = getattr(llm.model_runner.model, "eager_reason", None)
+    generate.reason = reason  # type: ignore[attr-defined]
     try:
         yield generate
     finally:
@@ -125,8 +128,11 @@ def measure(path: Path, name: str, args: argparse.Namespace) -> None:
         ("eager", engine(path, args, enforce_eager=True)),
         ("graphs", engine(path, args)),
         ("fp8 cache", engine(path, args, kv_cache_dtype="fp8")),
+        ("nanovllm", engine(path, args, model_impl="nanovllm")),
     ]
     for way, opened in ways:
+        if way not in args.ways:
+            continue
         try:
             with opened as generate:
                 rates = []
@@ -145,6 +151,7 @@ def measure(path: Path, name: str, args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else None)
     parser.add_argument("--models", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--ways", nargs="*", default=WAYS, choices=WAYS)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 16, 64])
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
