@@ -47,6 +47,7 @@ GROUP_PATTERNS = (
     ("RoPE, KV write", r"rope"),
     ("norms", r"norm_kernel"),
     ("activation", r"act_and_mul|silu"),
+    ("delta nets", r"delta_rule|conv1d|^_invert_kernel|^_chunks_kernel|^_sigmoid_gate_kernel"),
     ("quantization", r"^_quantize_kernel"),
     ("experts", r"experts_kernel|^_route_kernel|^_sort_pairs_kernel"),
     (SAMPLER, r"sampl|^_(chunk|row|start|pass|finish)_"),
@@ -56,7 +57,7 @@ GROUP_PATTERNS = (
 )
 GROUPS = (
     *("attention", LINEARS, "experts", "quantization", LM_HEAD, "norms", "RoPE, KV write"),
-    *("activation", SAMPLER, "row table", "copies", "all-reduce", OTHER),
+    *("delta nets", "activation", SAMPLER, "row table", "copies", "all-reduce", OTHER),
 )
 
 

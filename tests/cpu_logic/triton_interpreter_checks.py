@@ -164,9 +164,8 @@ def paged_inputs(
     return KVCache(*caches), tables
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "block_size"), zip(DTYPES, (16, 64), strict=True))
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("block_size", (16, 64))
 def test_prefill_attention(dtype, heads, block_size):
     """Whole prompts, a cached prefix before 7 new tokens, and one new token."""
     lens_k, lens_q = [1, 15, 17, 40, 33, 70], [1, 15, 17, 7, 1, 70]

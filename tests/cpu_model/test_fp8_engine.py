@@ -54,7 +54,9 @@ def attention_over_fp8(
         scores = softcap * torch.tanh(scores / softcap)
     everything = torch.ones(scores.shape[-2:], dtype=torch.bool)
     hidden = everything.triu(1)
-    window = sliding_window or getattr(module, "sliding_window", None)  # Qwen2-MoE passes none
+    window = sliding_window
+    if type(module).__name__ == "Qwen2MoeAttention":  # it passes none
+        window = getattr(module, "sliding_window", None)
     if window is not None:
         hidden |= everything.tril(-window)
     scores = scores.masked_fill(hidden, -torch.inf)
