@@ -327,7 +327,7 @@ def prefill_attention(
                 if window is not None:
                     mask &= k_pos > q_pos - window
             grouped = query[begin:end].unflatten(1, (num_kv_heads, group)).permute(1, 2, 0, 3)
-            if mask is None or (softcap is None and sinks is None):
+            if mask is None or not (query.is_cuda or softcap is not None or sinks is not None):
                 attended = F.scaled_dot_product_attention(
                     grouped,
                     keys[:, :, seen],
@@ -358,7 +358,10 @@ def _attention(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention with a soft cap, with sinks or with both; see `Ops.attend`.
+    """Attention with a mask, and perhaps a soft cap and sinks; see `Ops.attend`.
+
+    On CUDA SDPA with a mask reads beyond it, or gives other numbers, for lengths such as 257 (torch
+    2.11, float32), so that no mask is passed there.
 
     Scores and softmax are in float32 (float64 for such a query), weights rounded to the dtype.
 
@@ -431,12 +434,13 @@ def decode_attention(
             for memory, scales in _halves(cache)
         )
         grouped = query[part].unflatten(1, (num_kv_heads, -1))  # [b, Hkv, G, D]
-        if softcap is None and sinks is None:
+        is_ragged = min(lens[part]) < max(lens[part])
+        if softcap is None and sinks is None and not (is_ragged and query.is_cuda):
             attended = F.scaled_dot_product_attention(
                 grouped,
                 keys,
                 values,
-                attn_mask=None if min(lens[part]) == max(lens[part]) else visible[:, None, None],
+                attn_mask=visible[:, None, None] if is_ragged else None,
                 scale=scale,
             )
         else:

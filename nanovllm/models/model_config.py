@@ -149,6 +149,7 @@ class ModelConfig:
             "rms_norm_eps": _first_of(hf_config, NORM_EPS),
             "num_experts": _num_experts(hf_config),
             "moe_intermediate_size": _expert_size(hf_config),
+            **_clamped_swiglu(hf_config, family.fields),
             "norm_topk_prob": getattr(hf_config, "norm_topk_prob", True),
             "mlp_only_layers": tuple(getattr(hf_config, "mlp_only_layers", None) or ()),
         }
@@ -325,6 +326,12 @@ def _num_experts(hf_config: "PretrainedConfig") -> int:
     """The experts of a sparse layer, by either name that transformers has for them."""
     number: int = getattr(hf_config, "num_experts", 0)
     return number or getattr(hf_config, "num_local_experts", 0)
+
+
+def _clamped_swiglu(hf_config: "PretrainedConfig", known: tuple[str, ...]) -> dict[str, float]:
+    """gpt-oss's constants, which neither its files nor older configuration classes name."""
+    defaults = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}
+    return {name: getattr(hf_config, name, defaults[name]) for name in defaults if name in known}
 
 
 def _expert_size(hf_config: "PretrainedConfig") -> int:

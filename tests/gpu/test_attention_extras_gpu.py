@@ -1,5 +1,6 @@
 """Windows, soft caps and sinks on the GPU against `torch_ops`, as in `test_kernels.py`."""
 
+import dataclasses
 import math
 from dataclasses import replace
 
@@ -119,6 +120,29 @@ def check(kernel, args: tuple, extras: dict) -> None:
         is_live = args[2].context_lens > 0
         got, low, exact = got[is_live], low[is_live], exact[is_live]
     assert_as_exact_as_torch(got, low, exact)
+
+
+@pytest.mark.parametrize("window", [None, 24])
+def test_torch_on_cuda_is_torch_on_the_cpu_for_masks_of_any_length(window):
+    """SDPA with a mask gave other numbers for 257 keys, and read beyond the mask for others."""
+    lens_k = [1, 3, 17, 60, 200, 257, 258, 300, 520]
+    lens_q = [1, 2, 17, 60, 199, 257, 100, 299, 520]
+    ends = [torch.tensor([0, *lens]).cumsum(0, dtype=torch.int32) for lens in (lens_q, lens_k)]
+    tables = torch.arange(27, dtype=torch.int32).view(9, 3)
+    cache = KVCache(*torch.randn(2, 27, 256, 4, 16))
+    query = torch.randn(max(sum(lens_q), 9), 8, 16)
+    no_slots = torch.empty(0, dtype=torch.int64)
+    prefill = PrefillMetadata(no_slots, tables, *ends, max(lens_q), max(lens_k))
+    decode = DecodeMetadata(no_slots, tables, torch.tensor(lens_k, dtype=torch.int32))
+    for metadata, x in ((prefill, query[: sum(lens_q)]), (decode, query[:9])):
+        fields = {f.name: getattr(metadata, f.name) for f in dataclasses.fields(metadata)}
+        on_device = type(metadata)(
+            **{n: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for n, v in fields.items()}
+        )
+        expected = torch_ops.attend(x, cache, metadata, 0.25, window=window)
+        moved = KVCache(*(part.to(DEVICE) for part in cache[:2]))
+        got = torch_ops.attend(x.to(DEVICE), moved, on_device, 0.25, window=window)
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
 needs_fp8 = pytest.mark.skipif(

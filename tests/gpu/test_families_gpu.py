@@ -164,7 +164,7 @@ def small_engine(model_dir, **kwargs):
 def test_greedy_tokens_are_those_of_transformers(tmp_path, name):
     model_dir = save_family(tmp_path / "m", name)
     prompts = random_prompts((1, 3, 60, 200, 257, 520))
-    reference = reference_greedy(model_dir, prompts, 16)
+    reference = reference_greedy(model_dir, prompts, 16, attn_implementation="eager")
     for eager in (False, True):
         with small_engine(model_dir, enforce_eager=eager) as llm:
             assert generate(llm, prompts, 16) == reference
@@ -196,7 +196,7 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path, name):
 def test_ranks(tmp_path, name, num_ranks):
     model_dir = save_family(tmp_path / "m", name)
     prompts = random_prompts((1, 3, 60, 200, 257, 520))
-    reference = reference_greedy(model_dir, prompts, 16)
+    reference = reference_greedy(model_dir, prompts, 16, attn_implementation="eager")
     with small_engine(model_dir, tensor_parallel_size=num_ranks) as llm:
         assert generate(llm, prompts, 16) == reference
 
@@ -204,7 +204,9 @@ def test_ranks(tmp_path, name, num_ranks):
 @torch.inference_mode()
 def logits_of_transformers(model_dir, sequences, dtype):
     """After each but the last token of each sequence of one length: [sequences, tokens, V]."""
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).to("cuda")
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=dtype, attn_implementation="eager"
+    ).to("cuda")
     return model(torch.tensor(sequences, device="cuda"), use_cache=False).logits[:, :-1].float()
 
 
@@ -238,5 +240,7 @@ def test_bf16_logits_are_about_as_close_to_the_truth_as_those_of_transformers(
     )
     error = (logits - truth).square().mean().sqrt()
     of_bf16 = (rounded - truth).square().mean().sqrt()
-    # fp8: coarse, test_fp8_kv_cache.py looks closer at the kernels.
-    assert error <= (1.5 * of_bf16 + 1e-4 if kv_cache_dtype == "auto" else 0.25 * truth.std())
+    if kv_cache_dtype == "auto":
+        assert error <= 1.5 * of_bf16 + 1e-4
+    else:  # coarse, test_fp8_kv_cache.py looks closer at the kernels: fp8 is 16 times bf16's steps
+        assert error <= max(0.25 * truth.std(), 4 * of_bf16)
