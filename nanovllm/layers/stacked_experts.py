@@ -1,4 +1,4 @@
-"""Experts with biases whose checkpoints have one tensor for the weights of all of them."""
+"""Experts whose checkpoints have one tensor for the weights of all of them; some with biases."""
 
 from dataclasses import replace
 
@@ -8,6 +8,7 @@ from nanovllm.kernels.types import ClampedSwiGLU, LinearOutput
 from nanovllm.layers.context import ModelContext
 from nanovllm.layers.fp8_weights import keeps_fp8, new_linear_weight
 from nanovllm.layers.weights import Parameter, Shard, new_parameter, shape_of
+from nanovllm.parallel.tensor_parallel import TensorParallel
 
 
 class StackedExperts(nn.Module):
@@ -28,29 +29,9 @@ class StackedExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.ops, self.swiglu, self.rank = context.ops, swiglu, context.tp.rank
-        size = intermediate_size // context.tp.size
-        start = self.rank * size
-        gate_up_shards, down_shards = {}, {}
-        for expert in range(num_experts):
-            experts = slice(expert, expert + 1)
-            for i in range(2):  # gate and up
-                rows = slice(2 * start + i, 2 * (start + size), 2)
-                first = (2 * expert + i) * size
-                gate_up_shards[f"{expert}.{i}"] = Shard(
-                    (num_experts, hidden_size, 2 * intermediate_size),
-                    (experts, slice(0, hidden_size), rows),
-                    (slice(first, first + size), slice(0, hidden_size)),
-                    fused_name="",
-                    is_transposed=True,
-                )
-            first = expert * hidden_size
-            down_shards[f"{expert}"] = Shard(
-                (num_experts, intermediate_size, hidden_size),
-                (experts, slice(start, start + size), slice(0, hidden_size)),
-                (slice(first, first + hidden_size), slice(0, size)),
-                fused_name="",
-                is_transposed=True,
-            )
+        gate_up_shards, down_shards = stacked_shards(
+            num_experts, hidden_size, intermediate_size, context.tp, is_transposed=True
+        )
         # Both in fp8 or none.
         is_fp8 = keeps_fp8(gate_up_shards, context) and keeps_fp8(down_shards, context)
         self.gate_up_proj, self.gate_up_scale = new_linear_weight(gate_up_shards, context, is_fp8)
@@ -78,6 +59,52 @@ class StackedExperts(nn.Module):
             down_bias=self.down_proj_bias if self.rank == 0 else None,
             swiglu=self.swiglu,
         )
+
+
+def stacked_shards(
+    num_experts: int,
+    hidden_size: int,
+    intermediate_size: int,
+    tp: TensorParallel,
+    is_transposed: bool,
+) -> tuple[dict[str, Shard], dict[str, Shard]]:
+    """Of a tensor with gate and up of all experts, and of one with their down, this rank's slices.
+
+    The checkpoint's matrices are [2 * intermediate_size, hidden_size], gate before up, and
+    [hidden_size, intermediate_size]. With `is_transposed` they are the transposes of these, and
+    gate's and up's features come in turn.
+    """
+    size = intermediate_size // tp.size
+    start = tp.rank * size
+    everything = slice(0, hidden_size)
+
+    def shard(expert: int, rows: slice, columns: slice, first: int, shape: list[int]) -> Shard:
+        """Of the matrix of an expert its rows and columns, which go to rows from `first` on."""
+        source = [rows, columns]
+        num_columns = columns.stop - columns.start
+        num_rows = len(range(rows.start, rows.stop, rows.step or 1))
+        return Shard(
+            (num_experts, *(shape[::-1] if is_transposed else shape)),
+            (slice(expert, expert + 1), *(source[::-1] if is_transposed else source)),
+            (slice(first, first + num_rows), slice(0, num_columns)),
+            fused_name="",
+            is_transposed=is_transposed,
+        )
+
+    gate_up, down = {}, {}
+    for expert in range(num_experts):
+        for i in range(2):  # gate and up
+            begin = i * intermediate_size + start
+            rows = slice(begin, begin + size)
+            if is_transposed:
+                rows = slice(2 * start + i, 2 * (start + size), 2)
+            shape = [2 * intermediate_size, hidden_size]
+            gate_up[f"{expert}.{i}"] = shard(
+                expert, rows, everything, (2 * expert + i) * size, shape
+            )
+        columns, shape = slice(start, start + size), [hidden_size, intermediate_size]
+        down[f"{expert}"] = shard(expert, everything, columns, expert * hidden_size, shape)
+    return gate_up, down
 
 
 def _new_bias(weight_shards: dict[str, Shard], context: ModelContext) -> Parameter:

@@ -8,7 +8,7 @@ from nanovllm.kernels.types import Unreduced
 from nanovllm.layers.context import ModelContext
 from nanovllm.layers.fp8_weights import keeps_fp8
 from nanovllm.layers.moe import ExpertWeights, Router
-from nanovllm.layers.weights import Shard
+from nanovllm.layers.stacked_experts import stacked_shards
 from nanovllm.models.base import CausalLM
 from nanovllm.models.decoder import DecoderLayer
 from nanovllm.models.extras import scaled
@@ -29,27 +29,9 @@ class GraniteMoeMLP(nn.Module):
         self.num_experts_per_tok = config.num_experts_per_tok
         num_experts, hidden_size = config.num_experts, config.hidden_size
         inner_size = config.moe_intermediate_size
-        size, everything = inner_size // context.tp.size, slice(0, hidden_size)
-        start = context.tp.rank * size
-        input_shards, output_shards = {}, {}
-        for expert in range(num_experts):
-            experts = slice(expert, expert + 1)
-            for i in range(2):  # gate and up
-                source = slice(i * inner_size + start, i * inner_size + start + size)
-                first = (2 * expert + i) * size
-                input_shards[f"{expert}.{i}"] = Shard(
-                    (num_experts, 2 * inner_size, hidden_size),
-                    (experts, source, everything),
-                    (slice(first, first + size), everything),
-                    fused_name="",
-                )
-            first = expert * hidden_size
-            output_shards[f"{expert}"] = Shard(
-                (num_experts, hidden_size, inner_size),
-                (experts, everything, slice(start, start + size)),
-                (slice(first, first + hidden_size), slice(0, size)),
-                fused_name="",
-            )
+        input_shards, output_shards = stacked_shards(
+            num_experts, hidden_size, inner_size, context.tp, is_transposed=False
+        )
         is_fp8 = keeps_fp8(input_shards, context) and keeps_fp8(output_shards, context)
         self.router = Router(num_experts, hidden_size, context)
         self.input_linear = ExpertWeights(input_shards, context, is_fp8)
