@@ -22,11 +22,10 @@ from nanovllm.layers.context import ModelContext
 from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
 from nanovllm.layers.weights import (
     Heads,
-    Parameter,
-    Shard,
     column_shards,
     new_norm_weight,
     new_parameter,
+    new_parameter_of_heads,
     shape_of,
 )
 
@@ -91,8 +90,9 @@ class GatedDeltaNet(nn.Module):
         )
         channels = {name: part._replace(fused_name="") for name, part in mixed.items()}
         self.conv1d = DepthwiseConvolution(sizes.kernel_size, channels, context)
-        self.A_log = _parameter_of_heads(sizes.num_value_heads, context)
-        self.dt_bias = _parameter_of_heads(sizes.num_value_heads, context)
+        num_heads = sizes.num_value_heads
+        self.A_log = new_parameter_of_heads(num_heads, 1, context, torch.float32)
+        self.dt_bias = new_parameter_of_heads(num_heads, 1, context, torch.float32)
         self.norm = GatedNorm(sizes.value_dim, context)
         value_size = sizes.num_value_heads * sizes.value_dim
         self.out_proj = RowParallelLinear(value_size, hidden_size, False, context)
@@ -160,11 +160,3 @@ class GatedNorm(nn.Module):
     def __init__(self, value_dim: int, context: ModelContext) -> None:
         super().__init__()
         self.weight = new_norm_weight(value_dim, context)
-
-
-def _parameter_of_heads(num_heads: int, context: ModelContext) -> Parameter:
-    """A float32 number for each of this rank's value heads."""
-    size = num_heads // context.tp.size
-    source = slice(context.tp.rank * size, (context.tp.rank + 1) * size)
-    shards = {"": Shard((num_heads,), (source,), (slice(0, size),))}
-    return new_parameter((size,), shards, torch.float32, context.device)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from nanovllm.kernels.types import Unreduced, summed
 from nanovllm.layers.context import ModelContext
-from nanovllm.layers.weights import OffsetParameter, new_parameter, new_whole_parameter
+from nanovllm.layers.weights import new_norm_weight, new_whole_parameter
 
 
 class LayerNorm(nn.Module):
@@ -20,17 +20,11 @@ class LayerNorm(nn.Module):
     """
 
     def __init__(
-        self, size: int, eps: float, context: ModelContext, bias: bool, offset: float = 0.0
+        self, size: int, eps: float, context: ModelContext, bias: bool, offset: float | None = None
     ) -> None:
         super().__init__()
         self.tp, self.eps = context.tp, eps
-        self.weight = new_whole_parameter((size,), context)
-        if offset:
-            shards = self.weight.shards
-            weight = new_parameter((size,), shards, context.dtype, context.device, OffsetParameter)
-            assert isinstance(weight, OffsetParameter)
-            weight.offset = offset
-            self.weight = weight
+        self.weight = new_norm_weight(size, context, offset, context.dtype)
         self.bias = new_whole_parameter((size,), context) if bias else None
 
     def forward(self, x: Tensor | Unreduced) -> Tensor:

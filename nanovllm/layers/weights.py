@@ -119,12 +119,20 @@ def new_whole_parameter(shape: tuple[int, ...], context: ModelContext) -> Parame
     return new_parameter(shape, shards, context.dtype, context.device)
 
 
-def new_norm_weight(size: int, context: ModelContext, offset: float | None = None) -> Parameter:
-    """A norm's weight, which every rank holds whole; with an offset see `OffsetParameter`."""
+def new_norm_weight(
+    size: int,
+    context: ModelContext,
+    offset: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Parameter:
+    """A norm's weight, which every rank holds whole.
+
+    With an offset it is an `OffsetParameter` of `dtype`.
+    """
     weight = new_whole_parameter((size,), context)
     if offset is None:
         return weight
-    with_offset = OffsetParameter(weight.data.float(), requires_grad=False)
+    with_offset = OffsetParameter(weight.data.to(dtype), requires_grad=False)
     with_offset.shards, with_offset.offset = weight.shards, offset
     return with_offset
 
@@ -141,6 +149,14 @@ def new_bias(weight_shards: dict[str, Shard], context: ModelContext) -> Paramete
         for name, shard in weight_shards.items()
     }
     return new_parameter(shape_of(shards), shards, context.dtype, context.device)
+
+
+def new_parameter_of_heads(
+    num_heads: int, size: int, context: ModelContext, dtype: torch.dtype
+) -> Parameter:
+    """`size` numbers for each of this rank's heads, one head after another."""
+    shards = column_shards(1, {"": (num_heads, size)}, context.tp)
+    return new_bias(shards, replace(context, dtype=dtype))
 
 
 def new_vocab_parameter(vocab_size: int, hidden_size: int, context: ModelContext) -> Parameter:

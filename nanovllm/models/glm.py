@@ -15,7 +15,10 @@ from nanovllm.models.model_config import ModelConfig
 def glm_attention(
     config: ModelConfig, cos_sin: Tensor, context: ModelContext, index: int
 ) -> SelfAttention:
-    """The self-attention of layer `index`: q, k and v have biases if the config says so."""
+    """The self-attention of layer `index`, with neighbours rotated.
+
+    q, k and v have biases if the config says so.
+    """
     return SelfAttention(
         config,
         cos_sin,

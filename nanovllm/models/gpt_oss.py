@@ -6,7 +6,7 @@ from nanovllm.kernels.types import ClampedSwiGLU, Unreduced
 from nanovllm.layers.context import ModelContext
 from nanovllm.layers.moe import Router
 from nanovllm.layers.stacked_experts import StackedExperts
-from nanovllm.layers.weights import Parameter, Shard, new_parameter
+from nanovllm.layers.weights import new_parameter_of_heads
 from nanovllm.models.base import CausalLM
 from nanovllm.models.decoder import DecoderLayer, SelfAttention
 from nanovllm.models.model_config import ModelConfig
@@ -18,19 +18,12 @@ class GptOssAttention(SelfAttention):
     def __init__(
         self, config: ModelConfig, cos_sin: Tensor, context: ModelContext, index: int
     ) -> None:
-        bias, sinks = config.attention_bias, new_sinks(config.num_attention_heads, context)
+        bias, num_heads = config.attention_bias, config.num_attention_heads
+        sinks = new_parameter_of_heads(num_heads, 1, context, context.dtype)
         super().__init__(
             config, cos_sin, context, index, qkv_bias=bias, output_bias=bias, sinks=sinks
         )
         self.sinks = sinks  # the checkpoint's name; `attn` has the same
-
-
-def new_sinks(num_heads: int, context: ModelContext) -> Parameter:
-    """The sinks of this rank's heads."""
-    size = num_heads // context.tp.size
-    source = slice(context.tp.rank * size, (context.tp.rank + 1) * size)
-    shard = Shard((num_heads,), (source,), (slice(0, size),))
-    return new_parameter((size,), {"": shard}, context.dtype, context.device)
 
 
 class GptOssMLP(nn.Module):

@@ -13,8 +13,8 @@ from nanovllm.models.model_config import ModelConfig
 
 def layer_norm(config: ModelConfig, context: ModelContext, bias: bool) -> LayerNorm:
     """A layer norm of hidden states."""
-    offset = config.norm_weight_offset or 0.0
-    return LayerNorm(config.hidden_size, config.rms_norm_eps, context, bias, offset)
+    size, eps, offset = config.hidden_size, config.rms_norm_eps, config.norm_weight_offset
+    return LayerNorm(size, eps, context, bias, offset)
 
 
 class LayerNormCausalLM(CausalLM):

@@ -1,6 +1,6 @@
 """The shape of a model: what its layers, its KV cache and its ranks need to know of config.json."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -293,11 +293,7 @@ def _layer_windows(hf_config: "PretrainedConfig", known: tuple[str, ...]) -> tup
     if "layer_types" not in known:
         return (window,) * num_layers
     layer_types = hf_config.layer_types
-    if len(layer_types) < num_layers:
-        raise ArgumentError(
-            f"the model's layer_types must have {num_layers} entries, one for each layer, got "
-            f"{len(layer_types)}"
-        )
+    _check_entries("layer_types", layer_types, num_layers)
     is_windowed = [kind == "sliding_attention" for kind in layer_types[:num_layers]]
     if any(is_windowed) and not window:
         raise ArgumentError("the model's sliding_window must be set: its layer_types name it")
@@ -313,13 +309,18 @@ def _no_rope_layers(hf_config: "PretrainedConfig", family: Family) -> tuple[int,
         return tuple(int(kind == "sliding_attention") for kind in hf_config.layer_types)
     if "no_rope_layers" not in family.fields:
         return ()
-    num_layers, layers = hf_config.num_hidden_layers, tuple(hf_config.no_rope_layers)
-    if len(layers) < num_layers:
-        raise ArgumentError(
-            f"the model's no_rope_layers must have {num_layers} entries, one for each layer, got "
-            f"{len(layers)}"
-        )
+    layers = tuple(hf_config.no_rope_layers)
+    _check_entries("no_rope_layers", layers, hf_config.num_hidden_layers)
     return layers
+
+
+def _check_entries(name: str, entries: Sequence[object], num_layers: int) -> None:
+    """ArgumentError if a field that has an entry for each layer has too few."""
+    if len(entries) < num_layers:
+        raise ArgumentError(
+            f"the model's {name} must have {num_layers} entries, one for each layer, got "
+            f"{len(entries)}"
+        )
 
 
 def _num_experts(hf_config: "PretrainedConfig") -> int:

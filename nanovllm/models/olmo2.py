@@ -1,13 +1,11 @@
 """OLMo 2 (OLMo team 2024, arXiv 2501.00656): norms after the blocks, and of all of q and of k."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
 from nanovllm.kernels.types import AttentionMetadata, Unreduced, summed
 from nanovllm.layers.context import ModelContext
-from nanovllm.layers.weights import column_shards, new_bias
+from nanovllm.layers.weights import new_parameter_of_heads
 from nanovllm.models.base import CausalLM
 from nanovllm.models.decoder import GatedMLP, SelfAttention
 from nanovllm.models.model_config import ModelConfig
@@ -24,9 +22,8 @@ class HeadsNorm(nn.Module):
 
     def __init__(self, num_heads: int, config: ModelConfig, context: ModelContext) -> None:
         super().__init__()
-        shards = column_shards(1, {"": (num_heads, config.head_dim)}, context.tp)
         dtype = context.dtype if config.norm_weight_offset is None else torch.float32
-        self.weight = new_bias(shards, replace(context, dtype=dtype))
+        self.weight = new_parameter_of_heads(num_heads, config.head_dim, context, dtype)
 
     def scaled(self, normed: Tensor, dtype: torch.dtype) -> Tensor:
         """normed [T, size] float32 times the weight, rounded as `Ops.rms_norm` rounds."""
