@@ -13,7 +13,7 @@ from nanovllm.validation import check_integer
 GELU = ("gelu_pytorch_tanh", "gelu")
 WINDOW = ("sliding_window",)
 LAYER_TYPES = (*WINDOW, "layer_types")
-WINDOWS = ("layer_types", "sliding_window", "use_sliding_window")
+WINDOWS = (*LAYER_TYPES, "use_sliding_window")
 PARTIAL_ROPE = ("partial_rotary_factor",)
 GEMMA2 = (*LAYER_TYPES, "query_pre_attn_scalar", "hidden_activation", "final_logit_softcapping")
 GRANITE = tuple(
