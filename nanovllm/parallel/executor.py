@@ -109,8 +109,8 @@ class MultiprocExecutor(Executor):
                 self.workers.close()
             return
         if self.workers.is_broken:
-            # What is in flight may wait for a rank that does not come.
-            self.model_runner.tp.stop_waiting()
+            # What is in flight may wait for a rank that does not come, and dropping graphs for it.
+            self.model_runner.tp.abort()
         self.model_runner.drop_graphs()
         self.workers.close()
         super().close()

@@ -56,6 +56,8 @@ class TensorParallel:
         self.group = group
         self.peers = peers
         self._ipc_memory: IpcMemory | None = None
+        self._abort_lock = threading.Lock()
+        self._aborting: threading.Thread | None = None
         self.on_collective: Callable[[], None] = _nothing
         self.while_waiting: Callable[[], None] = _nothing
 
@@ -227,15 +229,17 @@ class TensorParallel:
     def abort(self) -> None:
         """Leave the group at once, breaking off what is in flight. Any thread may call it, again.
 
-        NCCL does not let go of a communicator while a CUDA graph that uses it exists: drop the
-        graphs first. Should one be left, this gives up after some seconds instead of hanging.
+        NCCL does not let go of a communicator while a CUDA graph that uses it exists. Should one be
+        left, this gives up after some seconds instead of hanging; its kernels have ended by then.
         """
         self.stop_waiting()
-        group, self.group = self.group, None
-        if group is not None:
-            aborting = threading.Thread(target=group.abort, daemon=True)
-            aborting.start()
-            aborting.join(ABORT_SECONDS)
+        with self._abort_lock:  # a second caller too returns only when kernels have been told
+            group, self.group = self.group, None
+            if group is not None:
+                self._aborting = threading.Thread(target=group.abort, daemon=True)
+                self._aborting.start()
+        if self._aborting is not None:
+            self._aborting.join(ABORT_SECONDS)
 
     def close(self) -> None:
         """`abort`, then let go of the shared memory; nothing may be launched any more."""

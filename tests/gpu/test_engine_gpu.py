@@ -366,7 +366,8 @@ def test_a_second_ctrl_c_ends_a_step_whose_other_rank_is_stopped(model_dir, leng
         disable_custom_all_reduce=not shares_memory,
         worker_timeout=60,  # above the limit below: a step that Ctrl-C cannot end fails the test
     )
-    llm.generate([[1]], greedy(), use_tqdm=False)
+    # Its kernels are loaded now. Loading one waits for the GPU, in C, where no signal is seen.
+    llm.generate([[1] * length], greedy(), use_tqdm=False)
     os.kill(llm.executor.workers.workers[0].process.pid, signal.SIGSTOP)
     progress = llm.executor.workers.progress
 
