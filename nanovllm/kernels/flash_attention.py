@@ -13,18 +13,32 @@ from nanovllm.kernels import torch_ops
 from nanovllm.kernels.triton.ops import TritonKernels
 from nanovllm.kernels.types import AttentionMetadata, KVCache, PrefillMetadata
 
-# An extra of `Ops.attend`, and the parameter of flash-attn's functions that it needs.
-PARAMETERS = {"window": "window_size", "softcap": "softcap"}
+# An extra of `Ops.attend` -> the parameter of flash-attn's functions that it needs, and a value.
+PARAMETERS: dict[str, tuple[str, object]] = {
+    "window": ("window_size", (0, 0)),
+    "softcap": ("softcap", 1.0),
+}
 
 
 def _offered_extras() -> frozenset[str]:
-    """What the installed version's functions both have parameters for."""
+    """What the installed version has parameters for, and was built with.
+
+    Whether it was built with them shows only in a call: flash-attn can be compiled without.
+    """
+    return frozenset(extra for extra in PARAMETERS if _takes(*PARAMETERS[extra]))
+
+
+def _takes(parameter: str, value: object) -> bool:
     functions = flash_attn_varlen_func, flash_attn_with_kvcache
-    return frozenset(
-        extra
-        for extra, parameter in PARAMETERS.items()
-        if all(parameter in signature(function).parameters for function in functions)
-    )
+    if any(parameter not in signature(function).parameters for function in functions):
+        return False
+    x = torch.zeros(2, 1, 128, dtype=torch.bfloat16, device="cuda")  # a sequence of two tokens
+    ends = torch.tensor([0, 2], dtype=torch.int32, device="cuda")
+    try:
+        flash_attn_varlen_func(x, x, x, ends, ends, 2, 2, causal=True, **{parameter: value})
+    except RuntimeError:
+        return False
+    return True
 
 
 def attend(
