@@ -16,6 +16,7 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.state_cache import row_bytes
 from nanovllm.engine.step_plan import StepPlan
 from nanovllm.errors import ArgumentError
+from nanovllm.guards.versions import check_transformers
 from nanovllm.inputs.generation_config import default_sampling_params, eos_token_ids
 from nanovllm.inputs.tokenizer import Tokenizer, load_tokenizer
 from nanovllm.kernels.ops import Ops
@@ -63,6 +64,7 @@ def prepare(
         The configuration, rank 0's device, the tokenizer, and the parameters of requests that have
         none of their own.
     """
+    check_transformers()
     config = Config.from_kwargs(model, kwargs)
     device = config.resolve_device()
     choose_ops(config, device)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import nanovllm
+from nanovllm.guards.versions import MIN_TRANSFORMERS, check_transformers
 
 tomllib = pytest.importorskip("tomllib", reason="of Python 3.11 and later")
 
@@ -39,3 +40,17 @@ def test_the_changelog_knows_this_version():
     text = (REPO / "CHANGELOG.md").read_text(encoding="utf-8")
     headings = re.findall(r"^## \[(.+?)\]", text, re.MULTILINE)
     assert headings[0] == "Unreleased" and nanovllm.__version__ in headings
+
+
+@pytest.mark.parametrize("installed", ["5.21.3", "4.57.1"])
+def test_an_older_transformers_is_refused_by_name(monkeypatch, installed):
+    assert f"transformers>={MIN_TRANSFORMERS}," in ",".join(PROJECT["project"]["dependencies"])
+    monkeypatch.setattr("nanovllm.guards.versions.version", lambda name: installed)
+    with pytest.raises(ImportError, match=f"{installed} is installed.*needs {MIN_TRANSFORMERS}"):
+        check_transformers()
+
+
+@pytest.mark.parametrize("installed", [MIN_TRANSFORMERS, "5.100.0", "6.0"])
+def test_newer_ones_are_not(monkeypatch, installed):
+    monkeypatch.setattr("nanovllm.guards.versions.version", lambda name: installed)
+    check_transformers()

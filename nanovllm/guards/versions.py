@@ -1,0 +1,22 @@
+"""The installed transformers: an old one loads some models and tokenizers otherwise, silently."""
+
+from importlib.metadata import version
+
+MIN_TRANSFORMERS = "5.22"  # of pyproject.toml
+
+
+def check_transformers() -> None:
+    """ImportError if the installed transformers is older than MIN_TRANSFORMERS."""
+    installed = version("transformers")
+    if _numbers(installed) < _numbers(MIN_TRANSFORMERS):
+        raise ImportError(
+            f"transformers {installed} is installed, but nanovllm needs {MIN_TRANSFORMERS} or "
+            "newer: older ones load byte-level tokenizers and some configurations otherwise; "
+            f"pip install 'transformers>={MIN_TRANSFORMERS}'"
+        )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """The first two numbers of a version."""
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
