@@ -13,6 +13,7 @@ from nanovllm.engine.recovery import Recovery
 from nanovllm.engine.request import Request, RequestTable
 from nanovllm.engine.request_output import make_output, raise_failed
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.scheduling_policy import longest_first
 from nanovllm.engine.startup import prepare
 from nanovllm.engine.step_stats import log_step
 from nanovllm.guards.lifecycle import Lifecycle
@@ -155,8 +156,9 @@ class LLMEngine(Lifecycle):
             request.number(self._next_request_id, self.config.seed)
             self._next_request_id += 1
             self.requests.add(request)
-            for seq in request.sequences:
-                self.scheduler.add(seq)
+        seqs = [seq for request in requests for seq in request.sequences]
+        for seq in longest_first(seqs, self.scheduler.max_num_seqs):
+            self.scheduler.add(seq)
 
     def run(self, requests: list[Request], use_tqdm: bool | Callable[..., object]) -> None:
         """Queue requests and step until they have finished; they are dropped if that fails.

@@ -41,6 +41,18 @@ def is_worth_admitting(
     )
 
 
+def longest_first(seqs: list[Sequence], num_slots: int) -> list[Sequence]:
+    """The order in which sequences that come in one call are queued.
+
+    Where they outnumber the slots, those that may get the most tokens come first, so that the last
+    steps run many sequences and not a few long ones (Graham 1969, SIAM J. Appl. Math. 17). Equal
+    ones keep their order. Nothing that comes later is put before them.
+    """
+    if len(seqs) <= num_slots:
+        return seqs
+    return sorted(seqs, key=lambda seq: seq.num_prompt_tokens - seq.max_length)
+
+
 class FCFSQueue(deque[Sequence]):
     """Waiting sequences, first come, first served; the leftmost is admitted next."""
 

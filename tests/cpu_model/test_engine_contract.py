@@ -85,6 +85,22 @@ def test_results_are_in_prompt_order_whichever_ends_first(llm, reference):
     assert outputs == [r[:limit] for r, limit in zip(reference, limits, strict=True)]
 
 
+def test_what_may_take_longest_starts_first_where_requests_outnumber_slots(tiny_dir, reference):
+    limits = [3, 20, 1, 20]
+    with tiny_engine(tiny_dir, max_num_seqs=2) as llm:
+        params = [greedy(limit) for limit in limits]
+        llm.enqueue(PROMPTS, params, use_tqdm=False)
+        assert [seq.request_id for seq in llm.scheduler.waiting] == [1, 3, 0, 2]
+        late = llm.add_request(PROMPTS[0], greedy(50))  # longer, but in another call
+        assert llm.scheduler.waiting[-1].request_id == late
+        outputs = llm.wait_for_completion(use_tqdm=False)
+        expected = zip([*reference, reference[0]], [*limits, 50], strict=True)
+        assert [out["token_ids"] for out in outputs] == [r[:limit] for r, limit in expected]
+    with tiny_engine(tiny_dir, max_num_seqs=4) as llm:
+        llm.enqueue(PROMPTS, params, use_tqdm=False)
+        assert [seq.request_id for seq in llm.scheduler.waiting] == [0, 1, 2, 3]
+
+
 def test_one_params_serves_all_prompts_and_lists_and_tuples_give_one_each(llm, reference):
     expected = [r[:4] for r in reference]
     assert generate(llm, PROMPTS, greedy(4)) == expected
