@@ -46,7 +46,6 @@ VLLM_IGNORED: dict[str, tuple[Any, ...] | None] = {
     "convert": ("auto", "none"),
     "logprobs_mode": ("raw_logprobs",),
     "expert_placement_strategy": ("linear",),
-    "cpu_offload_gb": (0,),
     "pipeline_parallel_size": (1,),
     "data_parallel_size": (1,),
     "decode_context_parallel_size": (1,),

@@ -23,6 +23,7 @@ from nanovllm.parameters import (
     check_values,
     choice,
     clamped,
+    finite,
     integer,
     number,
     optional,
@@ -119,6 +120,13 @@ class Config:
     )
     gpu_memory_utilization: float = parameter(
         0.9, SHARE, "share of the GPU's memory for weights, activations and KV cache together."
+    )
+    cpu_offload_gb: float = parameter(
+        0.0,
+        finite(0),
+        "GiB of GPU memory per rank that weights leave to other things: those of as many decoder "
+        "layers wait in pinned host memory, and each step copies them to the GPU, which makes it "
+        "slower. 0: none. Needs CUDA.",
     )
     tensor_parallel_size: int = parameter(
         1, integer(1, 8), "ranks that share the model. Each has a process and a GPU."
@@ -339,6 +347,7 @@ class Config:
         for name, taken in (
             ("quantization", (None,)),
             ("attention_backend", ("auto", "torch", "triton")),
+            ("cpu_offload_gb", (0,)),
         ):
             if getattr(self, name) not in taken:
                 raise ArgumentError(
@@ -398,6 +407,11 @@ class Config:
     def pooling(self) -> PoolerConfig:
         """`pooler_config`; one that says nothing if there is none."""
         return as_pooler_config("pooler_config", self.pooler_config or {})
+
+    @property
+    def cpu_offload_bytes(self) -> int:
+        """`cpu_offload_gb` in bytes."""
+        return int(min(self.cpu_offload_gb * 2**30, 2.0**62))
 
     @property
     def max_blocks_per_seq(self) -> int:

@@ -15,6 +15,7 @@ from nanovllm.layers.attention import Attention
 from nanovllm.layers.context import ModelContext
 from nanovllm.layers.gated_delta_net import GatedDeltaNet
 from nanovllm.models.families import load_weights, new_model
+from nanovllm.models.weight_offload import offload_weights
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
 
@@ -29,6 +30,7 @@ class RankState:
 
     Attributes:
         model: this rank's slice of the model.
+        offload: has the weights that wait in host memory; None: all are on the device.
         states: the memory of all recurrent states, of every row of the row table.
         row_table: a row for each running sequence, see `kernels.row_state`.
         sent_rows: the host's copy of what plans have sent to it: never the token or the length,
@@ -62,6 +64,7 @@ class RankState:
                 config.resolve_kv_cache_dtype(),
             )
             self.model = new_model(config, context)
+            self.offload = offload_weights(self.model, config, device)
             self.reload_weights()
             self.attentions = [m for m in self.model.modules() if isinstance(m, Attention)]
             self._assign_cache_groups()
@@ -75,6 +78,8 @@ class RankState:
 
     def reload_weights(self) -> None:
         """Fill the parameters again from the model's directory, or with the same random numbers."""
+        if self.offload is not None:
+            self.offload.finish_copies()
         self.has_lm_head = load_weights(self.model, self.config)
 
     def call(
@@ -153,6 +158,9 @@ class RankState:
         for attention in self.attentions:
             del attention.cache
         self.attentions, self.group_layers = [], []
+        if self.offload is not None:
+            self.offload.finish_copies()
+            self.offload = None
         del self.model, self.states, self.kv_cache, self.kv_scales, self.row_table
         del self.decode_batch, self.decode_rows, self.decode_logits
         gc.collect()

@@ -1,7 +1,8 @@
 """One rank's memory while the engine sleeps: weights to the host or dropped, the KV cache dropped.
 
 Modules keep their parameters and views of the cache; only the memory behind them goes and comes.
-It comes back at other addresses, so CUDA graphs do not survive.
+It comes back at other addresses, so CUDA graphs do not survive. What `cpu_offload_gb` keeps in host
+memory stays there.
 """
 
 import gc
@@ -25,7 +26,11 @@ def release_memory(runner: ModelRunner, keep_weights: bool) -> None:
         consumer.release()
     for buffer in _buffers(runner):
         buffer.untyped_storage().resize_(0)
-    for parameter in runner.model.parameters():  # a tied one comes once
+    if runner.offload is not None and not keep_weights:
+        runner.offload.finish_copies()
+        for layer in runner.offload.layers:
+            layer.memory.zero_()
+    for parameter in _on_device(runner):
         if keep_weights:
             parameter.data = _on_host(parameter.data)
         else:
@@ -40,7 +45,7 @@ def release_memory(runner: ModelRunner, keep_weights: bool) -> None:
 
 def restore_weights(runner: ModelRunner) -> None:
     """Weights back on the device; zeros, if their content was dropped. May be called again."""
-    for parameter in runner.model.parameters():
+    for parameter in _on_device(runner):
         parameter.data = parameter.data.to(runner.device, non_blocking=True).contiguous()
 
 
@@ -53,9 +58,18 @@ def restore_kv_cache(runner: ModelRunner) -> None:
                 buffer.zero_()  # a kernel may multiply what it masks
 
 
+def _on_device(runner: ModelRunner) -> list[torch.nn.Parameter]:
+    """The parameters that are on the device while the engine is awake; a tied one comes once."""
+    offloaded = {id(p) for p in runner.offload.parameters()} if runner.offload else set()
+    return [p for p in runner.model.parameters() if id(p) not in offloaded]
+
+
 def _buffers(runner: ModelRunner) -> list[torch.Tensor]:
-    """What only steps fill and read: KV cache, its scales, recurrent states, decode logits."""
+    """What only steps fill and read: KV cache, its scales, recurrent states, decode logits, and
+    the buffers for offloaded weights."""
     buffers = [runner.kv_cache, runner.kv_scales, runner.decode_logits, *runner.states]
+    if runner.offload is not None:
+        buffers += runner.offload.buffers
     return [buffer for buffer in buffers if buffer is not None]
 
 

@@ -87,6 +87,8 @@ def _check_weights_are_there(llm: LLMEngine) -> None:
 
 
 def _load_on_rank(runner: ModelRunner, name: str, tensor: torch.Tensor) -> None:
+    if runner.offload is not None:
+        runner.offload.finish_copies()
     load_tensor(runner.model, name, tensor)
     runner.has_lm_head |= name == LM_HEAD
 

@@ -24,7 +24,8 @@ class RowQuantizedParameter(Parameter):
     @torch.no_grad()
     def fill(self, shard: Shard, part: torch.Tensor) -> None:
         """See `Parameter.fill`; `part` has all columns of the parameter."""
-        values, scales = quantize(shard.in_order(part).to(self.device))
+        # Where the scales are: an offloaded weight is in host memory.
+        values, scales = quantize(shard.in_order(part).to(self.scales.device))
         self[shard.target].copy_(values)
         self.scales[shard.target[0]].copy_(scales)
 

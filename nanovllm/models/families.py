@@ -11,6 +11,7 @@ from nanovllm.models.head_config import split_architecture
 from nanovllm.models.heads import new_head
 from nanovllm.models.loader import load_model
 from nanovllm.models.registry import family_of, first_supported
+from nanovllm.models.weight_offload import with_layers_on_host
 
 if TYPE_CHECKING:
     from nanovllm.models.transformers_model import TransformersForCausalLM
@@ -22,11 +23,14 @@ def new_model(config: Config, context: ModelContext) -> Model:
     """The model of one rank, its weights not loaded.
 
     In one with a classification head, `score`, the embedding stands in for the LM head that it does
-    not have: tables and the warm-up need one of the vocabulary's size.
+    not have: tables and the warm-up need one of the vocabulary's size. With `cpu_offload_gb` the
+    layers' parameters are in host memory, for `weight_offload.offload_weights`.
     """
     model_config = config.model_config
     if not model_config.uses_transformers:
         family = model_class(model_config.architectures)
+        if config.cpu_offload_bytes:
+            family = with_layers_on_host(family)
         if model_config.head is None:
             return family(model_config, context)
         model = family(replace(model_config, tie_word_embeddings=True), context)

@@ -11,7 +11,7 @@ INTEGER_OPTIONS = (
     *("tensor_parallel_size", "max_num_seqs", "max_model_len", "max_num_batched_tokens"),
     *("kvcache_block_size", "num_kvcache_blocks"),
 )
-NUMBER_OPTIONS = ("gpu_memory_utilization",)
+NUMBER_OPTIONS = ("gpu_memory_utilization", "cpu_offload_gb")
 
 
 def add_engine_options(parser: argparse.ArgumentParser, model_required: bool = True) -> None:

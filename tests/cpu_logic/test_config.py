@@ -247,7 +247,7 @@ def test_other_names_of_dtypes(dtype, expected, model):
             Config(model, dtype=wrong)
 
 
-@pytest.mark.parametrize("name", [*sorted(VLLM_ONLY), "cpu_offload_gb", "enable_lora"])
+@pytest.mark.parametrize("name", [*sorted(VLLM_ONLY), "pipeline_parallel_size", "enable_lora"])
 @pytest.mark.parametrize(
     "value", [np.array([1, 2]), 10**5000, "x" * 10**6], ids=["array", "int", "str"]
 )

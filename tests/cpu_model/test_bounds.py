@@ -144,6 +144,7 @@ CONFIG = {
     "max_num_seqs": integer(1, (INT32 - 5) // 9 - 1),
     "max_model_len": or_none(integer(2, keeps=lambda n: min(int(n), 2048)), 2048),
     "gpu_memory_utilization": number(lambda share: 0 < share <= 1),
+    "cpu_offload_gb": number(lambda gib: 0 <= gib < math.inf),
     "tensor_parallel_size": integer(1, 1),
     "disable_custom_all_reduce": boolean,
     "worker_timeout": number(lambda seconds: 1 <= seconds <= 86400),
