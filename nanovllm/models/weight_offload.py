@@ -76,7 +76,9 @@ def choose_layers(sizes: Sequence[int], num_bytes: int) -> list[int]:
 
 def matrices(layer: nn.Module) -> list[nn.Parameter]:
     """The parameters of a layer that can be offloaded."""
-    return [parameter for parameter in layer.parameters() if parameter.dim() > 1]
+    found = [parameter for parameter in layer.parameters() if parameter.dim() > 1]
+    assert all(parameter.is_contiguous() for parameter in found)
+    return found
 
 
 def _bytes(parameter: Tensor) -> int:
@@ -242,7 +244,6 @@ def offload_weights(model: nn.Module, config: Config, device: torch.device) -> W
             pinned.append(new_pinned(num_bytes))
         except (MemoryError, RuntimeError) as error:
             so_far = sum(map(len, pinned)) / 2**30
-            unpin(pinned)
             raise ArgumentError(
                 f"no more than {so_far:.1f} GiB of host memory can be pinned for cpu_offload_gb "
                 f"({config.cpu_offload_gb:g}): {error}; lower cpu_offload_gb"
@@ -250,7 +251,11 @@ def offload_weights(model: nn.Module, config: Config, device: torch.device) -> W
         return pinned[-1]
 
     copies = CudaCopyStream(device)
-    offload = WeightOffload(model.model, config.cpu_offload_bytes, device, copies, new_memory)
+    try:
+        offload = WeightOffload(model.model, config.cpu_offload_bytes, device, copies, new_memory)
+    except BaseException:
+        unpin(pinned)
+        raise
     # With the model, or not at all: the end of the process needs no more CUDA calls.
     weakref.finalize(offload, unpin, pinned).atexit = False
     return offload
