@@ -62,7 +62,8 @@ class Layer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[1] != 4:
             raise ValueError("a failure inside of a layer")
-        return torch.tanh(x @ self.matrix @ self.matrix.t() + self.vector) * self.packed.sum()
+        mixed = x @ self.matrix @ self.matrix.t() / len(self.matrix[0])  # about x
+        return mixed + self.vector + self.packed.sum()
 
 
 class Decoder(nn.Module):
@@ -86,6 +87,7 @@ def offload(decoder: Decoder, num_bytes: int, copies: EarlyCopies) -> WeightOffl
 @pytest.mark.parametrize("copies", [EarlyCopies, LateCopies])
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 6])
 def test_every_layer_computes_with_its_own_weights(copies, num_layers):
+    torch.manual_seed(0)
     decoder = Decoder(num_layers)
     expected, x = deepcopy(decoder), torch.randn(3, 4)
     for num_bytes in (1, 6000, 10**6):
