@@ -68,11 +68,12 @@ def new_pinned(num_bytes: int) -> Tensor:
     Torch's own pinned memory takes the next power of two.
 
     Raises:
-        MemoryError: the system does not lock so much.
+        OSError, MemoryError: the system does not give or lock so much.
     """
-    size = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    memory = torch.empty(size + mmap.PAGESIZE, dtype=torch.uint8)
-    memory = memory[-memory.data_ptr() % mmap.PAGESIZE :][:size]  # whole pages, shared with nothing
+    size = max(-(-num_bytes // mmap.PAGESIZE), 1) * mmap.PAGESIZE
+    # Whole pages, shared with nothing. `is_pinned` looks at where a storage begins.
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = torch.frombuffer(pages, dtype=torch.uint8)
     error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))
     if error:
         raise MemoryError(f"cudaHostRegister of {size} bytes failed with error {error}")

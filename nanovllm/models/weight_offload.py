@@ -242,7 +242,7 @@ def offload_weights(model: nn.Module, config: Config, device: torch.device) -> W
     def new_memory(num_bytes: int) -> Tensor:
         try:
             pinned.append(new_pinned(num_bytes))
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError, OSError) as error:
             so_far = sum(map(len, pinned)) / 2**30
             raise ArgumentError(
                 f"no more than {so_far:.1f} GiB of host memory can be pinned for cpu_offload_gb "
