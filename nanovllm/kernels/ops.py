@@ -10,6 +10,7 @@ from nanovllm.kernels.types import (
     DecodeInputs,
     KVCache,
     LinearOutput,
+    PackedWeight,
 )
 
 
@@ -68,12 +69,20 @@ class Ops(Protocol):
         quantised: each row with scales for rows, each FP8_BLOCK elements of a row with blocks.
         """
 
+    def packed_linear(
+        self, x: Tensor, weight: PackedWeight, bias: Tensor | None = None
+    ) -> LinearOutput:
+        """x [T, K], weight [N, K] in 4 or 8 bits, bias [N] -> [T, N].
+
+        x is not quantised. A weight's value is rounded to x's dtype before the product.
+        """
+
     def experts(
         self,
         x: Tensor,
         router_logits: LinearOutput,
-        gate_up_weight: Tensor,
-        down_weight: Tensor,
+        gate_up_weight: Tensor | PackedWeight,
+        down_weight: Tensor | PackedWeight,
         num_experts_per_tok: int,
         norm_topk_prob: bool,
         gate_up_scales: Tensor | None = None,
@@ -93,7 +102,8 @@ class Ops(Protocol):
             x: [T, H].
             router_logits: [T, E].
             gate_up_weight: [E * 2I, H], gate's rows first in each expert.
-            down_weight: [E * H, I]. Both weights are in the model's dtype or both in FP8_DTYPE.
+            down_weight: [E * H, I]. Both weights are in the model's dtype, both in FP8_DTYPE, or
+                both packed, without `order`.
             num_experts_per_tok: how many experts a token has.
             norm_topk_prob: see above.
             gate_up_scales: of an fp8 weight, as in `fp8_linear`; a block is an expert's, or its

@@ -26,6 +26,7 @@ from nanovllm.kernels.types import (
     DecodeMetadata,
     KVCache,
     LinearOutput,
+    PackedWeight,
     PrefillMetadata,
     summed,
 )
@@ -96,14 +97,65 @@ def dequantize_weight(
     return weight.float() * scales.float()[rows][:, columns]
 
 
+# Packed weights
+
+
+def packed_linear(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [T, K], packed weight [N, K], bias [N] -> [T, N]; see `Ops.packed_linear`."""
+    return F.linear(x, dequantize_packed(weight, x.dtype), bias)
+
+
+def dequantize_packed(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [N, K] in `dtype`, computed in float32, its columns in the order of x's."""
+    numbers = unpack_numbers(weight.numbers, weight.bits).float()
+    groups = numbers.unflatten(1, (-1, weight.group_size))
+    zeros: float | torch.Tensor = 2.0 ** (weight.bits - 1)
+    if weight.zeros is not None:
+        zeros = weight.zeros.unsqueeze(2).float()
+    values = ((groups - zeros) * weight.scales.unsqueeze(2).float()).to(dtype).flatten(1)
+    if weight.order is None:
+        return values
+    return torch.empty_like(values).index_copy_(1, weight.order.long(), values)
+
+
+def pack_numbers(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """values uint8 [N, K] below 2^bits -> `PackedWeight.numbers`."""
+    return values if bits == 8 else values[:, ::2] | values[:, 1::2] << 4
+
+
+def unpack_numbers(numbers: torch.Tensor, bits: int) -> torch.Tensor:
+    """`PackedWeight.numbers` -> uint8 [N, K]."""
+    return numbers if bits == 8 else torch.stack((numbers & 15, numbers >> 4), 2).flatten(1)
+
+
+def quantize_packed(
+    weight: torch.Tensor, bits: int, group_size: int, dtype: torch.dtype | None = None
+) -> PackedWeight:
+    """weight [N, K] rounded to the nearest of 2^bits numbers, which lie around zero.
+
+    A group's scale is max |w| / (2^(bits - 1) - 1/2), rounded to `dtype` (None: the weight's). Its
+    numbers are w / scale, rounded and held within -2^(bits - 1) and 2^(bits - 1) - 1. So the step
+    is 1/15 of the range from -max |w| to max |w| with 4 bits. A NaN makes its group NaN.
+    """
+    groups = weight.float().unflatten(1, (-1, group_size))
+    middle = 2.0 ** (bits - 1)
+    scales = (groups.abs().amax(2) / (middle - 0.5)).to(dtype or weight.dtype)
+    divisors = scales.float().masked_fill(scales == 0, 1).unsqueeze(2)
+    numbers = (groups / divisors).round_().clamp_(-middle, middle - 1).nan_to_num_() + middle
+    packed = pack_numbers(numbers.to(torch.uint8).flatten(1), bits)
+    return PackedWeight(packed, scales, None, None, bits, group_size)
+
+
 # Mixture of experts
 
 
 def experts(
     x: torch.Tensor,
     router_logits: LinearOutput,
-    gate_up_weight: torch.Tensor,
-    down_weight: torch.Tensor,
+    gate_up_weight: torch.Tensor | PackedWeight,
+    down_weight: torch.Tensor | PackedWeight,
     num_experts_per_tok: int,
     norm_topk_prob: bool,
     gate_up_scales: torch.Tensor | None = None,
@@ -146,13 +198,16 @@ def clamped_swiglu(gate_up: torch.Tensor, swiglu: ClampedSwiGLU) -> torch.Tensor
 
 
 def _weight_of_expert(
-    weight: torch.Tensor,
+    weight: torch.Tensor | PackedWeight,
     scales: torch.Tensor | None,
     expert: int,
     num_experts: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """[N, K] in `dtype` of weight [num_experts * N, K]."""
+    if isinstance(weight, PackedWeight):
+        size = weight.shape[0] // num_experts
+        return dequantize_packed(weight.rows(slice(expert * size, (expert + 1) * size)), dtype)
     part = weight.view(num_experts, -1, weight.shape[1])[expert]
     if scales is None:
         return part
@@ -644,6 +699,7 @@ class TorchOps:
 
     linear = staticmethod(linear)
     fp8_linear = staticmethod(fp8_linear)
+    packed_linear = staticmethod(packed_linear)
     experts = staticmethod(experts)
     attend = staticmethod(attend)
     sigmoid_gate = staticmethod(torch_delta_rule.sigmoid_gate)

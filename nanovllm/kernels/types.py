@@ -5,7 +5,7 @@ block_id * block_size + offset.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -27,6 +27,41 @@ class PartialSums(NamedTuple):
 
 
 LinearOutput = Tensor | PartialSums
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight [N, K] of a linear layer in 4 or 8 bits; N is a multiple of 16, K of 32.
+
+        weight[n, k] = (number[n, k] - zero[n, k // group_size]) * scale[n, k // group_size]
+
+    Attributes:
+        numbers: uint8, contiguous. 8 bits: [N, K]. 4 bits: [N, K / 2], with column 2j in the low
+            half of byte j and column 2j + 1 in the high half.
+        scales: [N, K / group_size], in the model's dtype.
+        zeros: uint8 [N, K / group_size]; None: 2^(bits - 1) everywhere, so that it is symmetric.
+        order: int32 [K], the column of x that each column of the weight multiplies, which GPTQ
+            calls act-order; None: the same.
+        bits: 4 or 8.
+        group_size: a multiple of 32 that divides K; K itself where a row has one scale.
+    """
+
+    numbers: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    order: Tensor | None
+    bits: int
+    group_size: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.numbers.shape[0], self.numbers.shape[1] * 8 // self.bits
+
+    def rows(self, part: slice) -> "PackedWeight":
+        """Some of the rows, as views."""
+        zeros = None if self.zeros is None else self.zeros[part]
+        return replace(self, numbers=self.numbers[part], scales=self.scales[part], zeros=zeros)
 
 
 class ClampedSwiGLU(NamedTuple):

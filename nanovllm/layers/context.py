@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 
 from nanovllm.kernels.ops import Ops
+from nanovllm.layers.weight_format import WeightFormat
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
 
@@ -14,8 +15,9 @@ class ModelContext:
     """The backend's operations, this rank's place, and where and how parameters are stored.
 
     Positions reach `max_model_len`, or where that is None, all that the model is meant for. With
-    `fp8_scales` the weights of linear layers are fp8: see layers/fp8_weights.py. `kv_cache_dtype`
-    is `dtype` (None) or FP8_DTYPE.
+    `fp8_scales` the weights of linear layers are fp8: see layers/fp8_weights.py. With
+    `weight_format` they are packed: see layers/packed_weights.py. `kv_cache_dtype` is `dtype`
+    (None) or FP8_DTYPE.
     """
 
     ops: Ops
@@ -25,3 +27,4 @@ class ModelContext:
     max_model_len: int | None = None
     fp8_scales: Literal["rows", "blocks"] | None = None
     kv_cache_dtype: torch.dtype | None = None
+    weight_format: WeightFormat | None = None

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.errors import ArgumentError
+from nanovllm.layers.weight_format import WeightFormat
 from nanovllm.models.config_fields import MAX_POSITIONS
 from nanovllm.models.family import Family
 from nanovllm.models.head_config import HeadConfig, head_config
@@ -39,6 +40,7 @@ class ModelConfig:
         full_attention_limit: tokens of the longest sequence that full attention is right for, and
             the field that says so; None: any.
         has_block_scales: whether the checkpoint's linear weights are fp8 with scales for blocks.
+        weight_format: of a checkpoint whose linear weights are packed in 4 or 8 bits.
         layer_windows: of each layer the tokens that a query sees, its own included; None: all.
         layer_types: of each layer, where rotary embeddings differ by it; else empty.
         attention_scale: multiplies the scores; None: 1 / sqrt(head_dim).
@@ -76,6 +78,7 @@ class ModelConfig:
     full_attention_limit: tuple[int, str] | None
     has_block_scales: bool
     layer_windows: tuple[int | None, ...]
+    weight_format: WeightFormat | None = None
     layer_types: tuple[str, ...] = ()
     no_rope_layers: tuple[int, ...] = ()
     hidden_act: str = "silu"
@@ -139,6 +142,7 @@ class ModelConfig:
             "rope_limit": rope_limit(hf_config),
             "full_attention_limit": _full_attention_limit(hf_config, family.fields),
             "has_block_scales": _quantization(hf_config) == "fp8",
+            "weight_format": None,
             "layer_windows": _layer_windows(hf_config, family.fields),
             "no_rope_layers": _no_rope_layers(hf_config, family),
             "layer_types": tuple(getattr(hf_config, "layer_types", None) or ()),

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from nanovllm.kernels.torch_ops import dequantize_packed
 from nanovllm.kernels.triton.fp8_linear import quantize_rows
 from nanovllm.kernels.triton.launch import await_previous, jit, overlap_options
 from nanovllm.kernels.triton.linear import load_summed, parts_of
@@ -20,6 +21,7 @@ from nanovllm.kernels.types import (
     FP8_DTYPE,
     ClampedSwiGLU,
     LinearOutput,
+    PackedWeight,
     PartialSums,
 )
 
@@ -447,8 +449,8 @@ def _multiply(
 def experts(
     x: torch.Tensor,
     router_logits: LinearOutput,
-    gate_up_weight: torch.Tensor,
-    down_weight: torch.Tensor,
+    gate_up_weight: torch.Tensor | PackedWeight,
+    down_weight: torch.Tensor | PackedWeight,
     num_experts_per_tok: int,
     norm_topk_prob: bool,
     gate_up_scales: torch.Tensor | None = None,
@@ -463,6 +465,10 @@ def experts(
     num_tokens, hidden_size = x.shape
     if num_tokens == 0:
         return torch.empty_like(x)
+    if isinstance(gate_up_weight, PackedWeight):
+        gate_up_weight = dequantize_packed(gate_up_weight, x.dtype)
+    if isinstance(down_weight, PackedWeight):
+        down_weight = dequantize_packed(down_weight, x.dtype)
     num_experts = parts_of(router_logits)[0].shape[1]
     num_pairs = num_tokens * num_experts_per_tok
     tiles = tiles or choose_tiles(num_pairs, num_experts, gate_up_weight.dtype)

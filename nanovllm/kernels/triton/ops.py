@@ -2,6 +2,7 @@
 
 import torch
 
+from nanovllm.kernels.torch_ops import packed_linear
 from nanovllm.kernels.triton.activation import gelu_and_mul, silu_and_mul
 from nanovllm.kernels.triton.decode_attention import decode_attention, plan_decode
 from nanovllm.kernels.triton.filters import filter_thresholds
@@ -53,6 +54,7 @@ class TritonKernels:
     gelu_and_mul = staticmethod(gelu_and_mul)
     linear = staticmethod(linear)
     fp8_linear = staticmethod(fp8_linear)
+    packed_linear = staticmethod(packed_linear)
     experts = staticmethod(experts)
     qk_norm_rope_store = staticmethod(qk_norm_rope_store)
     sigmoid_gate = staticmethod(sigmoid_gate)
