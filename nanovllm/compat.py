@@ -104,12 +104,12 @@ LLM_NAMES = {
 }
 # What to do instead, where a name alone does not say it.
 LLM_HINTS = {
-    "load_in_8bit": 'nanovllm has no int8; quantization="fp8" halves the weights',
-    "load_in_4bit": 'nanovllm has no 4-bit weights; quantization="fp8" halves them',
+    "load_in_8bit": 'write quantization="int8" or quantization="fp8"',
+    "load_in_4bit": 'write quantization="int4"',
     "n_gpu_layers": 'all layers run on one device: device="cuda" or device="cpu"',
     **dict.fromkeys(
         "load_in_low_bit bnb_4bit bnb_4bit_compute_dtype gguf_file".split(),
-        'nanovllm reads safetensors of 16 bits or more, or fp8; quantization="fp8" halves them',
+        'write quantization="int4" or quantization="int8", which rounds weights on load',
     ),
     "gpu_layers": 'all layers run on one device: device="cuda" or device="cpu"',
     "disable_radix_cache": "write enable_prefix_caching=False",

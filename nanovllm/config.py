@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from nanovllm.compat import DTYPE_ALIASES, KV_CACHE_DTYPE_ALIASES, engine_arguments
 from nanovllm.errors import ArgumentError, shown
 from nanovllm.kernels import row_state
+from nanovllm.layers.weight_format import WeightFormat
 from nanovllm.model_files import read_chat_template
 from nanovllm.models.hf_config import read_hf_config, uses_transformers
 from nanovllm.models.model_config import ModelConfig
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 16384
+PACKED_BITS = {"int4": 4, "int8": 8}  # by values of `quantization`
+PACKED_GROUP_SIZE = 128  # columns that share a scale there
 
 
 def _check_model(name: str, value: Any) -> str:
@@ -199,10 +202,11 @@ class Config:
     )
     quantization: str | None = parameter(
         None,
-        choice("fp8"),
-        "keep the weights of linear layers in fp8 (e4m3), quantised on load with a scale for each "
-        "row. Embedding, LM head and norms stay as they are. None: as in the checkpoint, which may "
-        "be fp8 itself.",
+        choice("fp8", *PACKED_BITS),
+        "keep the weights of linear layers in fewer bits, rounded as they are loaded: fp8 (e4m3) "
+        'with a scale for each row, or "int4" and "int8" with a scale for each 128 columns of a '
+        "row. Embedding, LM head, routers and norms stay as they are. None: as in the checkpoint, "
+        "which may be quantised itself.",
     )
     device: str = parameter(
         "auto",
@@ -321,6 +325,12 @@ class Config:
             kind = head_kind(hf_config.architectures)
             family = family_of(hf_config.architectures or ())
             derive(hf_config=hf_config, model_config=ModelConfig.from_hf(hf_config, family, kind))
+        if self.quantization is not None and self.model_config.weight_format is not None:
+            bits = self.model_config.weight_format.bits
+            raise ArgumentError(
+                f"quantization {self.quantization!r} is not supported for a checkpoint that is "
+                f"quantised to {bits} bits already; leave it out"
+            )
         derive(enable_prefix_caching=self._caches_prefixes())
         if self.model_config.head is not None:
             derive(enforce_eager=True)  # it never decodes: graphs would be of no use
@@ -465,9 +475,18 @@ class Config:
     @property
     def fp8_scales(self) -> 'Literal["rows", "blocks"] | None':
         """What has a scale of its own in the linear layers' fp8 weights; None: they are not fp8."""
+        if self.weight_format is not None:
+            return None
         if self.model_config.has_block_scales:
             return "blocks"
         return "rows" if self.quantization == "fp8" else None
+
+    @property
+    def weight_format(self) -> WeightFormat | None:
+        """How the linear layers' weights are packed; None: they are not."""
+        if self.quantization in PACKED_BITS:
+            return WeightFormat(PACKED_BITS[self.quantization], PACKED_GROUP_SIZE, is_on_load=True)
+        return self.model_config.weight_format
 
     def resolve_kv_cache_dtype(self) -> "torch.dtype":
         """The dtype of the KV cache: that of the activations, or fp8."""

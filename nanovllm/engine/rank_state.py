@@ -62,6 +62,7 @@ class RankState:
                 config.max_model_len,
                 config.fp8_scales,
                 config.resolve_kv_cache_dtype(),
+                config.weight_format,
             )
             self.model = new_model(config, context)
             self.offload = offload_weights(self.model, config, device)

@@ -27,7 +27,7 @@ def load_weights(llm: LLMEngine, weights: Iterable[tuple[str, torch.Tensor]]) ->
     Args:
         weights: (name, tensor) pairs or a state dict, under the names and in the shapes of the
             model's checkpoint, whole dense tensors of 16, 32 or 64 bits on any device; each is
-            converted to its parameter's dtype, and quantised where quantization="fp8" quantises
+            converted to its parameter's dtype, and quantised where `quantization` quantises
             weights. `lm_head.weight` of a model with tied embeddings is left out.
 
     Returns:
@@ -46,6 +46,13 @@ def load_weights(llm: LLMEngine, weights: Iterable[tuple[str, torch.Tensor]]) ->
         raise ArgumentError(
             "load_weights does not take new weights for an fp8 checkpoint (weight_block_size "
             "[128, 128]); quantization='fp8' with another checkpoint quantises what it is given"
+        )
+    weight_format = llm.config.weight_format
+    if weight_format is not None and not weight_format.is_on_load:
+        raise ArgumentError(
+            "load_weights does not take new weights for a checkpoint that is quantised to "
+            f"{weight_format.bits} bits; quantization='int{weight_format.bits}' with another "
+            "checkpoint quantises what it is given"
         )
     if isinstance(weights, Mapping):
         weights = weights.items()
@@ -66,7 +73,8 @@ def load_weights(llm: LLMEngine, weights: Iterable[tuple[str, torch.Tensor]]) ->
         if llm.config.tensor_parallel_size > 1:
             # A compact copy: the other ranks get the tensor's bytes, and not the storage's. What is
             # quantised keeps its dtype, so as to be rounded once.
-            dtype = tensor.dtype if llm.config.fp8_scales else llm.config.resolve_dtype()
+            is_quantized = llm.config.fp8_scales or weight_format
+            dtype = tensor.dtype if is_quantized else llm.config.resolve_dtype()
             tensor = tensor.detach().to("cpu", dtype, copy=True)
         call_ranks(llm, _load_on_rank, args=(name, tensor))
         loaded.add(name)

@@ -58,7 +58,7 @@ class GatedDeltaNet(nn.Module):
     """One layer's, in the place of attention. The runner sets `state`, as `state_spec` says.
 
     The ranks share out the key heads, each with its value heads. The first product, which feeds the
-    gates as well, keeps the model's dtype where others are in fp8.
+    gates as well, keeps the model's dtype where others are in fp8 or packed.
 
     Args:
         hidden_size: features of a token.
@@ -85,9 +85,8 @@ class GatedDeltaNet(nn.Module):
         }
         if sizes.is_by_key_head:
             heads = heads_of_all(sizes, context.tp.size)
-        self.in_proj = ColumnParallelLinear(
-            hidden_size, heads, False, replace(context, fp8_scales=None)
-        )
+        plain = replace(context, fp8_scales=None, weight_format=None)
+        self.in_proj = ColumnParallelLinear(hidden_size, heads, False, plain)
         channels = {name: part._replace(fused_name="") for name, part in mixed.items()}
         self.conv1d = DepthwiseConvolution(sizes.kernel_size, channels, context)
         num_heads = sizes.num_value_heads

@@ -1,26 +1,19 @@
 """Linear layers, split over the tensor-parallel ranks by output (column) or by input (row)."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanovllm.kernels.types import LinearOutput, Unreduced
 from nanovllm.layers.context import ModelContext
-from nanovllm.layers.fp8_weights import new_linear_weight
+from nanovllm.layers.linear_weight import LinearWeight
 from nanovllm.layers.weights import HeadsByName, Shard, column_shards, new_bias, row_shards
 
 
-class _Linear(nn.Module):
-    """A weight [rows, columns], with its scales if it is fp8, and a bias, all of this rank."""
+class _Linear(LinearWeight):
+    """A weight [rows, columns] and a bias, all of this rank."""
 
     def __init__(self, shards: dict[str, Shard], bias: bool, context: ModelContext) -> None:
-        super().__init__()
-        self.ops = context.ops
-        self.weight, self.weight_scale = new_linear_weight(shards, context)
+        super().__init__(shards, context)
         self.bias = new_bias(shards, context) if bias else None
-
-    def _multiply(self, x: Tensor, bias: Tensor | None) -> LinearOutput:
-        if self.weight_scale is None:
-            return self.ops.linear(x, self.weight, bias)
-        return self.ops.fp8_linear(x, self.weight, self.weight_scale, bias)
 
 
 class ColumnParallelLinear(_Linear):
@@ -41,7 +34,7 @@ class ColumnParallelLinear(_Linear):
 
     def forward(self, x: Tensor) -> LinearOutput:
         """x [T, input_size] -> [T, features of this rank's heads]."""
-        return self._multiply(x, self.bias)
+        return self.multiply(x, self.bias)
 
 
 class RowParallelLinear(_Linear):
@@ -58,4 +51,4 @@ class RowParallelLinear(_Linear):
 
     def forward(self, x: Tensor) -> Unreduced:
         """x [T, input_size / ranks] -> this rank's term of [T, output_size]."""
-        return Unreduced(self._multiply(x, self.bias if self.rank == 0 else None))
+        return Unreduced(self.multiply(x, self.bias if self.rank == 0 else None))

@@ -4,11 +4,13 @@ Each rank holds a slice of every expert, as it does of a dense MLP. Parameters k
 weights one below another; module names are those of the checkpoints' tensors.
 """
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 from nanovllm.kernels.types import LinearOutput, Unreduced
 from nanovllm.layers.context import ModelContext
-from nanovllm.layers.fp8_weights import keeps_fp8, new_linear_weight
+from nanovllm.layers.linear_weight import LinearWeight, is_compact
 from nanovllm.layers.weights import Shard, column_shards, new_whole_parameter, row_shards
 
 
@@ -79,15 +81,24 @@ class Experts(nn.Module):
         gate_up_shards = column_shards(hidden_size, heads, context.tp)
         names = [f"{expert}.down_proj" for expert in range(num_experts)]
         down_shards = row_shards(intermediate_size, hidden_size, context.tp, names)
-        # Both in fp8 or none.
-        is_fp8 = keeps_fp8(gate_up_shards, context) and keeps_fp8(down_shards, context)
-        self.gate_up_proj = ExpertWeights(gate_up_shards, context, is_fp8)
-        self.down_proj = ExpertWeights(down_shards, context, is_fp8)
+        self.gate_up_proj, self.down_proj = new_expert_weights(gate_up_shards, down_shards, context)
 
 
-class ExpertWeights(nn.Module):
-    """One weight of all experts, with its scales if it is fp8."""
+class ExpertWeights(LinearWeight):
+    """One weight of all experts."""
 
-    def __init__(self, shards: dict[str, Shard], context: ModelContext, may_be_fp8: bool) -> None:
-        super().__init__()
-        self.weight, self.weight_scale = new_linear_weight(shards, context, may_be_fp8)
+
+def new_expert_weights(
+    gate_up_shards: dict[str, Shard], down_shards: dict[str, Shard], context: ModelContext
+) -> tuple[ExpertWeights, ExpertWeights]:
+    """The two weights of all experts, of one kind, as `Ops.experts` takes them.
+
+    Experts whose columns have an order of their own are not packed.
+    """
+    if context.weight_format is not None and context.weight_format.has_order:
+        context = replace(context, weight_format=None)
+    is_plain = not (is_compact(gate_up_shards, context) and is_compact(down_shards, context))
+    gate_up = ExpertWeights(gate_up_shards, context, is_plain)
+    down = ExpertWeights(down_shards, context, is_plain)
+    gate_up.same_kind = down.same_kind = [gate_up, down]
+    return gate_up, down

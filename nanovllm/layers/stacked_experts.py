@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from nanovllm.kernels.types import ClampedSwiGLU, LinearOutput
 from nanovllm.layers.context import ModelContext
-from nanovllm.layers.fp8_weights import keeps_fp8, new_linear_weight
+from nanovllm.layers.moe import new_expert_weights
 from nanovllm.layers.weights import Parameter, Shard, new_parameter, shape_of
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
@@ -32,10 +32,9 @@ class StackedExperts(nn.Module):
         gate_up_shards, down_shards = stacked_shards(
             num_experts, hidden_size, intermediate_size, context.tp, is_transposed=True
         )
-        # Both in fp8 or none.
-        is_fp8 = keeps_fp8(gate_up_shards, context) and keeps_fp8(down_shards, context)
-        self.gate_up_proj, self.gate_up_scale = new_linear_weight(gate_up_shards, context, is_fp8)
-        self.down_proj, self.down_scale = new_linear_weight(down_shards, context, is_fp8)
+        self.gate_up_proj, self.down_proj = new_expert_weights(gate_up_shards, down_shards, context)
+        for module in (self.gate_up_proj, self.down_proj):
+            module.loaded.tensor_name = ""
         self.gate_up_proj_bias = _new_bias(gate_up_shards, context)
         self.down_proj_bias = _new_bias(down_shards, context)
 
@@ -49,12 +48,12 @@ class StackedExperts(nn.Module):
         return self.ops.experts(
             x,
             router_logits,
-            self.gate_up_proj,
-            self.down_proj,
+            self.gate_up_proj.weight,
+            self.down_proj.weight,
             num_experts_per_tok,
             True,
-            self.gate_up_scale,
-            self.down_scale,
+            self.gate_up_proj.weight_scale,
+            self.down_proj.weight_scale,
             gate_up_bias=self.gate_up_proj_bias,
             down_bias=self.down_proj_bias if self.rank == 0 else None,
             swiglu=self.swiglu,

@@ -72,9 +72,13 @@ class Parameter(nn.Parameter):
     Keys of `shards` are the names of the checkpoint's modules that are merged in this one
     ("q_proj" in "qkv_proj"), or "" if the parameter has the checkpoint's own name. Where one tensor
     of the checkpoint holds several shards, the keys only tell these apart: see `Shard.fused_name`.
+
+    `tensor_name` is the last part of the tensor's name in the checkpoint, "" if the tensor has the
+    module's name. None: it is the parameter's own.
     """
 
     shards: dict[str, Shard]
+    tensor_name: str | None = None
 
     @torch.no_grad()
     def fill(self, shard: Shard, part: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ from nanovllm.layers.context import ModelContext
 from nanovllm.models.base import CausalLM
 from nanovllm.models.head_config import split_architecture
 from nanovllm.models.heads import new_head
-from nanovllm.models.loader import load_model
+from nanovllm.models.loader import load_model, unpack_unconverted
 from nanovllm.models.registry import family_of, first_supported
 from nanovllm.models.weight_offload import with_layers_on_host
 
@@ -32,9 +32,12 @@ def new_model(config: Config, context: ModelContext) -> Model:
         if config.cpu_offload_bytes:
             family = with_layers_on_host(family)
         if model_config.head is None:
-            return family(model_config, context)
-        model = family(replace(model_config, tie_word_embeddings=True), context)
-        model.score = new_head(model_config.head, model_config.hidden_size, context)
+            model = family(model_config, context)
+        else:
+            model = family(replace(model_config, tie_word_embeddings=True), context)
+            model.score = new_head(model_config.head, model_config.hidden_size, context)
+        if context.weight_format is not None:
+            unpack_unconverted(model, context.weight_format)
         return model
     from nanovllm.models.transformers_model import TransformersForCausalLM
 

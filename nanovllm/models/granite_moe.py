@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 from nanovllm.kernels.types import Unreduced
 from nanovllm.layers.context import ModelContext
-from nanovllm.layers.fp8_weights import keeps_fp8
-from nanovllm.layers.moe import ExpertWeights, Router
+from nanovllm.layers.moe import Router, new_expert_weights
 from nanovllm.layers.stacked_experts import stacked_shards
 from nanovllm.models.base import CausalLM
 from nanovllm.models.decoder import DecoderLayer
@@ -32,10 +31,10 @@ class GraniteMoeMLP(nn.Module):
         input_shards, output_shards = stacked_shards(
             num_experts, hidden_size, inner_size, context.tp, is_transposed=False
         )
-        is_fp8 = keeps_fp8(input_shards, context) and keeps_fp8(output_shards, context)
         self.router = Router(num_experts, hidden_size, context)
-        self.input_linear = ExpertWeights(input_shards, context, is_fp8)
-        self.output_linear = ExpertWeights(output_shards, context, is_fp8)
+        self.input_linear, self.output_linear = new_expert_weights(
+            input_shards, output_shards, context
+        )
 
     def forward(self, x: Tensor) -> Unreduced:
         """x [T, hidden_size] -> this rank's term of [T, hidden_size]."""

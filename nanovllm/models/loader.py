@@ -8,6 +8,9 @@ import torch
 from torch import nn
 
 from nanovllm.errors import ArgumentError, cut, shown
+from nanovllm.layers.linear_weight import LinearWeight
+from nanovllm.layers.packed_weights import PackedParameter
+from nanovllm.layers.weight_format import WeightFormat
 from nanovllm.layers.weights import OffsetParameter, Parameter, Shard
 from nanovllm.models.checkpoint import LM_HEAD, Checkpoint, SafetensorsCheckpoint
 from nanovllm.models.fp8_checkpoint import SCALES_SUFFIX, DequantizedCheckpoint
@@ -16,6 +19,7 @@ from nanovllm.models.heads import head_of
 from nanovllm.models.mxfp4_checkpoint import Mxfp4Checkpoint
 
 MAX_NAMES_IN_ERROR = 8
+NUMBERS = ".numbers"  # the end of a packed module's tensor, see `WeightFormat`
 EMBEDDING = "model.embed_tokens.weight"
 COMPARED_ROWS = 8192  # of the vocabulary at a time
 NOT_TEXT = ("mtp.", "visual.", "vision_tower.", "multi_modal_projector.")  # parts of a model
@@ -31,7 +35,8 @@ class DummyCheckpoint:
 
     Vectors are norm weights (1, less an offset) or biases (0); matrices are normal with deviation
     `std`, but for the scales of fp8 weights (1) and the biases of experts (0). Each expert of a
-    tensor that has all of them is drawn alone.
+    tensor that has all of them is drawn alone. The numbers of packed weights are uniform, their
+    scales make the weights' deviation `std`.
     """
 
     def __init__(self, expected: Expected, std: float, device: torch.device) -> None:
@@ -41,6 +46,12 @@ class DummyCheckpoint:
             for name, shards in expected.items()
             for parameter, _ in shards
             if isinstance(parameter, OffsetParameter)
+        }
+        self._packed = {
+            name: parameter
+            for name, shards in expected.items()
+            for parameter, _ in shards
+            if isinstance(parameter, PackedParameter)
         }
         self.std = std
         self.device = device
@@ -56,6 +67,8 @@ class DummyCheckpoint:
     def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
         """See `Checkpoint`."""
         shape = self._shapes[name]
+        if name in self._packed:
+            return self._read_packed(self._packed[name], name, shape)[index]
         if len(shape) == 1 or name.endswith((SCALES_SUFFIX, "_bias")):
             value = 0.0 if name.endswith("bias") else 1.0 - self._offsets.get(name, 0.0)
             return torch.full(shape, value, device=self.device)[index]
@@ -64,8 +77,30 @@ class DummyCheckpoint:
         experts = range(*index[0].indices(shape[0]))
         return torch.stack([self._drawn(f"{name}.{i}", shape[1:])[index[1:]] for i in experts])
 
+    def _read_packed(
+        self, parameter: PackedParameter, name: str, shape: tuple[int, ...]
+    ) -> torch.Tensor:
+        num_values = 2**parameter.bits
+        match parameter.part:
+            case "numbers":
+                random = self._generator(name)
+                return torch.randint(
+                    256, shape, dtype=torch.uint8, device=self.device, generator=random
+                )
+            case "scales":  # n values in a row have the deviation sqrt((n^2 - 1) / 12)
+                scale = self.std / ((num_values**2 - 1) / 12) ** 0.5
+                return torch.full(shape, scale, device=self.device)
+            case "zeros":
+                middle = num_values // 2
+                return torch.full(shape, middle, dtype=torch.uint8, device=self.device)
+            case "order":
+                return torch.arange(*shape, dtype=torch.int32, device=self.device)
+
+    def _generator(self, name: str) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
+
     def _drawn(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
+        generator = self._generator(name)
         tensor = torch.empty(shape, dtype=torch.float32, device=self.device)
         return tensor.normal_(0.0, self.std, generator=generator)
 
@@ -82,6 +117,8 @@ def expected_tensors(model: nn.Module) -> Expected:
                 module_name = shard.fused_name
             if module_name:
                 parts[-2] = module_name
+            if parameter.tensor_name is not None:
+                parts[-1:] = [parameter.tensor_name] if parameter.tensor_name else []
             name_there = ".".join(names.get(part, part) for part in ".".join(parts).split("."))
             expected.setdefault(name_there, []).append((parameter, shard))
     return expected
@@ -90,6 +127,27 @@ def expected_tensors(model: nn.Module) -> Expected:
 def expected_shapes(expected: Expected) -> dict[str, tuple[int, ...]]:
     """Checkpoint tensor name -> the shape that it must have."""
     return {name: shards[0][1].full_shape for name, shards in expected.items()}
+
+
+def unpack_unconverted(model: nn.Module, weight_format: WeightFormat) -> None:
+    """Hold the weights in the model's dtype whose modules the checkpoint does not pack.
+
+    Of modules that are merged into one, all do.
+    """
+    names_of_numbers = [
+        (name.removesuffix(NUMBERS), shards)
+        for name, shards in expected_tensors(model).items()
+        if name.endswith(NUMBERS)
+    ]
+    unconverted = {
+        parameter
+        for name, shards in names_of_numbers
+        if not weight_format.is_packed(name)
+        for parameter, _ in shards
+    }
+    for module in model.modules():
+        if isinstance(module, LinearWeight) and module.loaded in unconverted:
+            module.unpack()
 
 
 def load_model(model: nn.Module, directory: str, load_format: str, std: float = 0.02) -> bool:

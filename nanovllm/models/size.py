@@ -28,13 +28,16 @@ def check_size(config: Config, device: torch.device) -> None:
                 f"model directory {config.model!r} does not fit its config, which asks for at "
                 f"least {needed} weights: the *.safetensors files hold {found}"
             )
-    weight_bytes = 1 if config.fp8_scales else config.resolve_dtype().itemsize
+    weight_bits = 8 if config.fp8_scales else 8 * config.resolve_dtype().itemsize
+    if config.weight_format is not None:
+        weight_bits = config.weight_format.bits
     shape = config.model_config
     # The tables of rotations, and the angles of the last one.
     num_tables = 1 + len({repr(shape.rope_of(i)) for i in range(shape.num_hidden_layers)})
     tables = 4 * num_tables * config.max_model_len * shape.head_dim
-    num_bytes = needed * weight_bytes // config.tensor_parallel_size + tables
-    num_bytes -= check_offload(config, device, needed * weight_bytes)
+    weight_bytes = needed * weight_bits // 8
+    num_bytes = weight_bytes // config.tensor_parallel_size + tables
+    num_bytes -= check_offload(config, device, weight_bytes)
     available = device_memory(device)
     if num_bytes > available:
         raise ArgumentError(

@@ -1,6 +1,7 @@
 """The physical limit of a workload: bytes and operations counted, rates measured on the device."""
 
 import gc
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,8 @@ class ModelCost:
         if experts:
             share = Fraction(config.num_experts_per_tok, config.num_experts)
         fp8_linears, fp8_experts = (
-            [m for m in modules if m.weight.dtype == FP8_DTYPE] for modules in (linears, experts)
+            [m for m in modules if getattr(m.weight, "dtype", None) == FP8_DTYPE]
+            for modules in (linears, experts)
         )
         layers = range(config.num_hidden_layers)
         head_dim, num_layers = config.head_dim, sum(not config.is_delta_net(i) for i in layers)
@@ -96,14 +98,13 @@ class ModelCost:
 
 def count_params(modules: Sequence[Any]) -> int:
     """Elements of the modules' weights."""
-    return sum(m.weight.numel() for m in modules)
+    return sum(math.prod(m.weight.shape) for m in modules)
 
 
 def count_bytes(modules: Sequence[Any]) -> int:
-    """Bytes of the modules' weights and of their scales, if they are fp8."""
-    weights = [m.weight for m in modules]
-    scales = [getattr(m, "weight_scale", None) for m in modules]
-    return sum(tensor.nbytes for tensor in weights + scales if tensor is not None)
+    """Bytes of the modules' weights, with scales and zeros if they have any; without biases."""
+    named = [item for m in modules for item in m.named_parameters(recurse=False)]
+    return sum(parameter.nbytes for name, parameter in named if name != "bias")
 
 
 # ---- counted from the workload ------------------------------------------------------------------
