@@ -18,7 +18,7 @@ from nanovllm.layers.weights import Parameter, Shard, new_parameter, shape_of
 
 ROW_ALIGNMENT, COLUMN_ALIGNMENT = 16, 32  # of a projection: its rows and columns are a multiple
 GROUP_SIZES = (128, 64, 32)  # on load, the first that fits
-MAX_ROUNDED_ELEMENTS = 2**22  # of a weight at a time, while it is rounded
+MAX_ROUNDED_ELEMENTS = 2**20  # of a weight at a time, while it is rounded
 Part = Literal["numbers", "scales", "zeros", "order"]
 
 

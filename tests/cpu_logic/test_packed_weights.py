@@ -1,12 +1,14 @@
 """Weights in 4 and 8 bits: products against float64, ranks' slices against the whole weight."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from packed_models import packed_weight, random_packed, through_groups, values_of
 
 from nanovllm import ArgumentError
+from nanovllm.features.weight_update import load_weights
 from nanovllm.kernels.torch_ops import (
     TorchOps,
     dequantize_packed,
@@ -253,3 +255,10 @@ def test_random_weights_of_a_packed_checkpoint():
             wholes.append(torch.cat(parts, 1))
         assert torch.equal(*wholes)
         assert 0.019 < float(wholes[0].std()) < 0.021
+
+
+def test_a_packed_checkpoint_takes_no_new_weights():
+    config = SimpleNamespace(fp8_scales=None, weight_format=WeightFormat(4, 32))
+    llm = SimpleNamespace(check_ready=lambda: None, asleep=frozenset(), config=config)
+    with pytest.raises(ArgumentError, match="does not take .* quantised to 4 bits"):
+        load_weights(llm, {})

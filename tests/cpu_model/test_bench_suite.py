@@ -26,6 +26,7 @@ from nanovllm.config import Config
 from nanovllm.kernels.select import select_ops
 from nanovllm.kernels.types import FP8_DTYPE
 from nanovllm.layers.context import ModelContext
+from nanovllm.layers.weight_format import WeightFormat
 from nanovllm.models.families import model_class
 from nanovllm.models.family import Family
 from nanovllm.models.model_config import ModelConfig
@@ -154,7 +155,9 @@ MOE_LINEARS = 3 * ATTENTION + MLP + 2 * ROUTER
 MOE_PARAMS = MOE_LINEARS + 2 * 2 * EXPERT
 
 
-def cost_of(sizes, fp8_scales=None, tp_size=1, kv_dtype=torch.bfloat16) -> tuple[ModelCost, list]:
+def cost_of(
+    sizes, fp8_scales=None, tp_size=1, kv_dtype=torch.bfloat16, weight_format=None
+) -> tuple[ModelCost, list]:
     """The cost of a model of 3 layers, and the model of each rank; fp8 as on Hopper."""
     architecture = "Qwen3Moe" if sizes else "Qwen3"
     config_class = getattr(transformers, f"{architecture}Config")
@@ -171,6 +174,7 @@ def cost_of(sizes, fp8_scales=None, tp_size=1, kv_dtype=torch.bfloat16) -> tuple
                 torch.bfloat16,
                 device,
                 fp8_scales=fp8_scales,
+                weight_format=weight_format,
             ),
         )
         for rank in range(tp_size)
@@ -232,6 +236,13 @@ def test_cost_of_an_fp8_checkpoint():
     cost, _ = cost_of(MOE | {"moe_intermediate_size": 64}, "blocks")
     assert cost.fp8_params == 3 * ATTENTION + MLP
     assert cost.expert_bytes == 2 * 2 * 8 * EXPERT // 2
+
+
+def test_cost_of_packed_weights():
+    """128 columns share two bytes of a scale."""
+    cost, _ = cost_of(DENSE, weight_format=WeightFormat(4, 128, is_on_load=True))
+    assert (cost.layer_params, cost.fp8_params) == (DENSE_PARAMS, 0)
+    assert cost.weight_bytes == DENSE_PARAMS // 2 + 2 * DENSE_PARAMS // 128 + 2 * HEAD
 
 
 def test_an_fp8_cache_has_a_byte_an_element_and_a_scale_a_head():
