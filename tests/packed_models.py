@@ -2,6 +2,7 @@
 
 import torch
 
+from nanovllm.kernels.torch_ops import unpack_numbers
 from nanovllm.kernels.types import PackedWeight
 
 GROUP_SIZES = (128, 64, 32)
@@ -45,18 +46,14 @@ def packed_weight(tensors: dict[str, torch.Tensor], bits: int, group_size: int) 
 def values_of(weight: PackedWeight) -> torch.Tensor:
     """The weight [N, K] in float64, an element at a time, columns in the order of x's."""
     n, k = weight.shape
-    numbers, scales = weight.numbers.tolist(), weight.scales.double().tolist()
+    numbers = unpack_numbers(weight.numbers, weight.bits).tolist()
+    scales = weight.scales.double().tolist()
     zeros = None if weight.zeros is None else weight.zeros.tolist()
     order = range(k) if weight.order is None else weight.order.tolist()
     values = torch.empty(n, k, dtype=torch.float64)
     for row in range(n):
         for column in range(k):
             group = column // weight.group_size
-            if weight.bits == 8:
-                number, middle = numbers[row][column], 128
-            else:
-                byte, middle = numbers[row][column // 2], 8
-                number = byte // 16 if column % 2 else byte % 16
-            zero = middle if zeros is None else zeros[row][group]
-            values[row, order[column]] = (number - zero) * scales[row][group]
+            zero = 2 ** (weight.bits - 1) if zeros is None else zeros[row][group]
+            values[row, order[column]] = (numbers[row][column] - zero) * scales[row][group]
     return values
