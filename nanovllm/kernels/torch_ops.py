@@ -20,6 +20,7 @@ from nanovllm.kernels.types import (
     FP8_DTYPE,
     FP8_MAX,
     FP8_MIN_AMAX,
+    PACKED_RUN,
     AttentionMetadata,
     ClampedSwiGLU,
     DecodeInputs,
@@ -122,12 +123,16 @@ def dequantize_packed(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
 
 def pack_numbers(values: torch.Tensor, bits: int) -> torch.Tensor:
     """values uint8 [N, K] below 2^bits -> `PackedWeight.numbers`."""
-    return values if bits == 8 else values[:, ::2] | values[:, 1::2] << 4
+    if bits == 8:
+        return values.unflatten(1, (-1, 2, PACKED_RUN)).transpose(2, 3).flatten(1)
+    low, high = values.unflatten(1, (-1, 2, 2, PACKED_RUN)).unbind(3)
+    return (low | high << 4).transpose(2, 3).flatten(1)
 
 
 def unpack_numbers(numbers: torch.Tensor, bits: int) -> torch.Tensor:
     """`PackedWeight.numbers` -> uint8 [N, K]."""
-    return numbers if bits == 8 else torch.stack((numbers & 15, numbers >> 4), 2).flatten(1)
+    runs = numbers.unflatten(1, (-1, PACKED_RUN, 2)).transpose(2, 3)
+    return (runs if bits == 8 else torch.stack((runs & 15, runs >> 4), 3)).flatten(1)
 
 
 def quantize_packed(

@@ -15,6 +15,7 @@ FP8_DTYPE = torch.float8_e4m3fn
 FP8_MAX = 448.0  # the largest number of FP8_DTYPE
 FP8_MIN_AMAX = 2.0**-100  # a head whose elements are all below is stored as zeros
 FP8_MIN_CAPABILITY = (8, 9)  # of a GPU that converts FP8_DTYPE
+PACKED_RUN = 8  # neighbouring columns that as many int16 of a `PackedWeight` hold
 FP8_BLOCK = 128  # rows and columns of a weight's block that has a scale of its own
 ATTENTION_EXTRAS = frozenset({"window", "softcap", "sinks"})  # of `Ops.attend`
 
@@ -36,8 +37,9 @@ class PackedWeight:
         weight[n, k] = (number[n, k] - zero[n, k // group_size]) * scale[n, k // group_size]
 
     Attributes:
-        numbers: uint8, contiguous. 8 bits: [N, K]. 4 bits: [N, K / 2], with column 2j in the low
-            half of byte j and column 2j + 1 in the high half.
+        numbers: uint8 [N, K * bits / 8], contiguous. Each 16 bytes of a row are 8 = PACKED_RUN
+            little-endian int16, which hold a chunk of 32 columns in 4 bits each, or of 16 columns
+            in 8 bits: int16 number i, from its lowest bits on, the chunk's columns i, i + 8, ...
         scales: [N, K / group_size], in the model's dtype.
         zeros: uint8 [N, K / group_size]; None: 2^(bits - 1) everywhere, so that it is symmetric.
         order: int32 [K], the column of x that each column of the weight multiplies, which GPTQ
