@@ -17,9 +17,10 @@ from nanovllm.kernels import torch_ops
 from nanovllm.kernels.triton.linear import linear
 from nanovllm.kernels.triton.moe import Tile, Tiles, choose_tiles, experts
 from nanovllm.kernels.triton.norm import add_rms_norm
-from nanovllm.kernels.types import FP8_BLOCK, FP8_DTYPE
+from nanovllm.kernels.types import FP8_BLOCK, FP8_DTYPE, PackedWeight
 
 HIDDEN_SIZE, SIZE, NUM_EXPERTS, TOP_K = 2048, 768, 128, 8
+GROUP_SIZE = 128  # of packed weights
 NUM_LAYERS = 4  # 4.8 GB: none of it stays in a cache
 # block_n, block_k, num_warps, num_stages of the first and of the second product.
 FEW_PAIRS = (
@@ -38,10 +39,17 @@ MANY_PAIRS = (
 )
 
 
+def packed(weight: torch.Tensor, bits: int) -> PackedWeight:
+    n, k = weight.shape
+    numbers = torch.randint(0, 256, (n, k * bits // 8), device="cuda", dtype=torch.uint8)
+    scales = torch.full((n, k // GROUP_SIZE), 4 / 2**bits / k**0.5, device="cuda")
+    return PackedWeight(numbers, scales.to(weight.dtype), None, None, bits, GROUP_SIZE)
+
+
 class Layers:
     """Weights of several sparse MLPs of one rank."""
 
-    def __init__(self, num_ranks: int, fp8: str | None, skew: float) -> None:
+    def __init__(self, num_ranks: int, fp8: str | None, bits: int | None, skew: float) -> None:
         self.size = SIZE // num_ranks
         shapes = (2 * self.size, HIDDEN_SIZE), (HIDDEN_SIZE, self.size)
         self.weights = []
@@ -52,6 +60,8 @@ class Layers:
                 torch.randn(NUM_EXPERTS * n, k, device="cuda", dtype=torch.bfloat16) / k**0.5
                 for n, k in shapes
             ]
+            if bits:  # any numbers do
+                matrices = [packed(matrix, bits) for matrix in matrices]
             scales: list[torch.Tensor] = []
             if fp8:
                 quantized = [torch_ops.quantize(matrix) for matrix in matrices]
@@ -63,7 +73,8 @@ class Layers:
                 ]
             self.weights.append((router, matrices, scales))
         self.norm = torch.ones(HIDDEN_SIZE, device="cuda", dtype=torch.bfloat16)
-        self.bytes_of_expert = sum(n * k for n, k in shapes) * (1 if fp8 else 2)
+        element = (bits / 8 + 2 / GROUP_SIZE) if bits else 1 if fp8 else 2
+        self.bytes_of_expert = sum(n * k for n, k in shapes) * element
 
     def microseconds(self, num_tokens: int, tiles: Tiles | None) -> tuple[float, float]:
         """Of one layer, and the mean number of experts that its tokens asked for."""
@@ -122,11 +133,12 @@ def main() -> None:
     parser.add_argument(
         "--fp8", nargs="?", const="rows", choices=("rows", "blocks"), help="scales of fp8 weights"
     )
+    parser.add_argument("--bits", type=int, choices=(4, 8), help="of packed weights")
     parser.add_argument("--sweep", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)
-    dtype = FP8_DTYPE if args.fp8 else torch.bfloat16
-    layers = Layers(args.ranks, args.fp8, args.skew)
+    dtype = torch.uint8 if args.bits else FP8_DTYPE if args.fp8 else torch.bfloat16
+    layers = Layers(args.ranks, args.fp8, args.bits, args.skew)
     print(torch.cuda.get_device_name(), "one sparse MLP with its router and the norm after it")
     for num_tokens in args.tokens:
         chosen = choose_tiles(num_tokens * TOP_K, NUM_EXPERTS, dtype)

@@ -20,6 +20,7 @@ FILES = (
     "triton_fp8_linear_checks.py",
     "triton_linear_checks.py",
     "triton_moe_checks.py",
+    "triton_packed_checks.py",
 )
 
 

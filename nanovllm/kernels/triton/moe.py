@@ -11,10 +11,16 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.torch_ops import dequantize_packed
 from nanovllm.kernels.triton.fp8_linear import quantize_rows
 from nanovllm.kernels.triton.launch import await_previous, jit, overlap_options
 from nanovllm.kernels.triton.linear import load_summed, parts_of
+from nanovllm.kernels.triton.packed_linear import (
+    MAX_BLOCK_COLUMNS,
+    as_int16,
+    multiply_blocks,
+    uses_assembly,
+    width_of_block,
+)
 from nanovllm.kernels.triton.tiled_linear import along_tokens, multiply_add
 from nanovllm.kernels.types import (
     FP8_BLOCK,
@@ -66,6 +72,13 @@ FP8_TILES = {
     80: Tiles(Tile(64, 64, 128, 4, 3), Tile(64, 128, 128, 4, 3)),
     float("inf"): Tiles(Tile(128, 64, 128, 8, 3), Tile(128, 128, 128, 8, 3)),
 }
+# Of packed weights. block_k is that of groups of 128 columns; of others as many groups, up to 128.
+PACKED_TILES = {
+    8: Tiles(Tile(16, 64, 256, 4, 3), Tile(16, 64, 256, 4, 3)),
+    20: Tiles(Tile(32, 64, 256, 4, 3), Tile(32, 64, 256, 4, 3)),
+    80: Tiles(Tile(64, 64, 128, 4, 3), Tile(64, 64, 128, 4, 3)),
+    float("inf"): Tiles(Tile(128, 64, 128, 8, 3), Tile(128, 128, 128, 8, 3)),
+}
 FLOAT32_TILES = Tiles(Tile(16, 32, 32, 4, 3), Tile(16, 64, 32, 4, 3))
 
 
@@ -73,8 +86,13 @@ def choose_tiles(num_pairs: int, num_experts: int, dtype: torch.dtype) -> Tiles:
     """The tiles for so many pairs of tokens and experts, with weights of `dtype`."""
     if dtype == torch.float32:
         return FLOAT32_TILES
-    table = FP8_TILES if dtype == FP8_DTYPE else TILES
+    table = {FP8_DTYPE: FP8_TILES, torch.uint8: PACKED_TILES}.get(dtype, TILES)
     return next(tiles for most, tiles in table.items() if num_pairs / num_experts <= most)
+
+
+def dtype_of(weight: torch.Tensor | PackedWeight) -> torch.dtype:
+    """A weight's dtype; torch.uint8 if it is packed."""
+    return weight.numbers.dtype if isinstance(weight, PackedWeight) else weight.dtype
 
 
 # Routing
@@ -201,8 +219,10 @@ def _experts_kernel(
     out,  # GATED: [P, WIDTH], sorted; else float32 [TOP_K, T, WIDTH], or [P, WIDTH] by pair
     x,  # GATED: [T, K]; else [P, K], sorted
     x_scales,  # of x in fp8: float32 [T] or [P], or [K / FP8_BLOCK, T or P], else None
-    weight,  # [experts * N, K]
+    weight,  # [experts * N, K], or int16 [experts * N, K * BITS / 16]
     scales,  # of fp8 weights: float32 [experts * N], or of blocks, else None
+    group_scales,  # of packed weights: [experts * N, K / GROUP], else None
+    zeros,  # the same, uint8, or None
     bias,  # [experts * N], or None
     routing_weights,  # [P]
     sorted_pairs,
@@ -216,6 +236,11 @@ def _experts_kernel(
     IN_PARTS: tl.constexpr,
     BY_BLOCKS: tl.constexpr,  # whether the scales are those of blocks; BLOCK_K is then FP8_BLOCK
     FP8_BLOCK: tl.constexpr,
+    BITS: tl.constexpr,  # of packed weights, else None
+    GROUP: tl.constexpr,
+    PACKED_WIDTH: tl.constexpr,  # int16 of a row of a block
+    PACKED_BLOCKS: tl.constexpr,  # that are fetched at a time
+    ASSEMBLY: tl.constexpr,
     SWIGLU_ALPHA: tl.constexpr,  # of `ClampedSwiGLU`, as the limit; None: silu(gate) * up
     SWIGLU_LIMIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -250,7 +275,8 @@ def _experts_kernel(
     weight_row = first_weight_row + tl.minimum(column, WIDTH - 1)
     weight_pointers = weight + weight_row[:, None].to(tl.int64) * K + k[None, :]
     # Few pairs: the weight's rows are those of the matrix instruction, which has at least 64.
-    SWAPPED: tl.constexpr = BLOCK_M < 128
+    # Packed ones come from registers, as only those rows can.
+    SWAPPED: tl.constexpr = BLOCK_M < 128 or BITS is not None
     product = tl.zeros([BLOCK_N, BLOCK_M] if SWAPPED else [BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros_like(product)
     if BY_BLOCKS:
@@ -258,35 +284,77 @@ def _experts_kernel(
         blocks_of_row: tl.constexpr = (K + FP8_BLOCK - 1) // FP8_BLOCK
         x_scale_pointers = x_scales + x_row
         scale_pointer = scales + (first_weight_row + first_column) // FP8_BLOCK * blocks_of_row
-    for begin in range(0, K, BLOCK_K):
-        if K % BLOCK_K == 0:
-            x_tile = tl.load(x_pointers, mask=is_pair[:, None], other=0.0)
-            weight_tile = tl.load(weight_pointers)
+    if BITS is not None:
+        NUM_INT16: tl.constexpr = K * BITS // 16
+        NUM_GROUPS: tl.constexpr = K // GROUP
+        safe_row = weight_row.to(tl.int64)
+        numbers = weight + safe_row[:, None] * NUM_INT16
+        row_scales = group_scales + safe_row * NUM_GROUPS
+        row_zeros = None if zeros is None else zeros + safe_row * NUM_GROUPS
+        up_zeros = None if zeros is None else row_zeros + WIDTH * NUM_GROUPS
+        row_x = x + x_row[:, None] * K
+        for first in range(0, (NUM_INT16 + PACKED_WIDTH - 1) // PACKED_WIDTH, PACKED_BLOCKS):
+            product = multiply_blocks(
+                product,
+                row_x,
+                is_pair[:, None],
+                numbers,
+                row_scales,
+                row_zeros,
+                first,
+                K,
+                GROUP,
+                BITS,
+                PACKED_WIDTH,
+                PACKED_BLOCKS,
+                ASSEMBLY,
+            )
             if GATED:
-                up_tile = tl.load(weight_pointers + WIDTH * K)
-        else:
-            in_row = (begin + k < K)[None, :]
-            x_tile = tl.load(x_pointers, mask=is_pair[:, None] & in_row, other=0.0)
-            weight_tile = tl.load(weight_pointers, mask=in_row, other=0.0)
-            if GATED:
-                up_tile = tl.load(weight_pointers + WIDTH * K, mask=in_row, other=0.0)
-        if BY_BLOCKS:
-            x_scale = along_tokens(tl.load(x_scale_pointers, mask=is_pair, other=0.0), SWAPPED)
-            zeros = tl.zeros_like(product)
-            of_block = multiply_add(x_tile, weight_tile, zeros, SWAPPED)
-            product += of_block * (x_scale * tl.load(scale_pointer))
-            if GATED:
-                of_block = multiply_add(x_tile, up_tile, zeros, SWAPPED)
-                up_scale = tl.load(scale_pointer + WIDTH // FP8_BLOCK * blocks_of_row)
-                up += of_block * (x_scale * up_scale)
-            x_scale_pointers += stride_x_scales
-            scale_pointer += 1
-        else:
-            product = multiply_add(x_tile, weight_tile, product, SWAPPED)
-            if GATED:
-                up = multiply_add(x_tile, up_tile, up, SWAPPED)
-        x_pointers += BLOCK_K
-        weight_pointers += BLOCK_K
+                up = multiply_blocks(
+                    up,
+                    row_x,
+                    is_pair[:, None],
+                    numbers + WIDTH * NUM_INT16,
+                    row_scales + WIDTH * NUM_GROUPS,
+                    up_zeros,
+                    first,
+                    K,
+                    GROUP,
+                    BITS,
+                    PACKED_WIDTH,
+                    PACKED_BLOCKS,
+                    ASSEMBLY,
+                )
+    else:
+        for begin in range(0, K, BLOCK_K):
+            if K % BLOCK_K == 0:
+                x_tile = tl.load(x_pointers, mask=is_pair[:, None], other=0.0)
+                weight_tile = tl.load(weight_pointers)
+                if GATED:
+                    up_tile = tl.load(weight_pointers + WIDTH * K)
+            else:
+                in_row = (begin + k < K)[None, :]
+                x_tile = tl.load(x_pointers, mask=is_pair[:, None] & in_row, other=0.0)
+                weight_tile = tl.load(weight_pointers, mask=in_row, other=0.0)
+                if GATED:
+                    up_tile = tl.load(weight_pointers + WIDTH * K, mask=in_row, other=0.0)
+            if BY_BLOCKS:
+                x_scale = along_tokens(tl.load(x_scale_pointers, mask=is_pair, other=0.0), SWAPPED)
+                zeros = tl.zeros_like(product)
+                of_block = multiply_add(x_tile, weight_tile, zeros, SWAPPED)
+                product += of_block * (x_scale * tl.load(scale_pointer))
+                if GATED:
+                    of_block = multiply_add(x_tile, up_tile, zeros, SWAPPED)
+                    up_scale = tl.load(scale_pointer + WIDTH // FP8_BLOCK * blocks_of_row)
+                    up += of_block * (x_scale * up_scale)
+                x_scale_pointers += stride_x_scales
+                scale_pointer += 1
+            else:
+                product = multiply_add(x_tile, weight_tile, product, SWAPPED)
+                if GATED:
+                    up = multiply_add(x_tile, up_tile, up, SWAPPED)
+            x_pointers += BLOCK_K
+            weight_pointers += BLOCK_K
     if SWAPPED:
         product, up = product.T, up.T
     if scales is not None and not BY_BLOCKS:
@@ -399,7 +467,7 @@ def route(
 def _multiply(
     out: torch.Tensor,
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | PackedWeight,
     scales: torch.Tensor | None,
     bias: torch.Tensor | None,
     routing: Routing,
@@ -415,13 +483,17 @@ def _multiply(
     if scales is not None:
         x, x_scales = quantize_rows(x, FP8_BLOCK if by_blocks else None)
         assert not by_blocks or (tile.block_k == FP8_BLOCK and FP8_BLOCK % tile.block_n == 0)
-    assert x.is_contiguous() and weight.is_contiguous()
+    packed = weight if isinstance(weight, PackedWeight) else None
+    values = weight if isinstance(weight, torch.Tensor) else as_int16(weight)
+    assert x.is_contiguous() and values.is_contiguous()
     _experts_kernel[(len(routing.blocks) * triton.cdiv(width, tile.block_n),)](
         out,
         x,
         x_scales,
-        weight,
+        values,
         scales,
+        packed and packed.scales,
+        packed and packed.zeros,
         bias,
         routing.weights,
         routing.sorted_pairs,
@@ -435,6 +507,11 @@ def _multiply(
         IN_PARTS=out.dim() == 3,
         BY_BLOCKS=by_blocks,
         FP8_BLOCK=FP8_BLOCK,
+        BITS=packed and packed.bits,
+        GROUP=packed and packed.group_size,
+        PACKED_WIDTH=packed and width_of_block(packed),
+        PACKED_BLOCKS=max(1, tile.block_k // MAX_BLOCK_COLUMNS),
+        ASSEMBLY=uses_assembly(x),
         SWIGLU_ALPHA=None if swiglu is None else swiglu.alpha,
         SWIGLU_LIMIT=None if swiglu is None else swiglu.limit,
         BLOCK_M=tile.block_m,
@@ -465,13 +542,11 @@ def experts(
     num_tokens, hidden_size = x.shape
     if num_tokens == 0:
         return torch.empty_like(x)
-    if isinstance(gate_up_weight, PackedWeight):
-        gate_up_weight = dequantize_packed(gate_up_weight, x.dtype)
-    if isinstance(down_weight, PackedWeight):
-        down_weight = dequantize_packed(down_weight, x.dtype)
     num_experts = parts_of(router_logits)[0].shape[1]
     num_pairs = num_tokens * num_experts_per_tok
-    tiles = tiles or choose_tiles(num_pairs, num_experts, gate_up_weight.dtype)
+    if tiles is None and x.dtype == torch.float32:
+        tiles = FLOAT32_TILES
+    tiles = tiles or choose_tiles(num_pairs, num_experts, dtype_of(gate_up_weight))
     routing = route(router_logits, num_experts_per_tok, norm_topk_prob, tiles.gate_up.block_m)
     rest = routing, num_experts, num_experts_per_tok
     size = gate_up_weight.shape[0] // num_experts // 2

@@ -2,7 +2,6 @@
 
 import torch
 
-from nanovllm.kernels.torch_ops import packed_linear
 from nanovllm.kernels.triton.activation import gelu_and_mul, silu_and_mul
 from nanovllm.kernels.triton.decode_attention import decode_attention, plan_decode
 from nanovllm.kernels.triton.filters import filter_thresholds
@@ -16,6 +15,7 @@ from nanovllm.kernels.triton.gated_delta_net import (
 from nanovllm.kernels.triton.linear import linear
 from nanovllm.kernels.triton.moe import experts
 from nanovllm.kernels.triton.norm import add_rms_norm, rms_norm
+from nanovllm.kernels.triton.packed_linear import packed_linear
 from nanovllm.kernels.triton.prefill_attention import prefill_attention
 from nanovllm.kernels.triton.rope import qk_norm_rope_store
 from nanovllm.kernels.triton.row_state import gather_decode_inputs, write_back
