@@ -106,7 +106,7 @@ def test_every_element_is_written() -> None:
 
 
 def test_offsets_beyond_int32() -> None:
-    """Rows whose numbers and results lie more than 2^31 elements from the first ones."""
+    """Rows whose numbers lie more than 2^31 int16 from the first ones."""
     n, k = 2**17 + 64, 65536
     weight = packed_weight(n, k, 4, 128, False, torch.bfloat16)
     x = randn(2, k)
