@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.errors import ArgumentError
+from nanovllm.kernels.device import device_limits
 from nanovllm.kernels.ops import Ops
 from nanovllm.kernels.torch_ops import TorchOps
 from nanovllm.kernels.types import FP8_DTYPE, FP8_MIN_CAPABILITY
@@ -14,6 +15,7 @@ BACKENDS = ("torch", "triton", "flash-attn")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLASH_ATTN_DTYPES = (torch.float16, torch.bfloat16)
 MAX_TRITON_HEAD_DIM = 256
+TRITON_MIN_CAPABILITY = (8, 0)  # of the GPUs that Triton supports
 
 
 def select_ops(
@@ -26,10 +28,10 @@ def select_ops(
 ) -> Ops:
     """The operations of the backend "auto", "torch", "triton" or "flash-attn" for a model.
 
-    "auto" is "triton" on CUDA where triton can be imported, otherwise "torch". `compile_torch_ops`
-    sends the elementwise operations of "torch" through torch.compile on CUDA. `kv_cache_dtype` is
-    `dtype` (None) or FP8_DTYPE. Raises ValueError for a backend that is unknown, not installed, or
-    unable to run this device, dtype, head_dim or kv_cache_dtype.
+    "auto" is "triton" on CUDA where triton can be imported and knows the GPU, otherwise "torch".
+    `compile_torch_ops` sends the elementwise operations of "torch" through torch.compile on CUDA.
+    `kv_cache_dtype` is `dtype` (None) or FP8_DTYPE. Raises ValueError for a backend that is
+    unknown, not installed, or unable to run this device, dtype, head_dim or kv_cache_dtype.
     """
     backend = attention_backend
     if backend != "auto" and backend not in BACKENDS:
@@ -46,8 +48,11 @@ def select_ops(
             "kv_cache_dtype is 'fp8', which attention_backend 'flash-attn' cannot read; choose "
             "'triton' or 'torch'"
         )
-    if backend == "torch" or (backend == "auto" and device.type != "cuda"):
-        return TorchOps(compile_torch_ops and device.type == "cuda")
+    capability = _capability(device)
+    is_old = capability is not None and capability < TRITON_MIN_CAPABILITY
+    if backend == "torch" or (backend == "auto" and (device.type != "cuda" or is_old)):
+        # torch.compile would ask Triton for its kernels as well.
+        return TorchOps(compile_torch_ops and device.type == "cuda" and not is_old)
 
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not (backend == "triton" and interpreted):
@@ -55,14 +60,18 @@ def select_ops(
             f"attention_backend is {backend!r}, which needs a CUDA device, but the device is "
             f"{str(device)!r}; choose 'auto' or 'torch'"
         )
-    if is_fp8 and device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < FP8_MIN_CAPABILITY:
-            raise ValueError(
-                f"kv_cache_dtype is 'fp8', which attention_backend {backend!r} offers on GPUs of "
-                f"compute capability {_version(FP8_MIN_CAPABILITY)} or higher, but {device} has "
-                f"{_version(capability)}; choose kv_cache_dtype 'auto' or attention_backend 'torch'"
-            )
+    if capability is not None and is_old:
+        raise ValueError(
+            f"attention_backend is {backend!r}, which needs a GPU of compute capability "
+            f"{_version(TRITON_MIN_CAPABILITY)} or higher, but {device} has "
+            f"{_version(capability)}; choose 'auto' or 'torch'"
+        )
+    if is_fp8 and capability is not None and capability < FP8_MIN_CAPABILITY:
+        raise ValueError(
+            f"kv_cache_dtype is 'fp8', which attention_backend {backend!r} offers on GPUs of "
+            f"compute capability {_version(FP8_MIN_CAPABILITY)} or higher, but {device} has "
+            f"{_version(capability)}; choose kv_cache_dtype 'auto' or attention_backend 'torch'"
+        )
     try:
         from nanovllm.kernels.triton.ops import TritonOps
     except (ImportError, OSError) as error:
@@ -116,9 +125,15 @@ def check_attention_extras(
 
 
 def _has_fp8_products(device: torch.device, dtype: torch.dtype) -> bool:
-    if device.type != "cuda" or dtype == torch.float32 or not torch.cuda.is_available():
-        return False
-    return torch.cuda.get_device_capability(device)[0] == 9
+    capability = _capability(device)
+    return capability is not None and capability[0] == 9 and dtype != torch.float32
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """A GPU's compute capability; None for another device, or where there is no GPU."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return device_limits(device).capability
 
 
 def _version(capability: tuple[int, int]) -> str:

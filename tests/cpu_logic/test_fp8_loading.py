@@ -11,6 +11,8 @@ from transformers import AutoConfig
 
 from nanovllm import ArgumentError
 from nanovllm.config import Config
+from nanovllm.kernels import select
+from nanovllm.kernels.device import DeviceLimits
 from nanovllm.kernels.select import select_ops
 from nanovllm.kernels.torch_ops import dequantize_weight
 from nanovllm.kernels.types import FP8_DTYPE
@@ -133,7 +135,8 @@ def test_sizes_that_no_kernel_takes_are_dequantized() -> None:
 def test_products_in_fp8_are_hoppers(monkeypatch, capability, dtype, backend, expected) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    limits = DeviceLimits(capability, num_sms=1, shared_memory=0)
+    monkeypatch.setattr(select, "device_limits", lambda device: limits)
     ops = select_ops(backend, torch.device("cuda", 0), dtype, 128, compile_torch_ops=False)
     assert ops.has_fp8_products == expected
 

@@ -10,7 +10,8 @@ from transformers.activations import ACT2FN
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
-from nanovllm.kernels import row_state, torch_ops
+from nanovllm.kernels import row_state, select, torch_ops
+from nanovllm.kernels.device import DeviceLimits
 from nanovllm.kernels.select import select_ops
 from nanovllm.kernels.types import (
     FP8_DTYPE,
@@ -660,10 +661,17 @@ def test_flash_attn_refuses_an_fp8_cache(device):
         select_ops("flash-attn", torch.device(device), torch.bfloat16, 64, False, FP8_DTYPE)
 
 
+def pretend_gpu(monkeypatch, capability):
+    """Let every CUDA device have this compute capability, as far as a choice is concerned."""
+    limits = DeviceLimits(capability, num_sms=1, shared_memory=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(select, "device_limits", lambda device: limits)
+
+
 @pytest.mark.parametrize("capability", ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0)))
 def test_an_fp8_cache_needs_a_gpu_that_converts_it(capability, monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    pretend_gpu(monkeypatch, capability)
     args = torch.device("cuda", 0), torch.bfloat16, 64, False
     assert select_ops("auto", *args, torch.bfloat16).supports_cuda_graphs
     assert not select_ops("torch", *args, FP8_DTYPE).supports_cuda_graphs  # converts by itself
@@ -674,6 +682,18 @@ def test_an_fp8_cache_needs_a_gpu_that_converts_it(capability, monkeypatch):
         found = f"{capability[0]}.{capability[1]}"
         with pytest.raises(ValueError, match=rf"capability 8\.9 or higher, but cuda:0 has {found}"):
             select_ops(backend, *args, FP8_DTYPE)
+
+
+def test_a_gpu_that_triton_does_not_know_runs_on_torch(monkeypatch):
+    pretend_gpu(monkeypatch, (7, 5))
+    args = torch.device("cuda", 0), torch.float16, 64
+    for backend in ("auto", "torch"):
+        ops = select_ops(backend, *args, compile_torch_ops=True)
+        assert ops.attend is torch_ops.attend
+        assert ops.rms_norm is torch_ops.rms_norm, "torch.compile would ask Triton"
+    for backend in ("triton", "flash-attn"):
+        with pytest.raises(ValueError, match=rf"{backend}.*capability 8\.0 or higher.* has 7\.5"):
+            select_ops(backend, *args, False)
 
 
 def test_a_flash_attn_that_cannot_be_imported_is_reported(monkeypatch):

@@ -5,6 +5,7 @@ times that of the torch op in the inputs' own dtype, plus a rounding of the larg
 """
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from tiny_models import VOCAB_SIZE, save_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanovllm import LLM, ArgumentError, SamplingParams
-from nanovllm.kernels import torch_ops
+from nanovllm.kernels import select, torch_ops
+from nanovllm.kernels.device import device_limits
 from nanovllm.kernels.select import select_ops
 from nanovllm.kernels.types import (
     FP8_DTYPE,
@@ -308,7 +310,8 @@ def test_the_same_share_of_the_gpu_holds_more_blocks(tmp_path):
 
 def test_an_older_gpu_is_refused_before_anything_is_allocated(model_dir, monkeypatch):
     allocated = torch.cuda.memory_allocated()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
+    limits = replace(device_limits(torch.device("cuda", 0)), capability=(8, 6))
+    monkeypatch.setattr(select, "device_limits", lambda device: limits)
     with pytest.raises(ArgumentError, match=r"capability 8\.9 or higher, but cuda:0 has 8\.6"):
         LLM(str(model_dir), kv_cache_dtype="fp8")
     assert torch.cuda.memory_allocated() == allocated

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels import types
+from nanovllm.kernels.device import device_limits
 from nanovllm.kernels.triton.attention_scores import check_sinks, load_sinks, score_scales, tanh
 from nanovllm.kernels.triton.common_prefix import attend_to_common_prefix, choose_prefix_splits
 from nanovllm.kernels.triton.fp8 import unpack_pairs
@@ -40,6 +41,8 @@ PROGRAMS_PER_SM = {128: 6, 2**31: 3}
 # A split costs its merge: at least 2 tokens for each row-head, within these bounds.
 MIN_SPLIT_TOKENS = (128, 512)
 MERGE_ELEMENTS = 4096  # of partial outputs that a program merges at a time
+MIN_TILE = 16  # what a matrix product needs
+OTHER_SHARED_BYTES = 512  # block ids, and what warps exchange for a maximum
 
 FP8_MAX = tl.constexpr(types.FP8_MAX)
 # Columns of the plan's items.
@@ -373,7 +376,7 @@ def plan_decode(
         tile = SMALL_BATCH_TILE if batch_size * num_kv_heads <= SMALL_BATCH else TILE
         tile *= FP8_TILE_FACTOR if key_cache.dtype == FP8_DTYPE else 1
     tile = min(tile, block_size)
-    assert tile >= 16 and block_size % tile == 0
+    assert tile >= MIN_TILE and block_size % tile == 0
     row_heads = batch_size * num_kv_heads
     if min_split is None:
         shortest, longest = MIN_SPLIT_TOKENS
@@ -412,6 +415,49 @@ def plan_decode(
             **overlap_options(device),
         )
     return DecodePlan(items, arrivals, num_common_blocks, tile, window, {})
+
+
+def shared_bytes(
+    tile: int,
+    num_stages: int,
+    padded_group: int,
+    padded_dim: int,
+    query_itemsize: int,
+    cache_itemsize: int,
+) -> int:
+    """The shared memory that Triton gives `_decode_kernel`, rounded up a little.
+
+    That is the keys and values of the tiles in flight (with the scales of an fp8 cache), the
+    group's queries and its p. Half of the stages but the first are the block table's.
+    """
+    scale_bytes = 2 * 4 if cache_itemsize == 1 else 0
+    in_flight = max(1, (num_stages - 1) // 2)
+    tiles = in_flight * tile * (2 * padded_dim * cache_itemsize + scale_bytes)
+    return tiles + padded_group * (padded_dim + tile) * query_itemsize + OTHER_SHARED_BYTES
+
+
+def choose_tile_and_stages(
+    tile: int,
+    padded_group: int,
+    padded_dim: int,
+    query_itemsize: int,
+    cache_itemsize: int,
+    shared_memory: int,
+) -> tuple[int, int]:
+    """The plan's tile, or a part of it, and the stages whose `shared_bytes` are there.
+
+    Stages are given up first. What has been measured, on GPUs with 227 KiB, is nowhere cut.
+    """
+    while True:
+        stage_bytes = 2 * tile * padded_dim * cache_itemsize
+        most = max(2, min(NUM_STAGES, NUM_STAGES * STAGE_BYTES // stage_bytes))
+        for num_stages in range(most, 1, -1):
+            sizes = padded_group, padded_dim, query_itemsize, cache_itemsize
+            if shared_bytes(tile, num_stages, *sizes) <= shared_memory:
+                return tile, num_stages
+        if tile == MIN_TILE:
+            return tile, 2
+        tile //= 2
 
 
 def _plan_of_layer(cache: KVCache, metadata: DecodeMetadata, window: int | None) -> DecodePlan:
@@ -466,9 +512,16 @@ def decode_attention(
     padded_dim = max(32 if is_fp8 else 16, triton.next_power_of_2(head_dim))
     merge_group = triton.next_power_of_2(group)
     merge_parts = max(1, MERGE_ELEMENTS // (merge_group * padded_dim))
+    padded_group = max(16, triton.next_power_of_2(group))
     if num_stages is None:
-        stage_bytes = 2 * tile * padded_dim * key_cache.element_size()
-        num_stages = max(2, min(NUM_STAGES, NUM_STAGES * STAGE_BYTES // stage_bytes))
+        tile, num_stages = choose_tile_and_stages(
+            tile,
+            padded_group,
+            padded_dim,
+            query.element_size(),
+            key_cache.element_size(),
+            device_limits(query.device).shared_memory,
+        )
     num_prefix_splits = 0
     if num_common_blocks is not None:
         num_prefix_splits = choose_prefix_splits(batch_size, num_heads, num_kv_heads, query.device)
@@ -510,7 +563,7 @@ def decode_attention(
         key_cache.stride(2),
         block_tables.stride(0),
         GROUP=group,
-        PADDED_GROUP=max(16, triton.next_power_of_2(group)),
+        PADDED_GROUP=padded_group,
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim,
         BLOCK_SIZE=block_size,

@@ -8,12 +8,14 @@ earlier kernels are done. Hence `release_next` may come at any time, even before
 next kernel's programs wait for this one's completion, whenever they come.
 """
 
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+from nanovllm.kernels.device import device_limits
 
 OVERLAP_LAUNCHES = True  # off for an ablation
 
@@ -59,27 +61,23 @@ def await_previous_alone(OVERLAP: tl.constexpr):
         tl.extra.cuda.gdc_wait()
 
 
-@lru_cache
-def _can_overlap(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-@lru_cache
 def has_bulk_copies(device: torch.device) -> bool:
     """Whether tensor descriptors load by Hopper's bulk tensor copies, 64-row products included."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+    return device.type != "cuda" or is_hopper(device)
 
 
-@lru_cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether it is a GPU of compute capability 9.x."""
+    return device_limits(device).capability[0] == 9
+
+
 def num_multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; 1 for Triton's interpreter."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return device_limits(device).num_sms
 
 
 def overlap_options(device: torch.device) -> dict[str, bool]:
     """Keyword arguments of a launch on `device` of a kernel with a constexpr OVERLAP."""
-    if OVERLAP_LAUNCHES and _can_overlap(device):
+    if OVERLAP_LAUNCHES and device_limits(device).capability >= (9, 0):
         return {"OVERLAP": True, "launch_pdl": True}
     return {"OVERLAP": False}

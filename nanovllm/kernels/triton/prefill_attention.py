@@ -9,8 +9,6 @@ In a layer with a window the walk begins at the first tile that one of the queri
 tiles that not all of them see, at its begin too, have a mask.
 """
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +22,7 @@ from nanovllm.kernels.triton.attention_scores import (
     score_scales,
     tanh,
 )
-from nanovllm.kernels.triton.launch import jit
+from nanovllm.kernels.triton.launch import is_hopper, jit
 from nanovllm.kernels.types import KVCache, PrefillMetadata
 
 # (BLOCK_M queries, BLOCK_N keys, warps, stages) for a head of up to 128 / 256 elements.
@@ -316,11 +314,6 @@ def _prefill_kernel(
     tl.store(out_pointers, acc.to(out.dtype.element_ty), mask=q_mask)
 
 
-@lru_cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-
-
 def prefill_attention(
     query: torch.Tensor,
     cache: KVCache,
@@ -354,7 +347,7 @@ def prefill_attention(
         window = None  # it cuts no sequence
     if config is None:
         hopper_configs = HOPPER_CONFIGS if key_scales is None else HOPPER_FP8_CONFIGS
-        configs = hopper_configs if _is_hopper(query.device) else HALF_CONFIGS
+        configs = hopper_configs if is_hopper(query.device) else HALF_CONFIGS
         if query.dtype == torch.float32:
             configs = FLOAT32_CONFIGS
         config = configs[128 if head_dim <= 128 else 256]
@@ -364,7 +357,7 @@ def prefill_attention(
     padded_dim = max(16, triton.next_power_of_2(head_dim))
     if use_tensor_descriptors is None:
         is_half = query.dtype != torch.float32
-        use_tensor_descriptors = is_half and head_dim <= 128 and _is_hopper(query.device)
+        use_tensor_descriptors = is_half and head_dim <= 128 and is_hopper(query.device)
     key_tiles = value_tiles = None
     if use_tensor_descriptors and head_dim == padded_dim and key_scales is None:
         key_tiles, value_tiles = (

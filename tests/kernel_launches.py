@@ -1,0 +1,270 @@
+"""Launches of every Triton kernel on fake tensors, for `kernel_compilation`.
+
+A kernel that is added gets a line here: a function that calls the library as a model would.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from unittest import mock
+
+import torch
+from kernel_compilation import CUDA
+
+from nanovllm.kernels import row_state
+from nanovllm.kernels.ops import Ops
+from nanovllm.kernels.select import select_ops
+from nanovllm.kernels.triton.peer_memory import PeerMemory, num_memory_bytes
+from nanovllm.kernels.types import (
+    FP8_DTYPE,
+    DecodeMetadata,
+    KVCache,
+    LinearOutput,
+    PartialSums,
+    PrefillMetadata,
+)
+
+BLOCK_SIZE, NUM_BLOCKS, TABLE_WIDTH = 256, 64, 16
+INT32, INT64, FLOAT32 = torch.int32, torch.int64, torch.float32
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model's sizes and a step's rows make of a kernel."""
+
+    dtype: torch.dtype = torch.bfloat16
+    head_dim: int = 128
+    num_heads: int = 16
+    num_kv_heads: int = 8
+    is_fp8_cache: bool = False
+    window: int | None = None
+    softcap: float | None = None
+    has_sinks: bool = False
+    rows: int = 512  # of a decode step
+    tokens: int = 2048  # of a prefill
+    hidden_size: int = 1024
+    vocab_size: int = 151936
+    num_experts: int = 128
+    is_fp8_weight: bool = False
+    has_blocks: bool = False  # scales of blocks, not of rows
+    num_parts: int = 1  # in which products come
+    num_ranks: int = 2
+
+    def ops(self) -> Ops | None:
+        """The library's, or None where it refuses the shape."""
+        kv_cache_dtype = FP8_DTYPE if self.is_fp8_cache else None
+        with mock.patch.object(torch.cuda, "is_available", lambda: True):
+            try:
+                return select_ops("auto", CUDA, self.dtype, self.head_dim, False, kv_cache_dtype)
+            except ValueError:
+                return None
+
+
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=CUDA)
+
+
+def product(shape: Shape, *sizes: int) -> LinearOutput:
+    """A product [T, N], in parts if the shape says so."""
+    if shape.num_parts == 1:
+        return empty(*sizes, dtype=shape.dtype)
+    return PartialSums(empty(shape.num_parts, *sizes, dtype=FLOAT32), shape.dtype)
+
+
+def cache_of(shape: Shape) -> KVCache:
+    sizes = NUM_BLOCKS, BLOCK_SIZE, shape.num_kv_heads, shape.head_dim
+    dtype = FP8_DTYPE if shape.is_fp8_cache else shape.dtype
+    scales = None, None
+    if shape.is_fp8_cache:
+        sizes_of_scales = NUM_BLOCKS, shape.num_kv_heads, BLOCK_SIZE
+        scales = empty(*sizes_of_scales, dtype=FLOAT32), empty(*sizes_of_scales, dtype=FLOAT32)
+    return KVCache(empty(*sizes, dtype=dtype), empty(*sizes, dtype=dtype), *scales)
+
+
+def extras_of(shape: Shape) -> dict[str, object]:
+    sinks = empty(shape.num_heads, dtype=shape.dtype) if shape.has_sinks else None
+    return {"window": shape.window, "softcap": shape.softcap, "sinks": sinks}
+
+
+def decode(ops: Ops, shape: Shape) -> None:
+    cache, rows = cache_of(shape), shape.rows
+    tables, lengths = empty(rows, TABLE_WIDTH, dtype=INT32), empty(rows, dtype=INT32)
+    common = None if shape.window else empty(1, dtype=INT32)
+    plan = ops.plan_decode(cache, tables, lengths, common, shape.window)
+    metadata = DecodeMetadata(empty(rows, dtype=INT64), tables, lengths, plan)
+    query = empty(rows, shape.num_heads, shape.head_dim, dtype=shape.dtype)
+    ops.attend(query, cache, metadata, 0.1, **extras_of(shape))
+
+
+def prefill_metadata(shape: Shape) -> PrefillMetadata:
+    return PrefillMetadata(
+        empty(shape.tokens, dtype=INT64),
+        empty(4, TABLE_WIDTH, dtype=INT32),
+        empty(5, dtype=INT32),
+        empty(5, dtype=INT32),
+        max_seqlen_q=shape.tokens,
+        max_seqlen_k=shape.tokens,
+        rows=empty(4, dtype=INT32),
+    )
+
+
+def prefill(ops: Ops, shape: Shape) -> None:
+    query = empty(shape.tokens, shape.num_heads, shape.head_dim, dtype=shape.dtype)
+    ops.attend(query, cache_of(shape), prefill_metadata(shape), 0.1, **extras_of(shape))
+
+
+def rope(ops: Ops, shape: Shape) -> None:
+    width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    weight = empty(shape.head_dim, dtype=shape.dtype)
+    ops.qk_norm_rope_store(
+        product(shape, shape.tokens, width),
+        weight,
+        weight,
+        1e-6,
+        empty(4096, shape.head_dim, dtype=FLOAT32),
+        empty(shape.tokens, dtype=INT32),
+        cache_of(shape),
+        empty(shape.tokens, dtype=INT64),
+    )
+
+
+def norms(ops: Ops, shape: Shape) -> None:
+    x = product(shape, shape.rows, shape.hidden_size)
+    residual = empty(shape.rows, shape.hidden_size, dtype=shape.dtype)
+    ops.add_rms_norm(x, residual, empty(shape.hidden_size, dtype=shape.dtype), 1e-6)
+
+
+def activations(ops: Ops, shape: Shape) -> None:
+    ops.silu_and_mul(product(shape, shape.rows, 6 * shape.hidden_size))
+
+
+def other_activations(ops: Ops, shape: Shape) -> None:
+    for is_tanh in (False, True):
+        ops.gelu_and_mul(product(shape, shape.rows, 6 * shape.hidden_size), is_tanh)
+
+
+def products(ops: Ops, shape: Shape) -> None:
+    """Few tokens: K of the small model is split, that of the large one is not."""
+    for size in (shape.hidden_size, 8 * shape.hidden_size):
+        ops.linear(empty(16, size, dtype=shape.dtype), empty(4096, size, dtype=shape.dtype), None)
+
+
+def scales_of(shape: Shape, n: int, k: int) -> torch.Tensor:
+    sizes = (-(-n // 128), -(-k // 128)) if shape.has_blocks else (n,)
+    return empty(*sizes, dtype=FLOAT32)
+
+
+def fp8_products(ops: Ops, shape: Shape) -> None:
+    if ops.has_fp8_products:
+        n, k = 4096, 4 * shape.hidden_size
+        x, weight = empty(64, k, dtype=shape.dtype), empty(n, k, dtype=FP8_DTYPE)
+        ops.fp8_linear(x, weight, scales_of(shape, n, k))
+
+
+def experts(ops: Ops, shape: Shape) -> None:
+    if shape.is_fp8_weight and not ops.has_fp8_products:
+        return
+    hidden, size = shape.hidden_size, 768
+    dtype = FP8_DTYPE if shape.is_fp8_weight else shape.dtype
+    rows = shape.num_experts * 2 * size, shape.num_experts * hidden
+    scales = (None, None)
+    if shape.is_fp8_weight:
+        scales = scales_of(shape, rows[0], hidden), scales_of(shape, rows[1], size)
+    ops.experts(
+        empty(shape.tokens, hidden, dtype=shape.dtype),
+        product(shape, shape.tokens, shape.num_experts),
+        empty(rows[0], hidden, dtype=dtype),
+        empty(rows[1], size, dtype=dtype),
+        8,
+        True,
+        *scales,
+    )
+
+
+def delta_net(ops: Ops, shape: Shape) -> None:
+    """A prefill of long sequences, then the rule and the convolution of a decode step."""
+    key_heads, heads, dim = 16, 32, shape.head_dim
+    channels = (2 * key_heads + heads) * dim
+    state = empty(65, heads, dim, dim, dtype=FLOAT32)
+    conv_state = empty(65, channels, 3, dtype=shape.dtype)
+    rows = empty(shape.rows, dtype=INT32)
+    decode = DecodeMetadata(
+        empty(shape.rows, dtype=INT64),
+        empty(shape.rows, TABLE_WIDTH, dtype=INT32),
+        empty(shape.rows, dtype=INT32),
+        rows=rows,
+    )
+    rates = empty(heads, dtype=FLOAT32), empty(heads, dtype=FLOAT32)
+    for metadata, tokens in ((decode, shape.rows), (prefill_metadata(shape), shape.tokens)):
+        x = product(shape, tokens, channels)
+        qkv = ops.causal_conv1d(x, empty(channels, 4, dtype=shape.dtype), conv_state, metadata)
+        beta, decay = product(shape, tokens, heads), product(shape, tokens, heads)
+        out = ops.gated_delta_rule(qkv, beta, decay, *rates, state, metadata)
+    gate = product(shape, shape.tokens, heads * dim)
+    ops.gated_rms_norm(out, gate, empty(dim, dtype=shape.dtype), 1e-6)
+    width = shape.num_heads * shape.head_dim
+    x = empty(shape.tokens, width, dtype=shape.dtype)
+    ops.sigmoid_gate(x, product(shape, shape.tokens, width))
+
+
+def sampling(ops: Ops, shape: Shape) -> None:
+    rows = shape.rows
+    logits = empty(rows, shape.vocab_size, dtype=shape.dtype)
+    ops.sample(
+        logits,
+        empty(rows, dtype=FLOAT32),
+        empty(rows, 2, dtype=INT32),
+        empty(rows, dtype=INT32),
+        0,
+        shape.vocab_size,
+    )
+
+
+def filters(ops: Ops, shape: Shape) -> None:
+    rows = shape.rows
+    logits = empty(rows, shape.vocab_size, dtype=shape.dtype)
+    top_k, numbers = empty(rows, dtype=INT32), empty(rows, dtype=FLOAT32)
+    ops.filter_thresholds(logits, numbers, top_k, numbers, numbers, shape.vocab_size)
+
+
+def row_table(ops: Ops, shape: Shape) -> None:
+    table = empty(513, row_state.BLOCK_TABLE + TABLE_WIDTH, dtype=INT32)
+    rows = empty(shape.rows, dtype=INT32)
+    inputs = ops.gather_decode_inputs(table, rows, BLOCK_SIZE)
+    ops.write_back(table, rows, inputs.input_ids, inputs.positions)
+
+
+def sums_over_ranks(ops: Ops, shape: Shape) -> None:
+    size, width = shape.num_ranks, shape.hidden_size
+    memory = empty(num_memory_bytes(size, width, shape.dtype), dtype=torch.uint8)
+    abort = empty(1, dtype=INT32)
+    peers = PeerMemory(0, [0] * size, memory, width, shape.dtype, abort)
+    residual = empty(shape.rows, width, dtype=shape.dtype)
+    weight = empty(width, dtype=shape.dtype)
+    peers.add_rms_norm(product(shape, shape.rows, width), residual, weight, 1e-6)
+    peers.embedding(empty(shape.rows, dtype=INT32), empty(1000, width, dtype=shape.dtype), 0)
+    peers.argmax(empty(shape.rows, dtype=FLOAT32), empty(shape.rows, dtype=INT32))
+
+
+SHAPE = Shape()
+FEW = replace(SHAPE, rows=8, num_parts=2)
+ALL = (
+    decode,
+    prefill,
+    rope,
+    norms,
+    activations,
+    products,
+    fp8_products,
+    experts,
+    delta_net,
+    sampling,
+    filters,
+    row_table,
+    sums_over_ranks,
+)
+
+
+def launch(function: Callable[[Ops, Shape], None], shape: Shape = SHAPE) -> None:
+    """One of ALL, inside of `compiling_for`, where the library takes the shape."""
+    if (ops := shape.ops()) is not None:
+        function(ops, shape)
