@@ -192,7 +192,8 @@ class Config:
     attention_backend: str = parameter(
         "auto",
         choice("auto", "torch", "triton", "flash-attn"),
-        'what computes attention; "auto" is triton on CUDA, torch elsewhere.',
+        'what computes attention; "auto" is triton on CUDA from compute capability 8.0 on, torch '
+        "elsewhere.",
     )
     dtype: str = parameter(
         "auto",
