@@ -19,6 +19,7 @@ from nanovllm.features import (
     streaming,
     weight_update,
 )
+from nanovllm.features.estimate import estimate as estimate_memory
 from nanovllm.guards.ownership import one_thread_at_a_time
 from nanovllm.sampling_params import SAMPLING_FIELDS, SamplingParams
 
@@ -60,6 +61,7 @@ class LLM(LLMEngine):
     collective_rpc = rpc.collective_rpc
     apply_model = rpc.apply_model
     get_metrics = metrics.get_metrics
+    estimate = staticmethod(estimate_memory)
     start_profile = profiling.start_profile
     stop_profile = profiling.stop_profile
 

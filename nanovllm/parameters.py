@@ -1,6 +1,6 @@
 """Parameters declared once: each is a dataclass's field with its default, check and help.
 
-Docstrings, the options of the batch command and docs/parameters.md come from the declarations.
+Docstrings, the options of command lines and docs/parameters.md come from the declarations.
 """
 
 import inspect

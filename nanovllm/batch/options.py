@@ -4,14 +4,13 @@ import argparse
 import hashlib
 import json
 import os
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nanovllm.batch.parser import Parser
 from nanovllm.batch.requests import structured_outputs
+from nanovllm.command_line import Parser, add_options, given_values
 from nanovllm.config import Config
 from nanovllm.errors import ArgumentError
 from nanovllm.parameters import Parameter, parameters
@@ -112,13 +111,13 @@ def add_parameters(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-progress", action="store_true", help="draw no bar on stderr")
     engine = parser.add_argument_group("parameters of LLM")
-    _add_options(engine, _engine_parameters())
+    add_options(engine, _engine_parameters())
     sampling = parser.add_argument_group(
         "sampling parameters of lines that do not set them",
         "What is not given here is taken from the model's generation_config.json, if it is there.",
     )
     sampling.add_argument("--return-token-ids", action="store_true", help="add them to the choices")
-    _add_options(sampling, _sampling_parameters())
+    add_options(sampling, _sampling_parameters(), BATCH_DEFAULTS)
 
 
 def options_of(given: dict[str, Any]) -> Options:
@@ -127,12 +126,12 @@ def options_of(given: dict[str, Any]) -> Options:
     Raises:
         ArgumentError: the input or a default sampling parameter is wrong.
     """
-    defaults = _given(given, _sampling_parameters())
+    defaults = given_values(given, _sampling_parameters())
     if isinstance(defaults.get("structured_outputs"), dict):
         defaults["structured_outputs"] = structured_outputs(defaults["structured_outputs"])
     SamplingParams(**defaults)
     _check_input(given["input"])
-    engine_given = _given(given, _engine_parameters())
+    engine_given = given_values(given, _engine_parameters())
     return Options(
         input_path=given["input"],
         output_path=given["output"],
@@ -151,59 +150,6 @@ def _engine_parameters() -> list[Parameter]:
 
 def _sampling_parameters() -> list[Parameter]:
     return [p for p in parameters(SamplingParams) if p.name != "seed"]
-
-
-def _given(values: dict[str, Any], known: list[Parameter]) -> dict[str, Any]:
-    return {p.name: values[p.name] for p in known if p.name in values}
-
-
-def _add_options(group: Any, declared: list[Parameter]) -> None:
-    """An option for each parameter, of its type; only what is given is in the result."""
-    for p in declared:
-        text = p.type.__name__ if isinstance(p.type, type) else str(p.type)
-        default = BATCH_DEFAULTS.get(p.name, p.default)
-        sentence = p.help.partition(". ")[0].removesuffix(".").replace("`", "")
-        settings: dict[str, Any] = {"default": argparse.SUPPRESS}
-        words = re.findall(r"\w+", text)
-        if text.startswith("bool"):
-            settings["action"] = argparse.BooleanOptionalAction
-        elif "dict" in words or "StructuredOutputsParams" in words:
-            settings |= {"type": _json_object, "metavar": "JSON"}
-        else:
-            kind = next((kind for kind in (float, int) if kind.__name__ in words), str)
-            settings |= {
-                "type": _or_none(kind),
-                "metavar": {float: "X", int: "N", str: "TEXT"}[kind],
-            }
-            if "list" in words:
-                settings |= {"type": kind, "action": "append"}
-                sentence += "; may be given several times"
-            elif p.limits:
-                sentence += f"; {p.limits}"
-        flags = [f"--{name.replace('_', '-')}" for name in (p.name, *p.aliases)]
-        option = group.add_argument(*flags, dest=p.name, **settings)
-        option.help = f"{sentence} (default: {default})".replace("%", "%%")
-
-
-def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """The type of an option; a number may be "none", which a parameter takes if it can."""
-    if kind is str:
-        return str
-
-    def number(text: str) -> Any:  # argparse names the function in its message
-        return None if text.lower() == "none" else kind(text)
-
-    return number
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"{text[:200]!r} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text[:200]!r} is not a JSON object")
-    return value
 
 
 def _check_input(source: str) -> None:

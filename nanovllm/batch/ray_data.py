@@ -19,10 +19,10 @@ from tqdm.auto import tqdm
 
 from nanovllm.batch.journal import Journal, remove_journal
 from nanovllm.batch.options import EPILOG, Options, add_parameters, options_of
-from nanovllm.batch.parser import Parser
 from nanovllm.batch.requests import custom_id_of, parse_line
 from nanovllm.batch.result_file import Part, ResultFile, StringSet
 from nanovllm.batch.run import Bar, Run, StopSignals, all_done, load_engine, status_of
+from nanovllm.command_line import Parser
 from nanovllm.errors import ArgumentError
 from nanovllm.validation import check_integer
 

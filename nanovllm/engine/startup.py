@@ -32,8 +32,13 @@ MAX_CPU_CACHE_BYTES = 4 << 30
 RESERVED_GPU_BYTES = 1 << 30
 
 
-def choose_ops(config: Config, device: torch.device) -> Ops:
-    """The operations of the configured backend; ArgumentError if it cannot run here."""
+def choose_ops(
+    config: Config, device: torch.device, capability: tuple[int, int] | None = None
+) -> Ops:
+    """The operations of the configured backend; ArgumentError if it cannot run here.
+
+    capability: as of `select_ops`.
+    """
     uses_transformers = config.model_config.uses_transformers
     head_dim = config.model_config.head_dim
     if uses_transformers:  # attention that the kernels do not take goes without them
@@ -46,6 +51,7 @@ def choose_ops(config: Config, device: torch.device) -> Ops:
             head_dim,
             compile_torch_ops=not (config.enforce_eager or uses_transformers),
             kv_cache_dtype=config.resolve_kv_cache_dtype(),
+            capability=capability,
         )
     except ValueError as error:
         raise ArgumentError(str(error)) from error
@@ -110,14 +116,21 @@ def start_model_runner(
 
 
 def _warm_up(runner: ModelRunner) -> int:
-    """Run the largest prefill and decode steps once, which builds the kernels.
-
-    Returns the peak of the activations' bytes.
-    """
-    config, device = runner.config, runner.device
+    """Run the largest steps once, which builds the kernels; returns the activations' peak bytes."""
+    device = runner.device
     runner.allocate_kv_cache(num_blocks=1)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
+    run_largest_prefill(runner)
+    run_largest_decode(runner)
+    torch.cuda.synchronize(device)
+    runner.row_table.zero_()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def run_largest_prefill(runner: ModelRunner) -> None:
+    """A prefill step of `max_num_batched_tokens` tokens that samples for as many as may run."""
+    config = runner.config
     num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
     length = min(config.max_num_batched_tokens // num_seqs, config.max_model_len)
     # Every block table entry is 0, so all sequences read and write the one block there is.
@@ -134,14 +147,14 @@ def _warm_up(runner: ModelRunner) -> int:
             is_last=ones,
         )
     )
-    torch.cuda.synchronize(device)
-    with torch.inference_mode():
-        runner.decode(runner.decode_rows)
-        if runner.reads_common_blocks_once:
-            runner.decode(runner.decode_rows, has_common_blocks=True)
-    torch.cuda.synchronize(device)
-    runner.row_table.zero_()
-    return torch.cuda.max_memory_allocated(device) - before
+
+
+@torch.inference_mode()
+def run_largest_decode(runner: ModelRunner) -> None:
+    """Decode steps of `max_num_seqs` rows: without common blocks, then with them."""
+    runner.decode(runner.decode_rows)
+    if runner.reads_common_blocks_once:
+        runner.decode(runner.decode_rows, has_common_blocks=True)
 
 
 def decide_num_blocks(config: Config, per_block: Sequence[int], gpu_bytes: int | None) -> int:
@@ -214,14 +227,24 @@ def check_fits(config: Config, device: torch.device) -> None:
 def available_gpu_bytes(
     device: torch.device, utilization: float, free_at_start: int, peak_activation_bytes: int
 ) -> int:
-    """What is left for the cache of the engine's share of `device`, once the weights are loaded.
+    """`cache_bytes` of `device`, once the weights are loaded and the largest steps have run.
 
-    The share is `utilization` of the device's memory, and no more than was free before the weights
-    (`free_at_start`), so what other processes hold counts against the device, not against us.
+    What other processes hold counts against the device, not against us.
     """
     total = torch.cuda.mem_get_info(device)[1]
-    share = min(int(total * utilization), free_at_start)
     gc.collect()
     torch.cuda.empty_cache()
     held = free_at_start - torch.cuda.mem_get_info(device)[0]
+    return cache_bytes(total, utilization, free_at_start, held, peak_activation_bytes)
+
+
+def cache_bytes(
+    total: int, utilization: float, free_at_start: int, held: int, peak_activation_bytes: int
+) -> int:
+    """What is left for the KV cache of the engine's share of a GPU.
+
+    The share is `utilization` of its `total` bytes, and no more than was free before the weights,
+    `free_at_start`. `held` are the bytes of weights, tables and libraries.
+    """
+    share = min(int(total * utilization), free_at_start)
     return share - held - peak_activation_bytes - RESERVED_GPU_BYTES

@@ -21,7 +21,7 @@ def upload(arrays: Iterable[np.ndarray], device: torch.device) -> list[torch.Ten
     """Copies of host arrays on `device`, of their shapes and dtypes, all in one transfer."""
     arrays = list(arrays)
     if device.type != "cuda":
-        return [torch.from_numpy(array.copy()) for array in arrays]
+        return [torch.from_numpy(array.copy()).to(device) for array in arrays]
     ends = np.cumsum([-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays]).tolist()
     starts = [0, *ends]
     pinned = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=True)

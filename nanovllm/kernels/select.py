@@ -25,14 +25,20 @@ def select_ops(
     head_dim: int,
     compile_torch_ops: bool,
     kv_cache_dtype: torch.dtype | None = None,
+    capability: tuple[int, int] | None = None,
 ) -> Ops:
     """The operations of the backend "auto", "torch", "triton" or "flash-attn" for a model.
 
     "auto" is "triton" on CUDA where triton can be imported and knows the GPU, otherwise "torch".
     `compile_torch_ops` sends the elementwise operations of "torch" through torch.compile on CUDA.
-    `kv_cache_dtype` is `dtype` (None) or FP8_DTYPE. Raises ValueError for a backend that is
-    unknown, not installed, or unable to run this device, dtype, head_dim or kv_cache_dtype.
+    `kv_cache_dtype` is `dtype` (None) or FP8_DTYPE. `capability` is that of the GPU, None: of
+    `device`; a dry run on the device "meta" gives that of a GPU which need not be there. Raises
+    ValueError for a backend that is unknown, not installed, or unable to run this device, dtype,
+    head_dim or kv_cache_dtype.
     """
+    if capability is None:
+        capability = _capability(device)
+    is_gpu = device.type == "cuda" or capability is not None
     backend = attention_backend
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(
@@ -48,14 +54,13 @@ def select_ops(
             "kv_cache_dtype is 'fp8', which attention_backend 'flash-attn' cannot read; choose "
             "'triton' or 'torch'"
         )
-    capability = _capability(device)
     is_old = capability is not None and capability < TRITON_MIN_CAPABILITY
-    if backend == "torch" or (backend == "auto" and (device.type != "cuda" or is_old)):
+    if backend == "torch" or (backend == "auto" and (not is_gpu or is_old)):
         # torch.compile would ask Triton for its kernels as well.
         return TorchOps(compile_torch_ops and device.type == "cuda" and not is_old)
 
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type != "cuda" and not (backend == "triton" and interpreted):
+    if not is_gpu and not (backend == "triton" and interpreted):
         raise ValueError(
             f"attention_backend is {backend!r}, which needs a CUDA device, but the device is "
             f"{str(device)!r}; choose 'auto' or 'torch'"
@@ -89,7 +94,7 @@ def select_ops(
             f"{MAX_TRITON_HEAD_DIM}, choose 'torch'"
         )
     if backend != "flash-attn":
-        return TritonOps(_has_fp8_products(device, dtype))
+        return TritonOps(_has_fp8_products(capability, dtype))
 
     if dtype not in FLASH_ATTN_DTYPES:
         raise ValueError(
@@ -108,7 +113,7 @@ def select_ops(
             f"attention_backend is 'flash-attn', but flash_attn cannot be imported ({error}); "
             "choose 'triton' or 'torch'"
         ) from error
-    return FlashAttentionOps(_has_fp8_products(device, dtype))
+    return FlashAttentionOps(_has_fp8_products(capability, dtype))
 
 
 def check_attention_extras(
@@ -124,16 +129,15 @@ def check_attention_extras(
         )
 
 
-def _has_fp8_products(device: torch.device, dtype: torch.dtype) -> bool:
-    capability = _capability(device)
-    return capability is not None and capability[0] == 9 and dtype != torch.float32
-
-
 def _capability(device: torch.device) -> tuple[int, int] | None:
     """A GPU's compute capability; None for another device, or where there is no GPU."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
     return device_limits(device).capability
+
+
+def _has_fp8_products(capability: tuple[int, int] | None, dtype: torch.dtype) -> bool:
+    return capability is not None and capability[0] == 9 and dtype != torch.float32
 
 
 def _version(capability: tuple[int, int]) -> str:

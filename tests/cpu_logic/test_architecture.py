@@ -16,7 +16,7 @@ PACKAGE = "nanovllm"
 # A module imports from its own line and from lines below it. A name stands for a module or for the
 # rest of a package; "" is the package's `__init__`.
 ORDER = [
-    "batch",
+    "batch estimate",
     "",
     "llm",
     "features",
@@ -29,6 +29,7 @@ ORDER = [
     "kernels",
     "kernels.types kernels.row_state",
     "sampling_params pooling_params outputs progress stats model_files guards",
+    "command_line",
     "compat parameters validation",
     "errors",
 ]

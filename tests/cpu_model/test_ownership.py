@@ -121,6 +121,7 @@ FREE = {
     "get_tokenizer",
     "get_default_sampling_params",
     "get_world_size",
+    "estimate",
     "from_engine_args",
     "check_ready",
     "check_awake",

@@ -28,8 +28,16 @@ def jit(function: Any = None, **options: Any) -> Any:
     if function is None:
         return partial(jit, **options)
     kernel = triton.jit(function, **options)
-    kernel.run = partial(kernel.run, enable_fp_fusion=True)  # what `kernel[grid](...)` calls
+    # What `kernel[grid](...)` calls.
+    kernel.run = partial(_run, kernel.run, enable_fp_fusion=True)
     return kernel
+
+
+def _run(run: Any, *args: Any, **options: Any) -> Any:
+    """`run(...)`, unless the first argument, the output, has no memory: in a dry run."""
+    if getattr(args[0], "is_meta", False):
+        return None
+    return run(*args, **options)
 
 
 @jit
