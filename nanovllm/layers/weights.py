@@ -1,7 +1,7 @@
 """How a checkpoint tensor maps to a parameter: each parameter carries its own shards."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -12,6 +12,8 @@ from nanovllm.layers.context import ModelContext
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
 VOCAB_ALIGNMENT = 64  # rows per rank are a multiple, which matrix products like
+MAX_PIECE = 1 << 26  # numbers of a tensor that are read and quantised at a time
+PIECE_ALIGNMENT = 128  # rows of a piece are a multiple, so that it cuts through no block of scales
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,22 @@ class Shard:
     fused_name: str | None = None
     is_transposed: bool = False
 
+    def pieces(self) -> "Iterator[Shard]":
+        """The shard in parts of whole rows, which bounds the memory that loading it takes.
+
+        Shards of stacked experts and those whose rows change places are not cut.
+        """
+        if len(self.source) != 2 or self.is_transposed or self.head_order:
+            yield self
+            return
+        (source, columns), (target, *rest) = self.source, self.target
+        step = piece_rows(columns.stop - columns.start)
+        for start in range(0, source.stop - source.start, step):
+            size = min(step, source.stop - source.start - start)
+            rows = slice(source.start + start, source.start + start + size)
+            place = slice(target.start + start, target.start + start + size)
+            yield replace(self, source=(rows, columns), target=(place, *rest))
+
     def in_order(self, part: torch.Tensor) -> torch.Tensor:
         """`part`, what `source` selects, with its rows in the parameter's order.
 
@@ -48,6 +66,12 @@ class Shard:
             return part
         heads = part.unflatten(0, (-1, len(self.head_order)))
         return heads[:, list(self.head_order)].flatten(0, 1)
+
+
+def piece_rows(num_columns: int) -> int:
+    """Rows of so many numbers that are loaded at a time."""
+    rows = MAX_PIECE // max(num_columns, 1)
+    return max(rows // PIECE_ALIGNMENT, 1) * PIECE_ALIGNMENT
 
 
 class Heads(NamedTuple):

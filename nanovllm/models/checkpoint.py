@@ -15,6 +15,7 @@ LM_HEAD = "lm_head.weight"
 BYTE = "U8"
 # Of the text part's tensors in a multimodal model.
 TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
+MAX_MAPPED_BYTES = 1 << 28  # that are read of the files before their pages are let go of
 WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64", "F8_E4M3")  # by their names in the files
 
 
@@ -46,15 +47,14 @@ class SafetensorsCheckpoint:
     def __init__(self, directory: str) -> None:
         self.directory = directory
         self._files: dict[str, str] = {}  # tensor name -> file name
-        self._handles = {}
+        self._handles: dict[str, Any] = {}
+        self._read_files: set[str] = set()  # of which pages are in memory
+        self._num_read = 0  # bytes of these
         file_names, index = self._choose_files()
         for file_name in file_names:
             path = os.path.join(directory, file_name)
             read_start(path, 64)  # refuses what is no file of its own
-            try:
-                self._handles[file_name] = safe_open(path, framework="pt")
-            except Exception as error:  # of the file's header or of the memory map
-                raise ArgumentError(f"cannot read {path}: {shown_error(error)}") from error
+            self._open(file_name)
             for name in self._handles[file_name].keys():  # noqa: SIM118 (not a dict)
                 if index.get(name, file_name) != file_name:
                     continue
@@ -72,6 +72,14 @@ class SafetensorsCheckpoint:
                     f"tensor {shown(self._name_of(name))} is in {directory!r} twice, as "
                     f"{shown(other)} and {shown(name)}"
                 )
+
+    def _open(self, file_name: str) -> None:
+        """Map a file; if it is mapped already, that lets go of its pages that are in memory."""
+        path = os.path.join(self.directory, file_name)
+        try:
+            self._handles[file_name] = safe_open(path, framework="pt")
+        except Exception as error:  # of the file's header or of the memory map
+            raise ArgumentError(f"cannot read {path}: {shown_error(error)}") from error
 
     def _choose_files(self) -> tuple[list[str], dict[str, str]]:
         """The files to read, and which tensor is in which of them where an index says so."""
@@ -139,7 +147,14 @@ class SafetensorsCheckpoint:
 
     def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
         """See `Checkpoint`; its shape was asked for before."""
-        return self._slice(name)[index]
+        if self._num_read > MAX_MAPPED_BYTES:
+            for file_name in self._read_files:
+                self._open(file_name)
+            self._read_files, self._num_read = set(), 0
+        part = self._slice(name)[index]
+        self._read_files.add(self._files[self._stored_names[name]])
+        self._num_read += part.nbytes
+        return part
 
     def _slice(self, name: str) -> Any:
         name = self._stored_names[name]

@@ -11,7 +11,7 @@ from nanovllm.errors import ArgumentError, cut, shown
 from nanovllm.layers.linear_weight import LinearWeight
 from nanovllm.layers.packed_weights import PackedParameter
 from nanovllm.layers.weight_format import WeightFormat
-from nanovllm.layers.weights import OffsetParameter, Parameter, Shard
+from nanovllm.layers.weights import OffsetParameter, Parameter, Shard, piece_rows
 from nanovllm.models.checkpoint import LM_HEAD, Checkpoint, SafetensorsCheckpoint
 from nanovllm.models.fp8_checkpoint import SCALES_SUFFIX, DequantizedCheckpoint
 from nanovllm.models.fused_experts import SplitExpertsCheckpoint
@@ -35,8 +35,8 @@ class DummyCheckpoint:
 
     Vectors are norm weights (1, less an offset) or biases (0); matrices are normal with deviation
     `std`, but for the scales of fp8 weights (1) and the biases of experts (0). Each expert of a
-    tensor that has all of them is drawn alone. The numbers of packed weights are uniform, their
-    scales make the weights' deviation `std`.
+    tensor that has all of them is drawn alone, and a large matrix in blocks of rows. The numbers of
+    packed weights are uniform, their scales make the weights' deviation `std`.
     """
 
     def __init__(self, expected: Expected, std: float, device: torch.device) -> None:
@@ -73,9 +73,9 @@ class DummyCheckpoint:
             value = 0.0 if name.endswith("bias") else 1.0 - self._offsets.get(name, 0.0)
             return torch.full(shape, value, device=self.device)[index]
         if len(shape) == 2:
-            return self._drawn(name, shape)[index]
+            return self._drawn(name, shape, index)
         experts = range(*index[0].indices(shape[0]))
-        return torch.stack([self._drawn(f"{name}.{i}", shape[1:])[index[1:]] for i in experts])
+        return torch.stack([self._drawn(f"{name}.{i}", shape[1:], index[1:]) for i in experts])
 
     def _read_packed(
         self, parameter: PackedParameter, name: str, shape: tuple[int, ...]
@@ -99,9 +99,22 @@ class DummyCheckpoint:
     def _generator(self, name: str) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
 
-    def _drawn(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def _drawn(self, name: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> torch.Tensor:
+        """A part of a matrix, of which only the blocks that it touches are drawn."""
+        start, stop, step = index[0].indices(shape[0])
+        num_rows = piece_rows(shape[1])
+        first = start // num_rows
+        rows = slice(start - first * num_rows, stop - first * num_rows, step)
+        ends = range(first * num_rows, max(stop, start + 1), num_rows)
+        blocks = [
+            self._draw(f"{name}:{begin}" if begin else name, min(num_rows, shape[0] - begin), shape)
+            for begin in ends
+        ]
+        return (blocks[0] if len(blocks) == 1 else torch.cat(blocks))[(rows, *index[1:])]
+
+    def _draw(self, name: str, num_rows: int, shape: tuple[int, ...]) -> torch.Tensor:
         generator = self._generator(name)
-        tensor = torch.empty(shape, dtype=torch.float32, device=self.device)
+        tensor = torch.empty((num_rows, shape[1]), dtype=torch.float32, device=self.device)
         return tensor.normal_(0.0, self.std, generator=generator)
 
 
@@ -189,7 +202,8 @@ def load_model(model: nn.Module, directory: str, load_format: str, std: float = 
     for name, shards in expected.items():
         for parameter, shard in shards:
             if all(part.start < part.stop for part in shard.source):  # else all padding
-                parameter.fill(shard, checkpoint.read(name, shard.source))
+                for piece in shard.pieces():
+                    parameter.fill(piece, checkpoint.read(name, piece.source))
     return has_lm_head
 
 

@@ -16,6 +16,7 @@ from nanovllm.kernels.device import DeviceLimits
 from nanovllm.kernels.select import select_ops
 from nanovllm.kernels.torch_ops import dequantize_weight
 from nanovllm.kernels.types import FP8_DTYPE
+from nanovllm.layers import weights
 from nanovllm.layers.context import ModelContext
 from nanovllm.layers.linear import RowParallelLinear
 from nanovllm.models.family import Family
@@ -103,6 +104,15 @@ def test_rows(model_dir, size, keeps_fp8) -> None:
         model = build(model_dir, "rows", keeps_fp8, rank, size)
         in_fp8 = check_weights(model, exact, through_rows, of_slice=True)
         assert in_fp8 == (ALL if keeps_fp8 else set())
+
+
+@pytest.mark.parametrize("scales", ["blocks", "rows"])
+def test_pieces_of_a_tensor_have_the_scales_of_the_whole(model_dir, fp8_dir, scales, monkeypatch):
+    directory = fp8_dir if scales == "blocks" else model_dir
+    whole = dict(build(directory, scales, True).named_parameters())
+    monkeypatch.setattr(weights, "MAX_PIECE", 1)  # 128 rows of 288
+    for name, parameter in build(directory, scales, True).named_parameters():
+        assert torch.equal(parameter.float(), whole[name].float()), name
 
 
 def test_new_tensor_is_quantized(model_dir) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from nanovllm import ArgumentError
 from nanovllm.kernels.select import select_ops
+from nanovllm.layers import weights
 from nanovllm.layers.context import ModelContext
 from nanovllm.models.family import Family
 from nanovllm.models.loader import MAX_NAMES_IN_ERROR, expected_tensors, load_model
@@ -411,6 +412,27 @@ def test_dummy_weights_are_the_same_for_any_number_of_ranks(kind, request):
     for size in (2, 4):
         ranks = [load(directory, rank, size, load_format="dummy") for rank in range(size)]
         assert_same(put_together(ranks), whole)
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_large_tensors_are_loaded_in_pieces(untied, load_format, monkeypatch):
+    whole = tensors_of(load(untied, load_format=load_format))
+    shapes, fill = [], weights.Parameter.fill
+    monkeypatch.setattr(weights, "MAX_PIECE", 1)
+
+    def fill_and_note(parameter, shard, part):
+        shapes.append(part.shape)
+        fill(parameter, shard, part)
+
+    monkeypatch.setattr(weights.Parameter, "fill", fill_and_note)
+    in_pieces = tensors_of(load(untied, load_format=load_format))
+    assert max(shape[0] for shape in shapes) == weights.PIECE_ALIGNMENT
+    if load_format == "dummy":  # each piece is drawn alone
+        assert not torch.equal(in_pieces["lm_head.weight"], whole["lm_head.weight"])
+        whole = in_pieces
+    assert_same(in_pieces, whole)
+    ranks = [load(untied, rank, 2, load_format=load_format) for rank in range(2)]
+    assert_same(put_together(ranks), whole)
 
 
 def test_dummy_weights_need_no_file_and_are_random_with_the_deviation_asked_for(untied, tmp_path):
