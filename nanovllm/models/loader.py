@@ -103,14 +103,13 @@ class DummyCheckpoint:
         """A part of a matrix, of which only the blocks that it touches are drawn."""
         start, stop, step = index[0].indices(shape[0])
         num_rows = piece_rows(shape[1])
-        first = start // num_rows
-        rows = slice(start - first * num_rows, stop - first * num_rows, step)
-        ends = range(first * num_rows, max(stop, start + 1), num_rows)
+        offset = start // num_rows * num_rows
+        part = slice(start - offset, stop - offset, step), *index[1:]
         blocks = [
             self._draw(f"{name}:{begin}" if begin else name, min(num_rows, shape[0] - begin), shape)
-            for begin in ends
+            for begin in range(offset, max(stop, start + 1), num_rows)
         ]
-        return (blocks[0] if len(blocks) == 1 else torch.cat(blocks))[(rows, *index[1:])]
+        return (blocks[0] if len(blocks) == 1 else torch.cat(blocks))[part]
 
     def _draw(self, name: str, num_rows: int, shape: tuple[int, ...]) -> torch.Tensor:
         generator = self._generator(name)
