@@ -177,8 +177,8 @@ def estimate(
         kwargs: of `LLM`.
 
     Raises:
-        ArgumentError: a value is wrong, or the model runs on transformers' own module or without
-            Triton's kernels, which only a real start measures.
+        ArgumentError: a value is wrong; or the model runs on transformers' own module, without
+            Triton's kernels or with `cpu_offload_gb`, which only a real start measures.
         TypeError: an unknown keyword.
     """
     num_bytes = _gpu_bytes(gpu_memory)
@@ -316,6 +316,11 @@ def new_dry_runner(config: Config, capability: tuple[int, int]) -> DryRunner:
         raise ArgumentError(
             f"{config.model_config.architectures[0]} runs on transformers' own module, whose "
             "memory only a real start tells"
+        )
+    if config.cpu_offload_bytes:
+        raise ArgumentError(
+            f"cpu_offload_gb ({config.cpu_offload_gb:g}) is not estimated; without it the estimate "
+            "says how much is missing"
         )
     backend = config.attention_backend
     if backend == "flash-attn":  # which takes the memory that Triton's kernels take

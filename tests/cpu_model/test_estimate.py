@@ -195,6 +195,7 @@ def test_what_cannot_be_said_is_refused_by_name(dense, monkeypatch):
         "there is no GPU here": {"gpu_memory": None},
         "device='cpu'": {"device": "cpu"},
         "attention_backend 'torch'": {"attention_backend": "torch"},
+        "cpu_offload_gb .2. is not estimated": {"cpu_offload_gb": 2},
         "runs on transformers' own module": {"model_impl": "transformers"},
         "compute_capability must be like": {"compute_capability": "new"},
         "kv_cache_dtype is 'fp8'": {"kv_cache_dtype": "fp8", "compute_capability": (8, 6)},

@@ -15,10 +15,9 @@ import torch
 
 from nanovllm import LLM, ArgumentError, SamplingParams
 from nanovllm.config import Config
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.startup import choose_ops, run_largest_decode, run_largest_prefill
 from nanovllm.features.estimate import CONTEXT_BYTES, GIB, MIB, WORKSPACE_BYTES
-from nanovllm.layers.context import ModelContext
-from nanovllm.models.families import load_weights, new_model
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
 QWEN3 = {
@@ -133,12 +132,11 @@ def test_the_estimate_is_what_an_engine_takes(models, baseline, name, gib, optio
     ):
         runner, started = llm.model_runner, used_bytes()
         weights = sum(parameter.nbytes for parameter in runner.model.parameters())
-        llm.generate(  # fills a prefill step and the batch behind it
+        llm.generate(
             random_prompts([512] * 40),
             SamplingParams(temperature=0, max_tokens=4, ignore_eos=True),
             use_tqdm=False,
         )
-        used = used_bytes() - baseline
         peaks = []
         for run in (run_largest_prefill, run_largest_decode):
             torch.cuda.synchronize()
@@ -148,6 +146,7 @@ def test_the_estimate_is_what_an_engine_takes(models, baseline, name, gib, optio
             torch.cuda.synchronize()
             peaks.append(torch.cuda.max_memory_allocated() - before)
         runner.row_table.zero_()
+        used = used_bytes() - baseline
         num_blocks = llm.config.num_kvcache_blocks
         block = runner.kv_cache.nbytes // num_blocks
         if runner.kv_scales is not None:
@@ -181,25 +180,15 @@ def test_a_start_needs_no_second_copy_of_the_weights(models, quantization):
     device = torch.device("cuda", 0)
     options = taken(models["4B"], {"quantization": quantization})
     config = Config.from_kwargs(models["4B"], options)
-    context = ModelContext(
-        choose_ops(config, device),
-        TensorParallel(),
-        config.resolve_dtype(),
-        device,
-        config.max_model_len,
-        config.fp8_scales,
-        **({"quantization": quantization} if hasattr(ModelContext, "quantization") else {}),
-    )
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    model = new_model(config, context)
-    load_weights(model, config)
+    runner = ModelRunner(config, device, TensorParallel(), choose_ops(config, device))
     torch.cuda.synchronize()
-    weights = sum(parameter.nbytes for parameter in model.parameters())
+    weights = sum(parameter.nbytes for parameter in runner.model.parameters())
     beside = torch.cuda.max_memory_allocated() - before - weights
-    largest = 4 * model.lm_head.weight.numel()
+    largest = 4 * runner.model.lm_head.weight.numel()
     print(f"\n{quantization}: weights {weights / MIB:.0f} MiB, beside them {beside / MIB:.0f} MiB")
     assert beside <= largest + 64 * MIB
     assert beside <= 768 * MIB
