@@ -233,10 +233,14 @@ def fail_at(llm, monkeypatch, calls, after=False):
     monkeypatch.setattr(llm.model_runner, "execute", failing)
 
 
-STEP_SWITCHES = pytest.mark.parametrize(
-    ("overlap", "chunked", "num_blocks"),
-    [(True, False, 128), (False, False, 128), (True, True, 128), (True, True, 4), (True, False, 4)],
-)
+NAMES = ("overlap", "chunked", "num_blocks")
+SWITCHES = [
+    (True, False, 128),
+    (False, False, 128),
+    (True, True, 128),
+    (True, True, 4),
+    (True, False, 4),
+]
 
 
 def stepping_engine(tiny_dir, overlap, chunked, num_blocks):
@@ -250,7 +254,7 @@ def stepping_engine(tiny_dir, overlap, chunked, num_blocks):
     )
 
 
-@STEP_SWITCHES
+@pytest.mark.parametrize(NAMES, SWITCHES)
 @pytest.mark.parametrize("after", [False, True])
 def test_an_error_in_a_step_that_does_not_come_again(
     tiny_dir, reference, monkeypatch, overlap, chunked, num_blocks, after
@@ -264,8 +268,9 @@ def test_an_error_in_a_step_that_does_not_come_again(
             check_usable(llm, reference)
 
 
-@STEP_SWITCHES
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize(
+    (*NAMES, "after"), [(*switches, i % 2 > 0) for i, switches in enumerate(SWITCHES)]
+)
 def test_a_manual_loop_goes_on_after_errors(
     tiny_dir, reference, monkeypatch, overlap, chunked, num_blocks, after
 ):
