@@ -59,6 +59,9 @@ class Ops(Protocol):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> LinearOutput:
         """x [T, K], weight [N, K], bias [N] -> x weight^T + bias [T, N]."""
 
+    def vocab_linear(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        """x [B, H], weight [V, H] -> x weight^T [B, V], in `out` if it is given."""
+
     def fp8_linear(
         self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None
     ) -> LinearOutput:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.errors import ArgumentError
+from nanovllm.kernels.cpu_ops import CpuOps
 from nanovllm.kernels.device import device_limits
 from nanovllm.kernels.ops import Ops
 from nanovllm.kernels.torch_ops import TorchOps
@@ -56,6 +57,8 @@ def select_ops(
         )
     is_old = capability is not None and capability < TRITON_MIN_CAPABILITY
     if backend == "torch" or (backend == "auto" and (not is_gpu or is_old)):
+        if device.type == "cpu":
+            return CpuOps()
         # torch.compile would ask Triton for its kernels as well.
         return TorchOps(compile_torch_ops and device.type == "cuda" and not is_old)
 

@@ -61,18 +61,25 @@ def add_rms_norm(
 def silu_and_mul(gate_up: LinearOutput) -> torch.Tensor:
     """SwiGLU: gate_up [T, 2I] -> silu(gate) * up [T, I]."""
     gate, up = summed(gate_up).chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return F.silu(gate).mul_(up)
 
 
 def gelu_and_mul(gate_up: LinearOutput, is_tanh: bool) -> torch.Tensor:
     """GeGLU: gate_up [T, 2I] -> gelu(gate) * up [T, I]."""
     gate, up = summed(gate_up).chunk(2, dim=-1)
-    return F.gelu(gate, approximate="tanh" if is_tanh else "none") * up
+    return F.gelu(gate, approximate="tanh" if is_tanh else "none").mul_(up)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [T, K], weight [N, K], bias [N] -> [T, N]."""
     return F.linear(x, weight, bias)
+
+
+def vocab_linear(
+    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [B, H], weight [V, H] -> [B, V], in `out` if it is given."""
+    return torch.mm(x, weight.t(), out=out)
 
 
 def fp8_linear(
@@ -271,22 +278,26 @@ def qk_norm_rope_store(
     `pure_part` is `qk_norm_rope` or its compiled form; the store depends on the slots' values.
     """
     qkv = summed(qkv)
-    block_size, num_kv_heads, head_dim = cache.key.shape[1:]
+    num_kv_heads, head_dim = cache.key.shape[2:]
     query, key = pure_part(
         qkv, q_norm_weight, k_norm_weight, eps, cos_sin, positions, num_kv_heads, head_dim
     )
     value = qkv.unflatten(-1, (-1, head_dim))[:, -num_kv_heads:]
-    stored = slot_mapping >= 0
-    slots = slot_mapping[stored]
-    for new, (memory, scales) in zip((key, value), _halves(cache), strict=True):
-        heads = new[stored]
-        if scales is not None:
-            heads, scales[slots // block_size, :, slots % block_size] = quantize(heads)
-        memory.view(-1, num_kv_heads, head_dim)[slots] = heads
+    is_stored = slot_mapping >= 0
+    store(key[is_stored], value[is_stored], cache, slot_mapping[is_stored])
     return query
 
 
-def _halves(cache: KVCache) -> tuple[tuple[torch.Tensor, torch.Tensor | None], ...]:
+def store(key: torch.Tensor, value: torch.Tensor, cache: KVCache, slots: torch.Tensor) -> None:
+    """Writes key and value [T, Hkv, D] to slots [T] of the cache."""
+    block_size, num_kv_heads, head_dim = cache.key.shape[1:]
+    for heads, (memory, scales) in zip((key, value), halves(cache), strict=True):
+        if scales is not None:
+            heads, scales[slots // block_size, :, slots % block_size] = quantize(heads)
+        memory.view(-1, num_kv_heads, head_dim)[slots] = heads
+
+
+def halves(cache: KVCache) -> tuple[tuple[torch.Tensor, torch.Tensor | None], ...]:
     """Keys with their scales, and values with theirs."""
     return (cache.key, cache.key_scales), (cache.value, cache.value_scales)
 
@@ -300,7 +311,7 @@ def quantize(heads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (heads.float() * inverse).to(FP8_DTYPE), scales.squeeze(-1)
 
 
-def _dequantize(
+def dequantize(
     heads: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """What was read from the cache [..., Hkv, D], with scales [..., Hkv] if it is fp8."""
@@ -355,11 +366,11 @@ def prefill_attention(
         q_begin, q_end = q_ends[seq : seq + 2]
         len_k = k_ends[seq + 1] - k_ends[seq]
         num_cached = len_k - (q_end - q_begin)
-        first_page = _first_visible(num_cached, window) // block_size
+        first_page = first_visible(num_cached, window) // block_size
         begin_k = first_page * block_size  # the keys from here on are copied out of the cache
         pages = table[first_page : -(-len_k // block_size)].long()
         keys, values = (
-            _dequantize(
+            dequantize(
                 memory.index_select(0, pages),
                 None if scales is None else scales[pages].transpose(1, 2),
                 query.dtype,
@@ -368,14 +379,14 @@ def prefill_attention(
             # [Hkv, G, len_k - begin_k, D]: each KV head seen by its group without a copy.
             .permute(1, 0, 2)[:, None]
             .expand(-1, group, -1, -1)
-            for memory, scales in _halves(cache)
+            for memory, scales in halves(cache)
         )
         rows = max(1, MAX_SCORE_ELEMENTS // max(1, num_heads * len_k))
         for begin in range(q_begin, q_end, rows):
             end = min(begin + rows, q_end)
             first, last = begin - q_begin + num_cached, end - q_begin + num_cached
             # No key before the first query's window: its slot may hold anything, NaN too.
-            first_k = _first_visible(first, window)
+            first_k = first_visible(first, window)
             seen = slice(first_k - begin_k, last - begin_k)
             # From position 0 on, SDPA's own causal mask is the right one.
             is_causal = first == 0 and (window is None or window >= last)
@@ -397,19 +408,19 @@ def prefill_attention(
                     scale=scale,
                 )  # [Hkv, G, rows, D]
             else:
-                attended = _attention(
+                attended = masked_attention(
                     grouped, keys[:, 0, seen], values[:, 0, seen], mask, scale, softcap, sinks
                 )
             out[begin:end] = attended.permute(2, 0, 1, 3).flatten(1, 2)
     return out
 
 
-def _first_visible(position: int, window: int | None) -> int:
+def first_visible(position: int, window: int | None) -> int:
     """The first position that a query at `position` sees."""
     return 0 if window is None else max(0, position + 1 - window)
 
 
-def _attention(
+def masked_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -485,13 +496,13 @@ def decode_attention(
         offset = position % block_size
         slots = pages * block_size + offset
         keys, values = (
-            _dequantize(
+            dequantize(
                 # Whole rows at a time, five times as fast as indexing by slots.
                 memory.flatten(0, 1).index_select(0, slots.view(-1)).unflatten(0, slots.shape),
                 None if scales is None else scales[pages, :, offset],
                 query.dtype,
             ).transpose(1, 2)  # [b, Hkv, L, D]
-            for memory, scales in _halves(cache)
+            for memory, scales in halves(cache)
         )
         grouped = query[part].unflatten(1, (num_kv_heads, -1))  # [b, Hkv, G, D]
         is_ragged = min(lens[part]) < max(lens[part])
@@ -505,7 +516,7 @@ def decode_attention(
             )
         else:
             mask = visible[:, None, None, None]
-            attended = _attention(
+            attended = masked_attention(
                 grouped.unsqueeze(3), keys, values, mask, scale, softcap, sinks
             ).squeeze(3)
         out[part] = attended.flatten(1, 2).masked_fill(length.unsqueeze(2) == 0, 0)
@@ -703,6 +714,7 @@ class TorchOps:
     attention_extras = ATTENTION_EXTRAS
 
     linear = staticmethod(linear)
+    vocab_linear = staticmethod(vocab_linear)
     fp8_linear = staticmethod(fp8_linear)
     packed_linear = staticmethod(packed_linear)
     experts = staticmethod(experts)
@@ -721,7 +733,9 @@ class TorchOps:
         self.add_rms_norm = _compiled(add_rms_norm, compiles)
         self.silu_and_mul = _compiled(silu_and_mul, compiles)
         self.gelu_and_mul = _compiled(gelu_and_mul, compiles)
-        self.qk_norm_rope_store = partial(
+        self.qk_norm_rope_store: Callable[..., torch.Tensor] = partial(
             qk_norm_rope_store, pure_part=_compiled(qk_norm_rope, compiles)
         )
-        self.sample = partial(sample, scores_part=_compiled(gumbel_scores, compiles))
+        self.sample: Callable[..., tuple[torch.Tensor, torch.Tensor]] = partial(
+            sample, scores_part=_compiled(gumbel_scores, compiles)
+        )

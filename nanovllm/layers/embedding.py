@@ -38,7 +38,7 @@ class ParallelLMHead(nn.Module):
 
     def __init__(self, vocab_size: int, weight: Parameter, context: ModelContext) -> None:
         super().__init__()
-        self.vocab_size, self.weight = vocab_size, weight
+        self.vocab_size, self.weight, self.ops = vocab_size, weight, context.ops
         self.first_token_id = context.tp.rank * len(weight)
         self.finish: Callable[[Tensor], Tensor] | None = None  # changes the logits in place
 
@@ -47,5 +47,5 @@ class ParallelLMHead(nn.Module):
 
         out: where to put the logits.
         """
-        logits = torch.mm(hidden_states, self.weight.t(), out=out)
+        logits = self.ops.vocab_linear(hidden_states, self.weight, out)
         return self.finish(logits) if self.finish else logits

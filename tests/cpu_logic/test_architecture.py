@@ -36,6 +36,7 @@ ORDER = [
 RANKS = {name: rank for rank, line in enumerate(ORDER) for name in line.split(" ")}
 # Names of other packages that have no public one: where they are accessed, and why.
 FOREIGN_PRIVATE = {
+    "kernels.cpu_ops: torch.ops.mkldnn._linear_pointwise": "oneDNN's float32 product has no other",
     "kernels.triton.fp8_linear: torch._scaled_mm": "no other product of fp8 takes a scale per row",
     "parallel.process: multiprocessing.current_process()._inheriting": "the mark of a process that"
     " imports the user's script",
@@ -50,7 +51,7 @@ FOREIGN_PRIVATE = {
 }
 # Whose signatures say `Any` nowhere: what a request passes through, and what runs it.
 WITHOUT_ANY = ("engine.", "layers.", "kernels.types", "kernels.ops", "kernels.select")
-WITHOUT_ANY += ("kernels.torch_ops",)
+WITHOUT_ANY += ("kernels.torch_ops", "kernels.cpu_")
 TUPLE_NAMES = ("_asdict", "_fields", "_make", "_replace")  # public ones, of a NamedTuple
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

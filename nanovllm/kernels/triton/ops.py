@@ -2,6 +2,7 @@
 
 import torch
 
+from nanovllm.kernels.torch_ops import vocab_linear
 from nanovllm.kernels.triton.activation import gelu_and_mul, silu_and_mul
 from nanovllm.kernels.triton.decode_attention import decode_attention, plan_decode
 from nanovllm.kernels.triton.filters import filter_thresholds
@@ -53,6 +54,7 @@ class TritonKernels:
     silu_and_mul = staticmethod(silu_and_mul)
     gelu_and_mul = staticmethod(gelu_and_mul)
     linear = staticmethod(linear)
+    vocab_linear = staticmethod(vocab_linear)
     fp8_linear = staticmethod(fp8_linear)
     packed_linear = staticmethod(packed_linear)
     experts = staticmethod(experts)
