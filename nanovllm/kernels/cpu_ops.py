@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels import cpu_attention, torch_ops
+from nanovllm.kernels.cpu_packed import PackedProducts
 from nanovllm.kernels.types import AttentionMetadata, KVCache, LinearOutput, summed
 
 FEW_TOKENS = 8
@@ -177,6 +178,7 @@ class CpuOps(torch_ops.TorchOps):
         self.rms_norm = rms_norm
         self.add_rms_norm = add_rms_norm
         self.sample = sample
+        self.packed_linear = PackedProducts()
         self.qk_norm_rope_store = self._qk_norm_rope_store
         self._angles = OncePerStep(_angles)
         self._stored = OncePerStep(_stored)

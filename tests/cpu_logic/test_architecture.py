@@ -37,6 +37,11 @@ RANKS = {name: rank for rank, line in enumerate(ORDER) for name in line.split(" 
 # Names of other packages that have no public one: where they are accessed, and why.
 FOREIGN_PRIVATE = {
     "kernels.cpu_ops: torch.ops.mkldnn._linear_pointwise": "oneDNN's float32 product has no other",
+    "kernels.cpu_packed: torch.ops.aten._convert_weight_to_int4pack_for_cpu": "the order of the"
+    " product below",
+    "kernels.cpu_packed: torch.ops.aten._weight_int4pack_mm_for_cpu": "the product has no other",
+    "kernels.cpu_packed: torch.ops.aten._weight_int8pack_mm": "the same",
+    "kernels.cpu_packed: weight.numbers._version": "whether weights were loaded again",
     "kernels.triton.fp8_linear: torch._scaled_mm": "no other product of fp8 takes a scale per row",
     "parallel.process: multiprocessing.current_process()._inheriting": "the mark of a process that"
     " imports the user's script",
