@@ -71,14 +71,14 @@ def select_ops(
     if capability is not None and is_old:
         raise ValueError(
             f"attention_backend is {backend!r}, which needs a GPU of compute capability "
-            f"{_version(TRITON_MIN_CAPABILITY)} or higher, but {device} has "
-            f"{_version(capability)}; choose 'auto' or 'torch'"
+            f"{_dotted(TRITON_MIN_CAPABILITY)} or higher, but {device} has "
+            f"{_dotted(capability)}; choose 'auto' or 'torch'"
         )
     if is_fp8 and capability is not None and capability < FP8_MIN_CAPABILITY:
         raise ValueError(
             f"kv_cache_dtype is 'fp8', which attention_backend {backend!r} offers on GPUs of "
-            f"compute capability {_version(FP8_MIN_CAPABILITY)} or higher, but {device} has "
-            f"{_version(capability)}; choose kv_cache_dtype 'auto' or attention_backend 'torch'"
+            f"compute capability {_dotted(FP8_MIN_CAPABILITY)} or higher, but {device} has "
+            f"{_dotted(capability)}; choose kv_cache_dtype 'auto' or attention_backend 'torch'"
         )
     try:
         from nanovllm.kernels.triton.ops import TritonOps
@@ -143,5 +143,5 @@ def _has_fp8_products(capability: tuple[int, int] | None, dtype: torch.dtype) ->
     return capability is not None and capability[0] == 9 and dtype != torch.float32
 
 
-def _version(capability: tuple[int, int]) -> str:
+def _dotted(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"

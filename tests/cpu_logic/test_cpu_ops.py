@@ -1,13 +1,18 @@
 """`CpuOps` against `torch_ops`, which the other tests hold to plain maths."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 
 from nanovllm.kernels import cpu_ops, cpu_packed, torch_ops
 from nanovllm.kernels.cpu_ops import CpuOps, OncePerStep
-from nanovllm.kernels.types import FP8_DTYPE, DecodeMetadata, KVCache, PrefillMetadata
+from nanovllm.kernels.torch_ops import pack_numbers
+from nanovllm.kernels.types import (
+    FP8_DTYPE,
+    DecodeMetadata,
+    KVCache,
+    PackedWeight,
+    PrefillMetadata,
+)
 
 BLOCK_SIZE, NUM_BLOCKS, KV_HEADS, HEADS, HEAD_DIM = 4, 12, 2, 4, 8
 LENGTHS = 9, 0, 3, 10
@@ -110,18 +115,6 @@ def test_once_per_step_knows_its_arguments_by_identity():
     assert [function(torch.zeros(1), 3) for _ in range(20)] == [*range(3, 23)]
 
 
-@dataclass(frozen=True)
-class Packed:
-    """As `kernels.cpu_packed.Packed`."""
-
-    numbers: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor | None
-    order: torch.Tensor | None
-    bits: int
-    group_size: int
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("bits", "group_size"), [(4, 32), (4, 128), (4, 64), (8, 128), (8, 32)], ids=str
@@ -130,13 +123,13 @@ def test_products_with_packed_weights(bits, group_size, dtype, monkeypatch):
     monkeypatch.setattr(cpu_packed, "CHUNK_ELEMENTS", 1000)
     shape, groups = (32, 128), 128 // group_size
     values = torch.randint(0, 2**bits, shape, dtype=torch.uint8)
-    numbers = values if bits == 8 else values[:, ::2] | values[:, 1::2] << 4
+    numbers = pack_numbers(values, bits)
     scales = torch.rand(32, groups).to(dtype) / 2**bits
     packed_linear = CpuOps().packed_linear
     for has_zeros, num_tokens in ((False, 3), (True, 3), (False, 40)):
         zeros = torch.randint(0, 2**bits, scales.shape, dtype=torch.uint8) if has_zeros else None
         order = torch.randperm(128).int() if has_zeros else None
-        weight = Packed(numbers.clone(), scales, zeros, order, bits, group_size)
+        weight = PackedWeight(numbers.clone(), scales, zeros, order, bits, group_size)
         assert cpu_packed.has_kernel(weight) == (bits == 4 or (groups == 1 and not has_zeros))
         middle = torch.tensor(2.0 ** (bits - 1)) if zeros is None else zeros.double().unsqueeze(2)
         exact = values.double().unflatten(1, (groups, -1)) - middle
