@@ -429,33 +429,54 @@ def _changes(config: Config) -> Iterable[dict[str, Any]]:
 
 
 def _advice(base: MemoryEstimate, config: Config, kwargs: Mapping[str, Any]) -> list[str]:
-    """What each of `_changes` brings, the most tokens first; those that bring little are left out.
+    """What each of `_changes` brings; those that bring little are left out.
 
-    A change that is refused (a GPU, a checkpoint or a number of heads that does not go with it) is
-    no advice.
+    The most tokens come first, and what takes another GPU comes last. Where no change is enough,
+    as many together as are needed are at the top.
     """
-    found = []
-    for change in _changes(config):
+
+    def changed(change: dict[str, Any]) -> MemoryEstimate | None:
+        """None if it is refused: a GPU, a checkpoint or a number of heads does not go with it."""
         try:
-            changed = Config.from_kwargs(config.model, {**kwargs, **change})
-            other = dry_run(changed, base.gpu_memory, base.capability)
+            other = Config.from_kwargs(config.model, {**kwargs, **change})
+            return dry_run(other, base.gpu_memory, base.capability)
         except ArgumentError:
-            continue
-        if text := _gain(base, other):
-            words = ", ".join(f"{name}={_written(value)}" for name, value in change.items())
-            found.append((other.kv_tokens, f"{words} {text}"))
-    return [text for _, text in sorted(found, key=lambda item: -item[0])]
+            return None
+
+    found = [(change, other) for change in _changes(config) if (other := changed(change))]
+    found = [(change, other) for change, other in found if _gain(base, other)]
+    found.sort(
+        key=lambda item: (
+            "tensor_parallel_size" in item[0],
+            -item[1].kv_tokens,
+            _fixed_bytes(item[1]),
+        )
+    )
+    if not any(e.fits for e in (base, *(other for _, other in found))):
+        together: dict[str, Any] = {}
+        for change, _ in found:
+            together = change | together  # of several values of one parameter the first
+            other = changed(together)
+            if other is not None and other.fits:
+                found.insert(0, (together, other))
+                break
+    return [
+        f"{', '.join(f'{name}={_written(value)}' for name, value in change.items())} "
+        + _gain(base, other)
+        for change, other in found
+    ]
+
+
+def _fixed_bytes(e: MemoryEstimate) -> int:
+    """What the KV cache has no part of, and parameters change."""
+    return e.weight_bytes + e.tables + e.states + e.activations
 
 
 def _gain(base: MemoryEstimate, other: MemoryEstimate) -> str:
     """What `other` has that `base` has not, in words; "" if it is little."""
-
-    def fixed(e: MemoryEstimate) -> int:
-        return e.weight_bytes + e.tables + e.states + e.activations
-
     if base.fits and not other.fits:
         return ""
-    freed = fixed(base) - fixed(other)
+    freed = _fixed_bytes(base) - _fixed_bytes(other)
     if freed > base.gpu_memory // 100:
         room = f"{other.kv_tokens:,} tokens of KV cache" if other.fits else "still not enough"
         return f"frees {freed / GIB:.2f} GiB: {room}"

@@ -180,6 +180,18 @@ def test_advice_names_parameters_and_what_they_bring(dense):
     assert f"It fits: {found.kv_tokens:,} tokens of KV cache." in lines
 
 
+def test_advice_is_of_several_parameters_where_one_is_not_enough(write):
+    wide = {"hidden_size": 2048, "intermediate_size": 16384, "vocab_size": 100_000}
+    options = {"dtype": "float32", "max_num_seqs": 8}
+    found = LLM.estimate(write(DENSE | wide), "3GiB", compute_capability="8.9", **options)
+    assert not found.fits
+    together, *others = found.advice
+    assert together.startswith('dtype="bfloat16", max_num_batched_tokens=4096 frees ')
+    assert "tokens of KV cache" in together
+    assert others and all(advice.endswith("still not enough") for advice in others)
+    assert others[-1].startswith("tensor_parallel_size=2")
+
+
 def test_the_command_prints_and_exits_with_whether_it_fits(dense, capsys):
     assert estimate.main([dense, "--gpu-memory", "1.9GiB", "--max-num-seqs", "8"]) == 0
     assert "It fits" in capsys.readouterr().out
