@@ -153,7 +153,9 @@ def quantize_packed(
     """
     groups = weight.float().unflatten(1, (-1, group_size))
     middle = 2.0 ** (bits - 1)
-    scales = (groups.abs().amax(2) / (middle - 0.5)).to(dtype or weight.dtype)
+    largest = groups.abs().amax(2)
+    # CUDA multiplies by the inverse of a Python number: the largest would fall off its tie.
+    scales = (largest / largest.new_tensor(middle - 0.5)).to(dtype or weight.dtype)
     divisors = scales.float().masked_fill(scales == 0, 1).unsqueeze(2)
     numbers = (groups / divisors).round_().clamp_(-middle, middle - 1).nan_to_num_() + middle
     packed = pack_numbers(numbers.to(torch.uint8).flatten(1), bits)

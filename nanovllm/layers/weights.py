@@ -42,7 +42,7 @@ class Shard:
 
         Shards of stacked experts and those whose rows change places are not cut.
         """
-        if len(self.source) != 2 or self.is_transposed or self.head_order:
+        if len(self.source) != 2 or len(self.target) != 2 or self.is_transposed or self.head_order:
             yield self
             return
         (source, columns), (target, *rest) = self.source, self.target
