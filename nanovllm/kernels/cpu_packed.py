@@ -11,7 +11,7 @@ from nanovllm.kernels.torch_ops import dequantize_packed, unpack_numbers
 from nanovllm.kernels.types import PackedWeight
 
 KERNEL_GROUP_SIZES = (32, 64, 128, 256)  # of torch's product of 4 bits
-MAX_TOKENS = 32  # for more a weight is converted, some rows at a time
+MAX_TOKENS = 64  # for more a weight is converted, some rows at a time
 CHUNK_ELEMENTS = 2**18  # of a weight that are float32 at a time: they stay in the cache
 
 

@@ -93,20 +93,25 @@ def engine_generate(path: Path, dtype: str, args: argparse.Namespace, **settings
     return generate
 
 
-def cpu_seconds(call: Callable[[], object]) -> float:
-    """What one call takes of all threads of the process."""
+def timed(
+    generate: Generate, prompts: list[list[int]], num_tokens: int
+) -> tuple[float, list[list[int]]]:
+    """The seconds of all threads of the process that one call takes, and the tokens."""
     start = time.process_time()
-    call()
-    return time.process_time() - start
+    outputs = generate(prompts, num_tokens)
+    return time.process_time() - start, outputs
 
 
 def measure(engines: list[Generate], prompts: list[list[int]], args: argparse.Namespace) -> None:
     """A line for a batch: prompt tokens/s and decoded tokens/s of each engine, ours first."""
     seconds: list[list[list[float]]] = [[[], []] for _ in engines]
     for _ in range(args.repeat):
+        outputs = []
         for generate, (first, whole) in zip(engines, seconds, strict=True):
-            first.append(cpu_seconds(lambda: generate(prompts, 1)))  # noqa: B023
-            whole.append(cpu_seconds(lambda: generate(prompts, args.tokens)))  # noqa: B023
+            first.append(timed(generate, prompts, 1)[0])
+            whole_seconds, tokens = timed(generate, prompts, args.tokens)
+            whole.append(whole_seconds)
+            outputs.append(tokens)
     num_prompt_tokens = sum(map(len, prompts))
     line = f"{len(prompts):6}"
     for rates in (
@@ -116,7 +121,6 @@ def measure(engines: list[Generate], prompts: list[list[int]], args: argparse.Na
     ):
         line += "".join(f"{rate:10,.1f}" for rate in rates)
         line += f"{rates[0] / rates[-1]:7.2f}"
-    outputs = [generate(prompts, args.tokens) for generate in engines]
     equal = sum(ours == theirs for ours, theirs in zip(outputs[0], outputs[-1], strict=True))
     print(f"{line}   {equal} of {len(prompts)} equal", flush=True)
 
