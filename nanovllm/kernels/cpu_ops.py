@@ -199,9 +199,13 @@ class CpuOps(torch_ops.TorchOps):
         num_kv_heads, head_dim = cache.key.shape[2:]
         heads = qkv.unflatten(-1, (-1, head_dim))
         query_key, value = heads[:, :-num_kv_heads], heads[:, -num_kv_heads:]
-        if q_norm_weight is not None and k_norm_weight is not None:
-            query, key = query_key[:, :-num_kv_heads], query_key[:, -num_kv_heads:]
-            normed = rms_norm(query, q_norm_weight, eps), rms_norm(key, k_norm_weight, eps)
+        if q_norm_weight is not None or k_norm_weight is not None:
+            parts = query_key[:, :-num_kv_heads], query_key[:, -num_kv_heads:]
+            weights = q_norm_weight, k_norm_weight
+            normed = [
+                part if weight is None else rms_norm(part, weight, eps)
+                for part, weight in zip(parts, weights, strict=True)
+            ]
             query_key = torch.cat(normed, dim=1)
         rotated = _rotate(query_key, *self._angles(cos_sin, positions, qkv.dtype))
         key = rotated[:, -num_kv_heads:]

@@ -73,12 +73,12 @@ def test_products_of_any_number_of_tokens(dtype, num_tokens, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("has_norms", [True, False])
+@pytest.mark.parametrize("has_norms", [(True, True), (False, False), (True, False)])
 def test_rotation_and_store_have_the_same_bits(dtype, has_norms):
     ops, slots = CpuOps(), torch.tensor([5, -1, 40])
     cos_sin, positions = torch.randn(50, HEAD_DIM), torch.tensor([7, 9, 30], dtype=torch.int32)
     qkv = torch.randn(3, (HEADS + 2 * KV_HEADS) * HEAD_DIM).to(dtype)
-    norms = torch.randn(2, HEAD_DIM).to(dtype) if has_norms else (None, None)
+    norms = [torch.randn(HEAD_DIM).to(dtype) if has_norm else None for has_norm in has_norms]
     for slot_mapping in (slots, slots[[0, 2, 2]] + torch.tensor([0, 0, 1])):
         caches = [
             KVCache(*torch.zeros(2, NUM_BLOCKS, BLOCK_SIZE, KV_HEADS, HEAD_DIM, dtype=dtype))
