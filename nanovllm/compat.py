@@ -109,7 +109,8 @@ LLM_HINTS = {
     "n_gpu_layers": 'all layers run on one device: device="cuda" or device="cpu"',
     **dict.fromkeys(
         "load_in_low_bit bnb_4bit bnb_4bit_compute_dtype gguf_file".split(),
-        'write quantization="int4" or quantization="int8", which rounds weights on load',
+        "nanovllm reads safetensors, also of AWQ, GPTQ, compressed-tensors and bitsandbytes; "
+        'quantization="int4" or "int8" rounds other weights on load',
     ),
     "gpu_layers": 'all layers run on one device: device="cuda" or device="cpu"',
     "disable_radix_cache": "write enable_prefix_caching=False",

@@ -474,12 +474,16 @@ class Config:
         return getattr(torch, of_model if self.dtype == "auto" else self.dtype)
 
     @property
-    def fp8_scales(self) -> 'Literal["rows", "blocks"] | None':
-        """What has a scale of its own in the linear layers' fp8 weights; None: they are not fp8."""
+    def fp8_scales(self) -> 'Literal["rows", "blocks", "channels"] | None':
+        """What has a scale of its own in the linear layers' fp8 weights; None: they are not fp8.
+
+        "rows" are quantised as they are loaded, "channels" are the rows of an fp8 checkpoint.
+        """
         if self.weight_format is not None:
             return None
-        if self.model_config.has_block_scales:
-            return "blocks"
+        quantization = self.model_config.quantization
+        if quantization is not None and quantization.fp8_scales is not None:
+            return quantization.fp8_scales
         return "rows" if self.quantization == "fp8" else None
 
     @property

@@ -39,20 +39,16 @@ def load_weights(llm: LLMEngine, weights: Iterable[tuple[str, torch.Tensor]]) ->
     Raises:
         ArgumentError: a name is unknown, or a shape or type is wrong. Of a list or dict nothing
             is loaded then; what an iterator gave before stays loaded. Or the engine's own
-            checkpoint is fp8: it takes no new weights.
+            checkpoint is quantised and stays so: it takes no new weights.
     """
     _check_weights_are_there(llm)
-    if llm.config.fp8_scales == "blocks":
+    quantization, weight_format = llm.config.model_config.quantization, llm.config.weight_format
+    is_rounded = weight_format is not None and weight_format.is_on_load
+    if quantization is not None and quantization.is_kept and not is_rounded:
         raise ArgumentError(
-            "load_weights does not take new weights for an fp8 checkpoint (weight_block_size "
-            "[128, 128]); quantization='fp8' with another checkpoint quantises what it is given"
-        )
-    weight_format = llm.config.weight_format
-    if weight_format is not None and not weight_format.is_on_load:
-        raise ArgumentError(
-            "load_weights does not take new weights for a checkpoint that is quantised to "
-            f"{weight_format.bits} bits; quantization='int{weight_format.bits}' with another "
-            "checkpoint quantises what it is given"
+            f"load_weights does not take new weights for a checkpoint that is quantised "
+            f"({quantization.method}); `quantization` with another checkpoint quantises what it is "
+            "given"
         )
     if isinstance(weights, Mapping):
         weights = weights.items()

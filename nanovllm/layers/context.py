@@ -25,6 +25,6 @@ class ModelContext:
     dtype: torch.dtype
     device: torch.device
     max_model_len: int | None = None
-    fp8_scales: Literal["rows", "blocks"] | None = None
+    fp8_scales: Literal["rows", "blocks", "channels"] | None = None
     kv_cache_dtype: torch.dtype | None = None
     weight_format: WeightFormat | None = None

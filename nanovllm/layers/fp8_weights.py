@@ -1,6 +1,7 @@
-"""Weights of linear layers in fp8: a checkpoint's, with scales for blocks, or quantised on load.
+"""Weights of linear layers in fp8: a checkpoint's, or quantised on load.
 
-On load each row gets a scale, of this rank's columns. Where the backend has no fp8 products, or the
+A checkpoint's have scales for blocks, or for rows ("channels"). On load each row gets a scale, of
+this rank's columns ("rows"). Where the backend has no fp8 products, or the
 rank's slice cuts through blocks, the model's dtype keeps the values that fp8 gave the weights.
 """
 
@@ -11,7 +12,7 @@ import torch
 from nanovllm.kernels.torch_ops import dequantize_weight, quantize
 from nanovllm.kernels.types import FP8_BLOCK, FP8_DTYPE
 from nanovllm.layers.context import ModelContext
-from nanovllm.layers.weights import Parameter, Shard, new_parameter, shape_of
+from nanovllm.layers.weights import Parameter, Shard, new_bias, new_parameter, shape_of
 
 ALIGNMENT = 16  # rows and columns of a weight that is multiplied in fp8 are a multiple
 
@@ -46,7 +47,7 @@ def keeps_fp8(shards: dict[str, Shard], context: ModelContext) -> bool:
         return False
     if context.fp8_scales == "blocks":
         return all(map(_has_whole_blocks, shards.values()))
-    return context.fp8_scales == "rows"
+    return context.fp8_scales in ("rows", "channels")
 
 
 def new_linear_weight(
@@ -64,6 +65,11 @@ def new_linear_weight(
                 torch.float32,
                 device,
             ),
+        )
+    if is_fp8 and kind == "channels":
+        return (
+            new_parameter(shape, shards, FP8_DTYPE, device),
+            new_bias(shards, replace(context, dtype=torch.float32)),
         )
     if is_fp8:
         weight = new_parameter(shape, shards, FP8_DTYPE, device, RowQuantizedParameter)

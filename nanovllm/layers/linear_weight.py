@@ -60,7 +60,11 @@ class LinearWeight(nn.Module):
         for module in self.same_kind:
             if isinstance(module.weight, PackedWeight):
                 del module.weight, module.numbers, module.scales, module.zeros, module.order
-                module.weight, _ = new_linear_weight(module._shards, module._context)
+            elif module.weight_scale is None:
+                continue
+            module.weight, module.weight_scale = new_linear_weight(
+                module._shards, module._context, may_be_fp8=False
+            )
 
 
 def is_compact(shards: dict[str, Shard], context: ModelContext) -> bool:

@@ -1,6 +1,5 @@
 """How the weights of linear layers are packed, as a checkpoint says or an option asks for."""
 
-import re
 from dataclasses import dataclass
 
 
@@ -17,8 +16,9 @@ class WeightFormat:
         x.zeros    uint8 [N, K / group_size]
         x.order    int32 [K]
 
-    Some modules keep the model's dtype: those that `is_packed` denies, and those whose slices on
-    this rank cannot stay packed. The model then asks for `x.weight`, in any floating dtype.
+    Some modules keep the model's dtype: those that the checkpoint has otherwise, and those whose
+    slices on this rank cannot stay packed. The model then asks for `x.weight`, in any floating
+    dtype.
 
     Attributes:
         bits: 4 or 8.
@@ -27,8 +27,6 @@ class WeightFormat:
         has_order: whether the columns are in an order of their own.
         is_on_load: whether the checkpoint has `x.weight` everywhere, which is rounded as it is
             loaded; see layers/packed_weights.py.
-        unconverted: regular expressions. A module whose whole name in the checkpoint, such as
-            "model.layers.0.self_attn.q_proj", matches one is not packed there.
     """
 
     bits: int
@@ -36,8 +34,3 @@ class WeightFormat:
     has_zeros: bool = False
     has_order: bool = False
     is_on_load: bool = False
-    unconverted: tuple[str, ...] = ()
-
-    def is_packed(self, module_name: str) -> bool:
-        """Whether the checkpoint's linear module of this name is packed."""
-        return not any(re.fullmatch(pattern, module_name) for pattern in self.unconverted)

@@ -16,6 +16,7 @@ BYTE = "U8"
 # Of the text part's tensors in a multimodal model.
 TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
 MAX_MAPPED_BYTES = 1 << 28  # that are read of the files before their pages are let go of
+PACKED = {BYTE: 2, "I32": 8}  # numbers of 4 bits in an element
 WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64", "F8_E4M3")  # by their names in the files
 
 
@@ -127,13 +128,22 @@ class SafetensorsCheckpoint:
         """See `Checkpoint`."""
         return set(self._stored_names)
 
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of this name."""
+        return name in self._stored_names
+
     def num_weights(self) -> int:
-        """The numbers of all tensors together, of which a byte holds two."""
+        """The numbers of all tensors together, of 4 bits where bytes or words are packed."""
         total = 0
         for name, file_name in self._files.items():
             tensor = self._handles[file_name].get_slice(name)
-            total += math.prod(tensor.get_shape()) * (2 if tensor.get_dtype() == BYTE else 1)
+            total += math.prod(tensor.get_shape()) * PACKED.get(tensor.get_dtype(), 1)
         return total
+
+    def dtype(self, name: str) -> str:
+        """The dtype of a tensor, by its name in the files."""
+        dtype: str = self._slice(name).get_dtype()
+        return dtype
 
     def shape(self, name: str, dtypes: tuple[str, ...] = WEIGHT_DTYPES) -> tuple[int, ...]:
         """See `Checkpoint`; ArgumentError if the tensor is of none of these dtypes."""

@@ -9,7 +9,8 @@ from nanovllm.layers.context import ModelContext
 from nanovllm.models.base import CausalLM
 from nanovllm.models.head_config import split_architecture
 from nanovllm.models.heads import new_head
-from nanovllm.models.loader import load_model, unpack_unconverted
+from nanovllm.models.loader import load_model, merged_modules, unpack_unconverted
+from nanovllm.models.quantized_checkpoint import unconverted_modules
 from nanovllm.models.registry import family_of, first_supported
 from nanovllm.models.weight_offload import with_layers_on_host
 
@@ -27,6 +28,7 @@ def new_model(config: Config, context: ModelContext) -> Model:
     layers' parameters are in host memory, for `weight_offload.offload_weights`.
     """
     model_config = config.model_config
+    quantization = model_config.quantization
     if not model_config.uses_transformers:
         family = model_class(model_config.architectures)
         if config.cpu_offload_bytes:
@@ -36,8 +38,9 @@ def new_model(config: Config, context: ModelContext) -> Model:
         else:
             model = family(replace(model_config, tie_word_embeddings=True), context)
             model.score = new_head(model_config.head, model_config.hidden_size, context)
-        if context.weight_format is not None:
-            unpack_unconverted(model, context.weight_format)
+        if quantization is not None and config.load_format == "auto":
+            merged = merged_modules(model)
+            unpack_unconverted(model, unconverted_modules(config.model, quantization, merged))
         return model
     from nanovllm.models.transformers_model import TransformersForCausalLM
 
@@ -48,7 +51,8 @@ def load_weights(model: Model, config: Config) -> bool:
     """Fill every parameter of `model`; returns and raises as `load_model`."""
     std = config.model_config.initializer_range
     if isinstance(model, CausalLM):
-        return load_model(model, config.model, config.load_format, std)
+        quantization = config.model_config.quantization
+        return load_model(model, config.model, config.load_format, std, quantization)
     return model.load(config.model, config.load_format, std)
 
 

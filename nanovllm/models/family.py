@@ -2,6 +2,8 @@
 
 from typing import Literal, NamedTuple
 
+QUANTIZATION = ("awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq", "modelopt")
+
 
 class Family(NamedTuple):
     """A model family that this library computes itself.
@@ -31,4 +33,4 @@ class Family(NamedTuple):
     rope_layers: Literal["all", "windowed", "windowed, if any"] = "all"
     has_mrope: bool = False
     has_gated_mlp: bool = True
-    quantization: tuple[str, ...] = ("fp8",)
+    quantization: tuple[str, ...] = QUANTIZATION

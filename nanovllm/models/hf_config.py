@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nanovllm.errors import ArgumentError, cut, nearest, shown, shown_error
 from nanovllm.model_files import is_file, list_directory, read_json_object
 from nanovllm.models.config_fields import check_fields
+from nanovllm.models.quantization_config import with_quantization
 from nanovllm.models.registry import check_supported, family_of, first_supported, head_kind
 from nanovllm.models.rope_config import LAYER_TYPES
 
@@ -55,6 +56,7 @@ def read_hf_config(
             values under two names of one field.
     """
     where, raw = _read_config_json(model)
+    raw = with_quantization(raw, model)
     if model_impl != "transformers":
         raw = _text_part(raw)
     fields = overrides if isinstance(overrides, Mapping) else {}

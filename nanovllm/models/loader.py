@@ -1,7 +1,7 @@
 """Fills a model's parameters from safetensors files or with random numbers; none is left out."""
 
 import zlib
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Mapping, Set
 from weakref import WeakKeyDictionary
 
 import torch
@@ -10,16 +10,19 @@ from torch import nn
 from nanovllm.errors import ArgumentError, cut, shown
 from nanovllm.layers.linear_weight import LinearWeight
 from nanovllm.layers.packed_weights import PackedParameter
-from nanovllm.layers.weight_format import WeightFormat
 from nanovllm.layers.weights import OffsetParameter, Parameter, Shard, piece_rows
 from nanovllm.models.checkpoint import LM_HEAD, Checkpoint, SafetensorsCheckpoint
 from nanovllm.models.fp8_checkpoint import SCALES_SUFFIX, DequantizedCheckpoint
 from nanovllm.models.fused_experts import SplitExpertsCheckpoint
 from nanovllm.models.heads import head_of
 from nanovllm.models.mxfp4_checkpoint import Mxfp4Checkpoint
+from nanovllm.models.quantization_config import Quantization
+from nanovllm.models.quantized_checkpoint import QuantizedCheckpoint
 
 MAX_NAMES_IN_ERROR = 8
-NUMBERS = ".numbers"  # the end of a packed module's tensor, see `WeightFormat`
+# The ends of tensors that only packed modules have, see `WeightFormat`, and only fp8 ones.
+NUMBERS, SCALES = ".numbers", f".weight{SCALES_SUFFIX}"
+QUANTIZED = (NUMBERS, SCALES)
 EMBEDDING = "model.embed_tokens.weight"
 COMPARED_ROWS = 8192  # of the vocabulary at a time
 NOT_TEXT = ("mtp.", "visual.", "vision_tower.", "multi_modal_projector.")  # parts of a model
@@ -141,34 +144,50 @@ def expected_shapes(expected: Expected) -> dict[str, tuple[int, ...]]:
     return {name: shards[0][1].full_shape for name, shards in expected.items()}
 
 
-def unpack_unconverted(model: nn.Module, weight_format: WeightFormat) -> None:
-    """Hold the weights in the model's dtype whose modules the checkpoint does not pack.
+def merged_modules(model: nn.Module) -> list[list[str]]:
+    """The checkpoint's modules of each weight that is fp8 or packed, by their names."""
+    merged: dict[int, list[str]] = {}
+    for name, shards in expected_tensors(model).items():
+        if name.endswith(QUANTIZED):
+            module = name.removesuffix(NUMBERS).removesuffix(SCALES)
+            for parameter, _ in shards:
+                merged.setdefault(id(parameter), []).append(module)
+    return [*merged.values()]
+
+
+def unpack_unconverted(model: nn.Module, unconverted: Collection[str]) -> None:
+    """Hold the weights in the model's dtype of the checkpoint's modules `unconverted`.
 
     Of modules that are merged into one, all do.
     """
-    names_of_numbers = [
-        (name.removesuffix(NUMBERS), shards)
-        for name, shards in expected_tensors(model).items()
-        if name.endswith(NUMBERS)
-    ]
-    unconverted = {
+    parameters = {
         parameter
-        for name, shards in names_of_numbers
-        if not weight_format.is_packed(name)
+        for name, shards in expected_tensors(model).items()
+        if name.endswith(QUANTIZED)
+        and name.removesuffix(NUMBERS).removesuffix(SCALES) in unconverted
         for parameter, _ in shards
     }
     for module in model.modules():
-        if isinstance(module, LinearWeight) and module.loaded in unconverted:
+        if isinstance(module, LinearWeight) and parameters & {module.loaded, module.weight_scale}:
             module.unpack()
 
 
-def load_model(model: nn.Module, directory: str, load_format: str, std: float = 0.02) -> bool:
+def load_model(
+    model: nn.Module,
+    directory: str,
+    load_format: str,
+    std: float = 0.02,
+    quantization: Quantization | None = None,
+) -> bool:
     """Fill every parameter of `model`, this rank's slices only.
 
     Args:
         model: built for this rank; its parameters are `layers.weights.Parameter`.
         directory: the model's directory, with one *.safetensors file or several.
         load_format: "auto" reads the files, "dummy" draws random weights of deviation `std`.
+        std: see `load_format`.
+        quantization: what config.json says of quantised weights; None: nothing but scales of
+            blocks, which the files show.
 
     Returns:
         Whether the model has an LM head: False if it has a classification head, or if a decoder
@@ -187,7 +206,10 @@ def load_model(model: nn.Module, directory: str, load_format: str, std: float = 
         checkpoint = DummyCheckpoint(expected, std, device)
     else:
         files = SafetensorsCheckpoint(directory)
-        split = SplitExpertsCheckpoint(Mxfp4Checkpoint(files), expected.keys())
+        whole: Checkpoint = Mxfp4Checkpoint(files)
+        if quantization is not None and quantization.method != "mxfp4":
+            whole = QuantizedCheckpoint(files, expected.keys(), quantization)
+        split = SplitExpertsCheckpoint(whole, expected.keys())
         checkpoint = DequantizedCheckpoint(split, expected.keys())
         if has_lm_head:
             has_lm_head = _settle_lm_head(expected, checkpoint, files.is_bare, where)

@@ -9,6 +9,7 @@ from nanovllm.layers.weight_format import WeightFormat
 from nanovllm.models.config_fields import MAX_POSITIONS
 from nanovllm.models.family import Family
 from nanovllm.models.head_config import HeadConfig, head_config
+from nanovllm.models.quantization_config import FIELD, Quantization, parse_quantization
 from nanovllm.models.rope_config import (
     RopeLimit,
     check_pairs,
@@ -39,7 +40,7 @@ class ModelConfig:
         rope_limit: see `RopeLimit`; None: any length.
         full_attention_limit: tokens of the longest sequence that full attention is right for, and
             the field that says so; None: any.
-        has_block_scales: whether the checkpoint's linear weights are fp8 with scales for blocks.
+        quantization: how the checkpoint stores linear weights; None: as they are.
         weight_format: of a checkpoint whose linear weights are packed in 4 or 8 bits.
         layer_windows: of each layer the tokens that a query sees, its own included; None: all.
         layer_types: of each layer, where rotary embeddings differ by it; else empty.
@@ -76,7 +77,7 @@ class ModelConfig:
     max_positions: int
     rope_limit: RopeLimit | None
     full_attention_limit: tuple[int, str] | None
-    has_block_scales: bool
+    quantization: Quantization | None
     layer_windows: tuple[int | None, ...]
     weight_format: WeightFormat | None = None
     layer_types: tuple[str, ...] = ()
@@ -131,6 +132,7 @@ class ModelConfig:
         head_dim = getattr(hf_config, "head_dim", None)
         if head_dim is None:
             head_dim = hf_config.hidden_size // hf_config.num_attention_heads
+        quantization = _quantization(hf_config)
         values: dict[str, Any] = {
             "head": None if head is None else head_config(head, hf_config),
             "architectures": tuple(hf_config.architectures or ()),
@@ -141,8 +143,8 @@ class ModelConfig:
             "max_positions": max_positions(hf_config),
             "rope_limit": rope_limit(hf_config),
             "full_attention_limit": _full_attention_limit(hf_config, family.fields),
-            "has_block_scales": _quantization(hf_config) == "fp8",
-            "weight_format": None,
+            "quantization": quantization,
+            "weight_format": quantization and quantization.weight_format,
             "layer_windows": _layer_windows(hf_config, family.fields),
             "no_rope_layers": _no_rope_layers(hf_config, family),
             "layer_types": tuple(getattr(hf_config, "layer_types", None) or ()),
@@ -201,7 +203,7 @@ class ModelConfig:
             max_positions=_max_positions_of_any(text),
             rope_limit=None,
             full_attention_limit=None,
-            has_block_scales=False,
+            quantization=None,
             layer_windows=(None,) * size("num_hidden_layers"),
             eos_token_id=hf_config.eos_token_id,
             uses_transformers=True,
@@ -345,10 +347,10 @@ def _expert_size(hf_config: "PretrainedConfig") -> int:
     return size or getattr(hf_config, "intermediate_size", 0)
 
 
-def _quantization(hf_config: "PretrainedConfig") -> str | None:
-    """The kind of the checkpoint's quantised weights; None: they are not."""
-    fields = getattr(hf_config, "quantization_config", None) or {}
-    return fields.get("quant_method")
+def _quantization(hf_config: "PretrainedConfig") -> Quantization | None:
+    """How the checkpoint stores its weights; None: as they are."""
+    fields = getattr(hf_config, FIELD, None)
+    return parse_quantization(fields, "the model's configuration") if fields else None
 
 
 def _attention_scale(hf_config: "PretrainedConfig") -> float | None:

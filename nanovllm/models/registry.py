@@ -7,6 +7,7 @@ from typing import Any
 from nanovllm.errors import MAX_SHOWN, ArgumentError, cut, shown
 from nanovllm.models.family import Family
 from nanovllm.models.head_config import ENDINGS, REWARD_MODELS, split_architecture
+from nanovllm.models.quantization_config import FIELD, parse_quantization
 from nanovllm.models.rope_config import check_rope
 from nanovllm.validation import check_integer
 
@@ -142,12 +143,6 @@ UNSUPPORTED_WORDS = ("softcap", "soft_cap")
 FACTORS = (
     "logit_scale logits_scaling embedding_multiplier residual_multiplier attention_multiplier"
 ).split()
-# Of "fp8": what the fields must be, None standing for what is left out.
-FP8_FIELDS: dict[str, tuple[Any, ...]] = {
-    "weight_block_size": ([128, 128],),
-    "activation_scheme": ("dynamic",),
-    "fmt": ("e4m3", None),
-}
 
 
 def check_supported(raw_config: Mapping[str, Any], path: str) -> None:
@@ -200,32 +195,16 @@ def _check_dual_chunk(fields: Any, path: str) -> None:
 
 
 def _check_quantization(raw_config: Mapping[str, Any], family: Family, path: str) -> None:
-    """ArgumentError for weights of another kind than the family's checkpoints.
-
-    fp8 weights have scales for blocks.
-    """
-    for name in ("quantization_config", "compression_config"):
+    """ArgumentError for weights of another kind than the family's checkpoints."""
+    for name in (FIELD, "compression_config"):
         value = raw_config.get(name)
         if not value:
             continue
         fields = value if isinstance(value, Mapping) else {}
         method = fields.get("quant_method", "unnamed")
-        if name != "quantization_config" or method not in family.quantization:
+        if name != FIELD or method not in family.quantization:
             raise ArgumentError(f"{path}: {name} {shown(method)} is not supported")
-        if method != "fp8":
-            continue
-        for field, supported in FP8_FIELDS.items():
-            if fields.get(field) not in supported:
-                raise ArgumentError(
-                    f"{path}: quantization_config 'fp8' with {field} "
-                    f"{shown(fields.get(field))} is not supported; supported: {supported[0]!r}"
-                )
-        for module in fields.get("modules_to_not_convert") or []:
-            if str(module).endswith("_proj"):  # the embedding, norms and routers never are
-                raise ArgumentError(
-                    f"{path}: quantization_config 'fp8' whose modules_to_not_convert has "
-                    f"{shown(module)} is not supported"
-                )
+        parse_quantization(fields, path)
 
 
 def _as_json(value: Any) -> str:

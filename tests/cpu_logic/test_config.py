@@ -489,8 +489,8 @@ def test_cuda_without_a_gpu_is_refused(model, monkeypatch):
         ),
         ({"use_mrope": True}, "use_mrope=true is not supported"),
         (
-            {"quantization_config": {"quant_method": "awq", "bits": 4}},
-            "quantization_config 'awq' is not supported",
+            {"quantization_config": {"quant_method": "awq", "bits": 3}},
+            "quantization_config 'awq' with bits 3 is not supported; supported: 4",
         ),
         ({"quantization_config": {"bits": 4}}, "quantization_config 'unnamed' is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: silu"),

@@ -25,6 +25,7 @@ from nanovllm.models.loader import (
     DummyCheckpoint,
     expected_tensors,
     load_tensor,
+    merged_modules,
     unpack_unconverted,
 )
 from nanovllm.parallel.tensor_parallel import TensorParallel
@@ -171,19 +172,18 @@ def test_slices_of_columns_add_up_to_the_whole_product(group_size, has_order, nu
 
 def test_modules_that_a_checkpoint_leaves_as_they_are():
     """One of three merged projections is enough; an expert's, and all experts have its dtype."""
-    for pattern, is_packed in (("k_proj", False), (".*proj", False), ("proj", True)):
-        form = WeightFormat(4, 32, unconverted=(pattern,))
-        model = named(ColumnParallelLinear(64, HEADS, False, context(form)))
-        unpack_unconverted(model, form)
+    for names, is_packed in (({"k_proj"}, False), ({*SIZES}, False), ({"proj"}, True)):
+        model = named(ColumnParallelLinear(64, HEADS, False, context(WeightFormat(4, 32))))
+        assert merged_modules(model) == [[*SIZES]]
+        unpack_unconverted(model, names)
         assert isinstance(model.merged.weight, PackedWeight) == is_packed
         if not is_packed:
             fill(model, {f"{name}.weight": torch.randn(n, 64) for name, n in SIZES.items()})
             assert model.merged(torch.randn(3, 64)).shape == (3, 128)
-    form = WeightFormat(4, 32, unconverted=(r"experts\.1\.down_proj",))
     model = torch.nn.Module()
-    model.experts = Experts(2, 64, 32, context(form))
+    model.experts = Experts(2, 64, 32, context(WeightFormat(4, 32)))
     assert isinstance(model.experts.gate_up_proj.weight, PackedWeight)
-    unpack_unconverted(model, form)
+    unpack_unconverted(model, {"experts.1.down_proj"})
     assert not isinstance(model.experts.gate_up_proj.weight, PackedWeight)
     assert all(name.endswith("_proj.weight") for name in expected_tensors(model))
 

@@ -66,7 +66,7 @@ def test_the_models_configuration_is_that_of_the_file(tmp_path):
     assert model.rope_parameters == {"rope_type": "default", "rope_theta": 1e6}
     assert (model.max_positions, model.full_attention_limit) == (8192, None)
     assert (model.tie_word_embeddings, model.attention_bias, model.mlp_bias) == (True, False, False)
-    assert (model.eos_token_id, model.has_block_scales) == ([1, 2], False)
+    assert (model.eos_token_id, model.quantization) == ([1, 2], None)
     assert not any(map(model.is_sparse, range(2)))
 
 

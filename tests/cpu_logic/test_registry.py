@@ -98,15 +98,12 @@ REFUSED = [
     ({"use_sliding_window": True}, "use_sliding_window=true is not supported"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention'.* is not"),
     ({"layer_types": "sliding_attention"}, "layer_types 'sliding_attention' is not supported"),
-    ({"quantization_config": {"quant_method": "awq"}}, "quantization_config 'awq' is not"),
-    ({"quantization_config": {"quant_method": "fp8"}}, "with weight_block_size None is not"),
+    ({"quantization_config": {"quant_method": "hqq"}}, "quantization_config 'hqq' is not"),
+    ({"quantization_config": {"quant_method": "awq", "bits": 3}}, "config 'awq' with bits 3 is"),
+    ({"quantization_config": {"quant_method": "fp8"}}, "with activation_scheme None is not"),
     ({"quantization_config": FP8 | {"weight_block_size": [64, 64]}}, r"size \[64, 64\] is not"),
     ({"quantization_config": FP8 | {"activation_scheme": "static"}}, "scheme 'static' is not"),
     ({"quantization_config": FP8 | {"fmt": "e5m2"}}, "fmt 'e5m2' is not supported"),
-    (
-        {"quantization_config": FP8 | {"modules_to_not_convert": ["lm_head", "a.q_proj"]}},
-        "modules_to_not_convert has 'a.q_proj'",
-    ),
     ({"compression_config": FP8}, "compression_config 'fp8' is not supported"),
     ({"quantization_config": ["fp8"]}, "quantization_config 'unnamed' is not"),
     ({"compression_config": {"format": "int8"}}, "compression_config 'unnamed' is not"),
@@ -130,7 +127,7 @@ def computes(architecture: str, changes: dict) -> bool:
 )
 def test_what_a_family_does_not_compute_is_refused_by_name(architecture, changes, message):
     if "quantization_config" in changes and "fp8" not in ARCHITECTURES[architecture].quantization:
-        message = "quantization_config '(fp8|awq|unnamed)' is not supported"
+        message = "quantization_config '(fp8|awq|hqq|unnamed)' is not supported"
     with refused(message) as raised:
         check_supported(raw_config(architecture, **changes), "the/config.json")
     assert str(raised.value).startswith("the/config.json: ")

@@ -71,7 +71,7 @@ def test_fp8_checkpoint(directories, references, keeps_fp8):
         llm.wake_up()
         llm.reload_weights()
         check(llm, references["blocks"], keeps_fp8)
-        with pytest.raises(ArgumentError, match="does not take new weights for an fp8 checkpoint"):
+        with pytest.raises(ArgumentError, match="new weights for a checkpoint that is quantised"):
             llm.load_weights(load_file(directories["other"] / "model.safetensors"))
 
 

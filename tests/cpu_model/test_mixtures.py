@@ -19,6 +19,7 @@ from nanovllm.layers.context import ModelContext
 from nanovllm.models import size
 from nanovllm.models.families import model_class
 from nanovllm.models.loader import load_model
+from nanovllm.models.quantization_config import Quantization
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
 PROMPTS = random_prompts((1, 30, 100), seed=3)
@@ -197,7 +198,7 @@ def test_the_config_of_gpt_oss_20b(tmp_path):
     assert (config.moe_intermediate_size, config.norm_topk_prob) == (2880, True)
     assert (config.swiglu_alpha, config.swiglu_limit) == (1.702, 7.0)
     assert config.layer_windows == (128, None) * 12
-    assert config.max_positions == 131072 and not config.has_block_scales
+    assert config.max_positions == 131072 and config.quantization == Quantization("mxfp4")
     assert size.num_weights(config) == pytest.approx(20.3e9, rel=0.01)  # 20.9e9 with the LM head
     with pytest.raises(ArgumentError, match=r"swiglu_limit must be .* got 0"):
         model_config(tmp_path, GPT_OSS_20B | {"swiglu_limit": 0})
