@@ -68,6 +68,12 @@ def used_bytes() -> int:
     return total - free
 
 
+def graph_bytes() -> int:
+    """Memory of captured graphs: torch counts it as reserved, not as allocated."""
+    segments = torch.cuda.memory_snapshot()
+    return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) != (0, 0))
+
+
 @pytest.fixture(scope="module")
 def baseline() -> int:
     """What the GPU's context and other processes hold, before any engine of this file."""
@@ -132,11 +138,13 @@ def test_the_estimate_is_what_an_engine_takes(models, baseline, name, gib, optio
     ):
         runner, started = llm.model_runner, used_bytes()
         weights = sum(parameter.nbytes for parameter in runner.model.parameters())
+        torch.cuda.reset_peak_memory_stats()
         llm.generate(
             random_prompts([512] * 40),
             SamplingParams(temperature=0, max_tokens=4, ignore_eos=True),
             use_tqdm=False,
         )
+        peak = torch.cuda.max_memory_allocated()
         peaks = []
         for run in (run_largest_prefill, run_largest_decode):
             torch.cuda.synchronize()
@@ -144,9 +152,12 @@ def test_the_estimate_is_what_an_engine_takes(models, baseline, name, gib, optio
             before = torch.cuda.memory_allocated()
             run(runner)
             torch.cuda.synchronize()
+            peak = max(peak, torch.cuda.max_memory_allocated())
             peaks.append(torch.cuda.max_memory_allocated() - before)
         runner.row_table.zero_()
-        used = used_bytes() - baseline
+        # What the allocator keeps beyond that is free: it gives it back where memory is short.
+        kept = used_bytes() - baseline
+        used = kept - torch.cuda.memory_reserved() + peak + graph_bytes()
         num_blocks = llm.config.num_kvcache_blocks
         block = runner.kv_cache.nbytes // num_blocks
         if runner.kv_scales is not None:
@@ -156,7 +167,8 @@ def test_the_estimate_is_what_an_engine_takes(models, baseline, name, gib, optio
         f"\n{name} {gib} GiB {options}: blocks {num_blocks} (estimate {expected.num_kvcache_blocks}"
         f", {(expected.num_kvcache_blocks - num_blocks) * block / limit:+.2%} of the card); "
         f"MiB without context: started {(started - baseline) / MIB:.0f}, used {used / MIB:.0f} "
-        f"(estimate {estimated / MIB:.0f}, {(estimated - used) / limit:+.2%}); "
+        f"(estimate {estimated / MIB:.0f}, {(estimated - used) / limit:+.2%}), kept "
+        f"{kept / MIB:.0f}; "
         f"prefill {peaks[0] / MIB:.0f} ({expected.prefill_activations / MIB:.0f}), "
         f"decode {peaks[1] / MIB:.0f} ({expected.decode_activations / MIB:.0f}); "
         f"context {baseline / MIB:.0f} ({CONTEXT_BYTES / MIB:.0f}); "
@@ -165,7 +177,7 @@ def test_the_estimate_is_what_an_engine_takes(models, baseline, name, gib, optio
     assert weights == expected.weight_bytes
     assert abs(expected.num_kvcache_blocks - num_blocks) * block <= TOLERANCE * limit
     assert abs(estimated - used) <= TOLERANCE * limit
-    assert used + CONTEXT_BYTES <= limit
+    assert max(used, kept) + CONTEXT_BYTES <= limit
     # The workspace of cuBLAS is there already, if these steps have one.
     slack = WORKSPACE_BYTES[capability >= (9, 0)] + 2 * MIB
     for found, of_estimate in zip(
