@@ -16,7 +16,9 @@ from nanovllm.kernels.triton.launch import await_previous, jit, overlap_options
 from nanovllm.kernels.triton.linear import load_summed, parts_of
 from nanovllm.kernels.triton.packed_linear import (
     MAX_BLOCK_COLUMNS,
+    added_to,
     as_int16,
+    load_groups,
     multiply_blocks,
     uses_assembly,
     width_of_block,
@@ -240,6 +242,7 @@ def _experts_kernel(
     GROUP: tl.constexpr,
     PACKED_WIDTH: tl.constexpr,  # int16 of a row of a block
     PACKED_BLOCKS: tl.constexpr,  # that are fetched at a time
+    ADDED: tl.constexpr,  # to packed numbers as they meet x
     ASSEMBLY: tl.constexpr,
     SWIGLU_ALPHA: tl.constexpr,  # of `ClampedSwiGLU`, as the limit; None: silu(gate) * up
     SWIGLU_LIMIT: tl.constexpr,
@@ -291,40 +294,71 @@ def _experts_kernel(
         numbers = weight + safe_row[:, None] * NUM_INT16
         row_scales = group_scales + safe_row * NUM_GROUPS
         row_zeros = None if zeros is None else zeros + safe_row * NUM_GROUPS
-        up_zeros = None if zeros is None else row_zeros + WIDTH * NUM_GROUPS
         row_x = x + x_row[:, None] * K
+        groups = load_groups(row_scales, row_zeros, 0, K, GROUP, BITS, PACKED_WIDTH, PACKED_BLOCKS)
+        if GATED:
+            up_numbers = numbers + WIDTH * NUM_INT16
+            up_scales = row_scales + WIDTH * NUM_GROUPS
+            up_zeros = None if zeros is None else row_zeros + WIDTH * NUM_GROUPS
+            up_groups = load_groups(
+                up_scales, up_zeros, 0, K, GROUP, BITS, PACKED_WIDTH, PACKED_BLOCKS
+            )
         for first in range(0, (NUM_INT16 + PACKED_WIDTH - 1) // PACKED_WIDTH, PACKED_BLOCKS):
+            next_groups = load_groups(
+                row_scales,
+                row_zeros,
+                first + PACKED_BLOCKS,
+                K,
+                GROUP,
+                BITS,
+                PACKED_WIDTH,
+                PACKED_BLOCKS,
+            )
             product = multiply_blocks(
                 product,
                 row_x,
                 is_pair[:, None],
                 numbers,
-                row_scales,
-                row_zeros,
+                groups,
+                zeros is not None,
                 first,
                 K,
                 GROUP,
                 BITS,
                 PACKED_WIDTH,
                 PACKED_BLOCKS,
+                ADDED,
                 ASSEMBLY,
             )
+            groups = next_groups
             if GATED:
+                next_groups = load_groups(
+                    up_scales,
+                    up_zeros,
+                    first + PACKED_BLOCKS,
+                    K,
+                    GROUP,
+                    BITS,
+                    PACKED_WIDTH,
+                    PACKED_BLOCKS,
+                )
                 up = multiply_blocks(
                     up,
                     row_x,
                     is_pair[:, None],
-                    numbers + WIDTH * NUM_INT16,
-                    row_scales + WIDTH * NUM_GROUPS,
-                    up_zeros,
+                    up_numbers,
+                    up_groups,
+                    zeros is not None,
                     first,
                     K,
                     GROUP,
                     BITS,
                     PACKED_WIDTH,
                     PACKED_BLOCKS,
+                    ADDED,
                     ASSEMBLY,
                 )
+                up_groups = next_groups
     else:
         for begin in range(0, K, BLOCK_K):
             if K % BLOCK_K == 0:
@@ -511,6 +545,7 @@ def _multiply(
         GROUP=packed and packed.group_size,
         PACKED_WIDTH=packed and width_of_block(packed),
         PACKED_BLOCKS=max(1, tile.block_k // MAX_BLOCK_COLUMNS),
+        ADDED=packed and added_to(packed, x, tile.block_m, tile.num_warps),
         ASSEMBLY=uses_assembly(x),
         SWIGLU_ALPHA=None if swiglu is None else swiglu.alpha,
         SWIGLU_LIMIT=None if swiglu is None else swiglu.limit,

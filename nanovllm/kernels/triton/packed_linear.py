@@ -27,6 +27,7 @@ from nanovllm.kernels.types import LinearOutput, PackedWeight, PartialSums
 MIN_COLUMNS_PER_PART = 512  # of a split K
 MAX_BLOCK_COLUMNS = 128
 MIN_WIDTH = 16  # columns of a product on tensor cores
+MAX_RAW_TOKENS = 16  # of a tile whose numbers keep what unpacking adds
 
 
 class PackedTile(NamedTuple):
@@ -57,12 +58,12 @@ LINE = tl.constexpr(64)  # int16 that are fetched at a time
 # Numbers
 
 
-def _assembly(bits: int, is_bfloat16: bool) -> str:
+def _assembly(bits: int, is_bfloat16: bool, added: int) -> str:
     """PTX of `unpack` for two int16 at a time.
 
-    A number's bits, put below those of 128 (bfloat16) or 1,024 (float16), add it to that; one more
-    instruction takes that and the middle number away. bfloat16 has no room for 8 bits: the highest
-    one, which makes 256 of 128, is added to the others.
+    A number's bits, put below those of 128 (bfloat16) or 1,024 (float16), add it to that. One more
+    instruction makes that sum number + `added`, unless it is already. bfloat16 has no room for 8
+    bits: the highest one, which makes 256 of 128, is added to the others.
     """
     planes = 16 // bits
     packed = f"${planes}"
@@ -82,6 +83,8 @@ def _assembly(bits: int, is_bfloat16: bool) -> str:
             mask = "0x000F000F" if bits == 4 else "0x00FF00FF"
             lines.append(f"lop3.b32 low, {source}, {mask}, 0x64006400, 0xEA;")
             lines.append(f"add.rn.f16x2 ${plane}, low, back;")
+        elif added == 128:
+            lines.append(f"lop3.b32 ${plane}, {source}, 0x000F000F, 0x43004300, 0xEA;")
         elif bits == 4:
             lines.append(f"lop3.b32 low, {source}, 0x000F000F, 0x43004300, 0xEA;")
             lines.append(f"fma.rn.bf16x2 ${plane}, low, one, back;")
@@ -93,24 +96,25 @@ def _assembly(bits: int, is_bfloat16: bool) -> str:
     return "{" + "\n".join(lines) + "}"
 
 
-UNPACK_4_BF16 = tl.constexpr(_assembly(4, is_bfloat16=True))
-UNPACK_4_FP16 = tl.constexpr(_assembly(4, is_bfloat16=False))
-UNPACK_8_BF16 = tl.constexpr(_assembly(8, is_bfloat16=True))
-UNPACK_8_FP16 = tl.constexpr(_assembly(8, is_bfloat16=False))
+UNPACK_4_BF16_RAW = tl.constexpr(_assembly(4, is_bfloat16=True, added=128))
+UNPACK_4_BF16 = tl.constexpr(_assembly(4, is_bfloat16=True, added=-8))
+UNPACK_4_FP16 = tl.constexpr(_assembly(4, is_bfloat16=False, added=-8))
+UNPACK_8_BF16 = tl.constexpr(_assembly(8, is_bfloat16=True, added=-128))
+UNPACK_8_FP16 = tl.constexpr(_assembly(8, is_bfloat16=False, added=-128))
 
 
 @jit
-def unpack_4(packed, dtype: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """int16 -> its four numbers of 4 bits, the lowest first, less 8, in `dtype`."""
+def unpack_4(packed, dtype: tl.constexpr, ADDED: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """int16 -> its four numbers of 4 bits + ADDED (-8; bfloat16: or 128), the lowest first."""
     if not ASSEMBLY:
         bits = packed.to(tl.int32)
-        a = ((bits & 15) - 8).to(dtype)
-        b = (((bits >> 4) & 15) - 8).to(dtype)
-        c = (((bits >> 8) & 15) - 8).to(dtype)
-        d = (((bits >> 12) & 15) - 8).to(dtype)
+        a = ((bits & 15) + ADDED).to(dtype)
+        b = (((bits >> 4) & 15) + ADDED).to(dtype)
+        c = (((bits >> 8) & 15) + ADDED).to(dtype)
+        d = (((bits >> 12) & 15) + ADDED).to(dtype)
     elif dtype == tl.bfloat16:
         a, b, c, d = tl.inline_asm_elementwise(
-            UNPACK_4_BF16,
+            UNPACK_4_BF16_RAW if ADDED == 128 else UNPACK_4_BF16,
             "=&r,=&r,=&r,=&r,r",
             [packed],
             dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
@@ -118,6 +122,7 @@ def unpack_4(packed, dtype: tl.constexpr, ASSEMBLY: tl.constexpr):
             pack=2,
         )
     else:
+        tl.static_assert(ADDED == -8)
         a, b, c, d = tl.inline_asm_elementwise(
             UNPACK_4_FP16,
             "=&r,=&r,=&r,=&r,r",
@@ -165,24 +170,26 @@ def multiply_packed(
     x,  # pointers [BLOCK_M, WIDTH] to the columns that the int16's lowest bits meet
     x_mask,
     packed,  # int16 [BLOCK_N, WIDTH]
-    scales,  # pointers [BLOCK_N] to the group's
-    zeros,  # the same, or None
+    scale,  # [BLOCK_N] of the group
+    zero,  # uint8, the same, or None
     BITS: tl.constexpr,
+    ADDED: tl.constexpr,  # to each number as it meets x
     ASSEMBLY: tl.constexpr,
 ):
     """x times a block's weights of one group -> float32 [BLOCK_N, BLOCK_M]; x_mask chooses them.
 
-    The weight's rows are the rows of the matrix instruction: it takes them from registers.
+    The weight's rows are the rows of the matrix instruction: it takes them from registers. Numbers
+    are multiplied with something added, which comes off again as that many times the sum of x.
     """
     RUN: tl.constexpr = 8
+    MIDDLE: tl.constexpr = 2 ** (BITS - 1)
     dtype: tl.constexpr = x.dtype.element_ty
-    scale = tl.load(scales).to(tl.float32)
     x_a = tl.load(x, mask=x_mask, other=0.0).T
     x_b = tl.load(x + RUN, mask=x_mask, other=0.0).T
     if BITS == 4:
         x_c = tl.load(x + 2 * RUN, mask=x_mask, other=0.0).T
         x_d = tl.load(x + 3 * RUN, mask=x_mask, other=0.0).T
-        a, b, c, d = unpack_4(packed, dtype, ASSEMBLY)
+        a, b, c, d = unpack_4(packed, dtype, ADDED, ASSEMBLY)
         product = tl.dot(a, x_a, input_precision="ieee")
         product = tl.dot(b, x_b, product, input_precision="ieee")
         product = tl.dot(c, x_c, product, input_precision="ieee")
@@ -191,17 +198,48 @@ def multiply_packed(
         a, b = unpack_8(packed, dtype, ASSEMBLY)
         product = tl.dot(a, x_a, input_precision="ieee")
         product = tl.dot(b, x_b, product, input_precision="ieee")
-    if zeros is not None:
-        # x times (number - middle), and with a row of ones each: no zero meets the numbers.
-        offset = 2.0 ** (BITS - 1) - tl.load(zeros).to(tl.float32)
+    if zero is not None:
         ones = tl.full(packed.shape, 1.0, dtype)
         sums = tl.dot(ones, x_a, input_precision="ieee")
         sums = tl.dot(ones, x_b, sums, input_precision="ieee")
         if BITS == 4:
             sums = tl.dot(ones, x_c, sums, input_precision="ieee")
             sums = tl.dot(ones, x_d, sums, input_precision="ieee")
-        product += sums * offset[:, None]
-    return product * scale[:, None]
+        product -= sums * (zero.to(tl.float32) + ADDED)[:, None]
+    elif ADDED != -MIDDLE:
+        rest = tl.full(packed.shape, -ADDED - MIDDLE, dtype)
+        product = tl.dot(rest, x_a, product, input_precision="ieee")
+        product = tl.dot(rest, x_b, product, input_precision="ieee")
+        product = tl.dot(rest, x_c, product, input_precision="ieee")
+        product = tl.dot(rest, x_d, product, input_precision="ieee")
+    return product * scale.to(tl.float32)[:, None]
+
+
+@jit
+def load_groups(
+    scales,  # pointers [BLOCK_N] to the rows' first groups
+    zeros,  # the same, or None
+    first,  # block
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Each group's scale, and its zero if there are any, of so many blocks from `first` on.
+
+    Past the last group it is the last one's.
+    """
+    BLOCK_K: tl.constexpr = WIDTH * 16 // BITS
+    GROUPS: tl.constexpr = (BLOCK_K + GROUP - 1) // GROUP  # of a block: 1, or 2 of 32 columns
+    values = ()
+    for i in tl.static_range(BLOCKS * GROUPS):
+        group = (first + i // GROUPS) * BLOCK_K // GROUP + i % GROUPS
+        group = tl.minimum(group, K // GROUP - 1)
+        values = values + (tl.load(scales + group),)  # noqa: RUF005
+        if zeros is not None:
+            values = values + (tl.load(zeros + group),)  # noqa: RUF005
+    return values
 
 
 @jit
@@ -210,24 +248,27 @@ def multiply_blocks(
     x,  # pointers [BLOCK_M, 1] to the rows of x
     x_mask,
     numbers,  # pointers [BLOCK_N, 1] to the rows of the weight
-    scales,  # pointers [BLOCK_N] to their first groups
-    zeros,
+    groups,  # of `load_groups`
+    HAS_ZEROS: tl.constexpr,
     first,  # block
     K: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
+    ADDED: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
     """product + the weight times x^T, of so many blocks from `first` on."""
     RUN: tl.constexpr = 8
     PLANES: tl.constexpr = 16 // BITS
     BLOCK_K: tl.constexpr = WIDTH * PLANES
-    GROUPS: tl.constexpr = (BLOCK_K + GROUP - 1) // GROUP  # of a block: 1, or 2 of 32 columns
+    GROUPS: tl.constexpr = (BLOCK_K + GROUP - 1) // GROUP
     IS_EVEN: tl.constexpr = K % (BLOCK_K * BLOCKS) == 0
     column = tl.arange(0, WIDTH)
-    x_column = column // RUN * (RUN * PLANES) + column % RUN
+    # Copies of 8 bytes go through the multiprocessor's cache, where planes share lines and programs
+    # share x; those of 16 bytes would not.
+    x_column = tl.max_contiguous(column // RUN * (RUN * PLANES) + column % RUN, 4)
     for offset in tl.static_range(BLOCKS):
         block = first + offset
         pointers = numbers + (block * WIDTH + column)[None, :]
@@ -239,19 +280,23 @@ def multiply_blocks(
             packed = tl.load(pointers, mask=in_row, other=0)
             mask = x_mask & in_row
         for i in tl.static_range(GROUPS):
-            group = block * BLOCK_K // GROUP + i
-            if not IS_EVEN:
-                group = tl.minimum(group, K // GROUP - 1)
             of_group = mask
             if GROUPS > 1:
                 of_group = mask & (column // (WIDTH // GROUPS) == i)[None, :]
+            if HAS_ZEROS:
+                scale = groups[2 * (offset * GROUPS + i)]
+                zero = groups[2 * (offset * GROUPS + i) + 1]
+            else:
+                scale = groups[offset * GROUPS + i]
+                zero = None
             product += multiply_packed(
                 x + (block * BLOCK_K + x_column)[None, :],
                 of_group,
                 packed,
-                scales + group,
-                None if zeros is None else zeros + group,
+                scale,
+                zero,
                 BITS,
+                ADDED,
                 ASSEMBLY,
             )
     return product
@@ -276,6 +321,7 @@ def _packed_linear_kernel(
     FETCH_AHEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ADDED: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -292,8 +338,11 @@ def _packed_linear_kernel(
     is_row = row < N
     safe_row = tl.where(is_row, row, 0).to(tl.int64)  # what others give is not stored
     row_numbers = numbers + safe_row[:, None] * NUM_INT16
+    row_scales = scales + safe_row * (K // GROUP)
+    row_zeros = None if zeros is None else zeros + safe_row * (K // GROUP)
+    # No kernel writes weights: they may come before the wait. Groups are a step ahead of numbers.
+    groups = load_groups(row_scales, row_zeros, begin, K, GROUP, BITS, WIDTH, BLOCKS)
     if FETCH_AHEAD > 0 and ASSEMBLY:
-        # No kernel writes weights: they may come before the wait.
         line = begin * WIDTH + tl.arange(0, FETCH_AHEAD) * LINE
         prefetch(row_numbers + tl.minimum(line, NUM_INT16 - 1)[None, :])
     await_previous(OVERLAP)
@@ -302,21 +351,25 @@ def _packed_linear_kernel(
     row_x = x + token[:, None].to(tl.int64) * K
     product = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for first in range(begin, end, BLOCKS):
+        later = first + BLOCKS
+        next_groups = load_groups(row_scales, row_zeros, later, K, GROUP, BITS, WIDTH, BLOCKS)
         product = multiply_blocks(
             product,
             row_x,
             is_token[:, None],
             row_numbers,
-            scales + safe_row * (K // GROUP),
-            None if zeros is None else zeros + safe_row * (K // GROUP),
+            groups,
+            zeros is not None,
             first,
             K,
             GROUP,
             BITS,
             WIDTH,
             BLOCKS,
+            ADDED,
             ASSEMBLY,
         )
+        groups = next_groups
     if bias is not None:
         bias_values = tl.load(bias + safe_row).to(tl.float32)
         product += tl.where(part == 0, bias_values, 0.0)[:, None]
@@ -351,6 +404,18 @@ def as_int16(weight: PackedWeight) -> torch.Tensor:
 def uses_assembly(x: torch.Tensor) -> bool:
     """Whether `unpack_4` and `unpack_8` to x's dtype, and where it lies, have instructions."""
     return x.is_cuda and x.dtype != torch.float32
+
+
+def added_to(weight: PackedWeight, x: torch.Tensor, block_m: int, num_warps: int) -> int:
+    """ADDED of a tile: 128 saves instructions for each number, and takes some for each token.
+
+    Four warps would multiply asynchronously, and wait for more products. float16 needs 1,024, which
+    would cost too many of its product's bits.
+    """
+    is_raw = weight.bits == 4 and x.dtype == torch.bfloat16
+    if is_raw and block_m <= MAX_RAW_TOKENS and num_warps < 4:
+        return 128
+    return -(2 ** (weight.bits - 1))
 
 
 def multiply(
@@ -389,6 +454,7 @@ def multiply(
         FETCH_AHEAD=tile.fetch_ahead,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
+        ADDED=added_to(weight, x, tile.block_m, tile.num_warps),
         ASSEMBLY=uses_assembly(x),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -431,7 +497,7 @@ def _dequantize_kernel(
         offset = 2.0 ** (BITS - 1) - tl.load(zeros + group, mask=mask, other=0).to(tl.float32)
     pointers = out + row * K + column
     if BITS == 4:
-        a, b, c, d = unpack_4(packed, dtype, ASSEMBLY)
+        a, b, c, d = unpack_4(packed, dtype, -8, ASSEMBLY)
         third, fourth = (c.to(tl.float32) + offset) * scale, (d.to(tl.float32) + offset) * scale
         tl.store(pointers + 2 * RUN, third.to(dtype), mask=mask)
         tl.store(pointers + 3 * RUN, fourth.to(dtype), mask=mask)
