@@ -6,7 +6,8 @@ Microseconds of a product at Qwen3-8B's shapes in a CUDA graph, over distinct we
 than the L2 cache holds: packed in groups of 128, bfloat16 and fp8, as the layers choose, and the
 bandwidth of the packed weights, in % of what an H200 reads. Then all products of a layer with the
 kernels that read them. `--many` compares the kernel with the product of a dequantised weight,
-`--sweep` tiles: `TILES` in kernels/triton/packed_linear.py follows from these.
+`--sweep` tiles, before it reports with the best ones: `TILES` in kernels/triton/packed_linear.py
+follows from these.
 """
 
 import argparse
@@ -32,16 +33,28 @@ GROUP_SIZE = 128
 BANDWIDTH = 4.68e6  # bytes per microsecond, measured
 BYTES = 400e6  # of all weights of a shape: several times the L2 cache
 DTYPE = torch.bfloat16
-# block_n, blocks, num_warps, num_stages, programs_per_sm, fetch_ahead.
-CANDIDATES = (
-    *((64, 4, 4, 2, programs, fetch) for programs in (2, 4) for fetch in (0, 4)),
-    *((64, 4, 4, 3, 2, 0), (64, 4, 4, 3, 3, 0), (64, 4, 4, 3, 3, 4), (64, 4, 4, 4, 2, 0)),
-    *((64, 2, 4, 3, 4, 0), (64, 2, 4, 4, 4, 0), (64, 2, 4, 4, 3, 4), (64, 1, 4, 6, 4, 0)),
-    *((128, 4, 8, 2, 2, 0), (128, 4, 8, 3, 1, 0), (128, 4, 4, 2, 2, 0), (128, 2, 4, 3, 2, 0)),
-    *((128, 2, 4, 4, 2, 4), (32, 4, 2, 3, 6, 0), (32, 4, 2, 3, 4, 4), (32, 4, 2, 4, 4, 0)),
-    *((64, 4, 2, 3, 4, 0), (64, 2, 2, 4, 4, 0), (32, 4, 4, 3, 4, 0), (16, 4, 1, 4, 8, 0)),
-)
-MANY = ((64, 4, 4, 2, 1, 0), (128, 2, 4, 3, 1, 0), (128, 2, 8, 3, 1, 0), (128, 1, 8, 4, 1, 0))
+# block_m: block_n, blocks, num_warps, num_stages, programs_per_sm, fetch_ahead.
+CANDIDATES = {
+    8: (
+        *((32, 4, 2, 3, 6, 0), (32, 4, 2, 3, 6, 4), (32, 4, 2, 4, 4, 4), (32, 2, 2, 4, 8, 0)),
+        *((32, 2, 2, 4, 8, 4), (64, 2, 2, 3, 8, 4), (64, 2, 2, 4, 6, 0), (64, 2, 2, 4, 6, 4)),
+        *((64, 4, 2, 3, 4, 4), (64, 4, 4, 3, 4, 4), (64, 2, 4, 4, 4, 4)),
+    ),
+    16: (
+        *((32, 4, 2, 3, 4, 4), (64, 2, 2, 3, 6, 4), (64, 2, 2, 4, 4, 0), (64, 2, 2, 4, 4, 4)),
+        *((64, 4, 2, 3, 3, 4), (64, 4, 4, 2, 4, 4), (64, 4, 4, 3, 2, 4), (64, 2, 4, 4, 4, 4)),
+        *((128, 2, 4, 3, 3, 4), (128, 4, 8, 2, 2, 4)),
+    ),
+    32: (
+        *((64, 2, 4, 3, 3, 4), (64, 2, 4, 4, 2, 0), (128, 2, 4, 3, 2, 0), (128, 2, 4, 3, 2, 4)),
+        *((128, 2, 8, 3, 2, 4), (128, 1, 8, 4, 3, 0)),
+    ),
+    64: (
+        *((128, 1, 8, 3, 3, 0), (128, 1, 8, 4, 2, 0), (128, 2, 8, 3, 1, 0), (128, 2, 8, 2, 2, 0)),
+        *((128, 1, 4, 3, 2, 0), (64, 2, 4, 3, 2, 0), (256, 1, 8, 3, 1, 0)),
+    ),
+}
+MANY = ((64, 2, 4, 3, 1, 0), (128, 2, 8, 3, 1, 0), (128, 1, 8, 4, 1, 0), (128, 1, 8, 3, 2, 0))
 
 
 def packed_weight(n: int, k: int, bits: int, has_zeros: bool) -> PackedWeight:
@@ -165,9 +178,12 @@ def report_chains(tokens: Sequence[int], has_zeros: bool) -> None:
 # Comparisons
 
 
-def tiles_of(num_tokens: int, candidates: Sequence[tuple[int, ...]]) -> list[PackedTile]:
+def tiles_of(
+    num_tokens: int, candidates: Sequence[tuple[int, ...]] | None = None
+) -> list[PackedTile]:
+    """Tiles for so many tokens; without `candidates` those of CANDIDATES."""
     block_m = min(64, max(8, 1 << (num_tokens - 1).bit_length()))
-    return [PackedTile(block_m, *rest) for rest in candidates]
+    return [PackedTile(block_m, *rest) for rest in candidates or CANDIDATES[block_m]]
 
 
 def build(work: tuple[list[tuple[int, PackedTile]], int, bool]) -> None:
@@ -190,15 +206,15 @@ def short(tile: PackedTile) -> str:
 
 
 def sweep(tokens: Sequence[int], bits: int, has_zeros: bool) -> None:
-    """The best tiles of each shape, and the best for all of them."""
-    build_all([(t, tile) for t in tokens for tile in tiles_of(t, CANDIDATES)], bits, has_zeros)
+    """The best tiles of each shape, and the best for all of them, which become `TILES`."""
+    build_all([(t, tile) for t in tokens for tile in tiles_of(t)], bits, has_zeros)
     totals: dict[int, dict[PackedTile, float]] = {t: {} for t in tokens}
     for name, (_, k) in SHAPES.items():
         weights = packed_weights(name, bits, has_zeros)
         least = num_bytes(weights[0]) / BANDWIDTH
         for num_tokens in tokens:
             x = inputs(num_tokens, k)
-            tiles = tiles_of(num_tokens, CANDIDATES)
+            tiles = tiles_of(num_tokens)
             times = sorted((attempt(in_tile(x, tile), weights), tile) for tile in tiles)
             for us, tile in times:
                 totals[num_tokens][tile] = totals[num_tokens].get(tile, 0) + us / least
@@ -207,6 +223,7 @@ def sweep(tokens: Sequence[int], bits: int, has_zeros: bool) -> None:
     for num_tokens, total in totals.items():
         ranked = sorted((4 / ratio, tile) for tile, ratio in total.items())[::-1]
         print(f"all T={num_tokens}", *(f"{share:.0%} ({short(tile)})" for share, tile in ranked))
+        triton_packed.TILES[ranked[0][1].block_m] = ranked[0][1]
 
 
 def compare_many(tokens: Sequence[int], bits: int, has_zeros: bool) -> None:
@@ -234,11 +251,11 @@ def main() -> None:
     args = parser.parse_args()
     print(torch.cuda.get_device_name())
     if args.sweep:
-        sweep(args.tokens or (1, 16, 64), args.bits, args.zeros)
-    elif args.many:
+        sweep((1, 16, 32, 64), args.bits, args.zeros)
+    if args.many:
         compare_many(args.tokens or (64, 128, 256, 512, 1024, 4096), args.bits, args.zeros)
     else:
-        tokens = args.tokens or (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
+        tokens = args.tokens or (1, 4, 8, 16, 32, 64, 256)
         report_products(tokens, args.zeros)
         report_chains([t for t in tokens if t <= 64], args.zeros)
 

@@ -1,11 +1,13 @@
 """Products with weights of 4 or 8 bits, as Triton kernels.
 
-Few tokens are bound by the weights' bandwidth. A program loops over blocks of int16 numbers, which
-hold 4 or 2 columns of the weight each. It takes the numbers apart in registers: the first columns
-of all int16 make one operand, which meets every fourth or second run of 8 columns of x (see
-`PackedWeight`), the second ones the next. A block lies in one group, so a scale multiplies its
-product. Where K is split, the parts are left unsummed, as those of kernels/triton/linear.py. For
-many tokens the weight is dequantised once, and cuBLAS multiplies.
+Few tokens are bound by the weights' bandwidth, and next to that by the instructions that take the
+numbers apart: about two for each. A program loops over blocks of int16 numbers, which hold 4 or 2
+columns of the weight each. It takes them apart in registers: the first columns of all int16 make
+one operand, which meets every fourth or second run of 8 columns of x (see `PackedWeight`), the
+second ones the next. A block lies in one group, so a scale multiplies its product. Scales are
+loaded a step ahead, as the products would wait for them. Where K is split, the parts are left
+unsummed, as those of kernels/triton/linear.py. For many tokens the weight is dequantised once, and
+cuBLAS multiplies.
 """
 
 import math
@@ -35,7 +37,7 @@ class PackedTile(NamedTuple):
 
     block_m: int
     block_n: int
-    blocks: int  # of columns, fetched at a time
+    blocks: int  # of columns, fetched at a time; of 8-bit numbers half as many
     num_warps: int
     num_stages: int
     programs_per_sm: int  # that a split of K aims at where there would be fewer
@@ -44,14 +46,14 @@ class PackedTile(NamedTuple):
 
 # Tokens, at most -> tile; see tests/benchmarks/bench_packed_linear.py. More tokens: cuBLAS.
 TILES = {
-    8: PackedTile(8, 64, 4, 4, 3, 3),
-    16: PackedTile(16, 64, 4, 4, 3, 3),
-    32: PackedTile(32, 64, 4, 4, 3, 2),
-    64: PackedTile(64, 64, 2, 4, 3, 2),
-    256: PackedTile(64, 128, 2, 8, 3, 1),
+    8: PackedTile(8, 32, 4, 2, 3, 6),
+    16: PackedTile(16, 64, 4, 4, 2, 4, 4),
+    32: PackedTile(32, 128, 2, 4, 3, 2),
+    64: PackedTile(64, 128, 1, 8, 3, 3),
+    256: PackedTile(64, 128, 1, 8, 4, 1),
 }
 MAX_WORKSPACE = 2**26  # elements of a weight that are dequantised at a time
-DEQUANTIZE_ROWS, DEQUANTIZE_WIDTH = 32, 128  # of a program, in int16
+DEQUANTIZE_ROWS, DEQUANTIZE_COLUMNS = 16, 512  # of a program
 LINE = tl.constexpr(64)  # int16 that are fetched at a time
 
 
@@ -426,7 +428,8 @@ def multiply(
     n = weight.shape[0]
     assert x.is_contiguous() and weight.numbers.is_contiguous() and weight.scales.is_contiguous()
     width = width_of_block(weight)
-    num_steps = triton.cdiv(k * weight.bits // 16, width * tile.blocks)
+    blocks = max(1, tile.blocks * 4 // weight.bits)
+    num_steps = triton.cdiv(k * weight.bits // 16, width * blocks)
     num_tiles = triton.cdiv(num_tokens, tile.block_m) * triton.cdiv(n, tile.block_n)
     num_programs = tile.programs_per_sm * num_multiprocessors(x.device)
     num_parts = max(1, min(k // MIN_COLUMNS_PER_PART, round(num_programs / num_tiles)))
@@ -444,13 +447,13 @@ def multiply(
         weight.zeros,
         bias,
         num_tokens,
-        steps_per_part * tile.blocks,
+        steps_per_part * blocks,
         n,
         K=k,
         GROUP=weight.group_size,
         BITS=weight.bits,
         WIDTH=width,
-        BLOCKS=tile.blocks,
+        BLOCKS=blocks,
         FETCH_AHEAD=tile.fetch_ahead,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
@@ -476,43 +479,50 @@ def _dequantize_kernel(
     K: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
-    WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PART: tl.constexpr,  # columns that have one scale; it divides GROUP and COLUMNS
     ASSEMBLY: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     await_previous(OVERLAP)
     RUN: tl.constexpr = 8
     PLANES: tl.constexpr = 16 // BITS
+    MIDDLE: tl.constexpr = 2 ** (BITS - 1)
+    WIDTH: tl.constexpr = COLUMNS // PLANES
+    PARTS: tl.constexpr = COLUMNS // PART
     dtype: tl.constexpr = out.dtype.element_ty
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
     place = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
     mask = (row < N) & (place < K // PLANES)
     packed = tl.load(numbers + row * (K // PLANES) + place, mask=mask, other=0)
-    column = place // RUN * (RUN * PLANES) + place % RUN
-    group = row * (K // GROUP) + column // GROUP
-    scale = tl.load(scales + group, mask=mask, other=0.0).to(tl.float32)
-    offset = 0.0
-    if zeros is not None:
-        offset = 2.0 ** (BITS - 1) - tl.load(zeros + group, mask=mask, other=0).to(tl.float32)
-    pointers = out + row * K + column
     if BITS == 4:
-        a, b, c, d = unpack_4(packed, dtype, -8, ASSEMBLY)
-        third, fourth = (c.to(tl.float32) + offset) * scale, (d.to(tl.float32) + offset) * scale
-        tl.store(pointers + 2 * RUN, third.to(dtype), mask=mask)
-        tl.store(pointers + 3 * RUN, fourth.to(dtype), mask=mask)
+        a, b, c, d = unpack_4(packed, dtype, -MIDDLE, ASSEMBLY)
+        planes = tl.join(tl.join(a, c), tl.join(b, d))
     else:
         a, b = unpack_8(packed, dtype, ASSEMBLY)
-    tl.store(pointers, ((a.to(tl.float32) + offset) * scale).to(dtype), mask=mask)
-    tl.store(pointers + RUN, ((b.to(tl.float32) + offset) * scale).to(dtype), mask=mask)
+        planes = tl.join(a, b)
+    in_order = planes.reshape(ROWS, WIDTH // RUN, RUN, PLANES).permute(0, 1, 3, 2)
+    values = in_order.reshape(ROWS, PARTS, PART).to(tl.float32)
+    first_column = tl.program_id(1) * COLUMNS
+    group = (first_column + tl.arange(0, PARTS)[None, :] * PART) // GROUP
+    group_mask = (row < N) & (group < K // GROUP)
+    scale = tl.load(scales + row * (K // GROUP) + group, mask=group_mask, other=0.0)
+    if zeros is not None:
+        zero = tl.load(zeros + row * (K // GROUP) + group, mask=group_mask, other=0)
+        values += MIDDLE - zero.to(tl.float32)[:, :, None]
+    values = (values * scale.to(tl.float32)[:, :, None]).to(dtype)
+    column = first_column + tl.arange(0, COLUMNS)[None, :]
+    pointers = out + row * K + column
+    tl.store(pointers, values.reshape(ROWS, COLUMNS), mask=(row < N) & (column < K))
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
     """The weight [N, K] in `dtype`, its columns in their own order, not in that of x."""
     n, k = weight.shape
     out = torch.empty(n, k, dtype=dtype, device=weight.numbers.device)
-    width = min(DEQUANTIZE_WIDTH, triton.next_power_of_2(k * weight.bits // 16))
-    grid = triton.cdiv(n, DEQUANTIZE_ROWS), triton.cdiv(k * weight.bits // 16, width)
+    columns = min(DEQUANTIZE_COLUMNS, triton.next_power_of_2(k))
+    grid = triton.cdiv(n, DEQUANTIZE_ROWS), triton.cdiv(k, columns)
     _dequantize_kernel[grid](
         out,
         as_int16(weight),
@@ -522,8 +532,9 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
         K=k,
         GROUP=weight.group_size,
         BITS=weight.bits,
-        WIDTH=width,
         ROWS=DEQUANTIZE_ROWS,
+        COLUMNS=columns,
+        PART=math.gcd(weight.group_size, columns),
         ASSEMBLY=uses_assembly(out),
         num_warps=4,
         **overlap_options(out.device),
