@@ -238,9 +238,9 @@ def load_groups(
     for i in tl.static_range(BLOCKS * GROUPS):
         group = (first + i // GROUPS) * BLOCK_K // GROUP + i % GROUPS
         group = tl.minimum(group, K // GROUP - 1)
-        values = values + (tl.load(scales + group),)  # noqa: RUF005
+        values += (tl.load(scales + group),)  # type: ignore[assignment]
         if zeros is not None:
-            values = values + (tl.load(zeros + group),)  # noqa: RUF005
+            values += (tl.load(zeros + group),)  # type: ignore[assignment]
     return values
 
 
