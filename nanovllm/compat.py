@@ -5,14 +5,17 @@ write instead.
 """
 
 import inspect
+import logging
+import os
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from nanovllm.errors import nearest, shown
+from nanovllm.errors import ArgumentError, nearest, shown
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+logger = logging.getLogger("nanovllm")
 
 # ---- LLM(...) ---------------------------------------------------------------------------------
 
@@ -21,39 +24,236 @@ ALIASES = {"block_size": "kvcache_block_size", "num_gpu_blocks_override": "num_k
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 KV_CACHE_DTYPE_ALIASES = {"fp8_e4m3": "fp8"}
 
-# vLLM's constructor parameters that this library does not have: named as such in the error, unless
-# their value is false ("off").
-VLLM_ONLY = frozenset(
-    """allowed_local_media_path allowed_media_domains quantization_config offload_group_size
-    offload_num_in_group offload_prefetch_step offload_params enable_return_routed_experts
-    mm_processor_kwargs limit_mm_per_prompt structured_outputs_config profiler_config
-    attention_config logits_processors kv_transfer_config speculative_config spec_method spec_model
-    spec_tokens enable_prompt_embeds long_prefill_token_threshold cudagraph_capture_sizes
-    disable_sliding_window calculate_kv_scales kv_sharing_fast_prefill""".split()
+LOAD_FORMAT_ALIASES = {"safetensors": "auto", "hf": "auto"}
+MODEL_IMPL_ALIASES = {"vllm": "nanovllm"}
+TOKENIZER_MODE_ALIASES = {"hf": "auto"}
+ATTENTION_BACKEND_ALIASES = {
+    "FLASH_ATTN": "flash-attn",
+    "TRITON_ATTN": "triton",
+    "TORCH_SDPA": "torch",
+}
+# vLLM's block sizes, which are rounded up to ours: a block's size changes no result.
+SMALL_BLOCKS = (1, 8, 16, 32, 64, 128)
+BLOCK_SIZE = 256
+# Parameters where None is a value of its own; of all others it is vLLM's "the default".
+NONE_HAS_A_MEANING = frozenset({"max_model_len", "enable_chunked_prefill"})
+
+
+class Absent(NamedTuple):
+    """A constructor parameter of vLLM that is not here.
+
+    Attributes:
+        values: what is taken, beside None, False, 0 and what is empty; None: every value.
+        why: what it would be for, and what to do instead.
+    """
+
+    values: tuple[Any, ...] | None
+    why: str
+
+
+def _absent(*groups: tuple[str, tuple[Any, ...] | None, str]) -> dict[str, Absent]:
+    return {name: Absent(values, why) for names, values, why in groups for name in names.split()}
+
+
+# Rows of the table in docs/migrating.md.
+VLLM_ABSENT = _absent(
+    # Taken with every value: results do not depend on them.
+    (
+        """revision tokenizer_revision code_revision hf_token download_dir ignore_patterns
+        safetensors_load_strategy max_parallel_loading_workers pt_load_map_location
+        use_tqdm_on_load""",
+        None,
+        "nothing is downloaded, and weights are read from the model's directory",
+    ),
+    (
+        """served_model_name enable_log_requests disable_log_requests aggregate_engine_logging
+        show_hidden_metrics_for_version collect_detailed_traces kv_cache_metrics
+        kv_cache_metrics_sample cudagraph_metrics enable_mfu_metrics enable_mm_processor_stats
+        enable_logging_iteration_details enable_layerwise_nvtx_tracing shutdown_timeout
+        disable_frontend_multiprocessing fail_on_environ_validation""",
+        None,
+        "there is no server; `get_metrics` and `record` tell of a run",
+    ),
+    (
+        """compilation_config cudagraph_capture_sizes max_cudagraph_capture_size cuda_graph_sizes
+        max_seq_len_to_capture optimization_level performance_mode kernel_config
+        enable_flashinfer_autotune disable_cascade_attn""",
+        None,
+        "the engine chooses kernels and CUDA graphs; `enforce_eager=True` runs without graphs",
+    ),
+    (
+        """swap_space preemption_mode scheduler_delay_factor num_scheduler_steps
+        multi_step_stream_outputs use_v2_block_manager disable_async_output_proc
+        num_lookahead_slots max_num_partial_prefills max_long_partial_prefills
+        long_prefill_token_threshold prefix_caching_hash_algo disable_hybrid_kv_cache_manager
+        tokenizer_pool_size tokenizer_pool_type tokenizer_pool_extra_config""",
+        None,
+        "the scheduler has rules of its own; preempted requests are computed anew",
+    ),
+    (
+        """max_loras max_lora_rank max_cpu_loras fully_sharded_loras lora_dtype
+        lora_target_modules lora_extra_vocab_size long_lora_scaling_factors""",
+        None,
+        "they count with `enable_lora` alone",
+    ),
+    (
+        """allowed_local_media_path allowed_media_domains limit_mm_per_prompt mm_processor_kwargs
+        mm_processor_cache_gb mm_processor_cache_type mm_shm_cache_max_object_size_mb
+        mm_encoder_only mm_encoder_tp_mode mm_encoder_attn_backend media_io_kwargs
+        interleave_mm_strings skip_mm_profiling video_pruning_rate language_model_only
+        disable_chunked_mm_input disable_mm_preprocessor_cache enable_mm_embeds""",
+        None,
+        "models read text alone, and prompts with images or audio are refused",
+    ),
+    (
+        """expert_placement_strategy all2all_backend eplb_config ubatch_size
+        dbo_decode_token_threshold dbo_prefill_token_threshold dcp_kv_cache_interleave_size
+        cp_kv_cache_interleave_size disable_nccl_for_dp_synchronization master_addr master_port
+        data_parallel_address data_parallel_rpc_port data_parallel_backend data_parallel_size_local
+        ray_workers_use_nsight allow_deprecated_quantization guided_decoding_disable_fallback
+        kv_offloading_backend""",
+        None,
+        "they count with options alone that are not there",
+    ),
+    # Taken with the values that change nothing.
+    (
+        "task",
+        ("auto", "generate", "embed", "embedding", "classify", "reward", "score"),
+        "call generate, embed, classify, reward, score or encode: the model says what it answers",
+    ),
+    (
+        "guided_decoding_backend",
+        ("auto", "guidance", "xgrammar", "outlines", "lm-format-enforcer"),
+        "llguidance compiles structured outputs, whatever is named",
+    ),
+    (
+        "structured_outputs_config",
+        (),
+        "of its entries `backend` and `disable_fallback` are taken; whitespace is bound by "
+        '"x-guidance" in a schema',
+    ),
+    (
+        """guided_decoding_disable_any_whitespace guided_decoding_disable_additional_properties
+        reasoning_parser reasoning_parser_plugin""",
+        (),
+        'a grammar counts from the first token; whitespace is bound by "x-guidance" in a schema',
+    ),
+    ("attention_config", (), "of its entries `backend` is taken, as `attention_backend`"),
+    ("convert", ("auto", "none"), "`architectures` of config.json name the head"),
+    (
+        "override_pooler_config",
+        (),
+        "write pooler_config",
+    ),
+    ("logprobs_mode", ("raw_logprobs",), "log probabilities are the model's own"),
+    ("config_format", ("auto", "hf"), "config.json is read in Hugging Face's form alone"),
+    ("hf_config_path model_loader_extra_config", (), "the model's directory has all files"),
+    (
+        """pipeline_parallel_size data_parallel_size decode_context_parallel_size
+        prefill_context_parallel_size nnodes""",
+        (1,),
+        "tensor_parallel_size alone shares a model; start a process for each copy, with "
+        "CUDA_VISIBLE_DEVICES",
+    ),
+    (
+        """data_parallel_rank data_parallel_start_rank data_parallel_hybrid_lb
+        data_parallel_external_lb enable_expert_parallel enable_eplb enable_dbo node_rank""",
+        (),
+        "tensor_parallel_size alone shares a model",
+    ),
+    (
+        "distributed_executor_backend",
+        ("mp", "uni"),
+        "the ranks are processes of this host that the engine starts",
+    ),
+    ("worker_cls", ("auto",), "collective_rpc and apply_model call functions on the ranks"),
+    (
+        "worker_extension_cls scheduler_cls",
+        (),
+        "collective_rpc and apply_model call functions on the ranks",
+    ),
+    ("enable_lora default_mm_loras enable_lora_bias", (), "there are no adapters"),
+    (
+        """speculative_config spec_method spec_model spec_tokens speculative_model
+        num_speculative_tokens""",
+        (),
+        "there is no speculative decoding",
+    ),
+    (
+        "logits_processors logits_processor_pattern",
+        (),
+        "logit_bias, allowed_token_ids, bad_words and structured_outputs steer the tokens",
+    ),
+    (
+        "cpu_offload_params offload_group_size offload_params kv_offloading_size",
+        (),
+        "cpu_offload_gb keeps weights in host memory, and chooses which",
+    ),
+    (
+        "offload_num_in_group offload_prefetch_step",
+        (1,),
+        "cpu_offload_gb copies a layer ahead",
+    ),
+    ("offload_backend", ("auto",), "cpu_offload_gb has one way of its own"),
+    (
+        "kv_transfer_config kv_events_config ec_transfer_config",
+        (),
+        "the KV cache is this engine's alone",
+    ),
+    ("weight_transfer_config", (), "load_weights and reload_weights take new weights"),
+    (
+        "quantization_config",
+        (),
+        'quantization="fp8" quantises on load; else it is as config.json says',
+    ),
+    ("rope_scaling rope_theta", (), "write hf_overrides={'rope_parameters': {...}}"),
+    (
+        """enable_prompt_embeds enable_return_routed_experts disable_sliding_window
+        calculate_kv_scales kv_sharing_fast_prefill override_attention_dtype additional_config
+        io_processor_plugin otlp_traces_endpoint""",
+        (),
+        "nothing here does it",
+    ),
+    (
+        "mamba_cache_dtype mamba_ssm_cache_dtype mamba_cache_mode mamba_block_size",
+        ("auto", "none"),
+        "recurrent states have the model's dtypes, and are not cached",
+    ),
+    ("stream_interval", (1,), "generate_stream gives what each step brought"),
 )
-# Those that scripts pass all the same, with the values that change nothing here; None: all do.
-VLLM_IGNORED: dict[str, tuple[Any, ...] | None] = {
-    "revision": None,
-    "tokenizer_revision": None,
-    "hf_token": None,
-    "download_dir": None,
-    "served_model_name": None,
-    "enable_log_requests": None,
-    "swap_space": None,
-    "compilation_config": None,
-    "max_loras": None,
-    "max_lora_rank": None,
-    "convert": ("auto", "none"),
-    "logprobs_mode": ("raw_logprobs",),
-    "expert_placement_strategy": ("linear",),
-    "pipeline_parallel_size": (1,),
-    "data_parallel_size": (1,),
-    "decode_context_parallel_size": (1,),
-    "config_format": ("auto", "hf"),
-    "distributed_executor_backend": (None, "mp"),
-    "worker_cls": (None, "auto"),
-    "enable_expert_parallel": (False,),
-    "enable_lora": (False,),
+# Entries of vLLM's configuration objects, with the values that are taken; None: every value.
+STRUCTURED_ENTRIES: dict[str, tuple[Any, ...] | None] = {
+    "backend": VLLM_ABSENT["guided_decoding_backend"].values,
+    "disable_fallback": None,
+    "disable_any_whitespace": (False,),
+    "disable_additional_properties": (False,),
+    "reasoning_parser": ("",),
+    "reasoning_parser_plugin": ("",),
+    "enable_in_reasoning": (False,),
+}
+ATTENTION_ENTRIES: dict[str, tuple[Any, ...] | None] = {
+    "backend": None,
+    "flash_attn_version": (),
+    "use_prefill_decode_attention": (False,),
+    "disable_flashinfer_prefill": None,
+    "disable_flashinfer_q_quantization": None,
+    "use_trtllm_attention": (False,),
+    "use_cudnn_prefill": (False,),
+    "use_trtllm_ragged_deepseek_prefill": (False,),
+    "flash_attn_max_num_splits_for_cuda_graph": None,
+}
+PROFILER_ENTRIES: dict[str, tuple[Any, ...] | None] = {
+    "profiler": ("torch",),
+    "torch_profiler_dir": None,
+    "torch_profiler_with_stack": None,
+    "torch_profiler_with_flops": None,
+    "torch_profiler_with_memory": None,
+    "torch_profiler_record_shapes": None,
+    "torch_profiler_use_gzip": None,
+    "torch_profiler_dump_cuda_time_total": None,
+    "ignore_frontend": None,
+    "delay_iterations": (0,),
+    "max_iterations": (0,),
 }
 # Of transformers, llama.cpp, SGLang, TensorRT-LLM and others: another name of a parameter here.
 LLM_NAMES = {
@@ -133,8 +333,8 @@ LLM_HINTS = {
         'write attention_backend="flash-attn", or leave it to "auto"',
     ),
     **dict.fromkeys(
-        """speculative_model draft_model num_speculative_tokens speculative_algorithm
-        assistant_model speculative_draft_model_path""".split(),
+        """draft_model speculative_algorithm assistant_model
+        speculative_draft_model_path""".split(),
         "nanovllm has no speculative decoding",
     ),
     **dict.fromkeys(
@@ -146,7 +346,7 @@ LLM_HINTS = {
         "set CUDA_VISIBLE_DEVICES in the environment",
     ),
     **dict.fromkeys(
-        "rope_scaling rope_theta rope_freq_base rope_parameters".split(),
+        "rope_freq_base rope_parameters".split(),
         "write hf_overrides={'rope_parameters': {...}}",
     ),
     **dict.fromkeys(
@@ -157,14 +357,13 @@ LLM_HINTS = {
         "nanovllm is a library and no server",
     ),
     **dict.fromkeys(
-        "task is_embedding embedding".split(),
+        "is_embedding embedding".split(),
         "the model says what it answers: call llm.generate, llm.embed, llm.classify or llm.encode",
     ),
     **dict.fromkeys(
-        "verbose log_level disable_log_requests".split(),
+        "verbose log_level".split(),
         'logging.getLogger("nanovllm") says how much is told',
     ),
-    "guided_decoding_backend": "llguidance compiles structured outputs, there is no other",
     "n_threads": "call torch.set_num_threads(...)",
     "num_threads": "call torch.set_num_threads(...)",
     **dict.fromkeys(
@@ -408,6 +607,8 @@ def engine_arguments(
 ) -> dict[str, Any]:
     """Keywords of `LLM` by our names, without those of vLLM that change nothing here.
 
+    One debug line of the logger "nanovllm" names what was left out.
+
     Args:
         given: the keywords.
         known: the names of the engine's parameters.
@@ -415,13 +616,17 @@ def engine_arguments(
 
     Raises:
         TypeError: a keyword that does not exist, or one that is given under two names.
+        ArgumentError: an entry of a configuration object, or what VLLM_DP_SIZE in the environment
+            asks for, is not there.
     """
+    _check_environment()
     arguments: dict[str, Any] = {}
-    for name, value in given.items():
-        if name in VLLM_IGNORED:
-            _check_ignored(name, value)
-            continue
-        if name in VLLM_ONLY and _is_false(value):
+    left_out: list[str] = []
+    for name, value in _without_objects(given).items():
+        if name in VLLM_ABSENT:
+            _check_absent(name, value)
+            if not _is_false(value):
+                left_out.append(f"{name}={shown(value)}")
             continue
         target = ALIASES.get(name, name)
         if target not in known:
@@ -429,8 +634,139 @@ def engine_arguments(
         if target in arguments:
             alias = next(a for a, t in ALIASES.items() if t == target)
             raise TypeError(f"LLM() got {target!r} twice: {alias!r} is another name for it")
+        if name == "block_size" and is_one_of(value, SMALL_BLOCKS):
+            left_out.append(f"block_size={value} (blocks have {BLOCK_SIZE} tokens)")
+            value = BLOCK_SIZE
         arguments[target] = value
-    return arguments
+    if left_out:
+        logger.debug("LLM: these change nothing: %s", ", ".join(left_out))
+    return {
+        name: value
+        for name, value in arguments.items()
+        if value is not None or name in NONE_HAS_A_MEANING
+    }
+
+
+def _check_environment() -> None:
+    """Refuse vLLM's variables that ask for ranks; name the others that are set."""
+    if os.environ.get("VLLM_DP_SIZE", "1") not in ("", "0", "1"):
+        raise ArgumentError(
+            f"VLLM_DP_SIZE={shown(os.environ['VLLM_DP_SIZE'])} in the environment is not "
+            "supported: there is no data parallelism; start a process for each copy with "
+            "CUDA_VISIBLE_DEVICES, and unset it"
+        )
+    ignored = sorted(
+        n for n in os.environ if n.startswith("VLLM_") and n != "VLLM_TORCH_PROFILER_DIR"
+    )
+    if ignored:
+        logger.debug("these environment variables of vLLM change nothing: %s", ", ".join(ignored))
+
+
+def _without_objects(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords, with what counts in vLLM's configuration objects as keywords of ours."""
+    given = dict(given)
+    if not _is_false(given.get("structured_outputs_config")):
+        entries("structured_outputs_config", given.pop("structured_outputs_config"))
+    if not _is_false(given.get("attention_config")):
+        backend = entries("attention_config", given.pop("attention_config")).get("backend")
+        if backend is not None and given.setdefault("attention_backend", backend) != backend:
+            raise ArgumentError(
+                f"attention_backend={shown(given['attention_backend'])} and attention_config with "
+                f"backend {shown(backend)} are names of one thing: give one"
+            )
+    overrides = given.get("hf_overrides")
+    if isinstance(overrides, Mapping):
+        given["hf_overrides"] = _without_foreign_fields(given, overrides)
+    return given
+
+
+def _without_foreign_fields(given: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`hf_overrides` without what vLLM's scripts have in it, and no model's configuration."""
+    if "classifier_from_token" in overrides:
+        raise ArgumentError(
+            "hf_overrides: classifier_from_token is not supported; leave hf_overrides out: "
+            "llm.score(queries, documents) asks Qwen3-Reranker's own question of the plain texts"
+        )
+    overrides = dict(overrides)
+    if "max_model_len" in overrides:
+        given.setdefault("max_model_len", overrides.pop("max_model_len"))
+    return overrides
+
+
+ENTRIES = {
+    "structured_outputs_config": STRUCTURED_ENTRIES,
+    "attention_config": ATTENTION_ENTRIES,
+    "profiler_config": PROFILER_ENTRIES,
+}
+
+
+def entries(name: str, value: Any) -> dict[str, Any]:
+    """What one of vLLM's configuration objects says: a dict, or an object with attributes.
+
+    Raises:
+        ArgumentError: it is neither, or has an entry that is not there, or a value of one.
+    """
+    known = ENTRIES[name]
+    if not isinstance(value, Mapping) and not hasattr(value, "__dict__"):
+        raise ArgumentError(f"{name} must be a dict, got {shown(value)}")
+    said = dict(value if isinstance(value, Mapping) else vars(value))
+    for key, item in said.items():
+        if key not in known:
+            raise ArgumentError(
+                f"{name}: {shown(key)} is not supported; supported: {', '.join(known)}"
+            )
+        taken = known[key]
+        if item is not None and taken is not None and not is_one_of(item, taken):
+            alone = " or ".join(map(repr, (None, *taken)))
+            raise ArgumentError(f"{name}: {key}={shown(item)} is not supported; it takes {alone}")
+    return said
+
+
+class VllmConfig:
+    """One of vLLM's configuration objects: its keywords become attributes, which `LLM` reads.
+
+    `LLM` takes a dict of them as well.
+    """
+
+    parameter = ""  # of `LLM`, which takes it; "": every entry is taken, and changes nothing
+
+    def __init__(self, **kwargs: Any) -> None:
+        if self.parameter:
+            entries(self.parameter, kwargs)
+        vars(self).update(kwargs)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
+
+
+class ProfilerConfig(VllmConfig):
+    """`profiler="torch"` and `torch_profiler_dir`, the folder of traces."""
+
+    parameter = "profiler_config"
+
+
+class StructuredOutputsConfig(VllmConfig):
+    """`backend`: whatever is named, llguidance compiles."""
+
+    parameter = "structured_outputs_config"
+
+
+class AttentionConfig(VllmConfig):
+    """`backend`: `attention_backend` of `LLM`."""
+
+    parameter = "attention_config"
+
+
+class CompilationConfig(VllmConfig):
+    """It changes nothing."""
+
+
+def profiler_folder(name: str, value: Any) -> str | None:
+    """The folder of traces in a `profiler_config`; ArgumentError if it is wrong."""
+    folder = entries(name, value).get("torch_profiler_dir")
+    if folder is not None and not isinstance(folder, (str, os.PathLike)):
+        raise ArgumentError(f"{name}: torch_profiler_dir must be a path, got {shown(folder)}")
+    return os.path.abspath(os.path.expanduser(os.fsdecode(folder))) if folder else None
 
 
 def _is_false(value: Any) -> bool:
@@ -440,22 +776,22 @@ def _is_false(value: Any) -> bool:
         return False
 
 
-def _check_ignored(name: str, value: Any) -> None:
-    if name == "swap_space":
+def _check_absent(name: str, value: Any) -> None:
+    if name == "swap_space" and value is not None:
         message = "swap_space changes nothing: preempted requests are computed anew"
         warnings.warn(message, DeprecationWarning, stacklevel=5)
-    allowed = VLLM_IGNORED[name]
-    if allowed is not None and not is_one_of(value, allowed):
-        raise TypeError(
-            f"LLM() got {name}={shown(value)}, an option of vLLM that nanovllm does not have; it "
-            f"takes {' or '.join(map(repr, allowed))} alone"
-        )
+    values, why = VLLM_ABSENT[name]
+    if values is None or _is_false(value) or is_one_of(value, values):
+        return
+    taken = f"; it takes {' or '.join(map(repr, values))} alone" if values else ""
+    raise TypeError(
+        f"LLM() got {name}={shown(value)}, an option of vLLM that nanovllm does not have{taken}: "
+        f"{why}"
+    )
 
 
 def _unknown_option(name: str, known: Collection[str], sampling: Collection[str]) -> str:
     """`unexpected` for a keyword of `LLM`, with the `known` ones and those of SamplingParams."""
-    if name in VLLM_ONLY:
-        return f"LLM() got {name!r}, an option of vLLM that nanovllm does not have"
     is_ours = name in LLM_NAMES or name in LLM_HINTS or nearest(name, known)
     hint = _sampling_hint(name, sampling)
     if hint and (name in sampling or not is_ours):

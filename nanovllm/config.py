@@ -8,7 +8,20 @@ from dataclasses import MISSING, dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
-from nanovllm.compat import DTYPE_ALIASES, KV_CACHE_DTYPE_ALIASES, engine_arguments
+from nanovllm.compat import (
+    ATTENTION_BACKEND_ALIASES,
+    DTYPE_ALIASES,
+    KV_CACHE_DTYPE_ALIASES,
+    LOAD_FORMAT_ALIASES,
+    MODEL_IMPL_ALIASES,
+    TOKENIZER_MODE_ALIASES,
+    engine_arguments,
+    profiler_folder,
+)
+from nanovllm.compat import AttentionConfig as AttentionConfig  # where vLLM's scripts import them
+from nanovllm.compat import CompilationConfig as CompilationConfig
+from nanovllm.compat import ProfilerConfig as ProfilerConfig
+from nanovllm.compat import StructuredOutputsConfig as StructuredOutputsConfig
 from nanovllm.errors import ArgumentError, shown
 from nanovllm.kernels import row_state
 from nanovllm.layers.weight_format import WeightFormat
@@ -30,6 +43,7 @@ from nanovllm.parameters import (
     optional,
     parameter,
     parameters,
+    readable,
     unchecked,
 )
 from nanovllm.pooling_params import PoolerConfig, as_pooler_config
@@ -61,6 +75,12 @@ def _check_block_size(name: str, value: Any) -> int:
     if block_size % 256 != 0:
         raise ArgumentError(f"{name} must be a multiple of 256, got {block_size}")
     return block_size
+
+
+def _check_max_model_len(name: str, value: Any) -> int | None:
+    if value is None or value == "auto" or (isinstance(value, Integral) and value == -1):
+        return None
+    return readable(clamped(2)).run(name, value)  # a prompt of one token and a completion of one
 
 
 def _check_num_blocks(name: str, value: Any) -> int | None:
@@ -110,16 +130,16 @@ class Config:
     )
     max_num_batched_tokens: int = parameter(
         None,
-        clamped(1),
+        readable(clamped(1)),
         f"tokens that one step computes at most, None: {DEFAULT_MAX_NUM_BATCHED_TOKENS}. At least "
         "`max_model_len` unless chunked prefill is on; None follows a `max_model_len` of None.",
     )
     max_num_seqs: int = parameter(512, at_least(1), "sequences in flight at most.")
     max_model_len: int = parameter(
         4096,
-        optional(clamped(2)),  # a prompt of one token and a completion of one
+        Check("integer >= 2 or None", _check_max_model_len),
         "tokens of a sequence at most, prompt and completion. Capped to what the model's positions "
-        "reach; None is that maximum.",
+        'reach; None, -1 and "auto" are that maximum. "32k" is 32,000 and "32K" is 32,768.',
     )
     gpu_memory_utilization: float = parameter(
         0.9, SHARE, "share of the GPU's memory for weights, activations and KV cache together."
@@ -186,12 +206,15 @@ class Config:
         "states, which cannot share them.",
     )
     enable_chunked_prefill: bool = parameter(
-        False, boolean, "split prompts that exceed what is left of a step."
+        False,
+        optional(boolean),
+        "split prompts that exceed what is left of a step. None, vLLM's default: only if "
+        "`max_num_batched_tokens` is less than `max_model_len`.",
     )
     async_scheduling: bool = parameter(True, boolean, "prepare step n + 1 while n runs.")
     attention_backend: str = parameter(
         "auto",
-        choice("auto", "torch", "triton", "flash-attn"),
+        choice("auto", "torch", "triton", "flash-attn", aliases=ATTENTION_BACKEND_ALIASES),
         'what computes attention; "auto" is triton on CUDA from compute capability 8.0 on, torch '
         "elsewhere.",
     )
@@ -221,13 +244,13 @@ class Config:
     )
     load_format: str = parameter(
         "auto",
-        choice("auto", "dummy"),
+        choice("auto", "dummy", aliases=LOAD_FORMAT_ALIASES),
         'how weights are loaded; "dummy" makes random ones, and only config.json and the tokenizer '
         "are read.",
     )
     model_impl: str = parameter(
         "auto",
-        choice("auto", "nanovllm", "transformers"),
+        choice("auto", "nanovllm", "transformers", aliases=MODEL_IMPL_ALIASES),
         "whose module computes the model: that of this library, or transformers' own, which takes "
         'more families and is slower. "auto" is ours where there is one.',
     )
@@ -244,7 +267,9 @@ class Config:
         unchecked("path or object"),
         "path of another tokenizer's directory, or a tokenizer object. None: the model's.",
     )
-    tokenizer_mode: str = parameter("auto", choice("auto"), "vLLM's, which changes nothing.")
+    tokenizer_mode: str = parameter(
+        "auto", choice("auto", aliases=TOKENIZER_MODE_ALIASES), "vLLM's, which changes nothing."
+    )
     skip_tokenizer_init: bool = parameter(
         False, boolean, "load no tokenizer: prompts are token ids, texts are empty."
     )
@@ -299,6 +324,12 @@ class Config:
     disable_log_stats: bool = parameter(
         True, boolean, "vLLM's, which changes nothing: metrics are always there."
     )
+    profiler_config: str | ProfilerConfig | dict[str, Any] | None = parameter(
+        None,
+        Check("dict or ProfilerConfig", profiler_folder),
+        'vLLM\'s, with `profiler` "torch" and `torch_profiler_dir`, the folder of the traces of '
+        "`start_profile`. None: VLLM_TORCH_PROFILER_DIR, else the working directory.",
+    )
     record: str | None = parameter(
         None,
         Check("path of a file", check_output_path),
@@ -344,6 +375,8 @@ class Config:
             if self.max_model_len is None and not self.enable_chunked_prefill:
                 budget = max(budget, self.model_config.max_positions)
         derive(max_model_len=self._longest_sequence())
+        if self.enable_chunked_prefill is None:
+            derive(enable_chunked_prefill=budget < self.max_model_len)
         derive(max_num_batched_tokens=self._token_budget(budget))
         self.model_config.check_ranks(self.tensor_parallel_size)
 

@@ -6,9 +6,11 @@ Docstrings, the options of command lines and docs/parameters.md come from the de
 import inspect
 import json
 import math
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, field, fields
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 from nanovllm.compat import ALIASES
@@ -124,6 +126,25 @@ def at_least(minimum: int, maximum: int = MAX_INT32) -> Check:
 def clamped(minimum: int) -> Check:
     """An integer with a lower limit; more than 32 bits hold is "as many as there are"."""
     return Check(f"integer >= {minimum}", lambda name, value: clamp_int32(name, value, minimum))
+
+
+UNITS = {letter: 1000 ** (n + 1) for n, letter in enumerate("kmgt")} | {
+    letter: 1024 ** (n + 1) for n, letter in enumerate("KMGT")
+}
+
+
+def readable(check: Check) -> Check:
+    """What passes `check`, and text such as "32k" (32,000), "25.6k" and "32K" (32,768)."""
+
+    def run(name: str, value: Any) -> Any:
+        match = isinstance(value, str) and re.fullmatch(
+            r"(\d{1,12}(?:\.\d{1,12})?)([a-zA-Z])", value
+        )
+        if match and match[2] in UNITS:
+            value = int(Fraction(match[1]) * UNITS[match[2]])
+        return check.run(name, value)
+
+    return Check(check.limits, run)
 
 
 def number(limits: str, is_allowed: Callable[[float], bool]) -> Check:

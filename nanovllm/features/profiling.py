@@ -18,7 +18,8 @@ def start_profile(llm: LLMEngine, profile_prefix: str | None = None) -> None:
 
     Args:
         profile_prefix: the beginning of the traces' paths; None: "nanovllm-trace". A relative
-            one starts at the folder VLLM_TORCH_PROFILER_DIR, if that is set.
+            one starts at the folder of `profiler_config`, else VLLM_TORCH_PROFILER_DIR, if that is
+            set.
 
     Raises:
         ArgumentError: it runs already.
@@ -28,7 +29,8 @@ def start_profile(llm: LLMEngine, profile_prefix: str | None = None) -> None:
     prefix = os.fspath(profile_prefix or DEFAULT_PREFIX)
     # A relative prefix starts at vLLM's folder for traces, if that is set; made absolute here, so
     # that it does not matter where the process has moved to when the trace is written.
-    path = os.path.abspath(os.path.join(os.environ.get("VLLM_TORCH_PROFILER_DIR", ""), prefix))
+    folder = llm.config.profiler_config or os.environ.get("VLLM_TORCH_PROFILER_DIR", "")
+    path = os.path.abspath(os.path.join(str(folder), prefix))
     call_ranks(llm, _start, args=(path,))
 
 

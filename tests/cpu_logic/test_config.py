@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from nanovllm import ArgumentError
-from nanovllm.compat import LLM_HINTS, LLM_NAMES, VLLM_IGNORED, VLLM_ONLY
-from nanovllm.config import Config
+from nanovllm.compat import LLM_HINTS, LLM_NAMES, VLLM_ABSENT, engine_arguments
+from nanovllm.config import Config, ProfilerConfig, StructuredOutputsConfig
+from nanovllm.parameters import parameters
 
 RAW_CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -201,34 +202,105 @@ def test_what_other_libraries_have_and_this_one_does_not_is_said(name, model):
     assert str(raised.value).endswith(f"{name!r}: {LLM_HINTS[name]}")
 
 
-@pytest.mark.parametrize("name", ["quantization_config", "spec_model", "logits_processors"])
-def test_option_of_vllm_is_named_as_such(name, model):
-    with pytest.raises(TypeError, match=f"{name!r}, an option of vLLM that nanovllm does not have"):
-        Config.from_kwargs(model, {name: 1})
+def test_options_of_vllm_are_taken_with_the_values_that_change_nothing(model):
+    for name, (values, _) in VLLM_ABSENT.items():
+        for value in ["anything"] if values is None else [*values, None, False, 0, "", [], {}]:
+            if name != "swap_space":
+                assert engine_arguments({name: value}, ["seed"], ()) == {}
+    with pytest.warns(DeprecationWarning, match="swap_space changes nothing"):
+        Config.from_kwargs(model, {"swap_space": 4})
+
+
+def test_other_values_are_refused_with_what_to_do_instead():
+    for name, (values, why) in VLLM_ABSENT.items():
+        if values is not None:
+            taken = f"; it takes {' or '.join(map(repr, values))} alone" if values else ""
+            message = f"{name}=7, an option of vLLM that nanovllm does not have{taken}: {why}"
+            if name.endswith("_config") and name.startswith(("structured", "attention")):
+                message = f"{name} must be a dict, got 7"
+            with pytest.raises((TypeError, ArgumentError), match=re.escape(message)):
+                engine_arguments({name: 7}, ["seed"], ())
 
 
 @pytest.mark.parametrize(
-    ("name", "values"), {n: v for n, v in VLLM_IGNORED.items() if v is not None}.items()
+    "given",
+    [
+        {"block_size": 16},
+        {"block_size": 32},
+        {"load_format": "safetensors"},
+        {"load_format": "hf"},
+        {"distributed_executor_backend": "uni"},
+        {"structured_outputs_config": {"backend": "auto", "disable_any_whitespace": False}},
+        {"structured_outputs_config": StructuredOutputsConfig(backend="xgrammar")},
+        {"attention_config": {"backend": None}},
+        {"enable_chunked_prefill": None},  # the budget reaches max_model_len
+        {"tokenizer_mode": "hf"},
+        {p.name: None for p in parameters(Config) if p.name not in ("model", "max_model_len")},
+    ],
 )
-def test_options_of_vllm_are_taken_with_the_values_that_change_nothing(name, values, model):
-    for value in values:
-        Config.from_kwargs(model, {name: value})
-    message = re.escape(f"{name}=7, an option of vLLM that nanovllm does not have; it takes ")
-    with pytest.raises(TypeError, match=message):
-        Config.from_kwargs(model, {name: 7})
+def test_vllms_own_values_are_taken(given, model):
+    assert Config.from_kwargs(model, given) == Config(model)
 
 
-@pytest.mark.parametrize("name", sorted(VLLM_ONLY))
-def test_options_of_vllm_are_taken_when_they_are_off(name, model):
-    for value in (None, False, 0, "", [], {}):
-        Config.from_kwargs(model, {name: value})
+def test_vllms_values_that_mean_something_here(model, tmp_path):
+    def made(**given):
+        return Config.from_kwargs(model, given)
+
+    assert made(max_model_len=-1) == made(max_model_len="auto") == made(max_model_len=None)
+    assert made(max_model_len="1k").max_model_len == 1000
+    assert made(max_model_len="1.5K").max_model_len == 1536
+    assert made(max_num_batched_tokens="32K").max_num_batched_tokens == 32768
+    with refused(r"max_model_len must be an integer >= 2, got '1x'"):
+        made(max_model_len="1x")
+    chunked = made(max_num_batched_tokens=16, enable_chunked_prefill=None)
+    assert chunked == made(max_num_batched_tokens=16, enable_chunked_prefill=True)
+    assert chunked.enable_chunked_prefill is True
+    assert made(attention_backend="TRITON_ATTN").attention_backend == "triton"
+    assert made(attention_config={"backend": "TORCH_SDPA"}).attention_backend == "torch"
+    assert made(hf_overrides={"max_model_len": 512}).max_model_len == 512
+    for profiler in (dict, ProfilerConfig):
+        config = made(profiler_config=profiler(profiler="torch", torch_profiler_dir=str(tmp_path)))
+        assert config.profiler_config == str(tmp_path)
 
 
-def test_options_of_vllm_that_mean_nothing_here_are_taken(model):
-    ignored = {"revision": "main", "hf_token": "x", "compilation_config": 3, "max_lora_rank": 16}
-    Config.from_kwargs(model, ignored)
-    with pytest.warns(DeprecationWarning, match="swap_space changes nothing"):
-        Config.from_kwargs(model, {"swap_space": 4})
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"block_size": 100}, "kvcache_block_size must be a multiple of 256, got 100"),
+        ({"load_format": "gguf"}, "load_format must be one of auto, dummy, got 'gguf'"),
+        ({"attention_backend": "FLASHINFER"}, "attention_backend must be one of"),
+        (
+            {"attention_backend": "torch", "attention_config": {"backend": "TRITON_ATTN"}},
+            "attention_backend='torch' and attention_config with backend 'TRITON_ATTN' are names",
+        ),
+        ({"attention_config": {"flash_attn_version": 3}}, "flash_attn_version=3 is not supported"),
+        (
+            {"structured_outputs_config": {"disable_any_whitespace": True}},
+            "disable_any_whitespace=True is not supported; it takes None or False",
+        ),
+        ({"profiler_config": {"profiler": "cuda"}}, "profiler='cuda' is not supported; it takes"),
+        ({"profiler_config": {"profile": 1}}, "profiler_config: 'profile' is not supported"),
+        ({"hf_overrides": {"classifier_from_token": ["no", "yes"]}}, "leave hf_overrides out"),
+    ],
+)
+def test_vllms_values_that_would_change_results_are_refused(given, message, model):
+    with refused(message):
+        Config.from_kwargs(model, given)
+
+
+def test_what_changes_nothing_is_named_once_for_debugging(model, caplog, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V1", "1")
+    monkeypatch.setenv("VLLM_DP_SIZE", "1")
+    with caplog.at_level("DEBUG", "nanovllm"):
+        Config.from_kwargs(model, {"revision": "main", "block_size": 16, "max_loras": None})
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        "these environment variables of vLLM change nothing: VLLM_DP_SIZE, VLLM_USE_V1",
+        "LLM: these change nothing: revision='main', block_size=16 (blocks have 256 tokens)",
+    ]
+    monkeypatch.setenv("VLLM_DP_SIZE", "2")
+    with refused("VLLM_DP_SIZE='2' in the environment is not supported: there is no data par"):
+        Config.from_kwargs(model, {})
 
 
 @pytest.mark.parametrize(
@@ -247,7 +319,7 @@ def test_other_names_of_dtypes(dtype, expected, model):
             Config(model, dtype=wrong)
 
 
-@pytest.mark.parametrize("name", [*sorted(VLLM_ONLY), "pipeline_parallel_size", "enable_lora"])
+@pytest.mark.parametrize("name", ["spec_model", "offload_params", "enable_lora"])
 @pytest.mark.parametrize(
     "value", [np.array([1, 2]), 10**5000, "x" * 10**6], ids=["array", "int", "str"]
 )
@@ -258,7 +330,7 @@ def test_values_of_any_kind_are_refused_for_options_of_vllm(name, value, model):
 
 
 def test_no_known_keyword_is_listed_as_vllm_only():
-    foreign = VLLM_ONLY | VLLM_IGNORED.keys() | LLM_NAMES.keys() | LLM_HINTS.keys()
+    foreign = VLLM_ABSENT.keys() | LLM_NAMES.keys() | LLM_HINTS.keys()
     known = {field.name for field in fields(Config)}
     assert not foreign & known and set(LLM_NAMES.values()) <= known
 

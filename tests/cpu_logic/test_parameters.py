@@ -3,6 +3,7 @@
 import inspect
 from dataclasses import FrozenInstanceError, fields
 
+import migrating_page
 import pytest
 from parameters_page import PATH, page
 from test_config import write_model
@@ -25,6 +26,11 @@ CLASSES = (Config, SamplingParams, PoolingParams, PoolerConfig)
 
 def test_the_page_of_parameters_is_up_to_date():
     assert PATH.read_text() == page(), "run: python tests/parameters_page.py"
+
+
+def test_the_page_on_migrating_has_the_tables_of_vllms_names():
+    text = migrating_page.PATH.read_text("utf-8")
+    assert text == migrating_page.page(text), "run: python tests/migrating_page.py"
 
 
 @pytest.mark.parametrize(
