@@ -9,6 +9,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from enum import Enum
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar
 
@@ -444,7 +445,8 @@ SAMPLING_HINTS = {
     **dict.fromkeys(
         """best_of use_beam_search beam_search num_beams beam_size beam_width num_beam_groups
         length_penalty early_stopping early_stop diversity_penalty""".split(),
-        "nanovllm has no beam search; n=... draws several completions",
+        "call llm.beam_search(prompts, BeamSearchParams(beam_width, max_tokens)); n=... draws "
+        "several completions",
     ),
     **dict.fromkeys(
         "logits_processors logits_processor".split(),
@@ -499,8 +501,25 @@ SAMPLING_HINTS = {
     "priority": "it goes to generate(..., priority=[...])",
     "truncate_prompt_tokens": "it goes to generate(..., tokenization_kwargs={'truncation': True, "
     "'max_length': ...})",
-    "output_kind": "nanovllm does not have it; llm.generate_stream gives text as it comes",
+    "output_kind": "nanovllm does not have it: generate gives whole outputs, llm.generate_stream "
+    "text as it comes",
+    **dict.fromkeys(
+        """extra_args thinking_token_budget repetition_detection flat_logprobs logprob_token_ids
+        routed_experts_prompt_start skip_clone""".split(),
+        "nanovllm does not have it",
+    ),
+    "stream_interval": "llm.generate_stream gives what each step brought",
 }
+
+
+class RequestOutputKind(Enum):
+    """vLLM's values of `output_kind`: outputs with all there is by now, news, or the last alone."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+
 # vLLM's sampling parameters that are not there, with the values that change nothing.
 SAMPLING_OFF: dict[str, tuple[Any, ...]] = {
     "best_of": (None,),
@@ -510,12 +529,52 @@ SAMPLING_OFF: dict[str, tuple[Any, ...]] = {
     "logits_processors": (None, []),
     "guided_decoding": (None,),
     "truncate_prompt_tokens": (None,),
-    "output_kind": (None,),
+    "output_kind": (None, RequestOutputKind.CUMULATIVE),
     "extra_args": (None, {}),
     "flat_logprobs": (None, False),
     "thinking_token_budget": (None,),
     "repetition_detection": (None,),
-    "logprob_token_ids": (None,),
+    "logprob_token_ids": (None, []),
+    "stream_interval": (None, 1),
+    "skip_clone": (None, False, True),
+    "routed_experts_prompt_start": (None, 0),
+}
+# Those of structured outputs, with what to do instead.
+STRUCTURED_OFF: dict[str, tuple[Any, ...]] = {
+    "disable_any_whitespace": (None, False),
+    "disable_additional_properties": (None, False),
+    "disable_fallback": (None, False, True),
+    "whitespace_pattern": (None,),
+    "backend": (None, *(VLLM_ABSENT["guided_decoding_backend"].values or ())),
+}
+STRUCTURED_HINTS = {
+    **dict.fromkeys(
+        "disable_any_whitespace whitespace_pattern".split(),
+        "write {'x-guidance': {'whitespace_flexible': False}} into the schema",
+    ),
+    "disable_additional_properties": "write 'additionalProperties': False into the schema",
+    "disable_fallback": "there is one compiler, llguidance",
+    "backend": "there is one compiler, llguidance",
+}
+# Those of pooling.
+POOLING_OFF: dict[str, tuple[Any, ...]] = {
+    "late_interaction_params": (None,),
+    "extra_kwargs": (None, {}),
+    "output_kind": (None, RequestOutputKind.FINAL_ONLY),
+    "requires_token_ids": (None, False),
+    "normalize": (None,),
+    "softmax": (None,),
+    "activation": (None,),
+    "truncate_prompt_tokens": (None,),
+    "truncation_side": (None,),
+}
+POOLING_HINTS = {
+    "truncate_prompt_tokens": "it goes to embed(..., truncate_prompt_tokens=...)",
+    "extra_kwargs": "nanovllm does not have it; pooler_config says how hidden states are pooled",
+    "late_interaction_params": "encode(pooling_task='token_embed') gives the embeddings of all "
+    "tokens",
+    "output_kind": "nanovllm does not have it: outputs are whole",
+    "requires_token_ids": "nanovllm does not have it: outputs have prompt_token_ids",
 }
 STRUCTURED_NAMES = {
     **dict.fromkeys("json_schema schema guided_json response_format".split(), "json"),

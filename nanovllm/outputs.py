@@ -5,7 +5,7 @@ that scripts written for either read it.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 
 @dataclass(slots=True)
@@ -29,6 +29,8 @@ class Logprob:
 class CompletionOutput:
     """One completion of a request.
 
+    `lora_request` and `routed_experts` of vLLM are None.
+
     Args:
         index: which of the request's `n` completions, from 0.
         text: what the completion adds to the text of the prompt, cut at a stop string.
@@ -47,6 +49,8 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    lora_request: ClassVar[None] = None
+    routed_experts: ClassVar[None] = None
 
     def finished(self) -> bool:
         """Whether it has ended, for whatever reason."""
@@ -57,6 +61,9 @@ class CompletionOutput:
 class RequestMetrics:
     """When things happened to a request: seconds since the epoch, None until they do.
 
+    Names of vLLM for the same: `queued_ts`, `first_token_ts`, `last_token_ts`, and
+    `first_token_latency`. Its `scheduled_ts` is None.
+
     Args:
         arrival_time: it was queued.
         first_token_time: the first token of a completion was on the host.
@@ -66,6 +73,27 @@ class RequestMetrics:
     arrival_time: float
     first_token_time: float | None = None
     finished_time: float | None = None
+    scheduled_ts: ClassVar[None] = None
+
+    @property
+    def queued_ts(self) -> float:
+        """`arrival_time`."""
+        return self.arrival_time
+
+    @property
+    def first_token_ts(self) -> float | None:
+        """`first_token_time`."""
+        return self.first_token_time
+
+    @property
+    def last_token_ts(self) -> float | None:
+        """`finished_time`."""
+        return self.finished_time
+
+    @property
+    def first_token_latency(self) -> float | None:
+        """`time_to_first_token`."""
+        return self.time_to_first_token
 
     @property
     def time_to_first_token(self) -> float | None:
@@ -216,7 +244,16 @@ class RequestOutput(dict[str, Any]):
         num_cached_tokens: prompt tokens that the prefix cache spared.
         error: what made it fail, as "OverflowError: ..."; its finish reason is "abort" then. None
             otherwise.
+
+    `lora_request`, `encoder_prompt`, `encoder_prompt_token_ids`, `kv_transfer_params` and
+    `multi_modal_placeholders` of vLLM are None.
     """
+
+    lora_request: ClassVar[None] = None
+    encoder_prompt: ClassVar[None] = None
+    encoder_prompt_token_ids: ClassVar[None] = None
+    kv_transfer_params: ClassVar[None] = None
+    multi_modal_placeholders: ClassVar[None] = None
 
     def __init__(
         self,

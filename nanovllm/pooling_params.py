@@ -5,7 +5,14 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nanovllm.compat import POOLER_NAMES, POOLER_OFF, POOLING_NAMES, explain_fields
+from nanovllm.compat import (
+    POOLER_NAMES,
+    POOLER_OFF,
+    POOLING_HINTS,
+    POOLING_NAMES,
+    POOLING_OFF,
+    explain_fields,
+)
 from nanovllm.errors import ArgumentError, shown
 from nanovllm.parameters import (
     Check,
@@ -197,6 +204,6 @@ def as_pooler_config(name: str, value: Any) -> PoolerConfig:
 
 
 document(PoolingParams, PoolingParams)
-explain_fields(PoolingParams, POOLING_NAMES, {})
+explain_fields(PoolingParams, POOLING_NAMES, POOLING_HINTS, POOLING_OFF)
 document(PoolerConfig, PoolerConfig)
 explain_fields(PoolerConfig, POOLER_NAMES, {}, POOLER_OFF)

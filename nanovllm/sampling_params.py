@@ -14,9 +14,12 @@ from nanovllm.compat import (
     SAMPLING_HINTS,
     SAMPLING_NAMES,
     SAMPLING_OFF,
+    STRUCTURED_HINTS,
     STRUCTURED_NAMES,
+    STRUCTURED_OFF,
     explain_fields,
 )
+from nanovllm.compat import RequestOutputKind as RequestOutputKind  # where vLLM's scripts import it
 from nanovllm.errors import ArgumentError, shown, shown_error
 from nanovllm.parameters import (
     Check,
@@ -366,10 +369,15 @@ class SamplingParams:
         """A copy that shares no list or dict with this one; checked anew."""
         return replace(self)
 
+    @classmethod
+    def from_optional(cls, **values: Any) -> "SamplingParams":
+        """vLLM's: parameters of which None stands for the default, but for `max_tokens`."""
+        return cls(**{k: v for k, v in values.items() if v is not None or k == "max_tokens"})
+
 
 _PARAMETERS = parameters(SamplingParams)
 SAMPLING_FIELDS = frozenset(p.name for p in _PARAMETERS)
 
 document(SamplingParams, SamplingParams)
 explain_fields(SamplingParams, SAMPLING_NAMES, SAMPLING_HINTS, SAMPLING_OFF)
-explain_fields(StructuredOutputsParams, STRUCTURED_NAMES, {})
+explain_fields(StructuredOutputsParams, STRUCTURED_NAMES, STRUCTURED_HINTS, STRUCTURED_OFF)

@@ -19,12 +19,11 @@ def enqueue(
     llm: LLMEngine,
     prompts: str | list[str] | list[int] | list[list[int]] | list[Any],
     sampling_params: SamplingParams | list[SamplingParams] | None = None,
-    *,
-    priority: list[int] | None = None,
-    tokenization_kwargs: dict[str, Any] | None = None,
     lora_request: None = None,
-    mm_processor_kwargs: None = None,
+    priority: list[int] | None = None,
     use_tqdm: bool | Callable[..., Any] = False,
+    tokenization_kwargs: dict[str, Any] | None = None,
+    mm_processor_kwargs: None = None,
 ) -> list[str]:
     """Queue prompts without running them, for `wait_for_completion`; returns their ids.
 
@@ -41,17 +40,22 @@ def enqueue(
 
 
 def wait_for_completion(
-    llm: LLMEngine, output_type: None = None, *, use_tqdm: bool | Callable[..., Any] = True
+    llm: LLMEngine,
+    output_type: type | tuple[type, ...] | None = None,
+    *,
+    use_tqdm: bool | Callable[..., Any] = True,
 ) -> list[RequestOutput]:
     """Run everything that is queued; the outputs that `step` has not returned, by id.
 
     Args:
-        output_type: only None: there is one type.
+        output_type: None, `RequestOutput` or a tuple with it: there is no other type.
         use_tqdm: as for `generate`.
 
     After an exception (Ctrl-C too) nothing is lost: call it again.
     """
-    check_unsupported(output_type=output_type)
+    types = output_type if isinstance(output_type, tuple) else (output_type,)
+    if output_type is not None and RequestOutput not in types:
+        raise ArgumentError(f"output_type must be RequestOutput, got {shown(output_type)}")
     check_use_tqdm(use_tqdm)
     llm.check_ready()
     # Those that a loop over `scheduler` and `model_runner` has finished are the engine's all the

@@ -74,9 +74,12 @@ def as_params_list(sampling_params: Any, num_prompts: int) -> list[SamplingParam
 
 
 def as_priority_list(priority: Any, num_prompts: int) -> list[int]:
-    """One priority for each prompt; None is 0 for all."""
+    """One priority for each prompt; an integer is that of all, None is 0."""
+    lowest, highest = -(2**63), 2**63 - 1
     if priority is None:
         return [0] * num_prompts
+    if isinstance(priority, Integral):
+        return [check_integer("priority", priority, lowest, highest)] * num_prompts
     if not isinstance(priority, (list, tuple)):
         raise ArgumentError(f"priority must be a list of integers, got {shown(priority)}")
     if len(priority) != num_prompts:
@@ -84,7 +87,6 @@ def as_priority_list(priority: Any, num_prompts: int) -> list[int]:
             f"The lengths of prompts ({num_prompts}) and priority ({len(priority)}) must be the "
             "same."
         )
-    lowest, highest = -(2**63), 2**63 - 1
     return [check_integer("priority", value, lowest, highest) for value in priority]
 
 
@@ -107,8 +109,15 @@ def _with_hint(params: Any) -> str:
 def check_unsupported(**arguments: Any) -> None:
     """ArgumentError for the first of vLLM's arguments that is given: there is nothing behind it."""
     for name, value in arguments.items():
-        if value is not None:
+        if value is not None and not _is_empty(value):
             raise ArgumentError(f"{name} is not supported, got {shown(value)}")
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether it is a dict without entries, or a list of nothing but None."""
+    if isinstance(value, (list, tuple)):
+        return all(item is None for item in value)
+    return isinstance(value, Mapping) and not value
 
 
 def check_each(name: str, check: Callable[[Item], Checked], items: Sequence[Item]) -> list[Checked]:
@@ -201,7 +210,7 @@ def _split_prompt(prompt: Any) -> tuple[str | None, list[int] | None]:
         raise ArgumentError(f"{MESSAGES_ARE_FOR_CHAT}, got {shown(prompt)}")
     if not isinstance(prompt, Mapping):
         return None, _as_token_ids(prompt)
-    given = {name: value for name, value in prompt.items() if value is not None}
+    given = {n: v for n, v in prompt.items() if v is not None and not _says_nothing(n, v)}
     if unknown := [
         name if isinstance(name, str) else shown(name) for name in given if name not in PROMPT_KEYS
     ]:
@@ -220,6 +229,13 @@ def _split_prompt(prompt: Any) -> tuple[str | None, list[int] | None]:
         None if text is None else _check_text(text),
         None if token_ids is None else _as_token_ids(token_ids),
     )
+
+
+def _says_nothing(name: Any, value: Any) -> bool:
+    """Whether it is an entry of vLLM's prompts that is empty, or names the kind of prompt."""
+    if name == "type":
+        return value in ("token", "text", "tokens")
+    return name not in PROMPT_KEYS and _is_empty(value)
 
 
 def _check_text(text: str) -> str:

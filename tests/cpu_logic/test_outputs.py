@@ -56,6 +56,15 @@ def test_it_has_the_attributes_of_vllm(output):
     assert second.finished()
 
 
+def test_what_vllm_has_and_this_library_does_not_is_none(output):
+    names = "lora_request encoder_prompt encoder_prompt_token_ids kv_transfer_params".split()
+    assert {getattr(output, name) for name in names} == {None}
+    assert output.outputs[0].lora_request is output.outputs[0].routed_experts is None
+    metrics = RequestMetrics(1.0, 2.0, 4.0)
+    assert (metrics.queued_ts, metrics.first_token_ts, metrics.last_token_ts) == (1.0, 2.0, 4.0)
+    assert metrics.first_token_latency == 1.0 and metrics.scheduled_ts is None
+
+
 def test_attributes_read_as_keys_but_are_no_items(output):
     assert output["finish_reason"] == "stop" and output["stop_reason"] == 6
     assert output["cumulative_logprob"] == -0.75

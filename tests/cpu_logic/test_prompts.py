@@ -117,7 +117,7 @@ def test_first_id_outside_the_vocabulary_is_named(prompt, bad):
         ({}, "needs 'prompt' or 'prompt_token_ids'"),
         ({"prompt": None}, "needs 'prompt' or 'prompt_token_ids'"),
         ({"text": "a"}, "needs 'prompt' or 'prompt_token_ids'"),
-        ({"prompt": "a", "multi_modal_data": {}}, "unsupported keys: multi_modal_data"),
+        ({"prompt": "a", "multi_modal_data": {"image": 1}}, "unsupported keys: multi_modal_data"),
         ({"prompt": "a", "cache_salt": "s"}, "unsupported keys: cache_salt"),
         (
             {"prompt_embeds": torch.zeros(2, 3)},
@@ -235,6 +235,13 @@ def test_a_text_beyond_any_context_is_refused_before_it_is_tokenized():
         encode_prompts(["a", "b" * (2**23 + 1)], Refusing(), VOCAB_SIZE)
 
 
+def test_entries_of_vllms_prompts_that_say_nothing_are_taken():
+    prompt = {"type": "token", "prompt_token_ids": [5], "multi_modal_data": {}, "cache_salt": None}
+    assert encode_prompts([prompt], None, VOCAB_SIZE) == [EncodedPrompt(None, [5])]
+    with pytest.raises(ArgumentError, match="unsupported keys: type"):
+        encode_prompts([prompt | {"type": "embeds"}], None, VOCAB_SIZE)
+
+
 def test_strings_without_a_tokenizer_are_refused():
     assert encode_prompts([[5]], None, VOCAB_SIZE) == [EncodedPrompt(None, [5])]
     with pytest.raises(ArgumentError, match="skip_tokenizer_init=True"):
@@ -243,7 +250,8 @@ def test_strings_without_a_tokenizer_are_refused():
 
 @pytest.mark.parametrize("name", ["lora_request", "mm_processor_kwargs"])
 def test_arguments_without_anything_behind_them_take_only_none(name):
-    check_unsupported(**{name: None})
+    for nothing in (None, {}, [], [None, None]):
+        check_unsupported(**{name: nothing})
     with pytest.raises(ArgumentError, match=f"{name} is not supported, got 5"):
         check_unsupported(**{"output_type": None, name: 5})
 

@@ -14,7 +14,14 @@ import numpy as np
 import pytest
 
 from nanovllm import ArgumentError, PoolingParams, SamplingParams, StructuredOutputsParams
-from nanovllm.compat import SAMPLING_HINTS, SAMPLING_NAMES, SAMPLING_OFF
+from nanovllm.compat import (
+    POOLING_NAMES,
+    POOLING_OFF,
+    SAMPLING_HINTS,
+    SAMPLING_NAMES,
+    SAMPLING_OFF,
+    STRUCTURED_OFF,
+)
 from nanovllm.errors import nearest, shown
 
 CHOICE = StructuredOutputsParams(choice=["yes", "no"])
@@ -218,6 +225,33 @@ def test_vllms_other_parameters_are_taken_with_the_values_that_change_nothing():
         SamplingParams(best_of=np.array([1, 2]))
     with pytest.raises(TypeError, match="top_j"):
         SamplingParams(best_of=None, top_j=2)
+
+
+def test_other_values_of_vllms_parameters_are_refused_by_name():
+    for name in SAMPLING_OFF:
+        with pytest.raises(TypeError, match=rf"unexpected keyword argument {name!r}: "):
+            SamplingParams(**{name: 5})
+    for name in POOLING_OFF.keys() - POOLING_NAMES.keys():
+        with pytest.raises(TypeError, match=f"unexpected keyword argument {name!r}"):
+            PoolingParams(**{name: 5})
+    for name in STRUCTURED_OFF:
+        with pytest.raises(TypeError, match=f"unexpected keyword argument {name!r}: "):
+            StructuredOutputsParams(regex="a", **{name: 5})
+
+
+def test_the_other_classes_take_vllms_values_that_change_nothing():
+    for name, values in POOLING_OFF.items():
+        assert all(PoolingParams(**{name: value}) == PoolingParams() for value in values)
+    for name, values in STRUCTURED_OFF.items():
+        for value in values:
+            params = StructuredOutputsParams(regex="a", **{name: value})
+            assert params == StructuredOutputsParams(regex="a")
+
+
+def test_from_optional_takes_none_for_the_default():
+    assert SamplingParams.from_optional() == SamplingParams()
+    made = SamplingParams.from_optional(temperature=None, top_p=0.5, n=None, max_tokens=None)
+    assert made == SamplingParams(top_p=0.5, max_tokens=None)
 
 
 def test_explaining_errors_changes_neither_the_signature_nor_errors_of_values():

@@ -321,7 +321,7 @@ def test_what_does_not_fit_the_model_is_refused_before_it_is_queued(llm, params,
     assert llm.is_finished()
 
 
-@pytest.mark.parametrize("arguments", [{"lora_request": 1}, {"mm_processor_kwargs": {}}])
+@pytest.mark.parametrize("arguments", [{"lora_request": 1}, {"mm_processor_kwargs": {"a": 1}}])
 def test_what_is_not_there_is_refused(llm, arguments):
     with pytest.raises(ArgumentError, match=next(iter(arguments))):
         llm.generate(PROMPTS, hot(), use_tqdm=False, **arguments)
