@@ -322,7 +322,7 @@ class Config:
         False, boolean, "vLLM's, which changes nothing: every engine can sleep."
     )
     disable_log_stats: bool = parameter(
-        True, boolean, "vLLM's, which changes nothing: metrics are always there."
+        True, boolean, "False adds histograms of requests to `get_metrics`."
     )
     profiler_config: str | ProfilerConfig | dict[str, Any] | None = parameter(
         None,

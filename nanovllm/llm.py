@@ -36,6 +36,8 @@ class LLM(LLMEngine):
         super().__init__(model, **kwargs)
         if self.config.record is not None:
             report.start(self, self.config.record)
+        if not self.config.disable_log_stats:
+            self.stat_loggers.append(metrics.RequestHistograms(self.config.max_model_len))
 
     generate = explained(LLMEngine.generate)
     generate_stream = explained(streaming.generate_stream)

@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import pytest
 from scheduling_helpers import EOS, drain, make_scheduler, make_seq, step
 
-from nanovllm.features.metrics import Counter, Gauge, Metrics, get_metrics
+from nanovllm.features.metrics import Counter, Gauge, Metrics, RequestHistograms, get_metrics
+from nanovllm.outputs import RequestMetrics
+from nanovllm.stats import FinishedRequestStats
 
 NAMES = [
     "vllm:num_requests_running",
@@ -20,7 +22,8 @@ NAMES = [
 
 
 def metrics_of(scheduler) -> Metrics:
-    return get_metrics(SimpleNamespace(scheduler=scheduler, config=SimpleNamespace(model="m")))
+    config = SimpleNamespace(model="m")
+    return get_metrics(SimpleNamespace(scheduler=scheduler, config=config, stat_loggers=[]))
 
 
 def prompt(length: int, first: int = 100) -> list[int]:
@@ -46,6 +49,23 @@ def test_values_by_name():
     assert metrics.get("b") == 5
     assert metrics.get("gpu_cache_usage", 0) == 0
     assert metrics.get("c") is None
+
+
+def test_histograms_of_requests():
+    observed = RequestHistograms(max_model_len=100)
+    for tokens, first, end in [(1, 10.5, 11.0), (7, 10.001, 14.0), (100, 9000.0, None)]:
+        metrics = RequestMetrics(10.0, first, end)
+        observed.record(None, [FinishedRequestStats(0, 20, 0, tokens, ["stop"], metrics)])
+    by_name = Metrics(observed.snapshot({"model_name": "m"}))
+    tokens = by_name.get("request_generation_tokens")
+    assert (tokens.count, tokens.sum, tokens.labels) == (3, 108, {"model_name": "m"})
+    assert tokens.buckets == {
+        "1.0": 1, "2.0": 1, "5.0": 1, "10.0": 2, "20.0": 2, "50.0": 2, "100.0": 3, "+Inf": 3,
+    }  # fmt: skip
+    first = by_name.get("vllm:time_to_first_token_seconds")
+    assert (first.buckets["0.5"], first.buckets["2560.0"], first.buckets["+Inf"]) == (2, 2, 3)
+    latency = by_name.get("e2e_request_latency_seconds")
+    assert (latency.count, latency.sum, latency.buckets["1.0"]) == (2, 5.0, 1)
 
 
 def test_a_life_of_requests():
