@@ -21,9 +21,10 @@ from nanovllm.outputs import (
     ScoringRequestOutput,
 )
 from nanovllm.pooling_params import PoolerConfig, PoolingParams
-from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
+from nanovllm.sampling_params import BeamSearchParams, SamplingParams, StructuredOutputsParams
 
 if TYPE_CHECKING:
+    from nanovllm.features.beam_search import BeamSearchOutput
     from nanovllm.features.streaming import StreamOutput
     from nanovllm.llm import LLM
 
@@ -31,6 +32,8 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "ArgumentError",
+    "BeamSearchOutput",
+    "BeamSearchParams",
     "ClassificationOutput",
     "ClassificationRequestOutput",
     "CompletionOutput",
@@ -59,6 +62,10 @@ def __getattr__(name: str) -> Any:
         from nanovllm.llm import LLM
 
         return LLM
+    if name == "BeamSearchOutput":
+        from nanovllm.features.beam_search import BeamSearchOutput
+
+        return BeamSearchOutput
     if name == "StreamOutput":
         from nanovllm.features.streaming import StreamOutput
 

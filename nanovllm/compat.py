@@ -503,11 +503,14 @@ SAMPLING_HINTS = {
     "'max_length': ...})",
     "output_kind": "nanovllm does not have it: generate gives whole outputs, llm.generate_stream "
     "text as it comes",
-    **dict.fromkeys(
-        """extra_args thinking_token_budget repetition_detection flat_logprobs logprob_token_ids
-        routed_experts_prompt_start skip_clone""".split(),
-        "nanovllm does not have it",
-    ),
+    "extra_args": "nanovllm has no logits processors or connectors that would read it",
+    "thinking_token_budget": "nanovllm does not have it; max_tokens ends a completion",
+    "repetition_detection": "nanovllm does not have it; repetition_penalty and frequency_penalty "
+    "are there",
+    "flat_logprobs": "nanovllm does not have it: logprobs are a list of dicts",
+    "logprob_token_ids": "nanovllm does not have it; logprobs=-1 gives those of all tokens",
+    "routed_experts_prompt_start": "nanovllm does not return routed experts",
+    "skip_clone": "nanovllm copies parameters always",
     "stream_interval": "llm.generate_stream gives what each step brought",
 }
 
@@ -569,6 +572,7 @@ POOLING_OFF: dict[str, tuple[Any, ...]] = {
     "truncation_side": (None,),
 }
 POOLING_HINTS = {
+    "truncation_side": "the tokenizer's own counts: llm.get_tokenizer().truncation_side",
     "truncate_prompt_tokens": "it goes to embed(..., truncate_prompt_tokens=...)",
     "extra_kwargs": "nanovllm does not have it; pooler_config says how hidden states are pooled",
     "late_interaction_params": "encode(pooling_task='token_embed') gives the embeddings of all "
@@ -582,8 +586,14 @@ STRUCTURED_NAMES = {
     **dict.fromkeys("guided_choice options enum".split(), "choice"),
     **dict.fromkeys("ebnf gbnf lark guided_grammar".split(), "grammar"),
 }
+BEAM_NAMES = {
+    **dict.fromkeys("num_beams beam_size width best_of n".split(), "beam_width"),
+    **dict.fromkeys("max_new_tokens max_length".split(), "max_tokens"),
+}
 POOLING_NAMES = {
-    **dict.fromkeys("normalize normalise normalize_embeddings softmax".split(), "use_activation"),
+    **dict.fromkeys(
+        "normalize normalise normalize_embeddings softmax activation".split(), "use_activation"
+    ),
     **dict.fromkeys("dim dims size truncate_dim embedding_size".split(), "dimensions"),
 }
 

@@ -5,6 +5,7 @@ from typing import Any
 from nanovllm.compat import explain_keywords
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ArgumentError, shown
+from nanovllm.features import beam_search as beams
 from nanovllm.features import chat as chats
 from nanovllm.features import (
     metrics,
@@ -42,6 +43,7 @@ class LLM(LLMEngine):
     generate = explained(LLMEngine.generate)
     generate_stream = explained(streaming.generate_stream)
     chat = explained(chats.chat)
+    beam_search = beams.beam_search
     embed = pooling.embed
     classify = pooling.classify
     encode = pooling.encode

@@ -7,10 +7,11 @@ thousand, so a field that was left alone costs no check.
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, MISSING, dataclass, replace
 from typing import Any
 
 from nanovllm.compat import (
+    BEAM_NAMES,
     SAMPLING_HINTS,
     SAMPLING_NAMES,
     SAMPLING_OFF,
@@ -28,6 +29,7 @@ from nanovllm.parameters import (
     check_values,
     clamped,
     document,
+    finite_number,
     integer,
     number,
     optional,
@@ -375,9 +377,61 @@ class SamplingParams:
         return cls(**{k: v for k, v in values.items() if v is not None or k == "max_tokens"})
 
 
+def _check_no_structure(name: str, value: Any) -> None:
+    if value is not None:
+        raise ArgumentError(f"{name} is not supported for beam search, got {shown(value)}")
+
+
+@dataclass
+class BeamSearchParams:
+    """Parameters of `LLM.beam_search`, with vLLM's names.
+
+    {parameters}
+
+    Raises:
+        ArgumentError: a value is of the wrong type or outside its range.
+        TypeError: an unknown keyword.
+    """
+
+    beam_width: int = parameter(
+        MISSING,
+        integer(1, MAX_COMPLETIONS),
+        "beams that go on at each step, and that are returned. At most half of `max_logprobs`.",
+    )
+    max_tokens: int = parameter(
+        MISSING, clamped(1), "completion tokens at most; `max_model_len` ends a beam too."
+    )
+    ignore_eos: bool = parameter(False, boolean, "go on past EOS tokens.")
+    temperature: float = parameter(
+        0.0,
+        number("finite and >= 0", lambda t: 0 <= t <= MAX_FLOAT32),
+        "of a token that is drawn at each step and is one more candidate if it is above 0. Scores "
+        "are of the model's own probabilities.",
+    )
+    length_penalty: float = parameter(
+        1.0,
+        finite_number,
+        "a beam's score is its summed log probability, divided by its length to this power. Above "
+        "0 favours long beams.",
+    )
+    include_stop_str_in_output: bool = parameter(
+        False,
+        boolean,
+        "vLLM's, which changes nothing offline: `tokens` and `text` always end with the EOS token.",
+    )
+    structured_outputs: None = parameter(
+        None, Check("None", _check_no_structure), "vLLM's; only None."
+    )
+
+    def __post_init__(self) -> None:
+        check_values(vars(self), parameters(BeamSearchParams))
+
+
 _PARAMETERS = parameters(SamplingParams)
 SAMPLING_FIELDS = frozenset(p.name for p in _PARAMETERS)
 
 document(SamplingParams, SamplingParams)
+document(BeamSearchParams, BeamSearchParams)
 explain_fields(SamplingParams, SAMPLING_NAMES, SAMPLING_HINTS, SAMPLING_OFF)
+explain_fields(BeamSearchParams, BEAM_NAMES, {})
 explain_fields(StructuredOutputsParams, STRUCTURED_NAMES, STRUCTURED_HINTS, STRUCTURED_OFF)

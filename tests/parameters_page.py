@@ -6,7 +6,7 @@ from pathlib import Path
 from nanovllm.config import Config
 from nanovllm.parameters import parameters
 from nanovllm.pooling_params import PoolerConfig, PoolingParams
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import BeamSearchParams, SamplingParams
 
 PATH = Path(__file__).resolve().parents[1] / "docs" / "parameters.md"
 INTRODUCTION = """\
@@ -28,6 +28,11 @@ SECTIONS = (
         "Of `SamplingParams(temperature, max_tokens, ignore_eos, ...)`. All but these three are "
         "given by name.",
         SamplingParams,
+    ),
+    (
+        "Beam search",
+        "Of `BeamSearchParams(beam_width, max_tokens, ...)`, for `beam_search`.",
+        BeamSearchParams,
     ),
     (
         "Pooling parameters",
