@@ -5,7 +5,9 @@ What needs torch is imported on first use: `from nanovllm import SamplingParams`
 
 from typing import TYPE_CHECKING, Any
 
+from nanovllm import vllm_names
 from nanovllm.errors import ArgumentError, EngineDeadError, EngineUseError, RequestError
+from nanovllm.inputs import PromptType, TextPrompt, TokensPrompt
 from nanovllm.outputs import (
     ClassificationOutput,
     ClassificationRequestOutput,
@@ -25,8 +27,10 @@ from nanovllm.sampling_params import BeamSearchParams, SamplingParams, Structure
 
 if TYPE_CHECKING:
     from nanovllm.features.beam_search import BeamSearchOutput
+    from nanovllm.features.engine_args import EngineArgs
     from nanovllm.features.streaming import StreamOutput
     from nanovllm.llm import LLM
+    from nanovllm.vllm_engine import LLMEngine
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,13 +43,16 @@ __all__ = [
     "CompletionOutput",
     "EmbeddingOutput",
     "EmbeddingRequestOutput",
+    "EngineArgs",
     "EngineDeadError",
     "EngineUseError",
+    "LLMEngine",
     "Logprob",
     "PoolerConfig",
     "PoolingOutput",
     "PoolingParams",
     "PoolingRequestOutput",
+    "PromptType",
     "RequestError",
     "RequestMetrics",
     "RequestOutput",
@@ -54,20 +61,15 @@ __all__ = [
     "ScoringRequestOutput",
     "StreamOutput",
     "StructuredOutputsParams",
+    "TextPrompt",
+    "TokensPrompt",
 ]
 
 
+vllm_names.register()
+
+
 def __getattr__(name: str) -> Any:
-    if name == "LLM":
-        from nanovllm.llm import LLM
-
-        return LLM
-    if name == "BeamSearchOutput":
-        from nanovllm.features.beam_search import BeamSearchOutput
-
-        return BeamSearchOutput
-    if name == "StreamOutput":
-        from nanovllm.features.streaming import StreamOutput
-
-        return StreamOutput
+    if name in vllm_names.TOP:
+        return vllm_names.found(name, vllm_names.TOP[name])
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -84,11 +84,16 @@ def add_options(
 
 
 def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """The type of an option; a number may be "none", which a parameter takes if it can."""
+    """The type of an option.
+
+    A number may be "none", which a parameter takes if it can, and an integer may be "32k".
+    """
     if kind is str:
         return str
 
     def number(text: str) -> Any:  # argparse names the function in its message
+        if kind is int and re.fullmatch(r"[0-9.]+[kKmMgGtT]", text):
+            return text
         return None if text.lower() == "none" else kind(text)
 
     return number

@@ -3,6 +3,7 @@
 from typing import Any
 
 from nanovllm.compat import explain_keywords
+from nanovllm.config import Config
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ArgumentError, shown
 from nanovllm.features import beam_search as beams
@@ -87,6 +88,11 @@ class LLM(LLMEngine):
     def get_default_sampling_params(self) -> SamplingParams:
         """What `generate` uses without parameters: those of the model's generation_config.json."""
         return self.input_processor.default_params.clone()
+
+    @property
+    def model_config(self) -> Config:
+        """The engine's configuration; `max_model_len`, `hf_config` and others as vLLM's."""
+        return self.config
 
     @classmethod
     def from_engine_args(cls, engine_args: Any) -> "LLM":

@@ -7,7 +7,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-from nanovllm.compat import VLLM_ABSENT
+from nanovllm.compat import (
+    POOLING_HINTS,
+    POOLING_NAMES,
+    POOLING_OFF,
+    SAMPLING_HINTS,
+    SAMPLING_OFF,
+    STRUCTURED_HINTS,
+    STRUCTURED_OFF,
+    VLLM_ABSENT,
+)
 
 PATH = Path(__file__).resolve().parents[1] / "docs" / "migrating.md"
 
@@ -23,7 +32,25 @@ def absent_table() -> str:
     return "\n".join(rows)
 
 
-TABLES = {"parameters that are not here": absent_table}
+def requests_table() -> str:
+    """vLLM's parameters of requests that are not here."""
+    rows = ["| of | vLLM's parameter | taken | else |", "| --- | --- | --- | --- |"]
+    renamed = {n: f"write {POOLING_NAMES[n]}" for n in POOLING_OFF if n in POOLING_NAMES}
+    for owner, off, hints in (
+        ("SamplingParams", SAMPLING_OFF, SAMPLING_HINTS),
+        ("StructuredOutputsParams", STRUCTURED_OFF, STRUCTURED_HINTS),
+        ("PoolingParams", POOLING_OFF, POOLING_HINTS | renamed),
+    ):
+        for name, values in off.items():
+            taken = ", ".join(f"`{getattr(v, 'name', v)!s}`" for v in values)
+            rows.append(f"| `{owner}` | `{name}` | {taken} | {hints.get(name, 'nothing')} |")
+    return "\n".join(rows)
+
+
+TABLES = {
+    "parameters that are not here": absent_table,
+    "parameters of requests that are not here": requests_table,
+}
 
 
 def page(text: str) -> str:

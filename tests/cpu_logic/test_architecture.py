@@ -18,6 +18,7 @@ PACKAGE = "nanovllm"
 ORDER = [
     "batch estimate",
     "",
+    "vllm_engine",
     "llm",
     "features",
     "engine.llm_engine",
@@ -31,6 +32,7 @@ ORDER = [
     "sampling_params pooling_params outputs progress stats model_files guards",
     "command_line",
     "compat parameters validation",
+    "vllm_names",
     "errors",
 ]
 RANKS = {name: rank for rank, line in enumerate(ORDER) for name in line.split(" ")}

@@ -68,7 +68,8 @@ def test_every_block_says_its_language_and_every_mark_is_known():
 
 def at_home(code: str) -> str:
     """The code with the shipped model in place of every other."""
-    return re.sub(r'(LLM\(\s*)"[^"]*"', lambda match: f"{match[1]}{str(SHIPPED)!r}", code)
+    calls = r'((?:LLM|EngineArgs)\(\s*)"[^"]*"'
+    return re.sub(calls, lambda match: f"{match[1]}{str(SHIPPED)!r}", code)
 
 
 @pytest.mark.skipif(not SHIPPED.is_dir(), reason="the shipped model is not in this checkout")

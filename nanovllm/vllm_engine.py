@@ -1,0 +1,131 @@
+"""vLLM's engine loop: the caller names the requests, and each step returns outputs."""
+
+from typing import Any
+
+from nanovllm.engine.input_processor import follow_text
+from nanovllm.engine.request import Request
+from nanovllm.engine.request_output import make_output
+from nanovllm.errors import ArgumentError, shown
+from nanovllm.inputs.prompts import check_unsupported
+from nanovllm.llm import LLM
+from nanovllm.outputs import RequestOutput
+from nanovllm.sampling_params import SamplingParams
+
+
+class LLMEngine:
+    """An `LLM` that is driven by steps as vLLM's `LLMEngine` is.
+
+    Arguments and errors are those of `LLM`, except that a `max_num_batched_tokens` below
+    `max_model_len` splits prompts, as in vLLM. All other methods are those of `LLM`, which is
+    `engine.llm`.
+    """
+
+    def __init__(self, model: str | None = None, **kwargs: Any) -> None:
+        self.llm = LLM(model, **({"enable_chunked_prefill": None} | kwargs))
+        self._requests: dict[str, Request] = {}  # unfinished, in the order in which they came
+        self._num_given: dict[str, int] = {}  # completion tokens in the last output of each
+        self._own_ids: set[int] = set()
+
+    @classmethod
+    def from_engine_args(cls, engine_args: Any, *_: Any, **__: Any) -> "LLMEngine":
+        """An engine whose parameters are the attributes of an object, such as `EngineArgs`.
+
+        vLLM's further arguments (`usage_context`, `stat_loggers`) change nothing.
+        """
+        if not hasattr(engine_args, "__dict__"):
+            raise ArgumentError(
+                f"engine_args must be an object with attributes, got {shown(engine_args)}"
+            )
+        return cls(**vars(engine_args))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "llm":  # the constructor failed
+            raise AttributeError(name)
+        return getattr(self.llm, name)
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: str | list[int] | dict[str, Any],
+        params: SamplingParams | None = None,
+        arrival_time: float | None = None,
+        lora_request: None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        trace_headers: None = None,
+        priority: int = 0,
+        prompt_text: None = None,
+    ) -> str:
+        """Queue a request under an id of the caller's, which is returned.
+
+        Args:
+            request_id: a string that no unfinished request has.
+            prompt, params, tokenization_kwargs, priority: as for `LLM.generate`, of one prompt.
+            arrival_time: None or a time, which changes nothing: the engine takes its own.
+            lora_request, trace_headers, prompt_text: only None.
+
+        Raises:
+            ArgumentError: an argument is wrong; nothing was queued then.
+        """
+        check_unsupported(
+            lora_request=lora_request, trace_headers=trace_headers, prompt_text=prompt_text
+        )
+        if not isinstance(request_id, str):
+            raise ArgumentError(f"request_id must be a string, got {shown(request_id)}")
+        if request_id in self._requests:
+            raise ArgumentError(f"there is an unfinished request {shown(request_id)} already")
+        llm = self.llm
+        llm.check_ready()
+        [request] = llm.input_processor.process([prompt], params, [priority], tokenization_kwargs)
+        if llm.tokenizer is not None and request.params.detokenize:
+            follow_text(request, llm.tokenizer)
+        llm.queue([request])
+        self._own_ids.add(request.request_id)
+        llm.requests.claim(self._own_ids)
+        self._requests[request_id], self._num_given[request_id] = request, 0
+        return request_id
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one step.
+
+        Returns:
+            The outputs of the requests that got tokens or ended in it, with all that they have by
+            now. The last output of a request is `finished`; a request that failed has an `error`.
+
+        Raises:
+            EngineDeadError: a tensor-parallel worker died or the GPU failed.
+        """
+        self.llm.advance()
+        outputs = []
+        for request_id, request in list(self._requests.items()):
+            num_tokens = sum(seq.num_completion_tokens for seq in request.sequences)
+            if num_tokens > self._num_given[request_id] or request.is_finished:
+                self._num_given[request_id] = num_tokens
+                output = make_output(request, self.llm.tokenizer)
+                output.request_id = request_id
+                outputs.append(output)
+                if request.is_finished:
+                    self._forget(request_id)
+        return outputs
+
+    def abort_request(self, request_ids: str | list[str]) -> None:
+        """End requests now; `step` does not return them. Other ids are ignored."""
+        ids = [request_ids] if isinstance(request_ids, str) else request_ids
+        requests = [self._forget(name) for name in dict.fromkeys(ids) if name in self._requests]
+        self.llm.abort(requests)
+        self.llm.requests.forget(requests)
+
+    def _forget(self, request_id: str) -> Request:
+        del self._num_given[request_id]
+        return self._requests.pop(request_id)
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether a request has not ended, or its last output was not returned."""
+        return bool(self._requests)
+
+    def get_num_unfinished_requests(self) -> int:
+        """The number of these."""
+        return len(self._requests)
+
+    def is_sleeping(self) -> bool:
+        """Whether anything is off, so that steps are refused."""
+        return self.llm.is_sleeping

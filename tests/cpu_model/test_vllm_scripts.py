@@ -1,0 +1,229 @@
+"""Scripts in the shape of vLLM's offline examples, with its import paths, on one tiny engine."""
+
+import os
+from dataclasses import asdict
+from importlib import import_module
+from itertools import pairwise
+
+import pytest
+from engine_checks import greedy, random_prompts
+from nanovllm.utils.argparse_utils import FlexibleArgumentParser
+from nanovllm.v1.metrics.reader import Counter, Gauge, Histogram
+
+import nanovllm
+from nanovllm import (
+    LLM,
+    ArgumentError,
+    EngineArgs,
+    LLMEngine,
+    RequestOutput,
+    SamplingParams,
+    TextPrompt,
+    TokensPrompt,
+)
+from nanovllm.config import Config
+
+PROMPTS = random_prompts([5, 300, 40], seed=3)
+# What the examples import, by the module: it is there, and is what it is elsewhere.
+IMPORTS = """
+beam_search: BeamSearchOutput BeamSearchSequence
+config: AttentionConfig CompilationConfig PoolerConfig ProfilerConfig StructuredOutputsConfig
+distributed: cleanup_dist_env_and_memory
+distributed.parallel_state: cleanup_dist_env_and_memory
+engine.arg_utils: EngineArgs
+engine.llm_engine: LLMEngine
+entrypoints.llm: LLM
+exceptions: VLLMValidationError
+inputs: PromptType TextPrompt TokensPrompt
+inputs.data: TokensPrompt
+logger: init_logger
+logprobs: Logprob
+outputs: CompletionOutput EmbeddingRequestOutput PoolingRequestOutput RequestOutput
+pooling_params: PoolingParams
+sampling_params: BeamSearchParams RequestOutputKind SamplingParams StructuredOutputsParams
+utils: FlexibleArgumentParser
+utils.argparse_utils: FlexibleArgumentParser
+utils.print_utils: print_embeddings
+v1.engine.exceptions: EngineDeadError
+v1.engine.llm_engine: LLMEngine
+v1.metrics.reader: Counter Gauge Histogram Metric Vector
+"""
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("traces"))
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_dir, traces):
+    """Made of a command line, whose budget is below max_model_len."""
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(description="a script"))
+    parser.set_defaults(model=str(tiny_dir), max_model_len=1024)
+    parser.add_argument("--max-tokens", type=int)
+    words = ["--max_num_batched_tokens=64", "--block-size", "16", "--device", "cpu"]
+    words += ["--num-gpu-blocks-override=64", "--no-disable-log-stats", "--revision=main"]
+    args = parser.parse_args([*words, "--max-num-seqs", "8"])
+    engine_args = EngineArgs.from_cli_args(args)
+    engine_args.profiler_config = {"profiler": "torch", "torch_profiler_dir": traces}
+    engine = LLMEngine.from_engine_args(engine_args)
+    yield engine
+    engine.shutdown()
+
+
+@pytest.fixture
+def llm(engine):
+    return engine.llm
+
+
+@pytest.mark.parametrize("line", IMPORTS.strip().splitlines())
+def test_names_are_where_vllm_has_them(line):
+    module, _, names = line.partition(": ")
+    for name in names.split():
+        found = getattr(import_module(f"nanovllm.{module}"), name)
+        assert getattr(nanovllm, name, found) is found or module == "engine.llm_engine"
+    with pytest.raises(AttributeError, match="nothing"):
+        import_module(f"nanovllm.{module}").nothing  # noqa: B018
+
+
+def test_every_public_name_is_there():
+    assert all(getattr(nanovllm, name) is not None for name in nanovllm.__all__)
+
+
+def test_engine_args_go_into_llm_in_every_form(engine, tiny_dir):
+    assert engine.config.enable_chunked_prefill and engine.config.kvcache_block_size == 256
+    assert engine.model_config.max_model_len == 1024
+    args = EngineArgs(model=str(tiny_dir), max_num_batched_tokens=64, max_model_len="1k")
+    expected = Config(str(tiny_dir), max_num_batched_tokens=64, max_model_len=1000,
+                      enable_chunked_prefill=True)  # fmt: skip
+    for form in (vars(args), asdict(args)):
+        form = dict(form)
+        assert Config.from_kwargs(form.pop("model"), form) == expected
+    assert "max_num_batched_tokens=64, max_model_len='1k'" in repr(args)
+    with pytest.raises(TypeError, match="'max_num_seq'; the nearest known is 'max_num_seqs'"):
+        EngineArgs(max_num_seq=3)
+    with pytest.raises(ArgumentError, match=r"max_num_batched_tokens \(64\) must be >= max_model"):
+        LLM(str(tiny_dir), max_num_batched_tokens=64, max_model_len=1024)
+
+
+def test_the_engine_loop_gives_outputs_as_they_grow(engine, llm):
+    expected = llm.generate(PROMPTS, greedy(6), use_tqdm=False)
+    waiting = [(f"request {i}", prompt) for i, prompt in enumerate(PROMPTS)]
+    seen: dict[str, list[RequestOutput]] = {}
+    while waiting or engine.has_unfinished_requests():
+        if waiting:
+            name, prompt = waiting.pop(0)
+            assert engine.add_request(name, TokensPrompt(prompt_token_ids=prompt), greedy(6))
+        for output in engine.step():
+            seen.setdefault(output.request_id, []).append(output)
+    for i, output in enumerate(expected):
+        outputs = seen[f"request {i}"]
+        assert [o.finished for o in outputs] == [False] * (len(outputs) - 1) + [True]
+        assert outputs[-1] == output and len(outputs) > 1
+        for earlier, later in pairwise(outputs):
+            assert len(earlier.outputs[0].token_ids) < len(later.outputs[0].token_ids)
+            assert later.outputs[0].text.startswith(earlier.outputs[0].text)
+    assert engine.step() == [] and engine.get_num_unfinished_requests() == 0
+
+
+def test_requests_of_the_loop_are_ended_and_refused_by_name(engine, llm):
+    engine.add_request("a", "hello", greedy(50))
+    engine.add_request("b", TextPrompt(prompt="hello"), SamplingParams(n=2, max_tokens=3))
+    with pytest.raises(ArgumentError, match="an unfinished request 'a' already"):
+        engine.add_request("a", "hello")
+    with pytest.raises(ArgumentError, match="request_id must be a string, got 5"):
+        engine.add_request(5, "hello")
+    with pytest.raises(ArgumentError, match="lora_request is not supported"):
+        engine.add_request("c", "hello", lora_request=1)
+    engine.step()
+    engine.abort_request(["a", "unknown"])
+    ended = [output for _ in range(9) for output in engine.step() if output.finished]
+    assert [(output.request_id, len(output.outputs)) for output in ended] == [("b", 2)]
+    assert llm.is_finished() and not engine.is_sleeping()
+    engine.add_request("a", "hello", greedy(1))  # an id may be used again
+    engine.abort_request("a")
+    assert not engine.has_unfinished_requests()
+
+
+def reset_the_cache_in_a_loop(llm, engine, traces):
+    engine.add_request("0", "to be or not", SamplingParams(temperature=0, logprobs=1, max_tokens=8))
+    number, last = 0, None
+    while engine.has_unfinished_requests():
+        if number == 4:
+            assert engine.reset_prefix_cache(reset_running_requests=True)
+        last = [*engine.step(), last][0]
+        number += 1
+    assert last.finished and len(last.outputs[0].logprobs) == len(last.outputs[0].token_ids)
+
+
+def chat_with_parsed_options(llm, engine, traces):
+    params = llm.get_default_sampling_params()
+    params.max_tokens = 4
+    messages = [{"role": "user", "content": "hello"}]
+    assert llm.chat(messages, params, use_tqdm=False) and len(llm.chat([messages] * 3, params)) == 3
+
+
+def share_prefixes_then_clean_up(llm, engine, traces):
+    from nanovllm.distributed import cleanup_dist_env_and_memory
+
+    llm.generate(PROMPTS[1], greedy(2), use_tqdm=False)
+    [again] = llm.generate(PROMPTS[1], greedy(2), use_tqdm=False)
+    assert again.num_cached_tokens == 256
+    cleanup_dist_env_and_memory()
+
+
+def read_metrics(llm, engine, traces):
+    llm.generate(PROMPTS[:2], greedy(3), use_tqdm=False)
+    kinds = {Counter: 0, Gauge: 0, Histogram: 0}
+    for metric in llm.get_metrics():
+        kinds[type(metric)] += 1
+        if isinstance(metric, Histogram):
+            assert metric.buckets["+Inf"] == metric.count >= 2 and metric.sum > 0
+    assert all(kinds.values())
+
+
+def profile_a_batch(llm, engine, traces):
+    params = SamplingParams(max_tokens=2, min_tokens=2, ignore_eos=True)
+    llm.start_profile()
+    assert len(llm.generate(["hello, my name is"] * 2, params, use_tqdm=False)) == 2
+    llm.stop_profile()
+    assert os.listdir(traces)
+
+
+def print_what_is_embedded(llm, engine, traces):
+    from nanovllm.utils.print_utils import print_embeddings
+
+    for output in llm.embed(["hello", "you"], use_tqdm=False):
+        print_embeddings(output.outputs.embedding)
+        assert output.outputs.hidden_size == 64
+
+
+def search_beams(llm, engine, traces):
+    from nanovllm.sampling_params import BeamSearchParams
+
+    [output] = llm.beam_search([{"prompt": "hello"}], BeamSearchParams(beam_width=2, max_tokens=2))
+    assert len(output.sequences) == 2 and output.sequences[0].text.startswith("hello")
+
+
+def queue_and_wait(llm, engine, traces):
+    llm.enqueue(["hello"], greedy(2), None, None, False)
+    outputs = llm.wait_for_completion(output_type=RequestOutput, use_tqdm=False)
+    assert [output.lora_request for output in outputs] == [None]
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        reset_the_cache_in_a_loop,
+        chat_with_parsed_options,
+        share_prefixes_then_clean_up,
+        read_metrics,
+        profile_a_batch,
+        print_what_is_embedded,
+        search_beams,
+        queue_and_wait,
+    ],
+)
+def test_scripts_run(script, llm, engine, traces):
+    script(llm, engine, traces)
+    assert llm.is_finished() and not engine.has_unfinished_requests()
