@@ -445,8 +445,8 @@ SAMPLING_HINTS = {
     **dict.fromkeys(
         """best_of use_beam_search beam_search num_beams beam_size beam_width num_beam_groups
         length_penalty early_stopping early_stop diversity_penalty""".split(),
-        "call llm.beam_search(prompts, BeamSearchParams(beam_width, max_tokens)); n=... draws "
-        "several completions",
+        "beam search is a call of its own, LLM.beam_search(prompts, BeamSearchParams(...)); n=... "
+        "draws several completions",
     ),
     **dict.fromkeys(
         "logits_processors logits_processor".split(),

@@ -24,7 +24,6 @@ class LLMEngine:
         self.llm = LLM(model, **({"enable_chunked_prefill": None} | kwargs))
         self._requests: dict[str, Request] = {}  # unfinished, in the order in which they came
         self._num_given: dict[str, int] = {}  # completion tokens in the last output of each
-        self._own_ids: set[int] = set()
 
     @classmethod
     def from_engine_args(cls, engine_args: Any, *_: Any, **__: Any) -> "LLMEngine":
@@ -79,8 +78,7 @@ class LLMEngine:
         if llm.tokenizer is not None and request.params.detokenize:
             follow_text(request, llm.tokenizer)
         llm.queue([request])
-        self._own_ids.add(request.request_id)
-        llm.requests.claim(self._own_ids)
+        llm.requests.claim({request.request_id})
         self._requests[request_id], self._num_given[request_id] = request, 0
         return request_id
 
@@ -97,6 +95,9 @@ class LLMEngine:
         self.llm.advance()
         outputs = []
         for request_id, request in list(self._requests.items()):
+            first = request.sequences[0]  # completions are admitted in order
+            if not (first.was_admitted or first.is_finished):
+                continue
             num_tokens = sum(seq.num_completion_tokens for seq in request.sequences)
             if num_tokens > self._num_given[request_id] or request.is_finished:
                 self._num_given[request_id] = num_tokens

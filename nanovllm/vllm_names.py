@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
+from nanovllm.errors import ArgumentError
+
 PACKAGE = __name__.rpartition(".")[0]
 ENGINE_ARGS = {"EngineArgs": "features.engine_args"}
 PARSER = {"FlexibleArgumentParser": "features.engine_args"}
@@ -23,11 +25,18 @@ MODULES: dict[str, dict[str, str]] = {
     "distributed": CLEANUP,
     "distributed.parallel_state": CLEANUP,
     "engine.arg_utils": ENGINE_ARGS,
+    "entrypoints.chat_utils": {
+        "resolve_hf_chat_template": "vllm_names:resolve_chat_template",
+    },
     "entrypoints.llm": {"LLM": "llm"},
     "exceptions": {"VLLMValidationError": "errors:ArgumentError"},
     "inputs.data": dict.fromkeys(("PromptType", "TextPrompt", "TokensPrompt"), "inputs"),
     "logger": {"init_logger": "vllm_names"},
     "logprobs": {"Logprob": "outputs"},
+    "lora.request": {"LoRARequest": "vllm_names"},
+    "renderers.hf": {"resolve_chat_template": "vllm_names"},
+    "tokenizers": {"get_tokenizer": "vllm_names"},
+    "transformers_utils.tokenizer": {"get_tokenizer": "vllm_names"},
     "utils": PARSER,
     "utils.argparse_utils": PARSER,
     "utils.print_utils": {"print_embeddings": "vllm_names"},
@@ -37,6 +46,7 @@ MODULES: dict[str, dict[str, str]] = {
         ("Counter", "Gauge", "Histogram", "Metric", "Vector"), "features.metrics"
     ),
 }
+PACKAGES = ("engine", "inputs")  # those of `MODULES`' parents that have files
 # What the package itself offers, beside what needs no torch.
 TOP: dict[str, str] = {
     "LLM": "llm",
@@ -58,11 +68,9 @@ def register() -> None:
     for name, offered in MODULES.items():
         parts = name.split(".")
         for end in range(1, len(parts)):
-            if (prefix := ".".join(parts[:end])) not in MODULES and parts[0] in (
-                "v1",
-                "entrypoints",
-            ):
-                _add(prefix, {})
+            parent = ".".join(parts[:end])
+            if parent not in MODULES and parent not in PACKAGES:
+                _add(parent, {})
         _add(name, offered)
 
 
@@ -103,6 +111,35 @@ def cleanup_dist_env_and_memory(shutdown_ray: bool = False) -> None:
 def init_logger(name: str) -> logging.Logger:
     """Python's logger of that name."""
     return logging.getLogger(name)
+
+
+class LoRARequest:
+    """vLLM's adapters, for scripts that import the name: there are none here."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise ArgumentError("LoRARequest is not supported: there are no adapters")
+
+
+def get_tokenizer(tokenizer_name: str, *args: Any, **kwargs: Any) -> Any:
+    """transformers' tokenizer of a directory.
+
+    kwargs: of `AutoTokenizer.from_pretrained`; vLLM's `tokenizer_mode` and `revision` change
+        nothing.
+    """
+    from transformers import AutoTokenizer
+
+    for name in ("tokenizer_mode", "revision", "download_dir"):
+        kwargs.pop(name, None)
+    return AutoTokenizer.from_pretrained(tokenizer_name, *args, local_files_only=True, **kwargs)
+
+
+def resolve_chat_template(
+    tokenizer: Any, chat_template: str | None = None, tools: Any = None, **_: Any
+) -> str | None:
+    """The template that a tokenizer of transformers uses: the one given, else its own."""
+    if chat_template is not None:
+        return chat_template
+    return tokenizer.get_chat_template(None, tools) if tokenizer.chat_template else None
 
 
 def print_embeddings(embeddings: Iterable[float], prefix: str = "Embeddings") -> None:

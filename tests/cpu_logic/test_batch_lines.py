@@ -125,7 +125,7 @@ def test_a_line_overrides_a_default():
         ({"prompt": "a", "n": 1, "sampling_params": {"n": 1}}, "n is given twice"),
         ({"prompt": "a", "chat_template_kwargs": {}}, "unknown parameter 'chat_template_kwargs'"),
         ({"prompt": "a", "guided_regex": "a"}, r'write structured_outputs=\{"regex": \.\.\.\}$'),
-        ({"prompt": "a", "num_beams": 4}, "'num_beams': nanovllm has no beam search"),
+        ({"prompt": "a", "num_beams": 4}, "'num_beams': beam search is a call of its own"),
         ({"prompt": "a", "priority": 1}, "unknown parameter 'priority'$"),
         ({"prompt": "a", "temperature": -1}, "temperature must be finite and >= 0, got -1"),
         ({"prompt": "a", "temperature": "1"}, "temperature must be .* got '1'"),

@@ -92,7 +92,7 @@ def test_arguments_in_each_others_place_are_told_apart(llm, arguments, message):
         (lambda llm: llm.generate(input_ids=[1]), ": token ids are prompts: "),
         (lambda llm: llm.chat(MESSAGES, enable_thinking=False), ": write chat_template_kwargs="),
         (lambda llm: llm.generate("a", tools=[]), ": it goes to llm.chat(messages, "),
-        (lambda llm: llm.generate("a", beam_size=4), ": nanovllm has no beam search"),
+        (lambda llm: llm.generate("a", beam_size=4), ": beam search is a call of its own"),
         (lambda llm: llm.generate("a", regex="a"), ", a sampling parameter: write structured_"),
         (lambda llm: llm.chat(MESSAGES, user="me"), ": nanovllm is no server"),
         (lambda llm: llm.generate("a", foo=1), "; help(nanovllm.LLM.generate) names those"),

@@ -18,7 +18,7 @@ from engine_checks import (
 )
 from tiny_models import reference_greedy
 
-from nanovllm import LLM, ArgumentError, EngineUseError, SamplingParams
+from nanovllm import LLM, ArgumentError, BeamSearchParams, EngineUseError, SamplingParams
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.guards.lifecycle import Lifecycle
 
@@ -84,6 +84,7 @@ CALLS = {
     "generate": lambda llm: llm.generate(PROMPTS, greedy(1)),
     "chat": lambda llm: llm.chat([{"role": "user", "content": "a"}], greedy(1)),
     "generate_stream": lambda llm: llm.generate_stream(PROMPTS, greedy(1)),
+    "beam_search": lambda llm: llm.beam_search(PROMPTS, BeamSearchParams(1, 1)),
     "embed": lambda llm: llm.embed(PROMPTS),
     "classify": lambda llm: llm.classify(PROMPTS),
     "encode": lambda llm: llm.encode(PROMPTS, pooling_task="embed"),

@@ -32,14 +32,19 @@ distributed: cleanup_dist_env_and_memory
 distributed.parallel_state: cleanup_dist_env_and_memory
 engine.arg_utils: EngineArgs
 engine.llm_engine: LLMEngine
+entrypoints.chat_utils: resolve_hf_chat_template
 entrypoints.llm: LLM
 exceptions: VLLMValidationError
 inputs: PromptType TextPrompt TokensPrompt
 inputs.data: TokensPrompt
 logger: init_logger
 logprobs: Logprob
+lora.request: LoRARequest
 outputs: CompletionOutput EmbeddingRequestOutput PoolingRequestOutput RequestOutput
 pooling_params: PoolingParams
+renderers.hf: resolve_chat_template
+tokenizers: get_tokenizer
+transformers_utils.tokenizer: get_tokenizer
 sampling_params: BeamSearchParams RequestOutputKind SamplingParams StructuredOutputsParams
 utils: FlexibleArgumentParser
 utils.argparse_utils: FlexibleArgumentParser
@@ -205,6 +210,32 @@ def search_beams(llm, engine, traces):
     assert len(output.sequences) == 2 and output.sequences[0].text.startswith("hello")
 
 
+def evaluate_by_prompt_logprobs(llm, engine, traces):
+    """The calls of lm-evaluation-harness."""
+    from nanovllm.lora.request import LoRARequest
+    from nanovllm.renderers.hf import resolve_chat_template
+    from nanovllm.tokenizers import get_tokenizer
+
+    model = llm.config.model
+    names = "revision tokenizer tokenizer_revision max_model_len max_num_seqs quantization"
+    given = dict.fromkeys(names.split()) | {"dtype": "auto", "tokenizer_mode": "auto", "seed": 1234}
+    given |= {"trust_remote_code": False, "enable_lora": False, "max_lora_rank": 16}
+    given |= {"tensor_parallel_size": 1, "swap_space": 4}
+    with pytest.warns(DeprecationWarning, match="swap_space"):
+        assert Config.from_kwargs(model, given).seed == 1234
+    tokenizer = get_tokenizer(model, tokenizer_mode="auto", trust_remote_code=False, revision=None)
+    config = llm.llm_engine.model_config
+    assert resolve_chat_template(tokenizer, None, None, model_config=config)
+    params = SamplingParams(temperature=0, prompt_logprobs=1, max_tokens=1, detokenize=False)
+    ids = tokenizer("hello, my name").input_ids
+    [output] = llm.generate([TokensPrompt(prompt_token_ids=ids)], [params], use_tqdm=False)
+    assert output.prompt_logprobs[0] is None
+    for token_id, logprobs in zip(ids[1:], output.prompt_logprobs[1:], strict=True):
+        assert logprobs[token_id].logprob <= max(each.logprob for each in logprobs.values()) <= 0
+    with pytest.raises(ArgumentError, match="there are no adapters"):
+        LoRARequest("finetuned", 1, "path")
+
+
 def queue_and_wait(llm, engine, traces):
     llm.enqueue(["hello"], greedy(2), None, None, False)
     outputs = llm.wait_for_completion(output_type=RequestOutput, use_tqdm=False)
@@ -221,6 +252,7 @@ def queue_and_wait(llm, engine, traces):
         profile_a_batch,
         print_what_is_embedded,
         search_beams,
+        evaluate_by_prompt_logprobs,
         queue_and_wait,
     ],
 )
