@@ -95,7 +95,7 @@ VLLM_ABSENT = _absent(
         """max_loras max_lora_rank max_cpu_loras fully_sharded_loras lora_dtype
         lora_target_modules lora_extra_vocab_size long_lora_scaling_factors""",
         None,
-        "they count with `enable_lora` alone",
+        "they matter only with `enable_lora`",
     ),
     (
         """allowed_local_media_path allowed_media_domains limit_mm_per_prompt mm_processor_kwargs
@@ -114,7 +114,7 @@ VLLM_ABSENT = _absent(
         ray_workers_use_nsight allow_deprecated_quantization guided_decoding_disable_fallback
         kv_offloading_backend""",
         None,
-        "they count with options alone that are not there",
+        "they matter only with options that are not there",
     ),
     # Taken with the values that change nothing.
     (

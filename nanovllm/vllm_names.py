@@ -69,7 +69,9 @@ def register() -> None:
         parts = name.split(".")
         for end in range(1, len(parts)):
             parent = ".".join(parts[:end])
-            if parent not in MODULES and parent not in PACKAGES:
+            if parent in PACKAGES:
+                importlib.import_module(f"{PACKAGE}.{parent}")
+            elif parent not in MODULES:
                 _add(parent, {})
         _add(name, offered)
 
@@ -83,8 +85,7 @@ def _add(name: str, offered: dict[str, str]) -> None:
     vars(module)["__path__"] = []  # what is below it is registered as well
     sys.modules[full_name] = module
     parent, _, child = full_name.rpartition(".")
-    if parent in sys.modules:
-        setattr(sys.modules[parent], child, module)
+    setattr(sys.modules[parent], child, module)
 
 
 def _getter(module: str, offered: dict[str, str]) -> Callable[[str], Any]:

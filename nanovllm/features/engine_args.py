@@ -4,8 +4,8 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, field, fields, make_dataclass
-from typing import Any
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from typing import TYPE_CHECKING, Any
 
 from nanovllm.command_line import add_options
 from nanovllm.compat import (
@@ -102,18 +102,31 @@ def _default(name: str, default: Any) -> Any:
     return None if default is MISSING or name in NONE_HAS_A_MEANING else default
 
 
-EngineArgs = make_dataclass(
-    "EngineArgs",
-    [
-        (OUR_NAMES.get(p.name, p.name), Any, field(default=_default(p.name, p.default)))
-        for p in parameters(Config)
-    ]
-    + [
-        (name, Any, field(default=1 if values == (1,) else None))
-        for name, (values, _) in VLLM_ABSENT.items()
-    ],
-    bases=(_Arguments,),
-    repr=False,
-    namespace={"__doc__": _Arguments.__doc__, "__module__": __name__},
-)
-explain_fields(EngineArgs, LLM_NAMES | OUR_NAMES, LLM_HINTS)
+if TYPE_CHECKING:
+
+    @dataclass
+    class EngineArgs(_Arguments):
+        """As below, for type checkers, which do not know fields that are made."""
+
+        def __init__(self, model: str | None = None, **values: Any) -> None: ...
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
+else:
+    EngineArgs = make_dataclass(
+        "EngineArgs",
+        [
+            (OUR_NAMES.get(p.name, p.name), Any, field(default=_default(p.name, p.default)))
+            for p in parameters(Config)
+        ]
+        + [
+            (name, Any, field(default=1 if values == (1,) else None))
+            for name, (values, _) in VLLM_ABSENT.items()
+        ],
+        bases=(_Arguments,),
+        repr=False,
+        namespace={"__doc__": _Arguments.__doc__, "__module__": __name__},
+    )
+    explain_fields(EngineArgs, LLM_NAMES | OUR_NAMES, LLM_HINTS)

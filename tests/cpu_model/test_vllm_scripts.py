@@ -86,6 +86,7 @@ def test_names_are_where_vllm_has_them(line):
     module, _, names = line.partition(": ")
     for name in names.split():
         found = getattr(import_module(f"nanovllm.{module}"), name)
+        assert eval(f"nanovllm.{module}.{name}") is found
         assert getattr(nanovllm, name, found) is found or module == "engine.llm_engine"
     with pytest.raises(AttributeError, match="nothing"):
         import_module(f"nanovllm.{module}").nothing  # noqa: B018
