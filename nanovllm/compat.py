@@ -222,6 +222,12 @@ VLLM_ABSENT = _absent(
     ),
     ("stream_interval", (1,), "generate_stream gives what each step brought"),
 )
+# What vLLM's scripts override to score with Qwen3-Reranker, which `score` does without.
+RERANKER_OVERRIDES = {
+    "architectures": ["Qwen3ForSequenceClassification"],
+    "classifier_from_token": ["no", "yes"],
+    "is_original_qwen3_reranker": True,
+}
 # Entries of vLLM's configuration objects, with the values that are taken; None: every value.
 STRUCTURED_ENTRIES: dict[str, tuple[Any, ...] | None] = {
     "backend": VLLM_ABSENT["guided_decoding_backend"].values,
@@ -752,10 +758,12 @@ def _without_objects(given: Mapping[str, Any]) -> dict[str, Any]:
 def _without_foreign_fields(given: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """`hf_overrides` without what vLLM's scripts have in it, and no model's configuration."""
     if "classifier_from_token" in overrides:
-        raise ArgumentError(
-            "hf_overrides: classifier_from_token is not supported; leave hf_overrides out: "
-            "llm.score(queries, documents) asks Qwen3-Reranker's own question of the plain texts"
-        )
+        if dict(overrides) != RERANKER_OVERRIDES:
+            raise ArgumentError(
+                "hf_overrides: classifier_from_token is not supported; leave hf_overrides out: "
+                "llm.score(queries, documents) asks Qwen3-Reranker's own question"
+            )
+        return {}
     overrides = dict(overrides)
     if "max_model_len" in overrides:
         given.setdefault("max_model_len", overrides.pop("max_model_len"))

@@ -72,7 +72,8 @@ def score(
             tokenizer makes a pair of them; the score is the sigmoid of its one logit (another
             function if config.json names one for a cross-encoder).
             "reranker" asks the model as Qwen3-Reranker was trained to be asked, whether the
-            document meets the query; the score is the probability of "yes" against "no".
+            document meets the query; the score is the probability of "yes" against "no". A pair
+            whose texts are the whole question, as vLLM's scripts write it, is asked as it is.
             "embedding": the cosine of the two texts' embeddings, as of Qwen3-Embedding.
             None: chosen by the model, by its head, or by modules.json that lists a pooling; a
             reranker otherwise.
@@ -245,10 +246,7 @@ def _rerank(
         [QUESTION_BEFORE, QUESTION_AFTER], tokenizer, vocab_size, plain
     )
     kwargs = truncating(llm, limit, plain, len(before) + len(after))
-    questions = [
-        QUESTION.format(instruction=instruction, query=query, document=document)
-        for query, document in pairs
-    ]
+    questions = [_question(instruction, query, document) for query, document in pairs]
     encoded = encode_prompts(questions, tokenizer, vocab_size, kwargs)
     rows: dict[int, np.ndarray] = {}
     for held in call_ranks(llm, _lm_head_rows, args=([yes_id, no_id],)):
@@ -258,6 +256,13 @@ def _rerank(
     pooling = Pooling("LAST", pooler)
     prompts = [[*before, *ids, *after] for _, ids in encoded]
     return _outputs(pool(llm, prompts, [pooling] * len(prompts), use_tqdm))
+
+
+def _question(instruction: str, query: str, document: str) -> str:
+    """What is asked of a pair; one that is the whole question already keeps its own words."""
+    if query.startswith(QUESTION_BEFORE) and document.endswith(QUESTION_AFTER):
+        return query.removeprefix(QUESTION_BEFORE) + document.removesuffix(QUESTION_AFTER)
+    return QUESTION.format(instruction=instruction, query=query, document=document)
 
 
 def _probability(hidden_state: np.ndarray, weights: np.ndarray) -> float:

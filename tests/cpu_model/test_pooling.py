@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from nanovllm import ArgumentError, PoolingParams
 from nanovllm.engine.sequence import Wants
-from nanovllm.features.scoring import QUESTION_AFTER, WEB_SEARCH
+from nanovllm.features.scoring import QUESTION_AFTER, QUESTION_BEFORE, WEB_SEARCH
 
 HIDDEN_SIZE = 64
 QUERY = "the quick brown fox?"
@@ -212,6 +212,10 @@ def test_scores_are_those_of_transformers(llm, model_dir):
     own = reference_scores(model_dir, [(QUERY, DOCUMENTS[0])], "Find a fox")
     assert scores(llm, QUERY, DOCUMENTS[0], instruction="Find a fox") == pytest.approx(own, 1e-4)
     assert own != pytest.approx(truth[:1], abs=1e-3)
+    # vLLM's script writes the whole question into the two texts.
+    query = f"{QUESTION_BEFORE}<Instruct>: Find a fox\n<Query>: {QUERY}\n"
+    document = f"<Document>: {DOCUMENTS[0]}{QUESTION_AFTER}"
+    assert scores(llm, query, document) == pytest.approx(own, 1e-4)
     check_nothing_is_held(llm)
 
 
