@@ -19,6 +19,7 @@ from nanovllm.kernels.types import (
     DecodeMetadata,
     KVCache,
     LinearOutput,
+    PackedWeight,
     PartialSums,
     PrefillMetadata,
 )
@@ -46,6 +47,8 @@ class Shape:
     num_experts: int = 128
     is_fp8_weight: bool = False
     has_blocks: bool = False  # scales of blocks, not of rows
+    bits: int = 4  # of packed weights
+    has_zeros: bool = False
     num_parts: int = 1  # in which products come
     num_ranks: int = 2
 
@@ -180,6 +183,32 @@ def experts(ops: Ops, shape: Shape) -> None:
     )
 
 
+def packed(shape: Shape, n: int, k: int) -> PackedWeight:
+    zeros = empty(n, k // 128, dtype=torch.uint8) if shape.has_zeros else None
+    numbers = empty(n, k * shape.bits // 8, dtype=torch.uint8)
+    scales = empty(n, k // 128, dtype=shape.dtype)
+    return PackedWeight(numbers, scales, zeros, None, shape.bits, 128)
+
+
+def packed_products(ops: Ops, shape: Shape) -> None:
+    """In every tile, and dequantised."""
+    weight = packed(shape, 4096, 4 * shape.hidden_size)
+    for tokens in (8, 16, 32, 64, 256, 2048):
+        ops.packed_linear(empty(tokens, 4 * shape.hidden_size, dtype=shape.dtype), weight)
+
+
+def packed_experts(ops: Ops, shape: Shape) -> None:
+    hidden, size = shape.hidden_size, 768
+    ops.experts(
+        empty(shape.tokens, hidden, dtype=shape.dtype),
+        product(shape, shape.tokens, shape.num_experts),
+        packed(shape, shape.num_experts * 2 * size, hidden),
+        packed(shape, shape.num_experts * hidden, size),
+        8,
+        True,
+    )
+
+
 def delta_net(ops: Ops, shape: Shape) -> None:
     """A prefill of long sequences, then the rule and the convolution of a decode step."""
     key_heads, heads, dim = 16, 32, shape.head_dim
@@ -256,6 +285,8 @@ ALL = (
     products,
     fp8_products,
     experts,
+    packed_products,
+    packed_experts,
     delta_net,
     sampling,
     filters,

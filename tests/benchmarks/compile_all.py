@@ -59,6 +59,11 @@ def variants() -> Iterator[Job]:
         yield "fp8_products", shape
     for tokens, dtype in product((1, 64, 512), DTYPES):
         yield "experts", Shape(dtype=dtype, tokens=tokens)
+    for dtype, bits, has_zeros in product(DTYPES, (4, 8), (False, True)):
+        shape = Shape(dtype=dtype, bits=bits, has_zeros=has_zeros)
+        yield "packed_products", shape
+        for tokens in (1, 64, 2048):
+            yield "packed_experts", replace(shape, tokens=tokens)
     yield "other_activations", launches.SHAPE
     yield "sums_over_ranks", replace(launches.SHAPE, num_ranks=8)
 

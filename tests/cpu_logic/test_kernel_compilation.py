@@ -28,6 +28,7 @@ from nanovllm.kernels.triton import decode_attention, prefill_attention
 
 FP8_CACHE = Shape(is_fp8_cache=True)
 LARGEST_TILES = Shape(torch.float32, head_dim=256)
+FP8_BLOCKS = Shape(is_fp8_weight=True, has_blocks=True)
 ATTENTION = (launches.decode, launches.SHAPE), (launches.prefill, launches.SHAPE)
 PLAN = {
     (8, 0): [(launches.decode, launches.SHAPE)],
@@ -38,6 +39,7 @@ PLAN = {
         *ATTENTION,
         (launches.products, launches.SHAPE),
         (launches.fp8_products, launches.SHAPE),
+        (launches.experts, FP8_BLOCKS),
     ],
     (10, 0): [*ATTENTION, (launches.experts, launches.SHAPE)],
     (12, 0): [*ATTENTION],

@@ -374,11 +374,11 @@ def _experts_kernel(
                     up_tile = tl.load(weight_pointers + WIDTH * K, mask=in_row, other=0.0)
             if BY_BLOCKS:
                 x_scale = along_tokens(tl.load(x_scale_pointers, mask=is_pair, other=0.0), SWAPPED)
-                zeros = tl.zeros_like(product)
-                of_block = multiply_add(x_tile, weight_tile, zeros, SWAPPED)
+                nothing = tl.zeros_like(product)
+                of_block = multiply_add(x_tile, weight_tile, nothing, SWAPPED)
                 product += of_block * (x_scale * tl.load(scale_pointer))
                 if GATED:
-                    of_block = multiply_add(x_tile, up_tile, zeros, SWAPPED)
+                    of_block = multiply_add(x_tile, up_tile, nothing, SWAPPED)
                     up_scale = tl.load(scale_pointer + WIDTH // FP8_BLOCK * blocks_of_row)
                     up += of_block * (x_scale * up_scale)
                 x_scale_pointers += stride_x_scales
