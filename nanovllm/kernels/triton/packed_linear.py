@@ -46,10 +46,10 @@ class PackedTile(NamedTuple):
 
 # Tokens, at most -> tile; see tests/benchmarks/bench_packed_linear.py. More tokens: cuBLAS.
 TILES = {
-    8: PackedTile(8, 32, 4, 2, 3, 6),
-    16: PackedTile(16, 64, 4, 4, 2, 4, 4),
-    32: PackedTile(32, 128, 2, 4, 3, 2),
-    64: PackedTile(64, 128, 1, 8, 3, 3),
+    8: PackedTile(8, 64, 2, 2, 4, 6),
+    16: PackedTile(16, 128, 2, 4, 3, 3, 4),
+    32: PackedTile(32, 128, 2, 8, 3, 2, 4),
+    64: PackedTile(64, 256, 1, 8, 3, 1),
     256: PackedTile(64, 128, 1, 8, 4, 1),
 }
 MAX_WORKSPACE = 2**26  # elements of a weight that are dequantised at a time
