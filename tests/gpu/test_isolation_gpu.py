@@ -115,6 +115,7 @@ def test_a_gpu_that_failed_ends_the_engine(model_dir):
     """No request is to blame, and nothing runs on that GPU in this process any more."""
     here = Path(__file__).parent
     paths = [str(folder) for folder in (here.parents[1], here.parent, here)]
+    paths += filter(None, [os.environ.get("PYTHONPATH")])
     result = subprocess.run(
         [sys.executable, "-c", LOST_DEVICE, str(model_dir)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
