@@ -110,7 +110,7 @@ class MultiprocExecutor(Executor):
             return
         if self.workers.is_broken:
             # What is in flight may wait for a rank that does not come, and dropping graphs for it.
-            self.model_runner.tp.abort()
+            self.workers.break_off()
         self.model_runner.drop_graphs()
         self.workers.close()
         super().close()

@@ -222,6 +222,17 @@ class WorkerGroup:
             time.sleep(0.01)
         return self._death
 
+    def break_off(self) -> None:
+        """Kill the workers, and end what rank 0 has in flight with them.
+
+        In this order: gloo lets go of a group only when a rank that does not come has ended.
+        """
+        with self._lock:
+            self._is_closing = True
+        self._kill()
+        if self.tp is not None:
+            self.tp.abort()
+
     def close(self) -> None:
         """End the workers, kindly unless they are broken, and leave the group. May be called again.
 
