@@ -78,7 +78,7 @@ def _check_block_size(name: str, value: Any) -> int:
 
 
 def _check_max_model_len(name: str, value: Any) -> int | None:
-    if value is None or value == "auto" or (isinstance(value, Integral) and value == -1):
+    if value is None or (isinstance(value, (str, Integral)) and value in ("auto", -1)):
         return None
     return readable(clamped(2)).run(name, value)  # a prompt of one token and a completion of one
 
