@@ -52,7 +52,7 @@ GROUP_PATTERNS = (
     ("experts", r"experts_kernel|^_route_kernel|^_sort_pairs_kernel"),
     (SAMPLER, r"sampl|^_(chunk|row|start|pass|finish)_"),
     ("row table", r"^_gather_kernel|^_write_back_kernel"),
-    (LINEARS, r"linear|gemm|gemv|nvjet|cutlass|xmma|splitk|cublas"),
+    (LINEARS, r"linear|dequantize|gemm|gemv|nvjet|cutlass|xmma|splitk|cublas"),
     ("copies", r"^mem(cpy|set)|copy_kernel"),
 )
 GROUPS = (

@@ -23,9 +23,7 @@ SECONDS = 1000  # for a machine on which everything is slow
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("size", "dtype"), [(2, "float32"), (2, "float16"), (3, "float32"), (4, "float16")]
-)
+@pytest.mark.parametrize(("size", "dtype"), [(2, "float16"), (3, "float32")])
 def test_ranks_sum_through_shared_memory(tmp_path, size, dtype):
     pytest.importorskip("triton", reason="triton is not installed")
     script = Path(__file__).with_name("peer_memory_rank.py")

@@ -73,8 +73,7 @@ def test_all_rows_and_the_json_line(tiny_dir, capsys):
 
 
 def step_counts(llm, workload: Workload) -> list[int]:
-    for prompt, params in zip(workload.prompts, workload.sampling_params, strict=True):
-        llm.add_request(prompt, params)
+    llm.enqueue(workload.prompts, workload.sampling_params, use_tqdm=False)
     counts = []
     while not llm.is_finished():
         counts.append(llm.step()[1])

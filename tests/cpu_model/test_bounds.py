@@ -142,7 +142,13 @@ CONFIG = {
         integer(1024, keeps=lambda n: min(int(n), 512 * 1024)), 16384
     ),
     "max_num_seqs": integer(1, (INT32 - 5) // 9 - 1),
-    "max_model_len": or_none(integer(2, keeps=lambda n: min(int(n), 2048)), 2048),
+    "max_model_len": or_none(
+        Row(
+            lambda n: is_integer(n) and (n == -1 or n >= 2),
+            lambda n: 2048 if n == -1 else min(int(n), 2048),
+        ),
+        2048,
+    ),
     "gpu_memory_utilization": number(lambda share: 0 < share <= 1),
     "cpu_offload_gb": number(lambda gib: 0 <= gib < math.inf),
     "tensor_parallel_size": integer(1, 1),
@@ -161,7 +167,7 @@ CONFIG = {
     "kv_cache_dtype": nothing,
     "watermark": number(lambda w: 0 <= w < math.inf, lambda w: min(w, float(INT32))),
     "enable_prefix_caching": or_none(boolean, True),
-    "enable_chunked_prefill": boolean,
+    "enable_chunked_prefill": or_none(boolean, False),
     "async_scheduling": boolean,
     "attention_backend": nothing,
     "dtype": nothing,
@@ -183,7 +189,7 @@ CONFIG = {
 NO_NUMBERS = {"model", "hf_overrides", "tokenizer", "chat_template", "generation_config"}
 NO_NUMBERS |= {"override_generation_config", "hf_config", "model_config", "eos_token_ids"}
 NO_NUMBERS |= {"override_generation_config", "hf_config", "eos_token_ids"}
-NO_NUMBERS |= {"record"}  # with the report
+NO_NUMBERS |= {"record", "profiler_config"}  # with the report, and with vLLM's parameters
 NO_NUMBERS |= {"pooler_config"}  # with heads
 
 

@@ -59,7 +59,7 @@ BAD_PROMPTS = [
     ([1.5], "1.5"),
     (None, "None"),
     ({"text": "x"}, "prompt_token_ids"),
-    ({"prompt": "x", "multi_modal_data": {}}, "multi_modal_data"),
+    ({"prompt": "x", "multi_modal_data": {"image": 1}}, "multi_modal_data"),
     ([7] * 800, "800 .*800"),
     ([7] * 770, "770 .*768"),
 ]
@@ -155,7 +155,7 @@ def test_requests_queued_before_a_wrong_call_go_on(tiny_dir, reference):
 BAD_ARGUMENTS = [
     ({"tensor_parallel_size": 3}, ArgumentError, r"tensor_parallel_size \(3\)"),
     ({"tensor_parallel_size": 2, "seed": 1.5}, ArgumentError, "seed"),
-    ({"tensor_parallel_size": 2, "block_size": 16}, ArgumentError, "kvcache_block_size"),
+    ({"tensor_parallel_size": 2, "block_size": 100}, ArgumentError, "kvcache_block_size"),
     ({"attention_backend": "flash-attn"}, ArgumentError, "flash-attn"),
     ({"num_kvcache_blocks": None, "kv_cache_memory_bytes": 10}, ArgumentError, "kv_cache_memory"),
     ({"worker_timeout": 0.5}, ArgumentError, "worker_timeout must be seconds between 1 and"),

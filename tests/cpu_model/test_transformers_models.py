@@ -211,14 +211,14 @@ def test_a_family_of_ours_that_lacks_a_feature_names_the_other_way(tmp_path):
     with pytest.raises(ArgumentError, match="supported: silu$"):
         engine(directory, model_impl="nanovllm")
     engine(directory, model_impl="transformers").exit()
-    edit_config(directory, quantization_config={"quant_method": "gptq"})
-    with pytest.raises(ArgumentError, match="'gptq' is not supported$"):
+    edit_config(directory, quantization_config={"quant_method": "hqq"})
+    with pytest.raises(ArgumentError, match="'hqq' is not supported"):
         engine(directory, model_impl="auto")
 
 
 def test_quantised_checkpoints_are_refused(tmp_path):
     saved(tmp_path, "OlmoForCausalLM")
-    edit_config(tmp_path, quantization_config={"quant_method": "gptq"})
+    edit_config(tmp_path, quantization_config={"quant_method": "hqq"})
     with pytest.raises(ArgumentError, match="quantization_config is not supported"):
         engine(tmp_path)
 
