@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels import cpu_attention, torch_ops
-from nanovllm.kernels.cpu_packed import PackedProducts
+from nanovllm.kernels.cpu_packed import PackedProducts, in_chunks
 from nanovllm.kernels.types import AttentionMetadata, KVCache, LinearOutput, summed
 
 FEW_TOKENS = 8
 ONEDNN_ELEMENTS = 2**20  # of a weight from which on oneDNN's product is worth its set-up
-CHUNK_ELEMENTS = 2**18  # of a weight that are float32 at a time: they stay in the cache
 # These processors have no bfloat16 arithmetic, and torch then multiplies by slow loops.
 CONVERTS_16_BITS = torch.backends.cpu.get_cpu_capability() == "AVX2"
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
@@ -54,7 +53,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         return _linear32(x, weight, bias)
     if num_tokens < FEW_TOKENS or not CONVERTS_16_BITS:
         return F.linear(x, weight, bias)
-    return _in_chunks(x, weight, x.new_empty(num_tokens, len(weight)), bias)
+    return in_chunks(x, weight.__getitem__, x.new_empty(num_tokens, len(weight)), bias)
 
 
 def _linear32(
@@ -70,19 +69,6 @@ def _linear32(
     return F.linear(x, weight, bias)
 
 
-def _in_chunks(
-    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """`linear` into `out` with float32 copies of some rows of the weight at a time."""
-    x32 = x.float()
-    rows = max(1, CHUNK_ELEMENTS // x.shape[1])
-    for begin in range(0, len(weight), rows):
-        part = slice(begin, begin + rows)
-        bias32 = None if bias is None else bias[part].float()
-        out[:, part] = F.linear(x32, weight[part].float(), bias32)
-    return out
-
-
 def vocab_linear(
     x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -92,7 +78,7 @@ def vocab_linear(
     if len(x) == 1 or (x.dtype != torch.float32 and len(x) < FEW_TOKENS):
         return torch.mm(x, weight.t(), out=out)
     if x.dtype != torch.float32 and CONVERTS_16_BITS:
-        return _in_chunks(x, weight, out)
+        return in_chunks(x, weight.__getitem__, out)
     return out.copy_(linear(x, weight))
 
 

@@ -1,5 +1,6 @@
 """Products with weights of 4 and 8 bits on the CPU, by torch's own kernels where they are fast."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -81,12 +82,25 @@ def _converted_linear(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """The product in float32 with some rows of the weight at a time, rounded to x's dtype."""
-    num_rows = len(weight.numbers)
-    x32, out = x.float(), x.new_empty(len(x), num_rows)
     in_order = replace(weight, order=None)  # as x is
+    out = x.new_empty(len(x), len(weight.numbers))
+    return in_chunks(x, lambda part: dequantize_packed(in_order.rows(part), x.dtype), out, bias)
+
+
+def in_chunks(
+    x: torch.Tensor,
+    rows_of: Callable[[slice], torch.Tensor],
+    out: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x [T, K] times a weight [N, K] into `out` [T, N], some of its rows in float32 at a time.
+
+    rows_of: gives some rows of the weight, in any dtype.
+    """
+    x32 = x.float()
     rows = max(1, CHUNK_ELEMENTS // x.shape[1])
-    for begin in range(0, num_rows, rows):
+    for begin in range(0, out.shape[1], rows):
         part = slice(begin, begin + rows)
-        values = dequantize_packed(in_order.rows(part), x.dtype).float()
-        out[:, part] = F.linear(x32, values, None if bias is None else bias[part].float())
+        bias32 = None if bias is None else bias[part].float()
+        out[:, part] = F.linear(x32, rows_of(part).float(), bias32)
     return out

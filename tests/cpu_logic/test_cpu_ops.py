@@ -58,7 +58,7 @@ def test_attention_reads_blocks_where_they_lie(extras, num_new, monkeypatch):
 @pytest.mark.parametrize("num_tokens", [1, 3, 9])
 def test_products_of_any_number_of_tokens(dtype, num_tokens, monkeypatch):
     monkeypatch.setattr(cpu_ops, "CONVERTS_16_BITS", True)
-    monkeypatch.setattr(cpu_ops, "CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr(cpu_packed, "CHUNK_ELEMENTS", 100)
     x, weight, bias = (torch.randn(n).to(dtype) for n in ((num_tokens, 16), (20, 16), (20,)))
     close = dict.fromkeys(("rtol", "atol"), 1e-5 if dtype == torch.float32 else 2**-7)
     expected = x.double() @ weight.double().t()
