@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import edit_config, save_model
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -18,3 +19,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if 0 < num_gpus < needed and item.get_closest_marker(marker):
                 reason = f"needs {needed} CUDA devices, found {num_gpus}"
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="module")
+def large_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 layers of 80 MB in bf16, 1.3 GB: a copy of one takes longer than its kernels."""
+    path = save_model(tmp_path_factory.mktemp("models") / "large")
+    edit_config(
+        path,
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=16,
+        layer_types=["full_attention"] * 16,
+        initializer_range=0.02,
+    )
+    return path

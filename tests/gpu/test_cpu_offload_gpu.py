@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import VOCAB_SIZE, edit_config, reference_greedy, save_family, save_model
+from tiny_models import VOCAB_SIZE, reference_greedy, save_family, save_model
 
 from nanovllm import LLM, SamplingParams
 
@@ -57,21 +57,6 @@ def model_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference(model_dir):
     return reference_greedy(model_dir, PROMPTS, MAX_TOKENS)
-
-
-@pytest.fixture(scope="module")
-def large_dir(tmp_path_factory):
-    """16 layers of 80 MB in bf16, 1.3 GB: a copy takes longer than a layer's kernels."""
-    path = save_model(tmp_path_factory.mktemp("models") / "large")
-    edit_config(
-        path,
-        hidden_size=2048,
-        intermediate_size=6144,
-        num_hidden_layers=16,
-        layer_types=["full_attention"] * 16,
-        initializer_range=0.02,
-    )
-    return path
 
 
 # Tokens

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import rank_functions
 import torch
-from tiny_models import VOCAB_SIZE, edit_config, reference_greedy, save_model
+from tiny_models import VOCAB_SIZE, reference_greedy, save_model
 from transformers import Qwen3ForCausalLM
 
 from nanovllm import LLM, SamplingParams
@@ -50,21 +50,6 @@ def model_dirs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def references(model_dirs):
     return [reference_greedy(path, PROMPTS, MAX_TOKENS) for path in model_dirs]
-
-
-@pytest.fixture(scope="module")
-def large_dir(tmp_path_factory):
-    """1.2 GB of random weights in bf16."""
-    path = save_model(tmp_path_factory.mktemp("models") / "large")
-    edit_config(
-        path,
-        hidden_size=2048,
-        intermediate_size=6144,
-        num_hidden_layers=16,
-        layer_types=["full_attention"] * 16,
-        initializer_range=0.02,
-    )
-    return path
 
 
 def engine(path, **kwargs):
