@@ -238,13 +238,17 @@ def available_gpu_bytes(
     return cache_bytes(total, utilization, free_at_start, held, peak_activation_bytes)
 
 
+def engine_share(total: int, utilization: float, free_at_start: int) -> int:
+    """What the engine may take of a GPU's `total` bytes: no more than was free before it began."""
+    return min(int(total * utilization), free_at_start)
+
+
 def cache_bytes(
     total: int, utilization: float, free_at_start: int, held: int, peak_activation_bytes: int
 ) -> int:
-    """What is left for the KV cache of the engine's share of a GPU.
+    """What is left for the KV cache of the `engine_share` of a GPU.
 
-    The share is `utilization` of its `total` bytes, and no more than was free before the weights,
-    `free_at_start`. `held` are the bytes of weights, tables and libraries.
+    held: the bytes of weights, tables and libraries.
     """
-    share = min(int(total * utilization), free_at_start)
+    share = engine_share(total, utilization, free_at_start)
     return share - held - peak_activation_bytes - RESERVED_GPU_BYTES

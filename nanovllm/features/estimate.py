@@ -9,7 +9,7 @@ import re
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -28,6 +28,7 @@ from nanovllm.engine.startup import (
     cache_bytes,
     choose_ops,
     decide_num_blocks,
+    engine_share,
     run_largest_decode,
     run_largest_prefill,
 )
@@ -188,7 +189,7 @@ def estimate(
         raise ArgumentError("device='cpu' takes no GPU memory, which is all that is estimated")
     result = dry_run(config, num_bytes, capability)
     advice = _advice(result, config, kwargs)
-    return MemoryEstimate(**{**vars(result), "advice": tuple(advice)})
+    return replace(result, advice=tuple(advice))
 
 
 def parse_bytes(value: int | str) -> int:
@@ -371,7 +372,7 @@ def dry_run(config: Config, gpu_memory: int, capability: tuple[int, int]) -> Mem
     result = MemoryEstimate(
         model=config.model,
         gpu_memory=gpu_memory,
-        share=min(int(gpu_memory * utilization), free),
+        share=engine_share(gpu_memory, utilization, free),
         capability=capability,
         weights=weights,
         tables=built - sum(weights.values()) - states,
@@ -391,7 +392,7 @@ def dry_run(config: Config, gpu_memory: int, capability: tuple[int, int]) -> Mem
     if problem is None and result.total > gpu_memory:  # blocks that were asked for
         over = (result.total - gpu_memory) / GIB
         problem = f"it would take {over:.2f} GiB more than there are"
-        result = MemoryEstimate(**{**vars(result), "problem": problem})
+        result = replace(result, problem=problem)
     return result
 
 
