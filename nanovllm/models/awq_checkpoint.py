@@ -22,7 +22,6 @@ from nanovllm.models.quantized_weight import (
     words_of,
 )
 
-SUFFIX = "qweight"
 ROWS = [0, 2, 4, 6, 1, 3, 5, 7]  # of the numbers in a word, from its lowest bits on
 
 

@@ -25,7 +25,6 @@ from nanovllm.models.quantized_weight import (
     words_of,
 )
 
-SUFFIX = "qweight"
 ONES = {4: 0x11111111, 8: 0x01010101}  # a one in each number of a word
 
 
