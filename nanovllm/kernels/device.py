@@ -19,6 +19,14 @@ class DeviceLimits:
     num_sms: int  # streaming multiprocessors
     shared_memory: int  # bytes that a program may ask for
 
+    @property
+    def has_tensor_memory(self) -> bool:
+        """Whether matrix instructions take operands from, and sum in, 512 columns of their own.
+
+        That is compute capability 10.x: "Tensor Memory" in NVIDIA's PTX ISA.
+        """
+        return self.capability[0] == 10
+
 
 INTERPRETER = DeviceLimits((0, 0), 1, sys.maxsize)
 

@@ -24,17 +24,19 @@ from kernel_compilation import (
 )
 from kernel_launches import Shape, launch
 
-from nanovllm.kernels.triton import decode_attention, prefill_attention
+from nanovllm.kernels.device import DeviceLimits
+from nanovllm.kernels.triton import decode_attention, moe, packed_linear, prefill_attention
 
 FP8_CACHE = Shape(is_fp8_cache=True)
 LARGEST_TILES = Shape(torch.float32, head_dim=256)
+LARGEST_FP8_CACHE = Shape(torch.float32, head_dim=256, is_fp8_cache=True)
 FP8_BLOCKS = Shape(is_fp8_weight=True, has_blocks=True)
 ATTENTION = (launches.decode, launches.SHAPE), (launches.prefill, launches.SHAPE)
 PLAN = {
     (8, 0): [(launches.decode, launches.SHAPE)],
     (8, 6): [(function, launches.SHAPE) for function in launches.ALL]
     + [(launches.decode, LARGEST_TILES)],
-    (8, 9): [(launches.decode, FP8_CACHE)],
+    (8, 9): [(launches.decode, FP8_CACHE), (launches.decode, LARGEST_FP8_CACHE)],
     (9, 0): [
         *ATTENTION,
         (launches.products, launches.SHAPE),
@@ -120,7 +122,7 @@ def test_tensor_memory_has_a_limit():
     assert "a.kernel on 10.0" in str(larger.problem())
 
 
-ITEMSIZES = ((2, 2), (4, 4), (2, 1))  # of queries and of the cache
+ITEMSIZES = ((2, 2), (4, 4), (2, 1), (4, 1))  # of queries and of the cache
 SIZES = list(itertools.product((16, 32, 64, 128), (16, 32), (16, 64, 128, 256), ITEMSIZES))
 
 
@@ -132,11 +134,27 @@ def choose(size, shared_memory):
 def test_decode_attention_keeps_its_tiles_where_there_is_room():
     """As they were tuned: so many bytes of keys and values in flight, and no other limit."""
     for size in SIZES:
-        tile, _, dim, (_, itemsize) = size
+        tile, group, dim, itemsizes = size
+        itemsize = itemsizes[1]
         if tile == 128 and itemsize > 1:
             continue  # only an fp8 cache has tiles of 128
+        if (tile, group, dim, itemsizes) == (128, 32, 256, (4, 1)):
+            continue  # has room for half of it
         stages = max(2, min(6, 6 * 32768 // (2 * tile * dim * itemsize)))
         assert choose(size, SHARED_MEMORY[9, 0]) == (tile, stages)
+
+
+def test_packed_weights_fit_tensor_memory():
+    """Where there is one: what was compiled with every tile stays the same elsewhere."""
+    blackwell, hopper = (DeviceLimits((major, 0), 132, SHARED_MEMORY[9, 0]) for major in (10, 9))
+    for most, tile in packed_linear.TILES.items():
+        assert packed_linear.choose_tile(most, torch.bfloat16, hopper) == tile
+        smaller = packed_linear.choose_tile(most, torch.bfloat16, blackwell)
+        assert smaller == tile._replace(block_n=min(tile.block_n, 64))
+    many = 128 * 1000
+    assert moe.choose_tiles(many, 128, torch.uint8, hopper).down.block_m == 128
+    assert moe.choose_tiles(many, 128, torch.uint8, blackwell).down.block_m == 64
+    assert moe.choose_tiles(many, 128, torch.bfloat16, blackwell).down.block_m == 128
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

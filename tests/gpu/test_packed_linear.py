@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels import torch_ops
+from nanovllm.kernels.device import device_limits
 from nanovllm.kernels.triton.moe import experts
 from nanovllm.kernels.triton.packed_linear import (
     TILES,
@@ -90,9 +91,10 @@ def test_choice_and_order(dtype: torch.dtype, monkeypatch) -> None:
             product = summed(packed_linear(x, weight, bias))
             expected = exact(x, weight, bias).to(dtype)
             torch.testing.assert_close(product, expected, rtol=1e-2, atol=2e-2)
-    assert choose_tile(1, 1024, 512, torch.bfloat16) is not None
-    assert choose_tile(1, 1024, 512, torch.float32) is None
-    assert choose_tile(100_000, 1024, 512, torch.bfloat16) is None
+    limits = device_limits(x.device)
+    assert choose_tile(1, torch.bfloat16, limits) is not None
+    assert choose_tile(1, torch.float32, limits) is None
+    assert choose_tile(100_000, torch.bfloat16, limits) is None
 
 
 def test_every_element_is_written() -> None:

@@ -428,12 +428,16 @@ def shared_bytes(
     """The shared memory that Triton gives `_decode_kernel`, rounded up a little.
 
     That is the keys and values of the tiles in flight (with the scales of an fp8 cache), the
-    group's queries and its p. Half of the stages but the first are the block table's.
+    group's queries, and its p or a tile of fp8 that becomes float32. Half of the stages but the
+    first are the block table's.
     """
     scale_bytes = 2 * 4 if cache_itemsize == 1 else 0
     in_flight = max(1, (num_stages - 1) // 2)
     tiles = in_flight * tile * (2 * padded_dim * cache_itemsize + scale_bytes)
-    return tiles + padded_group * (padded_dim + tile) * query_itemsize + OTHER_SHARED_BYTES
+    queries = padded_group * padded_dim * query_itemsize
+    p = padded_group * tile * query_itemsize
+    widened = tile * padded_dim * 4 if (query_itemsize, cache_itemsize) == (4, 1) else 0
+    return tiles + queries + max(p, widened) + OTHER_SHARED_BYTES
 
 
 def choose_tile_and_stages(

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from nanovllm.kernels.device import INTERPRETER, DeviceLimits, device_limits
 from nanovllm.kernels.triton.fp8_linear import quantize_rows
 from nanovllm.kernels.triton.launch import await_previous, jit, overlap_options
 from nanovllm.kernels.triton.linear import load_summed, parts_of
@@ -81,15 +82,21 @@ PACKED_TILES = {
     80: Tiles(Tile(64, 64, 128, 4, 3), Tile(64, 64, 128, 4, 3)),
     float("inf"): Tiles(Tile(128, 64, 128, 8, 3), Tile(128, 128, 128, 8, 3)),
 }
+MAX_PAIRS_IN_TENSOR_MEMORY = 80  # packed weights in the larger tiles ask for more than there is
 FLOAT32_TILES = Tiles(Tile(16, 32, 32, 4, 3), Tile(16, 64, 32, 4, 3))
 
 
-def choose_tiles(num_pairs: int, num_experts: int, dtype: torch.dtype) -> Tiles:
+def choose_tiles(
+    num_pairs: int, num_experts: int, dtype: torch.dtype, limits: DeviceLimits = INTERPRETER
+) -> Tiles:
     """The tiles for so many pairs of tokens and experts, with weights of `dtype`."""
     if dtype == torch.float32:
         return FLOAT32_TILES
+    mean_pairs = num_pairs / num_experts
+    if dtype == torch.uint8 and limits.has_tensor_memory:
+        mean_pairs = min(mean_pairs, MAX_PAIRS_IN_TENSOR_MEMORY)
     table = {FP8_DTYPE: FP8_TILES, torch.uint8: PACKED_TILES}.get(dtype, TILES)
-    return next(tiles for most, tiles in table.items() if num_pairs / num_experts <= most)
+    return next(tiles for most, tiles in table.items() if mean_pairs <= most)
 
 
 def dtype_of(weight: torch.Tensor | PackedWeight) -> torch.dtype:
@@ -581,7 +588,9 @@ def experts(
     num_pairs = num_tokens * num_experts_per_tok
     if tiles is None and x.dtype == torch.float32:
         tiles = FLOAT32_TILES
-    tiles = tiles or choose_tiles(num_pairs, num_experts, dtype_of(gate_up_weight))
+    if tiles is None:
+        limits = device_limits(x.device)
+        tiles = choose_tiles(num_pairs, num_experts, dtype_of(gate_up_weight), limits)
     routing = route(router_logits, num_experts_per_tok, norm_topk_prob, tiles.gate_up.block_m)
     rest = routing, num_experts, num_experts_per_tok
     size = gate_up_weight.shape[0] // num_experts // 2

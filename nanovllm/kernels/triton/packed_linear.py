@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from nanovllm.kernels.device import DeviceLimits, device_limits
 from nanovllm.kernels.triton.launch import (
     await_previous,
     jit,
@@ -52,6 +53,8 @@ TILES = {
     64: PackedTile(64, 256, 1, 8, 3, 1),
     256: PackedTile(64, 128, 1, 8, 4, 1),
 }
+# Unpacked numbers lie in tensor memory, where there is one. With zeros Triton 3.6 fills all of it.
+MAX_ROWS_IN_TENSOR_MEMORY = 64
 MAX_WORKSPACE = 2**26  # elements of a weight that are dequantised at a time
 DEQUANTIZE_ROWS, DEQUANTIZE_COLUMNS = 16, 512  # of a program
 LINE = tl.constexpr(64)  # int16 that are fetched at a time
@@ -564,11 +567,14 @@ def multiply_dequantized(
 # The choice
 
 
-def choose_tile(num_tokens: int, n: int, k: int, dtype: torch.dtype) -> PackedTile | None:
+def choose_tile(num_tokens: int, dtype: torch.dtype, limits: DeviceLimits) -> PackedTile | None:
     """The tile of `multiply`, or None: dequantise for cuBLAS."""
     if dtype == torch.float32:
         return None
-    return next((tile for most, tile in TILES.items() if num_tokens <= most), None)
+    tile = next((tile for most, tile in TILES.items() if num_tokens <= most), None)
+    if tile and limits.has_tensor_memory:
+        return tile._replace(block_n=min(tile.block_n, MAX_ROWS_IN_TENSOR_MEMORY))
+    return tile
 
 
 def packed_linear(
@@ -579,6 +585,6 @@ def packed_linear(
         x = x.index_select(1, weight.order)
     if len(x) == 0:
         return x.new_empty(0, weight.shape[0])
-    if tile := choose_tile(len(x), *weight.shape, x.dtype):
+    if tile := choose_tile(len(x), x.dtype, device_limits(x.device)):
         return multiply(x, weight, bias, tile)
     return multiply_dequantized(x, weight, bias)
