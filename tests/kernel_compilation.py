@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
+from triton.experimental.gluon.nvidia import hopper
 from triton.runtime import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -173,9 +174,8 @@ class Pointer:
 def as_argument(value: Any) -> Any:
     if isinstance(value, FakeTensor):
         return Pointer(value)
-    if isinstance(value, TensorDescriptor):
-        tile = value.shape, value.strides, value.block_shape
-        return TensorDescriptor(Pointer(value.base), *tile)
+    if isinstance(value, (TensorDescriptor, hopper.TensorDescriptor)):
+        return replace(value, base=Pointer(value.base))
     return value
 
 

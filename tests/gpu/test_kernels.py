@@ -210,6 +210,33 @@ def test_prefill_attention_other_shapes(block_size, heads, lens):
     check_attention(OPS.attend, args)
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("heads", ((16, 8, 128), (4, 4, 64), (24, 2, 128)))
+def test_prefill_attention_in_three_roles(heads, dtype, monkeypatch):
+    """The kernel with a copying warp computes what the other one does, each time the same.
+
+    A lost or early barrier would show as a difference in one of the repetitions.
+    """
+    if torch.cuda.get_device_capability(DEVICE)[0] != 9:
+        pytest.skip("needs compute capability 9.0")
+    args = prefill_args(LENS_Q, LENS_K, 256, heads, dtype)
+    expected = triton_prefill_attention.prefill_attention(*args, use_tensor_descriptors=True)
+    hopper_prefill = triton_prefill_attention.hopper_prefill
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return kernel(*args)
+
+    kernel = hopper_prefill.hopper_prefill
+    monkeypatch.setattr(hopper_prefill, "hopper_prefill", counted)
+    results = [OPS.attend(*args) for _ in range(50)]
+    assert len(calls) == 50
+    assert all(torch.equal(result, results[0]) for result in results)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(results[0], expected, rtol=2 * eps, atol=eps)
+
+
 def test_flash_attn_agrees():
     pytest.importorskip("flash_attn", reason="flash_attn is not installed", exc_type=ImportError)
     flash = select_ops("flash-attn", DEVICE, torch.bfloat16, 128, compile_torch_ops=False)

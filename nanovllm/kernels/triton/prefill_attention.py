@@ -4,6 +4,7 @@ A program owns BLOCK_M consecutive queries of one head of one sequence and walks
 of which (a cached prefix and the new tokens alike) are read back from the cache by pages. Tiles of
 keys that every query sees come first and need no mask; the tiles on the diagonal follow. On Hopper
 `_attend_by_bulk_copies` does the walk; `_attend` does it elsewhere, for float32 and an fp8 cache.
+Hopper's plain case has a kernel of its own: hopper_prefill.py.
 
 In a layer with a window the walk begins at the first tile that one of the queries sees, and the
 tiles that not all of them see, at its begin too, have a mask.
@@ -15,6 +16,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanovllm.kernels import types
+from nanovllm.kernels.triton import hopper_prefill
 from nanovllm.kernels.triton.attention_scores import (
     LARGEST,
     check_sinks,
@@ -328,8 +330,8 @@ def prefill_attention(
 ) -> torch.Tensor:
     """query [T, Hq, D] -> [T, Hq, D]; see `Ops.attend`. FlashAttention-2 (Dao 2023).
 
-    On Hopper, keys and values come by bulk tensor copies instead of pointers, unless the cache is
-    fp8.
+    On Hopper `hopper_prefill` computes what it takes, without window, soft cap and sinks. Else keys
+    and values come by bulk tensor copies there instead of pointers, unless the cache is fp8.
     `config` = (BLOCK_M, BLOCK_N, warps, stages) and `use_tensor_descriptors` override the choice.
     """
     key_cache, value_cache, key_scales, value_scales = cache
@@ -345,6 +347,10 @@ def prefill_attention(
     scale_log2, tanh_scale = score_scales(scale, softcap)
     if window is not None and window >= metadata.max_seqlen_k:
         window = None  # it cuts no sequence
+    is_plain = window is None and softcap is None and sinks is None
+    has_choice = config is None and use_tensor_descriptors is None
+    if is_plain and has_choice and hopper_prefill.takes(query, cache):
+        return hopper_prefill.hopper_prefill(query, cache, metadata, scale_log2)
     if config is None:
         hopper_configs = HOPPER_CONFIGS if key_scales is None else HOPPER_FP8_CONFIGS
         configs = hopper_configs if is_hopper(query.device) else HALF_CONFIGS

@@ -1,0 +1,426 @@
+"""Causal paged attention for Hopper, in Gluon: one warp copies, two warpgroups compute.
+
+FlashAttention-3 (Shah et al. 2024) with pages. As many programs as there are multiprocessors take
+items of work in turn. An item is 128 consecutive queries of one head of one sequence, 64 for each
+warpgroup. The copying warp brings the item's queries, then tile after tile of keys and values, by
+bulk tensor copies into a ring of shared memory, and runs ahead into the next item. A warpgroup
+starts the product of its queries with the keys of a tile, beside it the product of the last tile's
+p with its values, and computes the softmax while the latter runs.
+
+Every buffer in shared memory has two barriers: "full" when its bytes are there, "free" when all who
+read it are done. The n-th use of a barrier completes its n-th phase, and one waits for a phase by
+its parity. A new barrier counts as if the phase before the first had completed.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from nanovllm.kernels.triton.launch import is_hopper, num_multiprocessors
+from nanovllm.kernels.types import KVCache, PrefillMetadata
+
+BLOCK_M = 64  # queries of a warpgroup
+BLOCK_N = 128  # keys of a tile
+NUM_STAGES = 2  # tiles of keys, and of values, in the ring
+# Of a thread of a computing warpgroup, and of the copying one: 504 for the three roles.
+COMPUTING_REGISTERS, COPYING_REGISTERS = 240, 24
+HEAD_DIMS = (64, 128)
+DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+# Triton 3.8 has another name for it than 3.6 and 3.7.
+start_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
+
+@gluon.jit
+def _number_of_item(turn):
+    """The item that this program takes in its turn; every other round goes backwards.
+
+    Items are in the order of falling work, so each program gets about as much as any other.
+    """
+    num_programs, program = gl.num_programs(0), gl.program_id(0)
+    return turn * num_programs + gl.where(turn % 2 == 0, program, num_programs - 1 - program)
+
+
+@gluon.jit
+def _item(
+    number,
+    work,  # cu_seqlens_q, cu_seqlens_k, num_seqs, most items of a head of a sequence
+    NUM_HEADS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):
+    """Where an item's queries and keys are; no tiles if there is nothing to do.
+
+    The last queries of a sequence, which see the most keys, come first.
+    """
+    cu_seqlens_q, cu_seqlens_k, num_seqs, most_items = work
+    num_items = NUM_HEADS * num_seqs * most_items
+    number_in_range = gl.minimum(number, num_items - 1)
+    head = number_in_range % NUM_HEADS
+    seq = number_in_range // NUM_HEADS % num_seqs
+    q_begin = gl.load(cu_seqlens_q + seq)
+    len_q = gl.load(cu_seqlens_q + seq + 1) - q_begin
+    len_k = gl.load(cu_seqlens_k + seq + 1) - gl.load(cu_seqlens_k + seq)
+    place = number_in_range // NUM_HEADS // num_seqs
+    first_row = (gl.cdiv(len_q, 2 * BLOCK_M) - 1 - place) * (2 * BLOCK_M)
+    num_cached = len_k - len_q
+    end = gl.minimum(len_k, num_cached + first_row + 2 * BLOCK_M)
+    is_item = (first_row >= 0) & (number < num_items)
+    num_tiles = gl.where(is_item, gl.cdiv(end, BLOCK_N), 0)
+    return head, seq, q_begin, len_q, num_cached, first_row, num_tiles
+
+
+@gluon.jit
+def _copy(
+    tiles,  # the descriptors of queries, keys and values
+    query_buffers,  # both halves' queries, full, free
+    ring,  # keys, full, free; values, full, free
+    block_tables,
+    stride_table,
+    work,  # of `_item`
+    NUM_HEADS: gl.constexpr,
+    GROUP: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """The copying warp: the queries, keys and values of all of this program's items."""
+    query_tiles, key_tiles, value_tiles = tiles
+    queries, query_full, query_free = query_buffers
+    keys, key_full, key_free, values, value_full, value_free = ring
+    num_items = NUM_HEADS * work[2] * work[3]
+    items_done = 0
+    tiles_done = 0
+    for turn in range(gl.cdiv(num_items, gl.num_programs(0))):
+        head, seq, q_begin, _len_q, _num_cached, first_row, num_tiles = _item(
+            _number_of_item(turn), work, NUM_HEADS, BLOCK_M, BLOCK_N
+        )
+        if num_tiles > 0:
+            for half in gl.static_range(2):
+                full = query_full.index(half)
+                mbarrier.wait(query_free.index(half), (items_done + 1) & 1)
+                mbarrier.expect(full, query_tiles.block_type.nbytes)
+                # Rows past the sequence are others' queries, or zeros: nothing is stored of them.
+                place = [q_begin + first_row + half * BLOCK_M, head * HEAD_DIM]
+                start_copy(query_tiles, place, full, queries.index(half))
+            items_done += 1
+            table = block_tables + seq.to(gl.int64) * stride_table
+            column = head // GROUP * HEAD_DIM
+            for tile in range(num_tiles):
+                stage, parity = tiles_done % STAGES, (tiles_done // STAGES + 1) & 1
+                tiles_done += 1
+                start = tile * BLOCK_N
+                # The last tile may reach past the context: what lies there is finite, and p is 0.
+                slot = gl.load(table + start // BLOCK_SIZE) * BLOCK_SIZE + start % BLOCK_SIZE
+                place = [slot, column]
+                full = key_full.index(stage)
+                mbarrier.wait(key_free.index(stage), parity)
+                mbarrier.expect(full, key_tiles.block_type.nbytes)
+                start_copy(key_tiles, place, full, keys.index(stage))
+                full = value_full.index(stage)
+                mbarrier.wait(value_free.index(stage), parity)
+                mbarrier.expect(full, value_tiles.block_type.nbytes)
+                start_copy(value_tiles, place, full, values.index(stage))
+
+
+@gluon.jit
+def _start_scores(queries, keys, key_full, tile, STAGES: gl.constexpr, layout: gl.constexpr):
+    """The product of the queries with the n-th tile of keys, which goes on meanwhile."""
+    BLOCK_M: gl.constexpr = queries.shape[0]
+    BLOCK_N: gl.constexpr = keys.shape[1]
+    stage = tile % STAGES
+    mbarrier.wait(key_full.index(stage), (tile // STAGES) & 1)
+    transposed = keys.index(stage).permute((1, 0))
+    zeros = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout)
+    return warpgroup_mma(queries, transposed, zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _start_sums(p, values, value_full, tile, acc, STAGES: gl.constexpr):
+    """acc + the product of p with the n-th tile of values, which goes on meanwhile."""
+    stage = tile % STAGES
+    mbarrier.wait(value_full.index(stage), (tile // STAGES) & 1)
+    return warpgroup_mma(p, values.index(stage), acc, is_async=True)
+
+
+@gluon.jit
+def _masked(scores, start, q_pos, layout: gl.constexpr):
+    """-inf for the keys from `start` on that are behind their query."""
+    BLOCK_N: gl.constexpr = scores.shape[1]
+    token = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
+    return gl.where((start + token)[None, :] <= q_pos[:, None], scores, float("-inf"))
+
+
+@gluon.jit
+def _softmax(scores, running_max, running_sum, scale_log2):
+    """A step of the online softmax: scores [BLOCK_M, BLOCK_N] -> p of the same shape.
+
+    Also the factor for everything summed up before, and the new running maximum and sum.
+    """
+    new_max = gl.maximum(running_max, gl.max(scores, axis=1) * scale_log2)
+    correction = gl.exp2(running_max - new_max)
+    p = gl.exp2(scores * scale_log2 - new_max[:, None])
+    return p, correction, new_max, running_sum * correction + gl.sum(p, axis=1)
+
+
+@gluon.jit
+def _walk(
+    state,  # sums, running maximum and sum of p, and p of the tile before `first`
+    item,  # of the warpgroup: queries, ring, tiles done before, positions of queries, scale
+    first,
+    last,
+    MASKED: gl.constexpr,
+    STAGES: gl.constexpr,
+    scores_layout: gl.constexpr,
+    p_layout: gl.constexpr,
+):
+    """The item's tiles [first, last): each one's scores, and the sums of the one before."""
+    acc, running_max, running_sum, p = state
+    queries, ring, tiles_done, q_pos, scale_log2 = item
+    keys, key_full, key_free, values, value_full, value_free = ring
+    for tile in range(first, last):
+        number = tiles_done + tile
+        scores = _start_scores(queries, keys, key_full, number, STAGES, scores_layout)
+        acc = _start_sums(p, values, value_full, number - 1, acc, STAGES)
+        scores = warpgroup_mma_wait(1, [scores])
+        mbarrier.arrive(key_free.index(number % STAGES))
+        if MASKED:
+            scores = _masked(scores, tile * keys.shape[1], q_pos, scores_layout)
+        new_p, correction, running_max, running_sum = _softmax(
+            scores, running_max, running_sum, scale_log2
+        )
+        acc, p = warpgroup_mma_wait(0, [acc, p])  # p's registers are read until then
+        mbarrier.arrive(value_free.index((number - 1) % STAGES))
+        acc = acc * gl.convert_layout(correction, gl.SliceLayout(1, acc.type.layout))[:, None]
+        p = gl.convert_layout(new_p.to(p.dtype), p_layout)
+    return acc, running_max, running_sum, p
+
+
+@gluon.jit
+def _compute(
+    out,
+    query_buffer,  # the half of this warpgroup
+    ring,
+    work,
+    scale_log2,
+    HALF: gl.constexpr,
+    NUM_HEADS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """A computing warpgroup: its half of all of this program's items."""
+    queries, query_full, query_free = query_buffer
+    keys, key_full, key_free, values, value_full, value_free = ring
+    BLOCK_M: gl.constexpr = queries.shape[0]
+    HEAD_DIM: gl.constexpr = queries.shape[1]
+    BLOCK_N: gl.constexpr = keys.shape[1]
+    dtype: gl.constexpr = queries.dtype
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
+    rows_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
+    # 16 bytes of a row for each thread.
+    out_layout: gl.constexpr = gl.BlockedLayout(
+        [1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0]
+    )
+    num_items = NUM_HEADS * work[2] * work[3]
+    items_done = 0
+    tiles_done = 0
+    head, _seq, q_begin, len_q, num_cached, first_row, num_tiles = _item(
+        _number_of_item(0), work, NUM_HEADS, BLOCK_M, BLOCK_N
+    )
+    for turn in range(gl.cdiv(num_items, gl.num_programs(0))):
+        # What the next item is must not be waited for when this one is done.
+        following = _item(_number_of_item(turn + 1), work, NUM_HEADS, BLOCK_M, BLOCK_N)
+        if num_tiles > 0:
+            first_row += HALF * BLOCK_M
+            q_pos = num_cached + first_row + gl.arange(0, BLOCK_M, layout=rows_layout)
+            mbarrier.wait(query_full, items_done & 1)
+            scores = _start_scores(queries, keys, key_full, tiles_done, STAGES, scores_layout)
+            scores = warpgroup_mma_wait(0, [scores])
+            mbarrier.arrive(key_free.index(tiles_done % STAGES))
+            # Every query sees key 0: no row of the first tile is masked as a whole.
+            scores = _masked(scores, 0, q_pos, scores_layout)
+            running_max = gl.full([BLOCK_M], float("-inf"), gl.float32, rows_layout)
+            running_sum = gl.zeros([BLOCK_M], gl.float32, rows_layout)
+            acc = gl.zeros([BLOCK_M, HEAD_DIM], gl.float32, acc_layout)
+            first_p, _correction, running_max, running_sum = _softmax(
+                scores, running_max, running_sum, scale_log2
+            )
+            p = gl.convert_layout(first_p.to(dtype), p_layout)
+            # Up to its own position every row sees all keys. The tiles behind are the diagonal's.
+            num_unmasked = gl.minimum((num_cached + first_row + 1) // BLOCK_N, num_tiles)
+            num_unmasked = gl.maximum(num_unmasked, 1)
+            state = (acc, running_max, running_sum, p)
+            item = (queries, ring, tiles_done, q_pos, scale_log2)
+            state = _walk(state, item, 1, num_unmasked, False, STAGES, scores_layout, p_layout)
+            acc, running_max, running_sum, p = _walk(
+                state, item, num_unmasked, num_tiles, True, STAGES, scores_layout, p_layout
+            )
+            mbarrier.arrive(query_free)
+            items_done += 1
+            tiles_done += num_tiles
+            acc = _start_sums(p, values, value_full, tiles_done - 1, acc, STAGES)
+            acc, p = warpgroup_mma_wait(0, [acc, p])
+            mbarrier.arrive(value_free.index((tiles_done - 1) % STAGES))
+            acc = acc / gl.convert_layout(running_sum, gl.SliceLayout(1, acc_layout))[:, None]
+            row = first_row + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, out_layout))
+            dim = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, out_layout))
+            out_row = ((q_begin + row).to(gl.int64) * NUM_HEADS + head) * HEAD_DIM
+            values_of_rows = gl.convert_layout(acc.to(dtype), out_layout)
+            mask = (row < len_q)[:, None]
+            gl.store(out + out_row[:, None] + dim[None, :], values_of_rows, mask=mask)
+        head, _seq, q_begin, len_q, num_cached, first_row, num_tiles = following
+
+
+# Tables and lengths may be slices of one packed buffer: no recompilation for their alignment.
+@gluon.jit(
+    do_not_specialize=["num_seqs", "most_items", "stride_table"],
+    do_not_specialize_on_alignment=["block_tables", "cu_seqlens_q", "cu_seqlens_k"],
+)
+def _hopper_prefill_kernel(
+    out,  # [T, NUM_HEADS, HEAD_DIM]
+    query_tiles,  # [T, NUM_HEADS * HEAD_DIM], tensor descriptor of [BLOCK_M, HEAD_DIM]
+    key_tiles,  # the caches as [num_slots, Hkv * HEAD_DIM], of [BLOCK_N, HEAD_DIM]
+    value_tiles,
+    block_tables,  # [num_seqs, W] int32
+    cu_seqlens_q,  # [num_seqs + 1] int32
+    cu_seqlens_k,
+    num_seqs,
+    most_items,
+    scale_log2,  # of `score_scales`
+    stride_table,
+    NUM_HEADS: gl.constexpr,
+    GROUP: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    COMPUTING_REGISTERS: gl.constexpr,
+    COPYING_REGISTERS: gl.constexpr,
+):
+    dtype: gl.constexpr = key_tiles.dtype
+    barriers: gl.constexpr = mbarrier.MBarrierLayout()
+    queries = gl.allocate_shared_memory(dtype, [2, BLOCK_M, HEAD_DIM], query_tiles.layout)
+    keys = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], key_tiles.layout)
+    values = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], value_tiles.layout)
+    query_full = gl.allocate_shared_memory(gl.int64, [2, 1], barriers)
+    query_free = gl.allocate_shared_memory(gl.int64, [2, 1], barriers)
+    key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
+    key_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
+    value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
+    value_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
+    for half in gl.static_range(2):
+        mbarrier.init(query_full.index(half), count=1)
+        mbarrier.init(query_free.index(half), count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(key_full.index(stage), count=1)
+        mbarrier.init(key_free.index(stage), count=2)  # both warpgroups read each tile
+        mbarrier.init(value_full.index(stage), count=1)
+        mbarrier.init(value_free.index(stage), count=2)
+    ring = (keys, key_full, key_free, values, value_full, value_free)
+    work = (cu_seqlens_q, cu_seqlens_k, num_seqs, most_items)
+    first_half = (queries.index(0), query_full.index(0), query_free.index(0))
+    second_half = (queries.index(1), query_full.index(1), query_free.index(1))
+    both_halves = (queries, query_full, query_free)
+    tiles = (query_tiles, key_tiles, value_tiles)
+    gl.warp_specialize(
+        [
+            (_compute, (out, first_half, ring, work, scale_log2, 0, NUM_HEADS, STAGES)),
+            (_compute, (out, second_half, ring, work, scale_log2, 1, NUM_HEADS, STAGES)),
+            (
+                _copy,
+                (
+                    tiles,
+                    both_halves,
+                    ring,
+                    block_tables,
+                    stride_table,
+                    work,
+                    NUM_HEADS,
+                    GROUP,
+                    HEAD_DIM,
+                    BLOCK_SIZE,
+                    BLOCK_M,
+                    BLOCK_N,
+                    STAGES,
+                ),
+            ),
+        ],
+        [4, 1],  # warps of the second and the third
+        [COMPUTING_REGISTERS, COPYING_REGISTERS],
+    )
+
+
+def takes(query: torch.Tensor, cache: KVCache) -> bool:
+    """Whether `hopper_prefill` computes queries [T, Hq, D] over this cache."""
+    return (
+        is_hopper(query.device)
+        and query.dtype in DTYPES
+        and cache.key_scales is None
+        and query.shape[2] in HEAD_DIMS
+        and cache.key.shape[1] % BLOCK_N == 0
+    )
+
+
+def _tiles(tensor: torch.Tensor, num_columns: int, rows: int, head_dim: int) -> Any:
+    """A tensor descriptor of tiles [rows, head_dim] of a tensor [N, ...] with contiguous rows."""
+    layout = gl.NVMMASharedLayout.get_default_for([rows, head_dim], DTYPES[tensor.dtype])
+    strides = [tensor.stride(0), 1]
+    return TensorDescriptor(
+        tensor, [tensor.shape[0], num_columns], strides, [rows, head_dim], layout
+    )
+
+
+def hopper_prefill(
+    query: torch.Tensor, cache: KVCache, metadata: PrefillMetadata, scale_log2: float
+) -> torch.Tensor:
+    """query [T, Hq, D] -> [T, Hq, D] as `prefill_attention`, for what `takes` allows."""
+    num_tokens, num_heads, head_dim = query.shape
+    block_size, num_kv_heads = cache.key.shape[1:3]
+    assert query.stride(1) == head_dim and query.stride(2) == 1
+    assert cache.key.is_contiguous() and cache.value.is_contiguous()
+    out = torch.empty((num_tokens, num_heads, head_dim), dtype=query.dtype, device=query.device)
+    width = num_kv_heads * head_dim
+    key_tiles, value_tiles = (
+        _tiles(part.view(-1, width), width, BLOCK_N, head_dim) for part in (cache.key, cache.value)
+    )
+    most_items = triton.cdiv(metadata.max_seqlen_q, 2 * BLOCK_M)
+    num_seqs = metadata.cu_seqlens_q.shape[0] - 1
+    num_items = num_heads * num_seqs * most_items
+    _hopper_prefill_kernel[(min(num_multiprocessors(query.device), num_items),)](
+        out,
+        _tiles(query, num_heads * head_dim, BLOCK_M, head_dim),
+        key_tiles,
+        value_tiles,
+        metadata.block_tables,
+        metadata.cu_seqlens_q,
+        metadata.cu_seqlens_k,
+        num_seqs,
+        most_items,
+        scale_log2,
+        metadata.block_tables.stride(0),
+        NUM_HEADS=num_heads,
+        GROUP=num_heads // num_kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        STAGES=NUM_STAGES,
+        COMPUTING_REGISTERS=COMPUTING_REGISTERS,
+        COPYING_REGISTERS=COPYING_REGISTERS,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    return out
