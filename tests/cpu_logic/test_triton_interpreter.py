@@ -1,7 +1,8 @@
 """Runs the files of checks under Triton's interpreter, which needs no GPU.
 
-Triton reads TRITON_INTERPRET when it is imported, hence a process of its own for each file. A test
-waits for its process, so that no more of them run than pytest has workers.
+Triton reads TRITON_INTERPRET when it is imported, hence processes of their own. They are few, as
+each imports torch and Triton. A test waits for its process, so that no more of them run than pytest
+has workers.
 """
 
 import os
@@ -11,25 +12,19 @@ from pathlib import Path
 
 import pytest
 
-FILES = (
-    "triton_interpreter_checks.py",
-    "triton_decode_checks.py",
-    "triton_attention_extras_checks.py",
-    "triton_delta_net_checks.py",
-    "triton_filter_checks.py",
-    "triton_fp8_linear_checks.py",
-    "triton_linear_checks.py",
-    "triton_moe_checks.py",
-    "triton_packed_checks.py",
-)
+GROUPS = {
+    "attention": ("interpreter", "decode", "attention_extras"),
+    "others": ("delta_net", "filter", "fp8_linear", "linear", "moe", "packed"),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FILES)
-def test_triton_kernels_in_the_interpreter(name):
+@pytest.mark.parametrize("group", GROUPS)
+def test_triton_kernels_in_the_interpreter(group):
     pytest.importorskip("triton", reason="triton is not installed")
+    files = [Path(__file__).parent / f"triton_{name}_checks.py" for name in GROUPS[group]]
     finished = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--tb=short", Path(__file__).parent / name],
+        [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "fast_interpreter", *files],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
