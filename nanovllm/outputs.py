@@ -37,7 +37,7 @@ class CompletionOutput:
         token_ids: all ids of the completion, never cut.
         cumulative_logprob: sum of the sampled tokens' log probabilities; None unless `logprobs`.
         logprobs: for each token a dict of token ids: the sampled one first, then the most probable.
-        finish_reason: "stop", "length" or "abort"; None while it runs.
+        finish_reason: "stop", "length", "repetition" or "abort"; None while it runs.
         stop_reason: the stop string or stop token id that ended it, or why it failed; None for EOS
             and all else.
     """

@@ -7,7 +7,7 @@ thousand, so a field that was left alone costs no check.
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, MISSING, dataclass, replace
+from dataclasses import KW_ONLY, MISSING, dataclass, fields, replace
 from typing import Any
 
 from nanovllm.compat import (
@@ -52,6 +52,7 @@ MIN_FLOAT32 = 1.1754943508222875e-38  # smallest normal one; below it is 0 on so
 MAX_LOGIT_BIAS = 100.0
 MAX_COMPLETIONS = 16384
 MAX_STRINGS = 10000  # each is looked for after every token
+MAX_LOGPROB_TOKEN_IDS = 128  # vLLM's limit
 MAX_CHOICES = 2_000_000  # as many as the characters of all choices may be
 
 
@@ -111,6 +112,37 @@ class StructuredOutputsParams:
                 check_unicode(name, value)
 
 
+@dataclass(frozen=True)
+class RepetitionDetectionParams:
+    """When a completion counts as stuck in a loop, with vLLM's names; immutable.
+
+    It ends when its last `min_count` pieces of k tokens are equal, for a k from `min_pattern_size`
+    (0: 1) to `max_pattern_size`.
+
+    Args:
+        max_pattern_size: the largest k; 0: nothing is detected.
+        min_pattern_size: the smallest k.
+        min_count: how often a piece stands in a row, at least 2.
+
+    Raises:
+        ArgumentError: a value is of the wrong type or outside its range.
+    """
+
+    max_pattern_size: int = 0
+    min_pattern_size: int = 0
+    min_count: int = 0
+
+    def __post_init__(self) -> None:
+        most = check_at_least("max_pattern_size", self.max_pattern_size, 0)
+        least = check_at_least("min_pattern_size", self.min_pattern_size, 0)
+        count = check_at_least("min_count", self.min_count, 2 if most else 0)
+        if least > most:
+            raise ArgumentError(
+                f"min_pattern_size must be <= max_pattern_size ({most}), got {least}"
+            )
+        vars(self).update(max_pattern_size=most, min_pattern_size=least, min_count=count)
+
+
 def _check_seed(name: str, value: Any) -> int | None:
     seed = check_integer(name, value, minimum=-(2**63), maximum=2**64 - 1)
     return None if seed == -1 else seed
@@ -146,6 +178,15 @@ def _check_allowed_token_ids(name: str, value: Any) -> list[int]:
     return token_ids
 
 
+def _check_logprob_token_ids(name: str, value: Any) -> list[int] | None:
+    token_ids = _check_token_ids(name, value)
+    if len(token_ids) > MAX_LOGPROB_TOKEN_IDS:
+        raise ArgumentError(
+            f"{name} must hold at most {MAX_LOGPROB_TOKEN_IDS} token ids, got {len(token_ids)}"
+        )
+    return token_ids or None
+
+
 def _check_logit_bias(name: str, value: Any) -> dict[int, float] | None:
     """`{token id: bias}` with biases clamped; None if it is empty."""
     if not isinstance(value, Mapping):
@@ -166,6 +207,17 @@ def _check_structured_outputs(name: str, value: Any) -> StructuredOutputsParams:
     if not isinstance(value, StructuredOutputsParams):
         raise ArgumentError(f"{name} must be a StructuredOutputsParams, got {shown(value)}")
     return value
+
+
+def _check_repetition_detection(name: str, value: Any) -> RepetitionDetectionParams:
+    if isinstance(value, RepetitionDetectionParams):
+        return value
+    if not isinstance(value, Mapping) or value.keys() - {f.name for f in REPETITION_FIELDS}:
+        raise ArgumentError(
+            f"{name} must be a RepetitionDetectionParams or a dict of its values, got "
+            + shown(value)
+        )
+    return RepetitionDetectionParams(**value)
 
 
 def _as_list(name: str, value: Any, items: str) -> list[Any]:
@@ -204,6 +256,7 @@ def _json_text(schema: Any) -> str:
 
 
 SHARE = number("in (0, 1]", lambda share: 0 < share <= 1)
+REPETITION_FIELDS = fields(RepetitionDetectionParams)
 PENALTY = number("in [-2, 2]", lambda penalty: -2 <= penalty <= 2)
 
 
@@ -315,6 +368,12 @@ class SamplingParams:
     prompt_logprobs: int | None = parameter(
         None, at_least(-1), "log probabilities of the prompt's tokens, as of `logprobs`."
     )
+    logprob_token_ids: list[int] | None = parameter(
+        None,
+        Check(f"list of at most {MAX_LOGPROB_TOKEN_IDS} token ids", _check_logprob_token_ids),
+        "log probabilities of the sampled token and of these at each position, instead of the most "
+        "probable ones: `logprobs` is None or their number. Their `rank` is None.",
+    )
     detokenize: bool = parameter(True, boolean, 'decode the completion. False leaves the text "".')
     skip_special_tokens: bool = parameter(False, boolean, "leave special tokens out of the text.")
     spaces_between_special_tokens: bool = parameter(
@@ -324,6 +383,11 @@ class SamplingParams:
         None,
         Check("`StructuredOutputsParams`", _check_structured_outputs),
         "what the completion must look like.",
+    )
+    repetition_detection: RepetitionDetectionParams | dict[str, int] | None = parameter(
+        None,
+        Check("`RepetitionDetectionParams` or dict", _check_repetition_detection),
+        'when a completion that repeats itself ends, with the finish reason "repetition".',
     )
     skip_reading_prefix_cache: bool | None = parameter(
         None, boolean, "compute the whole prompt. None: only if `prompt_logprobs` ask for it."
@@ -342,8 +406,21 @@ class SamplingParams:
             raise ArgumentError(
                 f"min_tokens must be <= max_tokens ({self.max_tokens}), got {self.min_tokens}"
             )
+        num_ids = len(self.logprob_token_ids or ())
+        if num_ids and self.logprobs not in (None, num_ids):
+            raise ArgumentError(
+                f"logprobs must be None or {num_ids}, the number of logprob_token_ids, got "
+                f"{self.logprobs}"
+            )
         if self.stop and not self.detokenize:
             raise ArgumentError(f"stop needs detokenize=True, got stop={shown(self.stop)} without")
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many log probabilities each position gets beside the sampled token's; None: none."""
+        if self.logprobs is not None:
+            return self.logprobs
+        return len(self.logprob_token_ids) if self.logprob_token_ids else None
 
     @property
     def needs_logits(self) -> bool:
@@ -363,7 +440,7 @@ class SamplingParams:
             or self.logit_bias
             or self.allowed_token_ids
             or self.bad_words
-            or self.logprobs is not None
+            or self.num_logprobs is not None
             or self.structured_outputs
         )
 

@@ -95,12 +95,14 @@ def _choice(
     choice["logprobs"] = None
     if completion.logprobs is not None:
         rows = list(zip(completion.token_ids, completion.logprobs, strict=True))
+        params = info.params
+        num_top = -1 if params.logprob_token_ids else params.logprobs
         names = TokenNames(tokenizer if info.params.detokenize else None)
         if info.is_chat:
-            choice["logprobs"] = _chat_logprobs(rows, info.params.logprobs, names)
+            choice["logprobs"] = _chat_logprobs(rows, num_top, names)
         else:
             offsets = _offsets(info, output, completion, rows, names)
-            choice["logprobs"] = _text_logprobs(rows, info.params.logprobs, names, offsets)
+            choice["logprobs"] = _text_logprobs(rows, num_top, names, offsets)
     choice["finish_reason"] = completion.finish_reason
     choice["stop_reason"] = completion.stop_reason
     if info.return_token_ids:

@@ -114,9 +114,8 @@ class LogitsProcessing(StepConsumer):
                     sampler.begin(seqs)
                 sampled = sampler.sample(logits, seqs, positions)
                 tokens = sampled.token_ids
-                if sampled.logprobs is not None:
-                    download = sampled.logprobs.download()
-                    step.commits.append(partial(_keep_logprobs, seqs, download))
+                for tensors in sampled.logprobs:
+                    step.commits.append(partial(_keep_logprobs, seqs, tensors.download()))
             if step.error is not None:
                 self.release()
         self.tp.broadcast(tokens)

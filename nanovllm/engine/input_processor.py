@@ -10,6 +10,7 @@ import numpy as np
 
 from nanovllm.config import Config
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.repetition import RepetitionRule
 from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Wants
 from nanovllm.errors import ArgumentError
@@ -142,6 +143,10 @@ class InputProcessor:
         if params.stop:
             self._need_tokenizer("stop")
             follow_text(request, self.tokenizer)
+        detection = params.repetition_detection
+        if detection is not None and detection.max_pattern_size:
+            for seq in request.sequences:  # behind the stop strings, which come first
+                seq.finish_rules.append(RepetitionRule(seq, detection))
         if params.prompt_logprobs is not None:
             self._check_num_logprobs("prompt_logprobs", params.prompt_logprobs)
             first = request.sequences[0]
@@ -160,7 +165,7 @@ class InputProcessor:
     def _prepare_sampling(self, request: Request) -> None:
         params, vocab_size = request.params, self.config.model_config.vocab_size
         check_against_vocab(params, vocab_size)
-        if params.logprobs is not None:
+        if params.logprobs is not None and not params.logprob_token_ids:
             self._check_num_logprobs("logprobs", params.logprobs)
         if params.bad_words:
             self._need_tokenizer("bad_words")

@@ -71,9 +71,9 @@ def raise_failed(requests: list[Request], outputs: list[RequestOutput] | None = 
 def _completion(seq: Sequence, tokenizer: Tokenizer | None) -> CompletionOutput:
     params, token_ids = seq.sampling_params, seq.completion_token_ids
     logprobs, cumulative = None, None
-    if params.logprobs is not None:
+    if params.num_logprobs is not None:
         rows = seq.features.logprobs
-        logprobs = _logprobs(rows, params, tokenizer)
+        logprobs = _logprobs(rows, params, tokenizer, are_best=not params.logprob_token_ids)
         cumulative = cumulative_logprob(rows)
     return CompletionOutput(
         seq.index,
@@ -87,11 +87,14 @@ def _completion(seq: Sequence, tokenizer: Tokenizer | None) -> CompletionOutput:
 
 
 def _logprobs(
-    rows: list[LogprobRow], params: SamplingParams, tokenizer: Tokenizer | None
+    rows: list[LogprobRow],
+    params: SamplingParams,
+    tokenizer: Tokenizer | None,
+    are_best: bool = True,
 ) -> list[dict[int, Logprob]]:
     from nanovllm.sampling.logprobs import to_logprobs
 
-    return to_logprobs(rows, tokenizer if params.detokenize else None)
+    return to_logprobs(rows, tokenizer if params.detokenize else None, are_best)
 
 
 def _text(seq: Sequence, token_ids: list[int], tokenizer: Tokenizer | None) -> str:

@@ -18,7 +18,7 @@ class SchedulerStats:
     num_prompt_tokens: int = 0  # of sequences at their first admission, cached or not
     num_generation_tokens: int = 0
     num_finished: dict[str, int] = field(
-        default_factory=lambda: {"stop": 0, "length": 0, "abort": 0}
+        default_factory=lambda: {"stop": 0, "length": 0, "abort": 0, "repetition": 0}
     )
 
     def count_admission(self, seq: Sequence, is_caching: bool) -> None:

@@ -34,7 +34,8 @@ class StreamOutput:
         text: the new text. It may be empty although there are tokens: what is no whole character
             yet, or may become a stop string, comes later. All pieces together are the final text.
         token_ids: the new ids. All together are the final ones.
-        finish_reason: "stop", "length" or "abort" in the completion's last item, else None.
+        finish_reason: "stop", "length", "repetition" or "abort" in the completion's last item, else
+            None.
         stop_reason: the stop string or stop token id that ended it.
         finished: whether this is the request's last item.
         output: the whole result, in the request's last item; else None.

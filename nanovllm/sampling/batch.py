@@ -99,6 +99,22 @@ class EditedRows:
         return edited
 
 
+class WantedLogprobs:
+    """Which R of E sequences want log probabilities, and how many: `counts`, None for none."""
+
+    def __init__(self, counts: list[int | None], device: torch.device) -> None:
+        self.counts = counts
+        wanting = [i for i, count in enumerate(counts) if count is not None]
+        self.is_any = len(wanting) > 0
+        self._indices: torch.Tensor | None = None  # [R] int64; None: all
+        if 0 < len(wanting) < len(counts):
+            self._indices = upload_one(np.array(wanting, dtype=np.int64), device)
+
+    def rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The rows of those that want them, [R, ...] of [E, ...]."""
+        return tensor if self._indices is None else tensor.index_select(0, self._indices)
+
+
 class Batch:
     """E sequences that are sampled together, as long as they keep their rows.
 
@@ -147,12 +163,16 @@ class Batch:
         self.next_places: torch.Tensor | None = None  # where the history goes on, if it is needed
         if any(needs_history(seq, rule) for seq, rule in zip(seqs, rules, strict=True)):
             self.next_places = history.next_places(seqs)
-        self.logprob_counts = [seq.sampling_params.logprobs for seq in seqs]
-        wanting = [i for i, count in enumerate(self.logprob_counts) if count is not None]
-        self.has_logprobs = len(wanting) > 0
-        self.logprob_indices: torch.Tensor | None = None  # [R] int64; None: all
-        if 0 < len(wanting) < len(seqs):
-            self.logprob_indices = upload_one(np.array(wanting, dtype=np.int64), device)
+        params = [seq.sampling_params for seq in seqs]
+        self.best_logprobs = WantedLogprobs(
+            [None if p.logprob_token_ids else p.logprobs for p in params], device
+        )
+        ids = [p.logprob_token_ids for p in params]
+        self.chosen_logprobs = WantedLogprobs([len(i) if i else None for i in ids], device)
+        if self.chosen_logprobs.is_any:
+            width = max(len(i) for i in ids if i)
+            padded = [i + [0] * (width - len(i)) for i in ids if i]
+            self.chosen_ids = upload_one(np.array(padded, dtype=np.int64), device)
 
     def is_of(self, seqs: Items[SampledSequence]) -> bool:
         """Whether these are the same sequences, in the same order and the same rows."""

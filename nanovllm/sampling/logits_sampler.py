@@ -24,7 +24,7 @@ class Sampled(NamedTuple):
     """What a step gave E sequences."""
 
     token_ids: torch.Tensor  # [E] int32
-    logprobs: LogprobTensors | None  # None: nobody asks for any
+    logprobs: list[LogprobTensors]  # each of some of the sequences
 
 
 class LogitsSampler:
@@ -129,10 +129,12 @@ class LogitsSampler:
 
     def _logprobs(
         self, logits: torch.Tensor, token_ids: torch.Tensor, batch: Batch
-    ) -> LogprobTensors | None:
-        if not batch.has_logprobs:
-            return None
-        if batch.logprob_indices is not None:
-            logits = logits.index_select(0, batch.logprob_indices)
-            token_ids = token_ids.index_select(0, batch.logprob_indices)
-        return logprob_tensors(logits[:, : self.vocab_size], token_ids, batch.logprob_counts)
+    ) -> list[LogprobTensors]:
+        logits = logits[:, : self.vocab_size]
+        found = []
+        if (best := batch.best_logprobs).is_any:
+            found.append(logprob_tensors(best.rows(logits), best.rows(token_ids), best.counts))
+        if (chosen := batch.chosen_logprobs).is_any:
+            rows, own_ids = chosen.rows(logits), chosen.rows(token_ids)
+            found.append(logprob_tensors(rows, own_ids, chosen.counts, batch.chosen_ids))
+        return found

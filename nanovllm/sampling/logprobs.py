@@ -54,46 +54,55 @@ class LogprobsDownload:
 
 
 def logprob_tensors(
-    logits: torch.Tensor, token_ids: torch.Tensor, counts: list[int | None]
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    counts: list[int | None],
+    others: torch.Tensor | None = None,
 ) -> LogprobTensors:
-    """Log probabilities of given tokens and of the most probable ones.
+    """Log probabilities of given tokens, and of the most probable ones or of others.
 
     Args:
         logits: [R, V] of any float dtype.
         token_ids: [R] int32 or int64, each row's own token.
         counts: what each sequence asks for; R of them are not None, in the order of the rows.
+        others: [R, K] int64, the others of each row, as many as it asks for, then any ids.
     """
     num_rows, vocab_size = logits.shape
     asked = [vocab_size if count == ALL_TOKENS else count for count in counts if count is not None]
     num_best = min(max(asked), vocab_size)
     rows_at_once = max(1, MAX_FLOAT32_LOGITS // vocab_size)
-    parts = [
-        _logprobs_of(logits[i : i + rows_at_once], token_ids[i : i + rows_at_once], num_best)
-        for i in range(0, num_rows, rows_at_once)
-    ]
+    parts = []
+    for begin in range(0, num_rows, rows_at_once):
+        part = slice(begin, begin + rows_at_once)
+        chosen = None if others is None else others[part]
+        parts.append(_logprobs_of(logits[part], token_ids[part], num_best, chosen))
     ids, values, ranks = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
     return LogprobTensors(ids, values, ranks, counts)
 
 
 def _logprobs_of(
-    logits: torch.Tensor, token_ids: torch.Tensor, num_best: int
+    logits: torch.Tensor, token_ids: torch.Tensor, num_best: int, other_ids: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    own_ids = token_ids.long().unsqueeze(1)
-    best_ids = logits.topk(num_best, dim=1).indices
-    all_ids = torch.cat((own_ids, best_ids), dim=1)  # [R, 1 + K]
+    if other_ids is None:
+        other_ids = logits.topk(num_best, dim=1).indices
+    all_ids = torch.cat((token_ids.long().unsqueeze(1), other_ids), dim=1)  # [R, 1 + K]
     everything = torch.log_softmax(logits, dim=1, dtype=torch.float32)
     logprobs = everything.gather(1, all_ids)
     ranks = 1 + (everything > logprobs[:, :1]).sum(1, dtype=torch.int32)
     return all_ids.int(), logprobs, ranks
 
 
-def to_logprobs(rows: list[LogprobRow], tokenizer: Any = None) -> list[dict[int, Logprob]]:
+def to_logprobs(
+    rows: list[LogprobRow], tokenizer: Any = None, are_best: bool = True
+) -> list[dict[int, Logprob]]:
     """What a user gets for each position: `{token id: Logprob}`, the position's own token first.
 
     Then the k best that differ from it, so k or k + 1 entries. The k best have the ranks 1 to k,
     another token 1 + the number of tokens that are strictly more probable. `decoded_token` is the
     text that the token adds in the middle of a text, U+FFFD for a part of a character; None without
     a tokenizer.
+
+    are_best: the other tokens are the k best. Else they were asked for by id and have no ranks.
     """
     lists = [(row.token_ids.tolist(), row.logprobs.tolist()) for row in rows]
     texts: dict[int, str] = {}
@@ -107,6 +116,9 @@ def to_logprobs(rows: list[LogprobRow], tokenizer: Any = None) -> list[dict[int,
         position = {own_id: Logprob(own_logprob, row.rank, texts.get(own_id))}
         # Among the k best the own token has its place as its rank, so that 1 to k are all there.
         for rank, (token_id, logprob) in enumerate(zip(best_ids, best_logprobs, strict=True), 1):
-            position[token_id] = Logprob(logprob, rank, texts.get(token_id))
+            if are_best:
+                position[token_id] = Logprob(logprob, rank, texts.get(token_id))
+            elif token_id != own_id:
+                position[token_id] = Logprob(logprob, None, texts.get(token_id))
         positions.append(position)
     return positions

@@ -17,6 +17,7 @@ def check_against_vocab(params: SamplingParams, vocab_size: int) -> None:
     """ArgumentError if `params` name a token id beyond a vocabulary of `vocab_size` ids."""
     _check_ids("allowed_token_ids", params.allowed_token_ids or [], vocab_size)
     _check_ids("logit_bias", params.logit_bias or {}, vocab_size)
+    _check_ids("logprob_token_ids", params.logprob_token_ids or [], vocab_size)
     _check_ids("stop_token_ids", params.stop_token_ids or [], vocab_size)
 
 

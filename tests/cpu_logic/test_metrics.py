@@ -33,12 +33,12 @@ def prompt(length: int, first: int = 100) -> list[int]:
 def test_names_types_and_labels():
     metrics = metrics_of(make_scheduler())
     assert isinstance(metrics, list)
-    assert [metric.name for metric in metrics] == [*NAMES, *["vllm:request_success"] * 3]
-    assert [type(metric) for metric in metrics] == [Gauge] * 3 + [Counter] * 8
-    assert [metric.value for metric in metrics] == [0] * 11
+    assert [metric.name for metric in metrics] == [*NAMES, *["vllm:request_success"] * 4]
+    assert [type(metric) for metric in metrics] == [Gauge] * 3 + [Counter] * 9
+    assert [metric.value for metric in metrics] == [0] * 12
     assert metrics[0].labels == {"model_name": "m"}
-    reasons = [metric.labels["finished_reason"] for metric in metrics[-3:]]
-    assert reasons == ["stop", "length", "abort"]
+    reasons = [metric.labels["finished_reason"] for metric in metrics[-4:]]
+    assert reasons == ["stop", "length", "abort", "repetition"]
 
 
 def test_values_by_name():
@@ -88,8 +88,8 @@ def test_a_life_of_requests():
     assert metrics.get("num_requests_running") == metrics.get("num_requests_waiting") == 0
     assert metrics.get("kv_cache_usage_perc") == 0
     assert metrics.get("prompt_tokens") == 60
-    by_reason = {metric.labels.get("finished_reason"): metric.value for metric in metrics[-3:]}
-    assert by_reason == {"stop": 1, "length": 1, "abort": 1}
+    by_reason = {metric.labels.get("finished_reason"): metric.value for metric in metrics[-4:]}
+    assert by_reason == {"stop": 1, "length": 1, "abort": 1, "repetition": 0}
     assert metrics.get("request_success") == 3
     assert metrics.get("generation_tokens") == sum(seq.num_completion_tokens for seq in seqs)
 

@@ -23,6 +23,7 @@ from nanovllm.compat import (
     STRUCTURED_OFF,
 )
 from nanovllm.errors import nearest, shown
+from nanovllm.sampling_params import RepetitionDetectionParams
 
 CHOICE = StructuredOutputsParams(choice=["yes", "no"])
 # Every parameter at once.
@@ -47,10 +48,12 @@ FULL = {
     "bad_words": ["bad"],
     "logprobs": 2,
     "prompt_logprobs": 0,
+    "logprob_token_ids": [7, 8],
     "detokenize": True,
     "skip_special_tokens": True,
     "spaces_between_special_tokens": False,
     "structured_outputs": CHOICE,
+    "repetition_detection": RepetitionDetectionParams(2, 1, 3),
     "skip_reading_prefix_cache": True,
 }
 
@@ -116,6 +119,8 @@ def test_defaults_are_those_of_vllm_but_for_max_tokens_and_special_tokens():
         "skip_special_tokens": False,
         "spaces_between_special_tokens": True,
         "structured_outputs": None,
+        "logprob_token_ids": None,
+        "repetition_detection": None,
         "skip_reading_prefix_cache": None,
     }
     assert (SamplingParams().n, SamplingParams().seed) == (1, None)

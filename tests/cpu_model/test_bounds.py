@@ -21,6 +21,7 @@ from tiny_models import VOCAB_SIZE
 
 from nanovllm import LLM, ArgumentError, PoolingParams, SamplingParams
 from nanovllm.config import Config
+from nanovllm.sampling_params import RepetitionDetectionParams
 
 INT32 = 2**31 - 1
 POWERS = (2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, 10**30, 10**400, 10**5000)
@@ -121,10 +122,14 @@ SAMPLING = {
     "bad_words": or_none(strings, []),
     "logprobs": or_none(integer(-1, INT32)),
     "prompt_logprobs": or_none(integer(-1, INT32)),
+    "logprob_token_ids": or_none(Row(is_list, lambda v: as_ints(v) or None)),
     "detokenize": boolean,
     "skip_special_tokens": boolean,
     "spaces_between_special_tokens": boolean,
     "structured_outputs": Row(lambda value: value is None),
+    "repetition_detection": or_none(
+        Row(lambda v: isinstance(v, dict) and not v, lambda _: RepetitionDetectionParams())
+    ),
     "skip_reading_prefix_cache": Row(lambda value: value is None or isinstance(value, bool)),
 }
 POOLING = {

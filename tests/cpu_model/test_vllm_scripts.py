@@ -45,7 +45,7 @@ pooling_params: PoolingParams
 renderers.hf: resolve_chat_template
 tokenizers: get_tokenizer
 transformers_utils.tokenizer: get_tokenizer
-sampling_params: BeamSearchParams RequestOutputKind SamplingParams StructuredOutputsParams
+sampling_params: BeamSearchParams RepetitionDetectionParams RequestOutputKind SamplingParams
 utils: FlexibleArgumentParser
 utils.argparse_utils: FlexibleArgumentParser
 utils.print_utils: print_embeddings
