@@ -429,6 +429,7 @@ SAMPLING_NAMES = {
     **dict.fromkeys("ignore_eos_token ban_eos_token".split(), "ignore_eos"),
     **dict.fromkeys("include_stop_str no_stop_trim".split(), "include_stop_str_in_output"),
     "decode": "detokenize",
+    "logits_processor": "logits_processors",
 }
 SAMPLING_HINTS = {
     "do_sample": "write temperature=0 for greedy decoding (do_sample=False), else a temperature",
@@ -453,11 +454,6 @@ SAMPLING_HINTS = {
         length_penalty early_stopping early_stop diversity_penalty""".split(),
         "beam search is a call of its own, LLM.beam_search(prompts, BeamSearchParams(...)); n=... "
         "draws several completions",
-    ),
-    **dict.fromkeys(
-        "logits_processors logits_processor".split(),
-        "nanovllm has no logits processors; logit_bias, allowed_token_ids, bad_words and "
-        "structured_outputs steer the tokens",
     ),
     **dict.fromkeys(
         """typical_p typical tfs top_a epsilon_cutoff eta_cutoff mirostat mirostat_mode mirostat_tau
@@ -509,7 +505,6 @@ SAMPLING_HINTS = {
     "'max_length': ...})",
     "output_kind": "nanovllm does not have it: generate gives whole outputs, llm.generate_stream "
     "text as it comes",
-    "extra_args": "nanovllm has no logits processors or connectors that would read it",
     "thinking_token_budget": "nanovllm does not have it; max_tokens ends a completion",
     "flat_logprobs": "nanovllm does not have it: logprobs are a list of dicts",
     "routed_experts_prompt_start": "nanovllm does not return routed experts",
@@ -532,11 +527,9 @@ SAMPLING_OFF: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (None, False),
     "length_penalty": (None, 1.0),
     "early_stopping": (None, False),
-    "logits_processors": (None, []),
     "guided_decoding": (None,),
     "truncate_prompt_tokens": (None,),
     "output_kind": (None, RequestOutputKind.CUMULATIVE),
-    "extra_args": (None, {}),
     "flat_logprobs": (None, False),
     "thinking_token_budget": (None,),
     "stream_interval": (None, 1),

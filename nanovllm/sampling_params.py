@@ -4,9 +4,10 @@ Every value is checked and made plain Python when a `SamplingParams` is made. Th
 thousand, so a field that was left alone costs no check.
 """
 
+import inspect
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass, fields, replace
 from typing import Any
 
@@ -45,6 +46,9 @@ from nanovllm.validation import (
     check_unicode,
     clamp_int32,
 )
+
+# (completion's token ids, logits [V]) -> logits, or with the prompt's token ids before.
+RequestLogitsProcessor = Callable[..., Any]
 
 GREEDY_TEMPERATURE = 1e-5  # below this a request is greedy, as in vLLM
 MAX_FLOAT32 = 3.4028234663852886e38  # beyond it a float32, as the device keeps it, is infinite
@@ -207,6 +211,46 @@ def _check_structured_outputs(name: str, value: Any) -> StructuredOutputsParams:
     if not isinstance(value, StructuredOutputsParams):
         raise ArgumentError(f"{name} must be a StructuredOutputsParams, got {shown(value)}")
     return value
+
+
+def takes_prompt(processor: RequestLogitsProcessor) -> bool:
+    """Whether a logits processor takes the prompt's ids too: it has three parameters to give."""
+    try:
+        declared = inspect.signature(processor).parameters.values()
+    except (TypeError, ValueError):  # of a function in C
+        return False
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in kinds and p.default is p.empty for p in declared) == 3
+
+
+def _check_logits_processors(name: str, value: Any) -> list[RequestLogitsProcessor] | None:
+    processors = _as_list(name, value, "callables")
+    for processor in processors:
+        if isinstance(processor, type):
+            raise ArgumentError(
+                f"{name} of a request must be callables, got {shown(processor)}; a class goes into "
+                f"LLM(..., {name}=[...])"
+            )
+        if not callable(processor):
+            raise ArgumentError(f"{name} must be callables, got {shown(processor)}")
+        try:
+            signature = inspect.signature(processor)
+        except (TypeError, ValueError):  # of a function in C
+            continue
+        try:
+            signature.bind(*[None] * (3 if takes_prompt(processor) else 2))
+        except TypeError as error:
+            raise ArgumentError(
+                f"{name} must take (token_ids, logits) or (prompt_token_ids, token_ids, logits), "
+                f"got {shown(processor)}: {error}"
+            ) from None
+    return processors or None
+
+
+def _check_extra_args(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ArgumentError(f"{name} must be a dict, got {shown(value)}")
+    return dict(value)
 
 
 def _check_repetition_detection(name: str, value: Any) -> RepetitionDetectionParams:
@@ -384,6 +428,18 @@ class SamplingParams:
         Check("`StructuredOutputsParams`", _check_structured_outputs),
         "what the completion must look like.",
     )
+    logits_processors: list[RequestLogitsProcessor] | None = parameter(
+        None,
+        Check("list of callables", _check_logits_processors),
+        "each is called with the completion's token ids (a list) and the logits of the next token "
+        "(float32 `[vocabulary]`), and returns the logits. One with three parameters gets the "
+        "prompt's token ids first; transformers' own get what transformers gives them.",
+    )
+    extra_args: dict[str, Any] | None = parameter(
+        None,
+        Check("dict", _check_extra_args),
+        "for logits processors of the engine, which find it in their request's parameters.",
+    )
     repetition_detection: RepetitionDetectionParams | dict[str, int] | None = parameter(
         None,
         Check("`RepetitionDetectionParams` or dict", _check_repetition_detection),
@@ -442,6 +498,7 @@ class SamplingParams:
             or self.bad_words
             or self.num_logprobs is not None
             or self.structured_outputs
+            or self.logits_processors
         )
 
     def clone(self) -> "SamplingParams":

@@ -149,7 +149,8 @@ def _engine_parameters() -> list[Parameter]:
 
 
 def _sampling_parameters() -> list[Parameter]:
-    return [p for p in parameters(SamplingParams) if p.name != "seed"]
+    others = ("seed", "logits_processors")  # has an option of its own; are no text
+    return [p for p in parameters(SamplingParams) if p.name not in others]
 
 
 def _check_input(source: str) -> None:

@@ -15,14 +15,16 @@ import torch
 from nanovllm.config import Config
 from nanovllm.engine.launched_step import LaunchedStep
 from nanovllm.engine.sequence import Sequence, Wants
+from nanovllm.engine.sequence_errors import note_error
 from nanovllm.errors import is_fault
 from nanovllm.kernels import row_state
-from nanovllm.kernels.copies import upload_one
+from nanovllm.kernels.copies import Download, upload_one
 from nanovllm.kernels.ops import Ops
 from nanovllm.layers.embedding import ParallelLMHead
 from nanovllm.parallel.tensor_parallel import TensorParallel
 from nanovllm.sampling.logits_sampler import LogitsSampler
 from nanovllm.sampling.logprobs import LogprobsDownload, logprob_tensors
+from nanovllm.sampling.request_processors import EditReport
 
 PROMPT_LOGITS_ROWS = 256  # prompt tokens whose logits are in memory at once
 
@@ -114,6 +116,9 @@ class LogitsProcessing(StepConsumer):
                     sampler.begin(seqs)
                 sampled = sampler.sample(logits, seqs, positions)
                 tokens = sampled.token_ids
+                if sampled.report.maxima:
+                    maxima = Download(torch.cat(sampled.report.maxima))
+                    step.commits.append(partial(_note_errors, seqs, sampled.report, maxima))
                 for tensors in sampled.logprobs:
                     step.commits.append(partial(_keep_logprobs, seqs, tensors.download()))
             if step.error is not None:
@@ -188,9 +193,16 @@ class PromptLogprobs(StepConsumer):
                     step.commits.append(commit)
 
 
+def _note_errors(seqs: list[Sequence], report: EditReport, maxima: Download) -> None:
+    """Let the sequences end whose logits processors failed, or left no token."""
+    for index, error in (*report.failed, *report.unusable(maxima.wait()[0])):
+        if not seqs[index].is_finished:
+            note_error(seqs[index], error)
+
+
 def _keep_logprobs(seqs: list[Sequence], download: LogprobsDownload) -> None:
     for seq, row in zip(seqs, download.rows(), strict=True):
-        if row is not None and not seq.is_finished:
+        if row is not None and not seq.is_finished and seq.error is None:
             seq.features.logprobs.append(row)
 
 

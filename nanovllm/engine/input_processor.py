@@ -12,7 +12,7 @@ from nanovllm.config import Config
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.repetition import RepetitionRule
 from nanovllm.engine.request import Request
-from nanovllm.engine.sequence import Wants
+from nanovllm.engine.sequence import Sequence, Wants
 from nanovllm.errors import ArgumentError
 from nanovllm.inputs.detokenizer import OutputText, output_text_of
 from nanovllm.inputs.prompts import (
@@ -22,9 +22,14 @@ from nanovllm.inputs.prompts import (
     encode_prompts,
 )
 from nanovllm.inputs.tokenizer import Tokenizer
+from nanovllm.sampling.request_processors import OutputTokenIds, RequestProcessors, maker_of
 from nanovllm.sampling.structured_outputs import Grammar, GrammarCompiler
 from nanovllm.sampling.vocabulary import check_against_vocab, encode_bad_words
-from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
+from nanovllm.sampling_params import (
+    RequestLogitsProcessor,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 
 MAX_BAD_WORD_TABLE = 2**22  # int32: 16 MiB for each request
 
@@ -173,12 +178,24 @@ class InputProcessor:
             self._check_table(params, bad_word_ids)
             for seq in request.sequences:
                 seq.features.bad_word_ids = bad_word_ids
+        if params.logits_processors:
+            for seq in request.sequences:
+                self._process_logits(seq, [maker_of(p) for p in params.logits_processors])
         if params.structured_outputs is not None:
             grammar = self._compile(params.structured_outputs)
             for seq in request.sequences:
                 seq.features.grammar = grammar.fork() if seq.index else grammar
                 seq.wants |= Wants.CONFIRMED  # a mask needs all tokens before it
                 seq.finish_rules.insert(0, seq.features.grammar)
+
+    def _process_logits(
+        self, seq: Sequence, makers: list[Callable[[], RequestLogitsProcessor | None]]
+    ) -> None:
+        """Let logits processors edit the logits of a sequence."""
+        output_token_ids = OutputTokenIds()
+        seq.features.processors = RequestProcessors(makers, seq.prompt_token_ids, output_token_ids)
+        seq.finish_rules.insert(0, output_token_ids)
+        seq.wants |= Wants.CONFIRMED  # they see all tokens before
 
     def _compile(self, params: StructuredOutputsParams) -> Grammar:
         tokenizer = self._need_tokenizer("structured_outputs")

@@ -8,10 +8,12 @@ from collections.abc import Sequence as Items
 import numpy as np
 import torch
 
+from nanovllm.errors import is_fault
 from nanovllm.kernels import row_state
 from nanovllm.kernels.copies import upload_one
 from nanovllm.sampling.history import TokenHistory
 from nanovllm.sampling.penalties import Penalties, has_penalties
+from nanovllm.sampling.request_processors import EditReport
 from nanovllm.sampling.state import SampledSequence
 from nanovllm.sampling.token_masks import AllowedTokens, ForbiddenTokens, LogitBias
 from nanovllm.sampling.token_rules import TokenRules
@@ -82,21 +84,45 @@ class EditedRows:
         self.forbidden = ForbiddenTokens(own, rules, device)
         self.allowed = AllowedTokens(own, rules, vocab_size, device)
         self.bias = LogitBias(rules, self.width, device)
+        self.processors = [(i, p) for i, seq in enumerate(own) if (p := seq.features.processors)]
+        self.processed = [indices[i] for i, _ in self.processors]
+        if self.processed:
+            own_indices = np.array([i for i, _ in self.processors], dtype=np.int64)
+            self.processed_indices = upload_one(own_indices, device)
         self.penalties: Penalties | None = None
         if any(has_penalties(seq.sampling_params) for seq in own):
             self.penalties = Penalties(own, device)
 
-    def edit(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The edited copy, float32 [P, width], of logits [P, >= vocab_size] at positions [P]."""
+    def edit(
+        self, logits: torch.Tensor, positions: torch.Tensor, report: EditReport
+    ) -> torch.Tensor:
+        """The edited copy, float32 [P, width], of logits [P, >= vocab_size] at positions [P].
+
+        What logits processors do wrong is left in `report`.
+        """
         edited = torch.empty((len(logits), self.width), dtype=torch.float32, device=logits.device)
         edited[:, : self.vocab_size].copy_(logits[:, : self.vocab_size])
         # The forbidden first, as FORBIDDEN must not replace the -inf of what is not allowed.
         self.forbidden.apply(edited, positions, self.history)
         self.allowed.apply(edited)
         self.bias.apply(edited)
+        self._process(edited[:, : self.vocab_size], report)
         if self.penalties is not None:
             self.penalties.apply(edited, positions, self.history)
         return edited
+
+    def _process(self, logits: torch.Tensor, report: EditReport) -> None:
+        """Let the requests' own processors change their rows of `logits` [P, V] in place."""
+        if not self.processed:
+            return
+        for number, (index, processors) in zip(self.processed, self.processors, strict=True):
+            try:
+                processors.edit(logits[index])
+            except BaseException as error:
+                if not is_fault(error):
+                    raise
+                report.failed.append((number, error))
+        report.check(self.processed, self.processed_indices, logits)
 
 
 class WantedLogprobs:
@@ -142,6 +168,7 @@ class Batch:
         is_edited = [
             rule is not None
             or seq.features.grammar is not None
+            or seq.features.processors is not None
             or has_penalties(seq.sampling_params)
             for seq, rule in zip(seqs, rules, strict=True)
         ]

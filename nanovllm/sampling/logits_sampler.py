@@ -1,8 +1,9 @@
 """Samples the sequences whose parameters go beyond the temperature.
 
-vLLM's order: raw logprobs, masks and biases, penalties, then argmax or temperature, min_p, top_k,
-top_p, draw. Nothing waits for the device. Sequences that have filters only are sampled from the
-model's own logits, without a copy. A draw depends on its own sequence alone.
+vLLM's order: raw logprobs, masks and biases, logits processors, penalties, then argmax or
+temperature, min_p, top_k, top_p, draw. Nothing waits for the device. Sequences that have filters
+only are sampled from the model's own logits, without a copy. A draw depends on its own sequence
+alone.
 """
 
 from collections.abc import Sequence as Items
@@ -14,6 +15,7 @@ from nanovllm.kernels.ops import Ops
 from nanovllm.sampling.batch import Batch, DrawInputs, needs_history
 from nanovllm.sampling.history import TokenHistory
 from nanovllm.sampling.logprobs import LogprobTensors, logprob_tensors
+from nanovllm.sampling.request_processors import EditReport
 from nanovllm.sampling.state import SampledSequence
 from nanovllm.sampling.token_rules import TokenRules, compile_rules
 
@@ -25,6 +27,7 @@ class Sampled(NamedTuple):
 
     token_ids: torch.Tensor  # [E] int32
     logprobs: list[LogprobTensors]  # each of some of the sequences
+    report: EditReport
 
 
 class LogitsSampler:
@@ -84,22 +87,23 @@ class LogitsSampler:
             seqs: E sequences; each one's `num_computed_tokens` is its position + 1.
             positions: [E] int32 on the device, index of the input token in its sequence.
         """
-        batch = self._prepare(seqs)
+        batch, report = self._prepare(seqs), EditReport()
         if batch.draw is not None:
             token_ids = self._draw(logits, batch.draw, positions)
         else:
             token_ids = torch.empty(len(seqs), dtype=torch.int32, device=self.device)
         for edited in batch.edited:
             if edited.indices is None:
-                token_ids = self._draw(edited.edit(logits, positions), edited.draw, positions)
+                own_logits = edited.edit(logits, positions, report)
+                token_ids = self._draw(own_logits, edited.draw, positions)
                 continue
             own_positions = positions.index_select(0, edited.indices)
-            own_logits = edited.edit(logits.index_select(0, edited.indices), own_positions)
+            own_logits = edited.edit(logits.index_select(0, edited.indices), own_positions, report)
             own_ids = self._draw(own_logits, edited.draw, own_positions)
             token_ids.index_copy_(0, edited.indices, own_ids)
         if batch.next_places is not None:
             self.history.append(batch.next_places, positions, token_ids)
-        return Sampled(token_ids, self._logprobs(logits, token_ids, batch))
+        return Sampled(token_ids, self._logprobs(logits, token_ids, batch), report)
 
     def _prepare(self, seqs: Items[SampledSequence]) -> Batch:
         """The batch of `seqs`: the last one, the one before, or a new one.

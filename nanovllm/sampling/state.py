@@ -12,6 +12,7 @@ import numpy as np
 from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from nanovllm.sampling.request_processors import RequestProcessors
     from nanovllm.sampling.structured_outputs import Grammar
 
 
@@ -34,6 +35,7 @@ class FeatureState:
 
     Args:
         grammar: has accepted the confirmed tokens.
+        processors: logits processors of the request's own.
         bad_word_ids: each word as its token ids.
         num_prompt_logprobs: how many prompt tokens want log probabilities.
         pooler: makes `pooled` of what was pooled: float32 [width], or [prompt tokens, width] with
@@ -44,6 +46,7 @@ class FeatureState:
     """
 
     grammar: "Grammar | None" = None
+    processors: "RequestProcessors | None" = None
     bad_word_ids: list[list[int]] = field(default_factory=list)
     num_prompt_logprobs: int = 0
     pooler: Callable[[np.ndarray], Any] | None = None
@@ -55,6 +58,8 @@ class FeatureState:
 
     def restart(self, num_completion_tokens: int) -> None:
         """The sequence is computed anew, with so many confirmed tokens."""
+        if self.processors is not None:
+            self.processors.restart()
         # A commit that failed half-way may have kept the row of a token that was not.
         del self.logprobs[num_completion_tokens:]
         if len(self.prompt_logprobs) < self.num_prompt_logprobs:

@@ -134,8 +134,8 @@ def test_logprobs_are_raw_and_for_those_who_ask():
     run.step()
     run.step()
     sampled = run.sampled[0]
-    assert sampled.logprobs is not None
-    rows = sampled.logprobs.download().rows()
+    [tensors] = sampled.logprobs
+    rows = tensors.download().rows()
     wanted = [seq.sampling_params.logprobs for seq in run.seqs]
     assert [row is not None for row in rows] == [count is not None for count in wanted]
     for spec, seq, row in zip(SPECS, run.seqs, rows, strict=True):
@@ -149,4 +149,4 @@ def test_logprobs_are_raw_and_for_those_who_ask():
         assert row.rank == 1 + int((exact > exact[row.token_ids[0]]).sum())
     run = Run([SPECS[1], SPECS[7]])
     run.step()
-    assert run.sampled[0].logprobs is None
+    assert run.sampled[0].logprobs == []

@@ -53,6 +53,8 @@ FULL = {
     "skip_special_tokens": True,
     "spaces_between_special_tokens": False,
     "structured_outputs": CHOICE,
+    "logits_processors": [max],
+    "extra_args": {"own": 1},
     "repetition_detection": RepetitionDetectionParams(2, 1, 3),
     "skip_reading_prefix_cache": True,
 }
@@ -120,6 +122,8 @@ def test_defaults_are_those_of_vllm_but_for_max_tokens_and_special_tokens():
         "spaces_between_special_tokens": True,
         "structured_outputs": None,
         "logprob_token_ids": None,
+        "logits_processors": None,
+        "extra_args": None,
         "repetition_detection": None,
         "skip_reading_prefix_cache": None,
     }
@@ -172,7 +176,7 @@ def test_only_the_first_three_are_positional():
         SamplingParams(1.0, 64, False, 2)
 
 
-@pytest.mark.parametrize("name", ["best_of", "logits_processors", "output_kind", "use_beam_search"])
+@pytest.mark.parametrize("name", ["best_of", "flat_logprobs", "output_kind", "use_beam_search"])
 def test_unknown_parameters_are_named(name):
     with pytest.raises(TypeError, match=name):
         SamplingParams(**{name: 1})
@@ -331,7 +335,8 @@ def test_messages_quote_200_characters_of_a_value_at_most(value):
         except ArgumentError as error:
             assert len(str(error)) <= 400
         else:
-            assert field.name in ("stop_token_ids", "allowed_token_ids")  # the list of integers
+            # The list of integers, and the dict, which may hold anything.
+            assert field.name in ("stop_token_ids", "allowed_token_ids", "extra_args")
 
 
 def test_a_short_value_is_quoted_as_it_is():

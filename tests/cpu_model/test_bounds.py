@@ -127,6 +127,8 @@ SAMPLING = {
     "skip_special_tokens": boolean,
     "spaces_between_special_tokens": boolean,
     "structured_outputs": Row(lambda value: value is None),
+    "logits_processors": or_none(Row(lambda v: is_list(v) and len(v) == 0, lambda _: None)),
+    "extra_args": or_none(Row(lambda value: isinstance(value, dict))),
     "repetition_detection": or_none(
         Row(lambda v: isinstance(v, dict) and not v, lambda _: RepetitionDetectionParams())
     ),

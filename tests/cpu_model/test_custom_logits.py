@@ -4,11 +4,17 @@ import pytest
 import torch
 from engine_checks import check_nothing_is_held, generate, random_prompts, tiny_engine
 from tiny_models import VOCAB_SIZE
-from transformers import Qwen3ForCausalLM
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    Qwen3ForCausalLM,
+    RepetitionPenaltyLogitsProcessor,
+)
 
-from nanovllm import ArgumentError, SamplingParams
+from nanovllm import ArgumentError, RequestError, SamplingParams
 
-PROMPTS = random_prompts([5, 300, 40, 1], seed=17)
+PROMPTS = random_prompts([250, 300, 40, 1], seed=17)
 MAX_TOKENS = 10
 
 
@@ -72,7 +78,7 @@ def test_wrong_ids_for_logprobs_are_named(llm):
 
 def test_a_completion_that_repeats_itself_ends(llm):
     """The same tokens as without, up to the first repetition; others of the batch go on."""
-    loose = {"temperature": 1.0, "max_tokens": 60, "ignore_eos": True, "seed": 1}
+    loose = {"temperature": 1.0, "max_tokens": 40, "ignore_eos": True, "seed": 1}
     loose["allowed_token_ids"] = [30, 31, 32]
     free = generate(llm, PROMPTS, SamplingParams(**loose))
     detection = {"max_pattern_size": 3, "min_pattern_size": 2, "min_count": 3}
@@ -83,7 +89,202 @@ def test_a_completion_that_repeats_itself_ends(llm):
             assert (output["token_ids"], output["finish_reason"]) == (tokens, "length")
             continue
         text = "".join(map(chr, tokens))
-        ends = [n for n in range(61) for k in (2, 3) if text[:n].endswith(text[:n][-k:] * 3)]
+        ends = [n for n in range(41) for k in (2, 3) if text[:n].endswith(text[:n][-k:] * 3)]
         assert output["token_ids"] == tokens[: min(n for n in ends if n >= 6)]
         assert output["finish_reason"] == "repetition"
         assert output.outputs[0].stop_reason == "repetition_detected"
+
+
+# ---- logits processors of requests -----------------------------------------------------------
+
+
+def with_processors(*processors, **values) -> SamplingParams:
+    settings = {"temperature": 0, "max_tokens": MAX_TOKENS, "ignore_eos": True} | values
+    return SamplingParams(**settings, logits_processors=list(processors))
+
+
+def alternate(token_ids, logits):
+    """After an even id an odd one, and the other way round; in place."""
+    if token_ids:
+        logits[token_ids[-1] % 2 :: 2] = -torch.inf
+    return logits
+
+
+def no_prompt_tokens(prompt_token_ids, token_ids, logits):
+    return logits.index_fill(0, torch.tensor(prompt_token_ids), -torch.inf)
+
+
+class NoPromptTokens(LogitsProcessor):
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, input_ids, scores):
+        return scores.index_fill(1, input_ids[0, : self.length], -torch.inf)
+
+
+class Alternate(LogitsProcessor):
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] > self.length:
+            scores[:, input_ids[0, -1] % 2 :: 2] = -torch.inf
+        return scores
+
+
+def transformers_tokens(hf_model, prompt, processors) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = hf_model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_TOKENS, do_sample=False,
+        eos_token_id=None, logits_processor=processors,
+    )  # fmt: skip
+    return out[0, len(prompt) :].tolist()
+
+
+SWITCHES = [
+    {},
+    {"async_scheduling": False},
+    {"enable_chunked_prefill": True, "max_num_batched_tokens": 90},
+    {"num_kvcache_blocks": 3, "watermark": 0, "max_num_seqs": 3},  # preempts
+]
+
+
+@pytest.fixture(scope="module")
+def edited(hf_model):
+    """What each request gives by transformers' generate, and how it is asked for here."""
+    repeats = [NoRepeatNGramLogitsProcessor(1), RepetitionPenaltyLogitsProcessor(1.7)]
+    cases = []
+    for prompt in PROMPTS:
+        length = len(prompt)
+        cases += [
+            (prompt, [], SamplingParams(0, MAX_TOKENS, True)),
+            (prompt, [Alternate(length)], with_processors(alternate)),
+            (prompt, [NoPromptTokens(length), Alternate(length)],
+             with_processors(no_prompt_tokens, alternate)),
+            (prompt, repeats, with_processors(*repeats)),
+        ]  # fmt: skip
+    expected = [transformers_tokens(hf_model, p, LogitsProcessorList(c)) for p, c, _ in cases]
+    assert len({tuple(tokens) for tokens in expected}) > 12
+    return [p for p, _, _ in cases], [own for _, _, own in cases], expected
+
+
+@pytest.mark.parametrize("settings", SWITCHES, ids=lambda s: "-".join(s) or "default")
+def test_greedy_tokens_are_those_of_transformers_with_the_same_processors(
+    tiny_dir, edited, settings
+):
+    prompts, params, expected = edited
+    with tiny_engine(tiny_dir, **({"max_model_len": 512} | settings)) as engine:
+        assert generate(engine, prompts, params) == expected
+        if "watermark" in settings:
+            assert engine.scheduler.num_preemptions > 0
+        check_nothing_is_held(engine)
+
+
+def test_processors_see_all_tokens_before_and_the_model_s_own_logits(llm, hf_model):
+    """Each call has the prompt and a completion that grows by one, whatever runs beside it."""
+    seen = []
+
+    def note(prompt, output, logits):
+        seen.append((prompt, list(output), logits.clone()))
+        return logits
+
+    others = [SamplingParams(1.0, 4, seed=1), SamplingParams(0.5, 30, True, top_k=3, seed=2)]
+    params = [others[0], with_processors(note), *others]
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    tokens = outputs[1]["token_ids"]
+    assert [output for _, output, _ in seen] == [tokens[:n] for n in range(MAX_TOKENS)]
+    assert all(prompt == PROMPTS[1] for prompt, _, _ in seen)
+    with torch.inference_mode():
+        truth = hf_model(torch.tensor([PROMPTS[1] + tokens])).logits[0, len(PROMPTS[1]) - 1 :]
+    for (_, _, logits), row in zip(seen, truth, strict=False):
+        torch.testing.assert_close(logits, row, atol=1e-4, rtol=1e-4)
+
+
+def test_each_completion_has_a_clone_and_one_that_edits_nothing_changes_nothing(llm):
+    class Counting:
+        clones = 0
+
+        def __init__(self):
+            self.calls = 0
+
+        def clone(self):
+            Counting.clones += 1
+            return Counting()
+
+        def __call__(self, token_ids, logits):
+            assert self.calls == len(token_ids)  # of its own completion alone
+            self.calls += 1
+            return logits
+
+    sampled = {"temperature": 0.8, "seed": 5, "n": 3, "top_p": 0.9, "repetition_penalty": 1.2}
+    plain, counted = (
+        llm.generate(PROMPTS[:2], params, use_tqdm=False)
+        for params in (
+            SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True, **sampled),
+            with_processors(Counting(), **sampled),
+        )
+    )
+    assert [c.token_ids for o in plain for c in o.outputs] == [
+        c.token_ids for o in counted for c in o.outputs
+    ]
+    assert Counting.clones == 6
+
+
+class MineError(Exception):
+    pass
+
+
+def fail(token_ids, logits):
+    if len(token_ids) == 3:
+        raise MineError("no more")
+    return logits
+
+
+WRONG = {
+    "fail": (fail, "MineError: no more"),
+    "nothing": (lambda ids, logits: None, "logits processor <lambda> must return the logits, got"),
+    "shape": (lambda ids, logits: logits[:5], r"floats of shape \[384\], got .* of shape \[5\]"),
+    "dtype": (lambda ids, logits: logits.int(), r"must return floats .*, got torch.int32"),
+    "nan": (lambda ids, logits: logits * torch.nan, "left NaN among the logits"),
+    "nothing left": (lambda ids, logits: logits - torch.inf, "left no token: all logits are -inf"),
+}
+
+
+def test_what_fails_ends_its_request_alone(llm):
+    expected = generate(llm, PROMPTS, SamplingParams(0, MAX_TOKENS, True))
+    for processor, message in WRONG.values():
+        params = [SamplingParams(0, MAX_TOKENS, True, logprobs=0)] * 4
+        params[2] = with_processors(processor, logprobs=0)
+        with pytest.raises(RequestError, match=rf"prompts\[2\] failed: .*{message}") as raised:
+            llm.generate(PROMPTS, params, use_tqdm=False)
+        outputs = raised.value.outputs
+        assert [o["token_ids"] for o in outputs[:2] + outputs[3:]] == expected[:2] + expected[3:]
+        failed = outputs[2]
+        kept = 3 if processor is fail else 0  # no token is made of what failed
+        assert failed["token_ids"] == expected[2][:kept] and len(failed["logprobs"]) == kept
+        assert failed["finish_reason"] == "abort" and failed.error
+    assert llm.scheduler.num_preemptions == 0  # nobody was run again
+    assert generate(llm, PROMPTS, SamplingParams(0, MAX_TOKENS, True)) == expected
+
+
+def test_what_is_no_processor_is_named():
+    for wrong, message in (
+        ([3], "logits_processors must be callables, got 3"),
+        (5, "logits_processors must be a list of callables"),
+        ([lambda logits: logits], r"must take \(token_ids, logits\) or \(prompt_token_ids, "),
+        ([dict], r"of a request must be callables, got <class 'dict'>; a class goes into LLM\("),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            SamplingParams(logits_processors=wrong)
+    with pytest.raises(ArgumentError, match="extra_args must be a dict, got 3"):
+        SamplingParams(extra_args=3)
+    assert SamplingParams(logits_processors=[]).logits_processors is None
+
+
+def test_infinity_is_the_largest_logit(llm):
+    def only(token_ids, logits):
+        logits[77 + len(token_ids)] = torch.inf
+        return logits
+
+    params = [with_processors(only), with_processors(only, temperature=1.0, top_p=0.5, top_k=9)]
+    assert generate(llm, PROMPTS[:2], params) == [list(range(77, 77 + MAX_TOKENS))] * 2
