@@ -181,9 +181,9 @@ VLLM_ABSENT = _absent(
         "there is no speculative decoding",
     ),
     (
-        "logits_processors logits_processor_pattern",
+        "logits_processor_pattern",
         (),
-        "logit_bias, allowed_token_ids, bad_words and structured_outputs steer the tokens",
+        "there is no server, whose requests would name functions; write logits_processors",
     ),
     (
         "cpu_offload_params offload_group_size offload_params kv_offloading_size",
@@ -787,7 +787,7 @@ def entries(name: str, value: Any) -> dict[str, Any]:
     return said
 
 
-class VllmConfig:
+class ConfigObject:
     """One of vLLM's configuration objects: its keywords become attributes, which `LLM` reads.
 
     `LLM` takes a dict of them as well.
@@ -804,25 +804,25 @@ class VllmConfig:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
 
 
-class ProfilerConfig(VllmConfig):
+class ProfilerConfig(ConfigObject):
     """`profiler="torch"` and `torch_profiler_dir`, the folder of traces."""
 
     parameter = "profiler_config"
 
 
-class StructuredOutputsConfig(VllmConfig):
+class StructuredOutputsConfig(ConfigObject):
     """`backend`: whatever is named, llguidance compiles."""
 
     parameter = "structured_outputs_config"
 
 
-class AttentionConfig(VllmConfig):
+class AttentionConfig(ConfigObject):
     """`backend`: `attention_backend` of `LLM`."""
 
     parameter = "attention_config"
 
 
-class CompilationConfig(VllmConfig):
+class CompilationConfig(ConfigObject):
     """It changes nothing."""
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from copy import copy
 from dataclasses import MISSING, dataclass, field
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from nanovllm.compat import (
     ATTENTION_BACKEND_ALIASES,
@@ -95,6 +95,19 @@ def _check_dtype(name: str, value: Any) -> str:
     return DTYPE.run(name, value)
 
 
+def _check_processors(name: str, value: Any) -> list[str | type] | None:
+    processors = [value] if isinstance(value, (str, type)) else value
+    if not isinstance(processors, (list, tuple)):
+        raise ArgumentError(f"{name} must be a list of classes, got {shown(value)}")
+    for processor in processors:
+        if not isinstance(processor, (str, type)):
+            raise ArgumentError(
+                f'{name} of an engine must be classes or "module:Class", got {shown(processor)}; '
+                f"a function goes into SamplingParams({name}=[...])"
+            )
+    return list(processors) or None
+
+
 def _check_overrides(name: str, value: Any) -> Any:
     if not (callable(value) or isinstance(value, Mapping)):
         raise ArgumentError(f"{name} must be a dict or a callable, got {shown(value)}")
@@ -117,6 +130,7 @@ class Config:
         hf_config: transformers' configuration of the model, for users.
         model_config: what is computed of it.
         eos_token_ids: ids that end a completion; the engine reads them with the tokenizer.
+        engine_processors: `sampling.engine_processors` of `logits_processors`, on rank 0.
 
     Raises:
         ArgumentError: a value is of the wrong type or outside its range.
@@ -301,6 +315,12 @@ class Config:
         "how long a schema, regex, choice list or grammar may take to compile. A request whose "
         "takes longer is refused.",
     )
+    logits_processors: list[str | type] | None = parameter(
+        None,
+        Check('list of classes or "module:Class"', _check_processors),
+        "subclasses of `LogitsProcessor`, which edit the logits of all requests, behind those of "
+        "the entry points `nanovllm.logits_processors`.",
+    )
     scheduling_policy: str = parameter(
         "fcfs",
         choice("fcfs", "priority"),
@@ -339,6 +359,7 @@ class Config:
     hf_config: "PretrainedConfig" = field(init=False, repr=False)
     model_config: ModelConfig = field(init=False, repr=False)
     eos_token_ids: frozenset[int] = field(init=False, default=frozenset())
+    engine_processors: Any = field(init=False, default=None, repr=False)
 
     @classmethod
     def from_kwargs(cls, model: str | None, kwargs: dict[str, Any]) -> "Config":
@@ -481,6 +502,10 @@ class Config:
         finite = sorted((w for w in windows if w is not None), reverse=True)
         return (None, *finite) if None in windows or not finite else tuple(finite)
 
+    def get_vocab_size(self) -> int:
+        """vLLM's name of the number of token ids."""
+        return self.model_config.vocab_size
+
     def resolve_device(self) -> "torch.device":
         """The device of rank 0 (rank r has GPU r); ArgumentError if there are too few GPUs."""
         import torch
@@ -531,3 +556,16 @@ class Config:
         from nanovllm.kernels.types import FP8_DTYPE
 
         return self.resolve_dtype() if self.kv_cache_dtype == "auto" else FP8_DTYPE
+
+
+class VllmConfig:
+    """An engine's configuration by vLLM's names, which logits processors get.
+
+    All its parts are the one `Config`, whose fields have vLLM's names: `max_num_seqs`, `hf_config`.
+    """
+
+    speculative_config: ClassVar[None] = None
+
+    def __init__(self, config: Config) -> None:
+        self.model_config = self.scheduler_config = self.cache_config = config
+        self.parallel_config = config

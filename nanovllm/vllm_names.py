@@ -32,6 +32,7 @@ MODULES: dict[str, dict[str, str]] = {
     "exceptions": {"VLLMValidationError": "errors:ArgumentError"},
     "inputs.data": dict.fromkeys(("PromptType", "TextPrompt", "TokensPrompt"), "inputs"),
     "logger": {"init_logger": "vllm_names"},
+    "logits_process": {"LogitsProcessor": "sampling_params:RequestLogitsProcessor"},
     "logprobs": {"Logprob": "outputs"},
     "lora.request": {"LoRARequest": "vllm_names"},
     "renderers.hf": {"resolve_chat_template": "vllm_names"},
@@ -45,6 +46,29 @@ MODULES: dict[str, dict[str, str]] = {
     "v1.metrics.reader": dict.fromkeys(
         ("Counter", "Gauge", "Histogram", "Metric", "Vector"), "features.metrics"
     ),
+}
+_INTERFACE = dict.fromkeys(
+    (
+        "AddedRequest",
+        "BatchUpdate",
+        "LogitsProcessor",
+        "MoveDirectionality",
+        "MovedRequest",
+        "RemovedRequest",
+    ),
+    "sampling.logits_processor",
+)
+_BUILTIN = {"process_dict_updates": "sampling.logits_processor"}
+MODULES |= {
+    "v1.sample.logits_processor": _INTERFACE
+    | _BUILTIN
+    | {
+        "AdapterLogitsProcessor": "sampling.logits_processor",
+        "LOGITSPROCS_GROUP": "sampling.engine_processors:ENTRY_POINTS",
+        "RequestLogitsProcessor": "sampling_params",
+    },
+    "v1.sample.logits_processor.builtin": _BUILTIN,
+    "v1.sample.logits_processor.interface": _INTERFACE,
 }
 PACKAGES = ("engine", "inputs")  # those of `MODULES`' parents that have files
 # What the package itself offers, beside what needs no torch.

@@ -130,6 +130,8 @@ class LogitsProcessing(StepConsumer):
     def release(self) -> None:
         """See `StepConsumer.release`."""
         self._sampler = None
+        if self.config.engine_processors is not None:
+            self.config.engine_processors.restart()
 
     def _upload(self, rows: np.ndarray, numbers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """[A] int32 and [A] int64 on the device; a decode batch that stays is uploaded once."""
@@ -149,6 +151,7 @@ class LogitsProcessing(StepConsumer):
                 config.model_config.vocab_size,
                 config.max_num_seqs,
                 config.max_model_len,
+                config.engine_processors,
             )
         return self._sampler
 

@@ -3,6 +3,7 @@
 Everything that can be wrong about them is found here, before anything is queued.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from nanovllm.config import Config
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.repetition import RepetitionRule
 from nanovllm.engine.request import Request
-from nanovllm.engine.sequence import Sequence, Wants
+from nanovllm.engine.sequence import Wants
 from nanovllm.errors import ArgumentError
 from nanovllm.inputs.detokenizer import OutputText, output_text_of
 from nanovllm.inputs.prompts import (
@@ -25,11 +26,9 @@ from nanovllm.inputs.tokenizer import Tokenizer
 from nanovllm.sampling.request_processors import OutputTokenIds, RequestProcessors, maker_of
 from nanovllm.sampling.structured_outputs import Grammar, GrammarCompiler
 from nanovllm.sampling.vocabulary import check_against_vocab, encode_bad_words
-from nanovllm.sampling_params import (
-    RequestLogitsProcessor,
-    SamplingParams,
-    StructuredOutputsParams,
-)
+from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
+
+logger = logging.getLogger("nanovllm")
 
 MAX_BAD_WORD_TABLE = 2**22  # int32: 16 MiB for each request
 
@@ -160,6 +159,8 @@ class InputProcessor:
                 first.features.num_prompt_logprobs = first.num_prompt_tokens - 1
         if params.stop_token_ids or params.needs_logits:
             self._prepare_sampling(request)
+        if request.sequences[0].features.pooler is None:
+            self._prepare_processors(request)
 
     def close(self) -> None:
         """Release what requests needed; the next one that needs it makes it anew."""
@@ -178,9 +179,6 @@ class InputProcessor:
             self._check_table(params, bad_word_ids)
             for seq in request.sequences:
                 seq.features.bad_word_ids = bad_word_ids
-        if params.logits_processors:
-            for seq in request.sequences:
-                self._process_logits(seq, [maker_of(p) for p in params.logits_processors])
         if params.structured_outputs is not None:
             grammar = self._compile(params.structured_outputs)
             for seq in request.sequences:
@@ -188,14 +186,27 @@ class InputProcessor:
                 seq.wants |= Wants.CONFIRMED  # a mask needs all tokens before it
                 seq.finish_rules.insert(0, seq.features.grammar)
 
-    def _process_logits(
-        self, seq: Sequence, makers: list[Callable[[], RequestLogitsProcessor | None]]
-    ) -> None:
-        """Let logits processors edit the logits of a sequence."""
-        output_token_ids = OutputTokenIds()
-        seq.features.processors = RequestProcessors(makers, seq.prompt_token_ids, output_token_ids)
-        seq.finish_rules.insert(0, output_token_ids)
-        seq.wants |= Wants.CONFIRMED  # they see all tokens before
+    def _prepare_processors(self, request: Request) -> None:
+        """Give the sequences their own logits processors, and the engine's."""
+        params, engine_processors = request.params, self.config.engine_processors
+        if engine_processors is not None:
+            engine_processors.validate(params)
+        elif params.extra_args:
+            logger.debug("extra_args change nothing: the engine has no logits processors")
+        for seq in request.sequences:
+            makers = [maker_of(processor) for processor in params.logits_processors or ()]
+            if engine_processors is not None:
+                makers += engine_processors.makers(params)
+            if not makers and not (engine_processors and engine_processors.is_batched):
+                continue
+            output_token_ids = OutputTokenIds()
+            seq.finish_rules.insert(0, output_token_ids)
+            seq.features.output_token_ids = output_token_ids
+            if makers:
+                seq.features.processors = RequestProcessors(
+                    makers, seq.prompt_token_ids, output_token_ids
+                )
+            seq.wants |= Wants.LOGITS | Wants.CONFIRMED  # they see all tokens before
 
     def _compile(self, params: StructuredOutputsParams) -> Grammar:
         tokenizer = self._need_tokenizer("structured_outputs")

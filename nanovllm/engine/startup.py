@@ -25,6 +25,7 @@ from nanovllm.models.decoder import kv_cache_spec
 from nanovllm.models.hybrid import state_specs
 from nanovllm.models.size import check_size, device_memory
 from nanovllm.parallel.tensor_parallel import TensorParallel
+from nanovllm.sampling.engine_processors import load_processors
 from nanovllm.sampling_params import SamplingParams
 
 MAX_CPU_CACHE_BYTES = 4 << 30
@@ -85,6 +86,10 @@ def prepare(
     )
     check_size(config, device)
     check_fits(config, device)
+    if (processors := load_processors(config, device)) is not None:
+        # Of a batch that is computed step after step: nothing could be prepared meanwhile.
+        is_async = config.async_scheduling and not processors.is_batched
+        config = config.replace(engine_processors=processors, async_scheduling=is_async)
     return config, device, tokenizer, default_params
 
 

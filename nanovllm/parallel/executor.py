@@ -30,7 +30,9 @@ class MultiprocExecutor(Executor):
 
     def __init__(self, config: Config, device: torch.device) -> None:
         # Only rank 0 needs these, and they may not be picklable.
-        for_workers = config.replace(tokenizer=None, hf_overrides=None)
+        for_workers = config.replace(
+            tokenizer=None, hf_overrides=None, logits_processors=None, engine_processors=None
+        )
         self.workers = WorkerGroup(for_workers, device.type)
         self._is_mid_step = False  # after a failed launch: the ranks are out of step
         super().__init__(config, device)

@@ -11,6 +11,7 @@ import torch
 from nanovllm.errors import is_fault
 from nanovllm.kernels import row_state
 from nanovllm.kernels.copies import upload_one
+from nanovllm.sampling.engine_processors import EngineProcessors
 from nanovllm.sampling.history import TokenHistory
 from nanovllm.sampling.penalties import Penalties, has_penalties
 from nanovllm.sampling.request_processors import EditReport
@@ -30,10 +31,15 @@ class DrawInputs:
     """What the filters and the draw read of E sequences.
 
     is_elsewhere: which of them are to be skipped.
+    is_scaled: whether the logits are divided by the temperatures already.
     """
 
     def __init__(
-        self, seqs: Items[SampledSequence], is_elsewhere: Items[bool], device: torch.device
+        self,
+        seqs: Items[SampledSequence],
+        is_elsewhere: Items[bool],
+        device: torch.device,
+        is_scaled: bool = False,
     ) -> None:
         params = [seq.sampling_params for seq in seqs]
         temperatures = [p.temperature for p in params]
@@ -46,6 +52,9 @@ class DrawInputs:
         floats = [temperatures, [p.top_p for p in params], [p.min_p for p in params]]
         uploaded = upload_one(np.array(floats, dtype=np.float32), device)
         self.temperatures, self.top_p, self.min_p = uploaded  # [E] each
+        self.true_temperatures = self.temperatures
+        if is_scaled:
+            self.temperatures = (self.temperatures > 0).float()
         self.top_k = upload_one(np.array([p.top_k for p in params], dtype=np.int32), device)
         seeds = np.array([seq.seed for seq in seqs], dtype=np.uint64)
         self.seeds = upload_one(seeds.view(np.int32).reshape(-1, 2), device)  # low and high words
@@ -61,6 +70,7 @@ class EditedRows:
         history: the tokens of all running sequences.
         vocab_size: number of token ids.
         device: the logits'.
+        engine_processors: these edit all P; None: there are none.
     """
 
     def __init__(
@@ -71,6 +81,7 @@ class EditedRows:
         history: TokenHistory,
         vocab_size: int,
         device: torch.device,
+        engine_processors: EngineProcessors | None = None,
     ) -> None:
         self.history = history
         self.vocab_size = vocab_size
@@ -79,16 +90,21 @@ class EditedRows:
             self.indices = upload_one(np.array(indices, dtype=np.int64), device)
         # At least the last column is no token's: what must not be written goes there.
         self.width = (vocab_size // ALIGNMENT + 1) * ALIGNMENT
-        own = [seqs[i] for i in indices]
-        self.draw = DrawInputs(own, [False] * len(own), device)
+        own = self.seqs = [seqs[i] for i in indices]
+        self.engine_processors = engine_processors
+        self.is_scaled = engine_processors is not None and engine_processors.has_invariant
+        self.draw = DrawInputs(own, [False] * len(own), device, self.is_scaled)
         self.forbidden = ForbiddenTokens(own, rules, device)
         self.allowed = AllowedTokens(own, rules, vocab_size, device)
         self.bias = LogitBias(rules, self.width, device)
+        self.numbers = indices
         self.processors = [(i, p) for i, seq in enumerate(own) if (p := seq.features.processors)]
         self.processed = [indices[i] for i, _ in self.processors]
+        own_indices = [i for i, _ in self.processors]
+        if engine_processors is not None:
+            self.processed, own_indices = indices, list(range(len(own)))
         if self.processed:
-            own_indices = np.array([i for i, _ in self.processors], dtype=np.int64)
-            self.processed_indices = upload_one(own_indices, device)
+            self.processed_indices = upload_one(np.array(own_indices, dtype=np.int64), device)
         self.penalties: Penalties | None = None
         if any(has_penalties(seq.sampling_params) for seq in own):
             self.penalties = Penalties(own, device)
@@ -109,19 +125,33 @@ class EditedRows:
         self._process(edited[:, : self.vocab_size], report)
         if self.penalties is not None:
             self.penalties.apply(edited, positions, self.history)
+        if self.is_scaled:
+            self._process_scaled(edited[:, : self.vocab_size], report)
         return edited
 
     def _process(self, logits: torch.Tensor, report: EditReport) -> None:
-        """Let the requests' own processors change their rows of `logits` [P, V] in place."""
-        if not self.processed:
-            return
-        for number, (index, processors) in zip(self.processed, self.processors, strict=True):
+        """Let the requests' own processors, then the engine's, change `logits` [P, V] in place."""
+        for index, processors in self.processors:
             try:
                 processors.edit(logits[index])
             except BaseException as error:
                 if not is_fault(error):
                     raise
-                report.failed.append((number, error))
+                report.failed.append((self.numbers[index], error))
+        if self.engine_processors is not None:
+            self.slots = self.engine_processors.update(self.seqs)
+            self.engine_processors.apply(logits, self.slots, is_invariant=False)
+        if self.processed:
+            report.check(self.processed, self.processed_indices, logits)
+
+    def _process_scaled(self, logits: torch.Tensor, report: EditReport) -> None:
+        """Divide by the temperatures what is drawn, and let argmax invariant processors edit it."""
+        assert self.engine_processors is not None
+        temperatures = self.draw.true_temperatures.unsqueeze(1)
+        is_drawn = temperatures > 0
+        scaled = logits / torch.where(is_drawn, temperatures, 1.0)
+        self.engine_processors.apply(scaled, self.slots, is_invariant=True)
+        logits.copy_(torch.where(is_drawn, scaled, logits))
         report.check(self.processed, self.processed_indices, logits)
 
 
@@ -151,6 +181,7 @@ class Batch:
         vocab_size: number of token ids.
         max_edited_rows: rows of logits that are edited at once.
         device: the logits'.
+        engine_processors: these edit all E; None: there are none.
     """
 
     def __init__(
@@ -161,12 +192,14 @@ class Batch:
         vocab_size: int,
         max_edited_rows: int,
         device: torch.device,
+        engine_processors: EngineProcessors | None = None,
     ) -> None:
         self.seqs = list(seqs)
         self.rows = [seq.row for seq in seqs]
         rules = [_rules_in_effect(seq, rules_of_row) for seq in seqs]
         is_edited = [
-            rule is not None
+            engine_processors is not None
+            or rule is not None
             or seq.features.grammar is not None
             or seq.features.processors is not None
             or has_penalties(seq.sampling_params)
@@ -184,7 +217,15 @@ class Batch:
         )
         parts = [edited[i : i + max_edited_rows] for i in range(0, len(edited), max_edited_rows)]
         self.edited = [
-            EditedRows(seqs, part, [rules[i] for i in part], history, vocab_size, device)
+            EditedRows(
+                seqs,
+                part,
+                [rules[i] for i in part],
+                history,
+                vocab_size,
+                device,
+                engine_processors,
+            )
             for part in parts
         ]
         self.next_places: torch.Tensor | None = None  # where the history goes on, if it is needed

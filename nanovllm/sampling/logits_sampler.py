@@ -13,6 +13,7 @@ import torch
 
 from nanovllm.kernels.ops import Ops
 from nanovllm.sampling.batch import Batch, DrawInputs, needs_history
+from nanovllm.sampling.engine_processors import EngineProcessors
 from nanovllm.sampling.history import TokenHistory
 from nanovllm.sampling.logprobs import LogprobTensors, logprob_tensors
 from nanovllm.sampling.request_processors import EditReport
@@ -42,6 +43,7 @@ class LogitsSampler:
         vocab_size: number of token ids.
         max_num_seqs: rows that sequences may have.
         max_model_len: tokens of a sequence at most.
+        engine_processors: the engine's logits processors.
     """
 
     def __init__(
@@ -51,12 +53,17 @@ class LogitsSampler:
         vocab_size: int,
         max_num_seqs: int,
         max_model_len: int,
+        engine_processors: EngineProcessors | None = None,
     ) -> None:
         self.ops = ops
         self.device = device
         self.vocab_size = vocab_size
         self.history = TokenHistory(max_num_seqs, max_model_len, device)
         self.max_edited_rows = max(1, MAX_EDITED_LOGITS // max(vocab_size, max_model_len))
+        self.processors = None
+        if engine_processors is not None and engine_processors.is_batched:
+            self.processors = engine_processors
+            self.max_edited_rows = max_num_seqs  # they know the batch as a whole
         self._rules: list[TokenRules | None] = [None] * max_num_seqs  # of the sequence in each row
         self._batch: Batch | None = None
         self._previous_batch: Batch | None = None
@@ -73,6 +80,8 @@ class LogitsSampler:
             rules = self._rules[seq.row] = compile_rules(seq, self.vocab_size)
             if needs_history(seq, rules):
                 with_history.append(seq)
+        if self.processors is not None:
+            self.processors.begin(seqs)
         self.history.write(with_history)
         self._batch = self._previous_batch = None
 
@@ -114,7 +123,13 @@ class LogitsSampler:
             self._batch, self._previous_batch = self._previous_batch, self._batch
         if self._batch is None or not self._batch.is_of(seqs):
             self._batch = Batch(
-                seqs, self._rules, self.history, self.vocab_size, self.max_edited_rows, self.device
+                seqs,
+                self._rules,
+                self.history,
+                self.vocab_size,
+                self.max_edited_rows,
+                self.device,
+                self.processors,
             )
         return self._batch
 

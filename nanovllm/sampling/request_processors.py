@@ -57,10 +57,10 @@ class RequestProcessors:
         if self._calls is None:
             processors = [made for make in self.makers if (made := make()) is not None]
             tokens = self.prompt_token_ids, self.output_token_ids
-            self._calls = [(name_of(made), _bind(made, *tokens)) for made in processors]
+            self._calls = [(name_of(made), bind(made, *tokens)) for made in processors]
         edited = logits
         for name, call in self._calls:
-            edited = _checked(name, call(edited), logits.shape)
+            edited = checked_logits(name, call(edited), logits.shape)
         if edited is not logits:
             logits.copy_(edited)
         logits.clamp_(max=MAX_LOGIT)
@@ -77,7 +77,8 @@ def name_of(processor: object) -> str:
     return getattr(processor, "__name__", type(processor).__name__)
 
 
-def _checked(name: str, result: object, shape: torch.Size) -> torch.Tensor:
+def checked_logits(name: str, result: object, shape: torch.Size) -> torch.Tensor:
+    """What a processor returned; TypeError or ValueError unless it is floats of that shape."""
     if not isinstance(result, torch.Tensor):
         raise TypeError(f"logits processor {name} must return the logits, got {shown(result)}")
     if result.shape != shape or not result.is_floating_point():
@@ -88,9 +89,10 @@ def _checked(name: str, result: object, shape: torch.Size) -> torch.Tensor:
     return result
 
 
-def _bind(
+def bind(
     processor: RequestLogitsProcessor, prompt: list[int], output: list[int]
 ) -> Callable[[torch.Tensor], Any]:
+    """The processor with the tokens that it takes: a function of the logits [V] alone."""
     if _is_of_transformers(processor):
         return partial(_call_batched, processor, prompt, output)
     if takes_prompt(processor):

@@ -35,6 +35,7 @@ class FeatureState:
 
     Args:
         grammar: has accepted the confirmed tokens.
+        output_token_ids: of the completion, as logits processors see them.
         processors: logits processors of the request's own.
         bad_word_ids: each word as its token ids.
         num_prompt_logprobs: how many prompt tokens want log probabilities.
@@ -46,6 +47,7 @@ class FeatureState:
     """
 
     grammar: "Grammar | None" = None
+    output_token_ids: list[int] | None = None
     processors: "RequestProcessors | None" = None
     bad_word_ids: list[list[int]] = field(default_factory=list)
     num_prompt_logprobs: int = 0

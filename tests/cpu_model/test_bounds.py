@@ -198,6 +198,7 @@ NO_NUMBERS |= {"override_generation_config", "hf_config", "model_config", "eos_t
 NO_NUMBERS |= {"override_generation_config", "hf_config", "eos_token_ids"}
 NO_NUMBERS |= {"record", "profiler_config"}  # with the report, and with vLLM's parameters
 NO_NUMBERS |= {"pooler_config"}  # with heads
+NO_NUMBERS |= {"logits_processors", "engine_processors"}  # with logits processors
 
 
 def same(left: Any, right: Any) -> bool:

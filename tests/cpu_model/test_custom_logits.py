@@ -1,8 +1,14 @@
 """Log probabilities of chosen tokens, repetition, and logits processors, in the engine."""
 
+from functools import partial
+from importlib.metadata import EntryPoint
+
 import pytest
 import torch
 from engine_checks import check_nothing_is_held, generate, random_prompts, tiny_engine
+from nanovllm.v1.sample import logits_processor as interface
+from nanovllm.v1.sample.logits_processor import AdapterLogitsProcessor, RequestLogitsProcessor
+from nanovllm.v1.sample.logits_processor.builtin import process_dict_updates
 from tiny_models import VOCAB_SIZE
 from transformers import (
     LogitsProcessor,
@@ -13,6 +19,8 @@ from transformers import (
 )
 
 from nanovllm import ArgumentError, RequestError, SamplingParams
+from nanovllm.config import VllmConfig
+from nanovllm.sampling import engine_processors
 
 PROMPTS = random_prompts([250, 300, 40, 1], seed=17)
 MAX_TOKENS = 10
@@ -132,10 +140,10 @@ class Alternate(LogitsProcessor):
         return scores
 
 
-def transformers_tokens(hf_model, prompt, processors) -> list[int]:
+def transformers_tokens(hf_model, prompt, processors, max_tokens=MAX_TOKENS) -> list[int]:
     ids = torch.tensor([prompt])
     out = hf_model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_TOKENS, do_sample=False,
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False,
         eos_token_id=None, logits_processor=processors,
     )  # fmt: skip
     return out[0, len(prompt) :].tolist()
@@ -288,3 +296,209 @@ def test_infinity_is_the_largest_logit(llm):
 
     params = [with_processors(only), with_processors(only, temperature=1.0, top_p=0.5, top_k=9)]
     assert generate(llm, PROMPTS[:2], params) == [list(range(77, 77 + MAX_TOKENS))] * 2
+
+
+# ---- logits processors of the engine ---------------------------------------------------------
+
+
+class OnlyTarget(interface.LogitsProcessor):
+    """vLLM's example: requests with extra_args["target"] get that token alone, in one batch."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool):
+        self.targets: dict[int, int] = {}
+        self.vocab_size = vllm_config.model_config.get_vocab_size()
+
+    @classmethod
+    def validate_params(cls, params):
+        if (params.extra_args or {}).get("target", 0) < 0:
+            raise ValueError("target must be positive")
+
+    def is_argmax_invariant(self):
+        return False
+
+    def update_state(self, batch_update):
+        process_dict_updates(
+            self.targets,
+            batch_update,
+            lambda params, _, __: params.extra_args and params.extra_args.get("target"),
+        )
+
+    def apply(self, logits):
+        assert logits.shape[1] == self.vocab_size
+        if self.targets:
+            rows = torch.tensor(list(self.targets))
+            columns = torch.tensor(list(self.targets.values()))
+            kept = logits[rows, columns].clone()
+            logits[rows] = -torch.inf
+            logits[rows, columns] = kept
+        return logits
+
+
+class Mirror(interface.LogitsProcessor):
+    """Holds what it is told of, checks it in each step, and bans what a request has generated."""
+
+    def __init__(self, vllm_config, device, is_pin_memory):
+        self.requests = {}
+        self.size = 0
+        self.updates = []
+
+    def is_argmax_invariant(self):
+        return False
+
+    def update_state(self, batch_update):
+        self.updates.append(batch_update)
+        process_dict_updates(self.requests, batch_update, lambda *request: request)
+        if batch_update is not None:
+            self.size = batch_update.batch_size
+        assert sorted(self.requests) == list(range(self.size))
+
+    def apply(self, logits):
+        assert len(logits) == self.size
+        for index, (params, _, output) in self.requests.items():
+            if params.extra_args:
+                if params.extra_args.get("fail_at") == len(output):
+                    raise MineError("no more")
+                logits[index, output] = -torch.inf
+        return logits
+
+
+class Alternating(AdapterLogitsProcessor):
+    """vLLM's further examples: a function for each request that asks for it, on one device."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool):
+        super().__init__(vllm_config, device, is_pin_memory)
+        self.is_cpu = device.type == "cpu"
+
+    def is_argmax_invariant(self):
+        return False
+
+    def new_req_logits_processor(self, params: SamplingParams) -> RequestLogitsProcessor | None:
+        asks = params.extra_args and params.extra_args.get("alternates")
+        return alternate if asks and self.is_cpu else None
+
+
+class Halving(interface.LogitsProcessor):
+    """Argmax invariant: every logit behind the best three is out, as by top_k=3."""
+
+    def __init__(self, vllm_config, device, is_pin_memory):
+        pass
+
+    def is_argmax_invariant(self):
+        return True
+
+    def update_state(self, batch_update):
+        pass
+
+    def apply(self, logits):
+        return logits.masked_fill(logits < logits.topk(3).values[:, -1:], -torch.inf)
+
+
+def extra(temperature=0, max_tokens=MAX_TOKENS, **values) -> SamplingParams:
+    return SamplingParams(temperature, max_tokens, True, seed=1, extra_args=values or None)
+
+
+def pick(found, group):
+    return found[group]
+
+
+def test_vllms_example_runs_on_every_way_to_name_the_class(tiny_dir, llm, monkeypatch):
+    params = [extra(target=128), extra(), extra(target=67), extra(1.0)]
+    expected = generate(llm, PROMPTS, params)  # extra_args mean nothing without processors
+    assert expected == generate(llm, PROMPTS, [extra(), extra(), extra(), extra(1.0)])
+    expected[0], expected[2] = [128] * MAX_TOKENS, [67] * MAX_TOKENS
+    path = f"{__name__}:OnlyTarget"
+    for given in ([OnlyTarget], path, None):
+        if given is None:
+            found = {"nanovllm.logits_processors": [EntryPoint("own", path, "")]}
+            monkeypatch.setattr(engine_processors, "entry_points", partial(pick, found))
+        with tiny_engine(tiny_dir, max_model_len=512, logits_processors=given) as engine:
+            assert generate(engine, PROMPTS, params) == expected
+            with pytest.raises(ArgumentError, match="OnlyTarget: target must be positive"):
+                engine.generate(PROMPTS, extra(target=-1), use_tqdm=False)
+            assert len(engine.embed(PROMPTS[:1], use_tqdm=False)) == 1
+            check_nothing_is_held(engine)
+
+
+@pytest.mark.parametrize("settings", [{}, SWITCHES[2] | SWITCHES[3]], ids=["default", "small"])
+def test_a_batch_processor_sees_the_batch_as_vllm_tells_it(tiny_dir, banned, settings):
+    """Tokens that were generated are banned: transformers' own ban of repeats says the same."""
+    prompts, params, expected = banned
+    settings = {"max_model_len": 512, "max_num_seqs": 5} | settings
+    with tiny_engine(tiny_dir, logits_processors=[Mirror], **settings) as engine:
+        assert generate(engine, prompts, params) == expected
+        assert not engine.config.async_scheduling
+        check_nothing_is_held(engine)
+
+
+@pytest.fixture(scope="module")
+def banned(hf_model):
+    """More requests than rows, of different lengths; two of three ban what they generated."""
+    prompts = PROMPTS * 3
+    lengths = [3, 9, 6, 12, 1, 7, 10, 5, 8, 2, 11, 4]
+    params = [extra(0, n, bans=True) if i % 3 else extra(0, n) for i, n in enumerate(lengths)]
+    expected = []
+    for prompt, own, length in zip(prompts, params, lengths, strict=True):
+        processors = LogitsProcessorList([BanGenerated(len(prompt))] if own.extra_args else [])
+        expected.append(transformers_tokens(hf_model, prompt, processors, length))
+    return prompts, params, expected
+
+
+class BanGenerated(LogitsProcessor):
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, input_ids, scores):
+        return scores.index_fill(1, input_ids[0, self.length :], -torch.inf)
+
+
+def test_processors_made_for_requests_leave_the_others_alone(tiny_dir, llm, hf_model):
+    params = [extra(), extra(alternates=1), SamplingParams(0.9, MAX_TOKENS, True, seed=4)]
+    [first, third] = generate(llm, [PROMPTS[0], PROMPTS[2]], [params[0], params[2]])
+    length = len(PROMPTS[1])
+    second = transformers_tokens(hf_model, PROMPTS[1], LogitsProcessorList([Alternate(length)]))
+    with tiny_engine(tiny_dir, max_model_len=512, logits_processors=[Alternating]) as engine:
+        assert generate(engine, PROMPTS[:3], params) == [first, second, third]
+        assert engine.config.async_scheduling
+
+
+def test_argmax_invariant_processors_act_behind_the_temperature(tiny_dir, llm):
+    sampled = [SamplingParams(t, 20, True, seed=3, top_k=k) for k in (0, 3) for t in (0, 0.7, 2.0)]
+    prompts = [PROMPTS[2]] * 3
+    expected = generate(llm, prompts, sampled[3:])
+    assert expected[1:] != generate(llm, prompts, sampled[:3])[1:]
+    with tiny_engine(tiny_dir, max_model_len=512, logits_processors=[Halving]) as engine:
+        assert generate(engine, prompts, sampled[:3]) == expected
+
+
+def test_a_batch_processor_that_fails_ends_the_request_it_fails_with(tiny_dir, llm):
+    """It is found by running the batch in parts, each with a new processor."""
+    params = [extra(bans=1), extra(bans=1, fail_at=4), extra(), extra(bans=1)]
+    with tiny_engine(tiny_dir, max_model_len=512, logits_processors=[Mirror]) as engine:
+        expected = generate(engine, PROMPTS, [extra(bans=1), extra(bans=1), extra(), extra(bans=1)])
+        with pytest.raises(RequestError, match=r"prompts\[1\] failed: MineError") as raised:
+            engine.generate(PROMPTS, params, use_tqdm=False)
+        outputs = [output["token_ids"] for output in raised.value.outputs]
+        assert outputs[1] == expected[1][:4] and [outputs[i] for i in (0, 2, 3)] == [
+            expected[i] for i in (0, 2, 3)
+        ]
+        assert generate(engine, PROMPTS, [extra(bans=1)] * 4)[0] == expected[0]
+        check_nothing_is_held(engine)
+
+
+class Broken(Mirror):
+    def __init__(self, *args):
+        raise MineError("not here")
+
+
+def test_wrong_processors_of_an_engine_are_named(tiny_dir):
+    for wrong, message in (
+        ([alternate], r"of an engine must be classes or .*; a function goes into SamplingParams\("),
+        (3, "logits_processors must be a list of classes, got 3"),
+        ([dict], "must be subclasses of LogitsProcessor, got <class 'dict'>"),
+        (["nowhere:Class"], "'nowhere:Class' cannot be loaded as .*No module named 'nowhere'"),
+        (["json:Class"], "'json:Class' cannot be loaded as .*has no attribute 'Class'"),
+        (["json:loads"], r"subclasses of LogitsProcessor, got <function loads .*; a function goes"),
+        ([Broken], "logits_processors: MineError: not here"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            tiny_engine(tiny_dir, logits_processors=wrong)

@@ -28,6 +28,7 @@ PROMPTS = random_prompts([5, 300, 40], seed=3)
 IMPORTS = """
 beam_search: BeamSearchOutput BeamSearchSequence
 config: AttentionConfig CompilationConfig PoolerConfig ProfilerConfig StructuredOutputsConfig
+config: VllmConfig
 distributed: cleanup_dist_env_and_memory
 distributed.parallel_state: cleanup_dist_env_and_memory
 engine.arg_utils: EngineArgs
@@ -38,6 +39,7 @@ exceptions: VLLMValidationError
 inputs: PromptType TextPrompt TokensPrompt
 inputs.data: TokensPrompt
 logger: init_logger
+logits_process: LogitsProcessor
 logprobs: Logprob
 lora.request: LoRARequest
 outputs: CompletionOutput EmbeddingRequestOutput PoolingRequestOutput RequestOutput
@@ -52,6 +54,10 @@ utils.print_utils: print_embeddings
 v1.engine.exceptions: EngineDeadError
 v1.engine.llm_engine: LLMEngine
 v1.metrics.reader: Counter Gauge Histogram Metric Vector
+v1.sample.logits_processor: AdapterLogitsProcessor BatchUpdate LogitsProcessor MoveDirectionality
+v1.sample.logits_processor: LOGITSPROCS_GROUP RequestLogitsProcessor process_dict_updates
+v1.sample.logits_processor.builtin: process_dict_updates
+v1.sample.logits_processor.interface: AddedRequest BatchUpdate LogitsProcessor MoveDirectionality
 """
 
 
