@@ -262,6 +262,11 @@ PROFILER_ENTRIES: dict[str, tuple[Any, ...] | None] = {
     "delay_iterations": (0,),
     "max_iterations": (0,),
 }
+REASONING_ENTRIES: dict[str, tuple[Any, ...] | None] = {
+    "reasoning_parser": ("", "deepseek_r1", "qwen3"),
+    "reasoning_start_str": None,
+    "reasoning_end_str": None,
+}
 # Of transformers, llama.cpp, SGLang, TensorRT-LLM and others: another name of a parameter here.
 LLM_NAMES = {
     **dict.fromkeys(
@@ -429,6 +434,7 @@ SAMPLING_NAMES = {
     **dict.fromkeys("ignore_eos_token ban_eos_token".split(), "ignore_eos"),
     **dict.fromkeys("include_stop_str no_stop_trim".split(), "include_stop_str_in_output"),
     "decode": "detokenize",
+    **dict.fromkeys("thinking_budget reasoning_budget".split(), "thinking_token_budget"),
     "logits_processor": "logits_processors",
 }
 SAMPLING_HINTS = {
@@ -505,7 +511,6 @@ SAMPLING_HINTS = {
     "'max_length': ...})",
     "output_kind": "nanovllm does not have it: generate gives whole outputs, llm.generate_stream "
     "text as it comes",
-    "thinking_token_budget": "nanovllm does not have it; max_tokens ends a completion",
     "flat_logprobs": "nanovllm does not have it: logprobs are a list of dicts",
     "routed_experts_prompt_start": "nanovllm does not return routed experts",
     "skip_clone": "nanovllm copies parameters always",
@@ -531,7 +536,6 @@ SAMPLING_OFF: dict[str, tuple[Any, ...]] = {
     "truncate_prompt_tokens": (None,),
     "output_kind": (None, RequestOutputKind.CUMULATIVE),
     "flat_logprobs": (None, False),
-    "thinking_token_budget": (None,),
     "stream_interval": (None, 1),
     "skip_clone": (None, False, True),
     "routed_experts_prompt_start": (None, 0),
@@ -762,6 +766,7 @@ ENTRIES = {
     "structured_outputs_config": STRUCTURED_ENTRIES,
     "attention_config": ATTENTION_ENTRIES,
     "profiler_config": PROFILER_ENTRIES,
+    "reasoning_config": REASONING_ENTRIES,
 }
 
 
@@ -810,6 +815,15 @@ class ProfilerConfig(ConfigObject):
     parameter = "profiler_config"
 
 
+class ReasoningConfig(ConfigObject):
+    """`reasoning_start_str` and `reasoning_end_str`, the texts around a model's reasoning.
+
+    `reasoning_parser` "qwen3" and "deepseek_r1" stand for "<think>" and "</think>".
+    """
+
+    parameter = "reasoning_config"
+
+
 class StructuredOutputsConfig(ConfigObject):
     """`backend`: whatever is named, llguidance compiles."""
 
@@ -832,6 +846,28 @@ def profiler_folder(name: str, value: Any) -> str | None:
     if folder is not None and not isinstance(folder, (str, os.PathLike)):
         raise ArgumentError(f"{name}: torch_profiler_dir must be a path, got {shown(folder)}")
     return os.path.abspath(os.path.expanduser(os.fsdecode(folder))) if folder else None
+
+
+def reasoning_strings(name: str, value: Any) -> tuple[str, str] | None:
+    """The texts around reasoning in a `reasoning_config`; None: it names none.
+
+    Raises:
+        ArgumentError: it is wrong, or has one of them alone.
+    """
+    said = entries(name, value)
+    known = ("<think>", "</think>") if said.get("reasoning_parser") else ("", "")
+    start, end = (
+        said.get(key) or text
+        for key, text in zip(("reasoning_start_str", "reasoning_end_str"), known, strict=True)
+    )
+    if not (isinstance(start, str) and isinstance(end, str)) or bool(start) != bool(end):
+        raise ArgumentError(
+            f"{name} must have reasoning_start_str and reasoning_end_str, two strings, got "
+            f"{shown(start)} and {shown(end)}"
+        )
+    if start and start == end:
+        raise ArgumentError(f"{name}: reasoning begins and ends with {shown(start)}")
+    return (start, end) if start else None
 
 
 def _is_false(value: Any) -> bool:

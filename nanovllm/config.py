@@ -17,10 +17,12 @@ from nanovllm.compat import (
     TOKENIZER_MODE_ALIASES,
     engine_arguments,
     profiler_folder,
+    reasoning_strings,
 )
 from nanovllm.compat import AttentionConfig as AttentionConfig  # where vLLM's scripts import them
 from nanovllm.compat import CompilationConfig as CompilationConfig
 from nanovllm.compat import ProfilerConfig as ProfilerConfig
+from nanovllm.compat import ReasoningConfig as ReasoningConfig
 from nanovllm.compat import StructuredOutputsConfig as StructuredOutputsConfig
 from nanovllm.errors import ArgumentError, shown
 from nanovllm.kernels import row_state
@@ -320,6 +322,12 @@ class Config:
         Check('list of classes or "module:Class"', _check_processors),
         "subclasses of `LogitsProcessor`, which edit the logits of all requests, behind those of "
         "the entry points `nanovllm.logits_processors`.",
+    )
+    reasoning_config: ReasoningConfig | dict[str, Any] | tuple[str, str] | None = parameter(
+        None,
+        Check("dict or ReasoningConfig", reasoning_strings),
+        "the texts around a model's reasoning, which `thinking_token_budget` needs: "
+        "`reasoning_start_str` and `reasoning_end_str`.",
     )
     scheduling_policy: str = parameter(
         "fcfs",

@@ -182,6 +182,11 @@ def _check_allowed_token_ids(name: str, value: Any) -> list[int]:
     return token_ids
 
 
+def _check_budget(name: str, value: Any) -> int | None:
+    budget = check_at_least(name, value, minimum=-1)
+    return None if budget == -1 else budget
+
+
 def _check_logprob_token_ids(name: str, value: Any) -> list[int] | None:
     token_ids = _check_token_ids(name, value)
     if len(token_ids) > MAX_LOGPROB_TOKEN_IDS:
@@ -440,6 +445,12 @@ class SamplingParams:
         Check("dict", _check_extra_args),
         "for logits processors of the engine, which find it in their request's parameters.",
     )
+    thinking_token_budget: int | None = parameter(
+        None,
+        Check("integer >= -1", _check_budget),
+        "tokens of reasoning at most, then its end follows. Needs the engine's `reasoning_config`. "
+        "-1 is None.",
+    )
     repetition_detection: RepetitionDetectionParams | dict[str, int] | None = parameter(
         None,
         Check("`RepetitionDetectionParams` or dict", _check_repetition_detection),
@@ -499,6 +510,7 @@ class SamplingParams:
             or self.num_logprobs is not None
             or self.structured_outputs
             or self.logits_processors
+            or self.thinking_token_budget is not None
         )
 
     def clone(self) -> "SamplingParams":

@@ -14,6 +14,7 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.repetition import RepetitionRule
 from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Wants
+from nanovllm.engine.thinking import ThinkingBudget
 from nanovllm.errors import ArgumentError
 from nanovllm.inputs.detokenizer import OutputText, output_text_of
 from nanovllm.inputs.prompts import (
@@ -25,8 +26,13 @@ from nanovllm.inputs.prompts import (
 from nanovllm.inputs.tokenizer import Tokenizer
 from nanovllm.sampling.request_processors import OutputTokenIds, RequestProcessors, maker_of
 from nanovllm.sampling.structured_outputs import Grammar, GrammarCompiler
-from nanovllm.sampling.vocabulary import check_against_vocab, encode_bad_words
-from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
+from nanovllm.sampling.vocabulary import check_against_vocab, encode_bad_words, encode_mark
+from nanovllm.sampling_params import (
+    RepetitionDetectionParams,
+    RequestLogitsProcessor,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 
 logger = logging.getLogger("nanovllm")
 
@@ -148,7 +154,7 @@ class InputProcessor:
             self._need_tokenizer("stop")
             follow_text(request, self.tokenizer)
         detection = params.repetition_detection
-        if detection is not None and detection.max_pattern_size:
+        if isinstance(detection, RepetitionDetectionParams) and detection.max_pattern_size:
             for seq in request.sequences:  # behind the stop strings, which come first
                 seq.finish_rules.append(RepetitionRule(seq, detection))
         if params.prompt_logprobs is not None:
@@ -161,6 +167,8 @@ class InputProcessor:
             self._prepare_sampling(request)
         if request.sequences[0].features.pooler is None:
             self._prepare_processors(request)
+            if params.thinking_token_budget is not None:
+                self._limit_thinking(request, params.thinking_token_budget)
 
     def close(self) -> None:
         """Release what requests needed; the next one that needs it makes it anew."""
@@ -193,7 +201,10 @@ class InputProcessor:
             engine_processors.validate(params)
         elif params.extra_args:
             logger.debug("extra_args change nothing: the engine has no logits processors")
+        if engine_processors is None and not params.logits_processors:
+            return
         for seq in request.sequences:
+            makers: list[Callable[[], RequestLogitsProcessor | None]]
             makers = [maker_of(processor) for processor in params.logits_processors or ()]
             if engine_processors is not None:
                 makers += engine_processors.makers(params)
@@ -207,6 +218,26 @@ class InputProcessor:
                     makers, seq.prompt_token_ids, output_token_ids
                 )
             seq.wants |= Wants.LOGITS | Wants.CONFIRMED  # they see all tokens before
+
+    def _limit_thinking(self, request: Request, budget: int) -> None:
+        texts = self.config.reasoning_config
+        if not isinstance(texts, tuple):
+            raise ArgumentError(
+                "thinking_token_budget needs LLM(..., reasoning_config=ReasoningConfig("
+                "reasoning_start_str=..., reasoning_end_str=...)), got none"
+            )
+        if request.params.structured_outputs is not None:
+            raise ArgumentError(
+                "thinking_token_budget is not supported with structured_outputs, which count from "
+                "the first token: there is no reasoning"
+            )
+        start, end = map(self._reasoning_ids, texts)
+        for seq in request.sequences:
+            seq.finish_rules.insert(0, ThinkingBudget(seq, budget, start, end))
+
+    def _reasoning_ids(self, text: str) -> list[int]:
+        tokenizer = self._need_tokenizer("thinking_token_budget")
+        return encode_mark(text, tokenizer, self.config.model_config.vocab_size)
 
     def _compile(self, params: StructuredOutputsParams) -> Grammar:
         tokenizer = self._need_tokenizer("structured_outputs")

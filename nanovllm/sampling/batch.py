@@ -105,6 +105,7 @@ class EditedRows:
             self.processed, own_indices = indices, list(range(len(own)))
         if self.processed:
             self.processed_indices = upload_one(np.array(own_indices, dtype=np.int64), device)
+        self.forcible = [(i, s.features) for i, s in enumerate(own) if s.features.may_be_forced]
         self.penalties: Penalties | None = None
         if any(has_penalties(seq.sampling_params) for seq in own):
             self.penalties = Penalties(own, device)
@@ -127,7 +128,16 @@ class EditedRows:
             self.penalties.apply(edited, positions, self.history)
         if self.is_scaled:
             self._process_scaled(edited[:, : self.vocab_size], report)
+        self._force(edited)
         return edited
+
+    def _force(self, logits: torch.Tensor) -> None:
+        """Leave only the token that must come next, where there is one, in `logits` [P, W]."""
+        forced = [(i, f.forced_token) for i, f in self.forcible if f.forced_token is not None]
+        if forced:
+            rows, token_ids = upload_one(np.array(forced, dtype=np.int64).T, logits.device)
+            logits.index_fill_(0, rows, -torch.inf)
+            logits[rows, token_ids] = 0.0
 
     def _process(self, logits: torch.Tensor, report: EditReport) -> None:
         """Let the requests' own processors, then the engine's, change `logits` [P, V] in place."""
@@ -202,6 +212,7 @@ class Batch:
             or rule is not None
             or seq.features.grammar is not None
             or seq.features.processors is not None
+            or seq.features.may_be_forced
             or has_penalties(seq.sampling_params)
             for seq, rule in zip(seqs, rules, strict=True)
         ]

@@ -123,9 +123,9 @@ def process_dict_updates(
     before = dict(req_entries)
     for index in batch_update.removed:
         req_entries.pop(index, None)
-    for index, *request in batch_update.added:
+    for index, params, prompt, output in batch_update.added:
         req_entries.pop(index, None)
-        state = new_state(*request)
+        state = new_state(params, prompt, output)
         if state is not None:
             req_entries[index] = state
     for source, target, direction in batch_update.moved:

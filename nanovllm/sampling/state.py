@@ -37,6 +37,8 @@ class FeatureState:
         grammar: has accepted the confirmed tokens.
         output_token_ids: of the completion, as logits processors see them.
         processors: logits processors of the request's own.
+        may_be_forced: whether `forced_token` is ever set.
+        forced_token: the one that must come next.
         bad_word_ids: each word as its token ids.
         num_prompt_logprobs: how many prompt tokens want log probabilities.
         pooler: makes `pooled` of what was pooled: float32 [width], or [prompt tokens, width] with
@@ -49,6 +51,8 @@ class FeatureState:
     grammar: "Grammar | None" = None
     output_token_ids: list[int] | None = None
     processors: "RequestProcessors | None" = None
+    may_be_forced: bool = False
+    forced_token: int | None = None
     bad_word_ids: list[list[int]] = field(default_factory=list)
     num_prompt_logprobs: int = 0
     pooler: Callable[[np.ndarray], Any] | None = None

@@ -48,6 +48,15 @@ def encode_bad_words(words: list[str], tokenizer: Any, vocab_size: int) -> list[
     return encoded
 
 
+def encode_mark(text: str, tokenizer: Any, vocab_size: int) -> list[int]:
+    """The token ids of a text around reasoning; ArgumentError if the model has none for it."""
+    token_ids = list(tokenizer.encode(text, add_special_tokens=False))
+    if not token_ids:
+        raise ArgumentError(f"reasoning_config: the tokenizer has no tokens for {text[:200]!r}")
+    _check_ids("reasoning_config", token_ids, vocab_size)
+    return token_ids
+
+
 class _Spellings(NamedTuple):
     natural: list[list[int]]  # at the beginning of a text, and there after a space
     others: list[list[int]]

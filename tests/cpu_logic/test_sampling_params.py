@@ -55,6 +55,7 @@ FULL = {
     "structured_outputs": CHOICE,
     "logits_processors": [max],
     "extra_args": {"own": 1},
+    "thinking_token_budget": 5,
     "repetition_detection": RepetitionDetectionParams(2, 1, 3),
     "skip_reading_prefix_cache": True,
 }
@@ -124,6 +125,7 @@ def test_defaults_are_those_of_vllm_but_for_max_tokens_and_special_tokens():
         "logprob_token_ids": None,
         "logits_processors": None,
         "extra_args": None,
+        "thinking_token_budget": None,
         "repetition_detection": None,
         "skip_reading_prefix_cache": None,
     }

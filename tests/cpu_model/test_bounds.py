@@ -129,6 +129,9 @@ SAMPLING = {
     "structured_outputs": Row(lambda value: value is None),
     "logits_processors": or_none(Row(lambda v: is_list(v) and len(v) == 0, lambda _: None)),
     "extra_args": or_none(Row(lambda value: isinstance(value, dict))),
+    "thinking_token_budget": or_none(
+        integer(-1, INT32, lambda n: None if n == -1 else int(n)),
+    ),
     "repetition_detection": or_none(
         Row(lambda v: isinstance(v, dict) and not v, lambda _: RepetitionDetectionParams())
     ),
@@ -198,7 +201,7 @@ NO_NUMBERS |= {"override_generation_config", "hf_config", "model_config", "eos_t
 NO_NUMBERS |= {"override_generation_config", "hf_config", "eos_token_ids"}
 NO_NUMBERS |= {"record", "profiler_config"}  # with the report, and with vLLM's parameters
 NO_NUMBERS |= {"pooler_config"}  # with heads
-NO_NUMBERS |= {"logits_processors", "engine_processors"}  # with logits processors
+NO_NUMBERS |= {"logits_processors", "engine_processors", "reasoning_config"}  # with them
 
 
 def same(left: Any, right: Any) -> bool:
@@ -238,7 +241,9 @@ def test_every_field_has_a_row():
 
 @pytest.fixture(scope="module")
 def llm(tiny_dir) -> LLM:
-    return tiny_engine(tiny_dir, max_model_len=96, max_num_seqs=64, max_logprobs=-1)
+    reasoning = {"reasoning_start_str": "lazy", "reasoning_end_str": "dog"}
+    settings = {"max_num_seqs": 64, "max_logprobs": -1, "reasoning_config": reasoning}
+    return tiny_engine(tiny_dir, max_model_len=96, **settings)
 
 
 NEIGHBOURS = [greedy(12), SamplingParams(0.9, 12, True, seed=11)]

@@ -1,5 +1,6 @@
-"""Log probabilities of chosen tokens, repetition, and logits processors, in the engine."""
+"""Logits processors, budgets of reasoning, repetition, and logprobs of chosen tokens."""
 
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import EntryPoint
 
@@ -18,8 +19,11 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from nanovllm import ArgumentError, RequestError, SamplingParams
-from nanovllm.config import VllmConfig
+from nanovllm import ArgumentError, RequestError, SamplingParams, StructuredOutputsParams
+from nanovllm.config import Config, ReasoningConfig, VllmConfig
+from nanovllm.engine.input_processor import InputProcessor
+from nanovllm.engine.sequence import Sequence, Wants
+from nanovllm.engine.thinking import ThinkingBudget
 from nanovllm.sampling import engine_processors
 
 PROMPTS = random_prompts([250, 300, 40, 1], seed=17)
@@ -502,3 +506,85 @@ def test_wrong_processors_of_an_engine_are_named(tiny_dir):
     ):
         with pytest.raises(ArgumentError, match=message):
             tiny_engine(tiny_dir, logits_processors=wrong)
+
+
+# ---- thinking_token_budget -------------------------------------------------------------------
+
+
+def last_index(tokens: list[int], part: list[int]) -> int:
+    places = range(len(tokens) - len(part), -1, -1)
+    return next((i for i in places if tokens[i : i + len(part)] == part), -1)
+
+
+@torch.inference_mode()
+def budgeted_tokens(hf_model, prompt, budget, start, end) -> list[int]:
+    """Greedy decoding in which the end follows once there are `budget` tokens behind the start."""
+    tokens, forced = list(prompt), []
+    for _ in range(MAX_TOKENS):
+        begun = last_index(tokens, start)
+        is_thinking = begun > last_index(tokens, end)
+        if not forced and is_thinking and len(tokens) - begun - len(start) >= budget:
+            forced = list(end)
+        best = int(hf_model(torch.tensor([tokens])).logits[0, -1].argmax())
+        tokens.append(forced.pop(0) if forced else best)
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("end", [[7], [301, 302, 303]])
+def test_reasoning_ends_when_its_budget_is_used_up(tiny_dir, llm, hf_model, monkeypatch, end):
+    short = random_prompts([9, 3], seed=4)
+    plain = generate(llm, short, SamplingParams(0, MAX_TOKENS, True))
+    start = plain[0][2:4]  # what the first one generates anyway; others have it in the prompt
+    cases = [(prompt, budget) for prompt in (short[0], short[1] + start) for budget in range(3)]
+    cases += [([*short[1], *start, 9, 8], 4), ([*start, 5, 6, 4, 3], 2), ([*start, 5, *end, 4], 2)]
+    cases += [(PROMPTS[0][:-2] + start, 5), (short[1], 0), (short[0], 100), (short[0], None)]
+    expected = [
+        budgeted_tokens(hf_model, prompt, 100 if budget is None else budget, start, end)
+        for prompt, budget in cases
+    ]
+    assert len({tuple(tokens) for tokens in expected}) > 8
+    ids = {"<a>": start, "<b>": end}
+    monkeypatch.setattr(InputProcessor, "_reasoning_ids", lambda self, text: ids[text])
+    config = {"reasoning_start_str": "<a>", "reasoning_end_str": "<b>"}
+    params = [SamplingParams(0, MAX_TOKENS, True, thinking_token_budget=b) for _, b in cases]
+    for settings in ({}, SWITCHES[2] | SWITCHES[3]):
+        settings = {"max_model_len": 512, "reasoning_config": config} | settings
+        with tiny_engine(tiny_dir, **settings) as engine:
+            assert generate(engine, [prompt for prompt, _ in cases], params) == expected
+            check_nothing_is_held(engine)
+
+
+def test_only_a_sequence_that_may_be_cut_off_next_waits_for_its_token():
+    seq = Sequence([1, 2], SamplingParams(max_tokens=20))
+    rule = ThinkingBudget(seq, 3, [8], [9, 9])
+    waits, forced = [], []
+    for token_id in (5, 8, 5, 5, 5, 9, 9, 5):
+        rule.on_token(token_id)
+        waits.append(bool(seq.wants & Wants.CONFIRMED))
+        forced.append(seq.features.forced_token)
+    assert waits == [False, False, False, True, True, True, False, False]
+    assert forced == [None, None, None, None, 9, 9, None, None]
+
+
+def test_budgets_read_the_texts_around_reasoning(tiny_dir, llm):
+    with pytest.raises(ArgumentError, match="thinking_token_budget needs LLM\\(.*reasoning_config"):
+        llm.generate(PROMPTS, SamplingParams(thinking_token_budget=3), use_tqdm=False)
+    for wrong, message in (
+        ({"reasoning_start_str": "<a>"}, "must have reasoning_start_str and reasoning_end_str"),
+        ({"reasoning_parser": "mine"}, "reasoning_parser='mine' is not supported"),
+        ({"reasoning_start_str": "a", "reasoning_end_str": "a"}, "begins and ends with 'a'"),
+        (3, "reasoning_config must be a dict, got 3"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            Config(str(tiny_dir), reasoning_config=wrong)
+    assert Config(str(tiny_dir), reasoning_config=ReasoningConfig()).reasoning_config is None
+    config = ReasoningConfig(reasoning_parser="qwen3")
+    with tiny_engine(tiny_dir, max_model_len=512, reasoning_config=config) as engine:
+        encode = engine.get_tokenizer().encode
+        params = SamplingParams(0, 20, True, thinking_token_budget=2)
+        [output] = engine.generate([encode("<think>")], params, use_tqdm=False)
+        end = encode("</think>")
+        assert output["token_ids"][2 : 2 + len(end)] == end
+        choice = StructuredOutputsParams(choice=["a"])
+        with pytest.raises(ArgumentError, match="is not supported with structured_outputs"):
+            engine.generate("a", replace(params, structured_outputs=choice), use_tqdm=False)

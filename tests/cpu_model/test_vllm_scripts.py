@@ -28,7 +28,7 @@ PROMPTS = random_prompts([5, 300, 40], seed=3)
 IMPORTS = """
 beam_search: BeamSearchOutput BeamSearchSequence
 config: AttentionConfig CompilationConfig PoolerConfig ProfilerConfig StructuredOutputsConfig
-config: VllmConfig
+config: ReasoningConfig VllmConfig
 distributed: cleanup_dist_env_and_memory
 distributed.parallel_state: cleanup_dist_env_and_memory
 engine.arg_utils: EngineArgs

@@ -8,6 +8,7 @@ from nanovllm import SamplingParams
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels.select import select_ops
 from nanovllm.sampling.logits_sampler import LogitsSampler
+from nanovllm.sampling.request_processors import EditReport
 
 VOCAB_SIZE = 151_936
 
@@ -19,8 +20,8 @@ class NeverWaiting(Run):
         torch.cuda.set_sync_debug_mode("error")
         try:
             sampled = super().sample(*args)
-            if sampled.logprobs is not None:
-                sampled.logprobs.download()
+            for tensors in sampled.logprobs:
+                tensors.download()
             return sampled
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -59,6 +60,8 @@ def test_a_large_vocabulary_is_edited_as_on_the_cpu(dtype):
         tokens[device.type] = sampler.sample(on_device, seqs, positions).token_ids.tolist()
         first = sampler._batch.edited[0]
         rows = on_device.index_select(0, first.indices)
-        edited[device.type] = first.edit(rows, positions[: len(rows)])[:, :VOCAB_SIZE].cpu()
+        edited[device.type] = first.edit(rows, positions[: len(rows)], EditReport())[
+            :, :VOCAB_SIZE
+        ].cpu()
     torch.testing.assert_close(edited["cuda"], edited["cpu"], rtol=1e-5, atol=1e-5)
     assert tokens["cuda"] == tokens["cpu"]
