@@ -1,6 +1,7 @@
 """Several ranks (gloo, on the CPU) give the tokens of transformers, and leave nothing behind."""
 
 import gc
+import math
 import os
 import shutil
 
@@ -21,7 +22,7 @@ from engine_checks import (
 )
 from tiny_models import VOCAB_SIZE, edit_config, reference_greedy, save_model
 
-from nanovllm import ArgumentError, SamplingParams
+from nanovllm import ArgumentError, RequestError, SamplingParams
 
 pytestmark = pytest.mark.slow
 MAX_TOKENS = 16
@@ -101,6 +102,28 @@ def test_sampled_tokens_of_two_ranks_are_those_of_one(model_dir, two_ranks, prom
         generate(llm, [[1]] * (last_id + 1), greedy(1))  # the same request numbers from here on
         expected = generate(llm, prompts, SAMPLED)
     assert generate(two_ranks, prompts, SAMPLED) == expected
+
+
+def test_logits_processors_run_on_the_first_rank_alone(two_ranks, prompts, reference):
+    """They see the whole vocabulary, need not be picklable, and one that fails stops no rank."""
+    wanted = [VOCAB_SIZE + 4, 0, VOCAB_SIZE - 1, 7]
+
+    def force(token_ids, logits):
+        logits[wanted[len(token_ids)]] = math.inf
+        return logits
+
+    def fail(token_ids, logits):
+        raise ValueError("no more")
+
+    forced, failing = (
+        SamplingParams(0, len(wanted), True, logits_processors=[p]) for p in (force, fail)
+    )
+    params = [greedy(MAX_TOKENS), forced, failing, greedy(MAX_TOKENS)]
+    with pytest.raises(RequestError, match=r"prompts\[2\] failed: ValueError: no more") as raised:
+        two_ranks.generate(prompts[:4], params, use_tqdm=False)
+    expected = [reference[0], wanted, [], reference[3]]
+    assert [output["token_ids"] for output in raised.value.outputs] == expected
+    check_nothing_is_held(two_ranks)
 
 
 def test_preemption_and_chunks_on_two_ranks(two_ranks_short_of_blocks, prompts, reference):
