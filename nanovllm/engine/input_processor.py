@@ -175,6 +175,8 @@ class InputProcessor:
         if self._compiler is not None:
             self._compiler.close()
             self._compiler = None
+        if self.config.engine_processors is not None:
+            self.config.engine_processors.restart()
 
     def _prepare_sampling(self, request: Request) -> None:
         params, vocab_size = request.params, self.config.model_config.vocab_size

@@ -195,7 +195,7 @@ class Scheduler:
             if token_id is None:
                 continue
             seq.num_pending_tokens -= 1
-            if seq.error or seq.wants & Wants.POOLING:  # the token means nothing
+            if seq.error is not None or seq.wants & Wants.POOLING:  # the token means nothing
                 self.finish(seq, seq.reason_to_end(self.eos_token_ids) or "stop")
                 continue
             seq.token_ids.append(token_id)

@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from importlib.metadata import entry_points
 
 import numpy as np
@@ -41,9 +41,15 @@ def load_processors(config: Config, device: torch.device) -> "EngineProcessors |
                 f"head and generates nothing, got {shown(given)}"
             )
         return None
-    classes = [_loaded(entry.value) for entry in entry_points(group=ENTRY_POINTS)]
+    classes = [_loaded(path) for path in installed_paths()]
     classes += [_loaded(item) if isinstance(item, str) else _checked(item) for item in given]
     return EngineProcessors(classes, config, device) if classes else None
+
+
+@cache
+def installed_paths() -> list[str]:
+    """Those of installed packages, as "module:Class"; read once."""
+    return [entry.value for entry in entry_points(group=ENTRY_POINTS)]
 
 
 def _loaded(path: str) -> type[LogitsProcessor]:

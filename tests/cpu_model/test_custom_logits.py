@@ -415,6 +415,8 @@ def test_vllms_example_runs_on_every_way_to_name_the_class(tiny_dir, llm, monkey
         if given is None:
             found = {"nanovllm.logits_processors": [EntryPoint("own", path, "")]}
             monkeypatch.setattr(engine_processors, "entry_points", partial(pick, found))
+            installed = engine_processors.installed_paths.__wrapped__  # anew, as none are
+            monkeypatch.setattr(engine_processors, "installed_paths", installed)
         with tiny_engine(tiny_dir, max_model_len=512, logits_processors=given) as engine:
             assert generate(engine, PROMPTS, params) == expected
             with pytest.raises(ArgumentError, match="OnlyTarget: target must be positive"):
