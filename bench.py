@@ -22,6 +22,7 @@ def parse_arguments() -> argparse.Namespace:
         default=os.path.expanduser("~/huggingface/Qwen3-0.6B/"),
         help="model directory; with --load-format dummy its config and tokenizer are enough",
     )
+    parser.add_argument("--download", action="store_true", help="--model may be a name on the hub")
     parser.add_argument("--load-format", default="auto", choices=["auto", "dummy"])
     parser.add_argument("--num-seqs", type=int, default=256, help="number of requests")
     parser.add_argument("--min-input-len", type=int, default=100)
@@ -62,6 +63,7 @@ def main() -> None:
     args = parse_arguments()
     llm = LLM(
         args.model,
+        download=args.download or None,
         enforce_eager=args.enforce_eager,
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,

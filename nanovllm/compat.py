@@ -60,11 +60,10 @@ def _absent(*groups: tuple[str, tuple[Any, ...] | None, str]) -> dict[str, Absen
 VLLM_ABSENT = _absent(
     # Taken with every value: results do not depend on them.
     (
-        """revision tokenizer_revision code_revision hf_token download_dir ignore_patterns
-        safetensors_load_strategy max_parallel_loading_workers pt_load_map_location
-        use_tqdm_on_load""",
+        """code_revision ignore_patterns safetensors_load_strategy max_parallel_loading_workers
+        pt_load_map_location use_tqdm_on_load""",
         None,
-        "nothing is downloaded, and weights are read from the model's directory",
+        "the engine chooses the files, and reads weights from the model's directory",
     ),
     (
         """served_model_name enable_log_requests disable_log_requests aggregate_engine_logging
@@ -313,6 +312,8 @@ LLM_NAMES = {
     **dict.fromkeys("disable_cuda_graph eager eager_mode".split(), "enforce_eager"),
     "device_map": "device",
     "schedule_policy": "scheduling_policy",
+    "cache_dir": "download_dir",
+    **dict.fromkeys("token use_auth_token".split(), "hf_token"),
 }
 # What to do instead, where a name alone does not say it.
 LLM_HINTS = {
@@ -378,10 +379,9 @@ LLM_HINTS = {
     ),
     "n_threads": "call torch.set_num_threads(...)",
     "num_threads": "call torch.set_num_threads(...)",
-    **dict.fromkeys(
-        "cache_dir local_files_only token use_auth_token force_download".split(),
-        "nothing is downloaded, model is the path of a local directory",
-    ),
+    "local_files_only": "nothing is downloaded without download=True; HF_HUB_OFFLINE=1 uses the "
+    "cache alone",
+    "force_download": "'hf download' renews what is in the cache",
     **dict.fromkeys(
         "lora_path lora_paths lora_modules adapter adapters adapter_path peft_model_id".split(),
         "nanovllm has no adapters",

@@ -1,10 +1,11 @@
 """The engine's parameters, each declared once, and the configuration that is made of them."""
 
+import logging
 import math
 import os
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -29,6 +30,7 @@ from nanovllm.kernels import row_state
 from nanovllm.layers.weight_format import WeightFormat
 from nanovllm.model_files import read_chat_template
 from nanovllm.models.hf_config import read_hf_config, uses_transformers
+from nanovllm.models.hub import Repository, directory_of, downloads, is_name
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.models.pooling_config import check_pooler_config
 from nanovllm.models.registry import family_of, head_kind
@@ -46,6 +48,7 @@ from nanovllm.parameters import (
     parameter,
     parameters,
     readable,
+    text,
     unchecked,
 )
 from nanovllm.pooling_params import PoolerConfig, as_pooler_config
@@ -57,6 +60,8 @@ if TYPE_CHECKING:
 
     import torch
     from transformers import PretrainedConfig
+
+logger = logging.getLogger("nanovllm")
 
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 16384
 PACKED_BITS = {"int4": 4, "int8": 8}  # by values of `quantization`
@@ -70,6 +75,22 @@ def _check_model(name: str, value: Any) -> str:
             "hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B"
         )
     return os.fsdecode(value)
+
+
+def _check_token(name: str, value: Any) -> str | bool:
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, str) or not value.isascii() or not value.isprintable() or not value:
+        raise ArgumentError(  # which does not show it
+            f"{name} must be a token, True or False, got another {type(value).__name__}"
+        )
+    return value
+
+
+def _check_directory(name: str, value: Any) -> str:
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise ArgumentError(f"{name} must be the path of a directory, got {shown(value)}")
+    return os.path.abspath(os.fsdecode(value))
 
 
 def _check_block_size(name: str, value: Any) -> int:
@@ -141,8 +162,8 @@ class Config:
     model: str = parameter(
         MISSING,
         Check("path of a directory", _check_model),
-        "a local model directory: config.json, tokenizer and `*.safetensors`. Nothing is "
-        'downloaded, and "~" is not expanded.',
+        'a local model directory: config.json, tokenizer and `*.safetensors`. "~" is not '
+        "expanded. With `download`, the name of a model on the hub as well.",
     )
     max_num_batched_tokens: int = parameter(
         None,
@@ -278,6 +299,33 @@ class Config:
             "`PretrainedConfig` and returns one.",
         )
     )
+    download: bool | None = parameter(
+        None,
+        optional(boolean),
+        "take a `model` and a `tokenizer` that are no directories for names on the hub, and "
+        "download what is not in the cache. None: what the environment variable "
+        "NANOVLLM_DOWNLOAD says (1 or 0), else names are refused.",
+    )
+    revision: str | None = parameter(
+        None, text, 'branch, tag or commit of a `model` that is a name. None: "main".'
+    )
+    tokenizer_revision: str | None = parameter(
+        None,
+        text,
+        "the same of `tokenizer`; without one, of the model's. None: `revision` for the model's "
+        'tokenizer, "main" for another.',
+    )
+    hf_token: str | bool | None = parameter(
+        None,
+        Check("token, True or False", _check_token),
+        "what the hub is asked with. True: the token that `hf auth login` stored; None: the same, "
+        "if there is one; False: none. The engine does not keep it.",
+    )
+    download_dir: str | None = parameter(
+        None,
+        Check("path of a directory", _check_directory),
+        "the cache of downloads. None: huggingface_hub's, which HF_HOME moves.",
+    )
     tokenizer: Any = parameter(
         None,
         unchecked("path or object"),
@@ -378,6 +426,7 @@ class Config:
     def __post_init__(self) -> None:
         derive = vars(self).update  # the one place that sets fields
         check_values(vars(self), parameters(Config))
+        derive(**self._directories(), hf_token=None)
         hf_config = read_hf_config(self.model, self.hf_overrides, self.model_impl)
         if uses_transformers(hf_config.to_dict(), self.model_impl):
             derive(hf_config=hf_config, model_config=ModelConfig.from_transformers(hf_config))
@@ -414,6 +463,37 @@ class Config:
         config = copy(self)
         vars(config).update(values)
         return config
+
+    def _directories(self) -> dict[str, str]:
+        """`model` and `tokenizer` as directories, where they are names that may be downloaded."""
+        given: dict[str, str] = {}
+        is_on, wants_tokenizer = downloads(self.download), not self.skip_tokenizer_init
+        is_split = self.tokenizer is None and self.tokenizer_revision not in (None, self.revision)
+        repository = Repository(
+            name=self.model,
+            kind="model",
+            revision=self.revision,
+            token=self.hf_token,
+            cache_dir=self.download_dir,
+            code=self.trust_remote_code,
+        )
+        if is_on and is_name(self.model):
+            has_tokenizer = wants_tokenizer and self.tokenizer is None and not is_split
+            weights = self.load_format != "dummy"
+            given["model"] = directory_of(
+                replace(repository, weights=weights, tokenizer=has_tokenizer)
+            )
+        name = self.model if is_split else self.tokenizer
+        if is_on and wants_tokenizer and is_name(name):
+            name = os.fsdecode(name)
+            revision = self.tokenizer_revision or (self.revision if name == self.model else None)
+            given["tokenizer"] = directory_of(
+                replace(repository, name=name, kind="tokenizer", revision=revision, tokenizer=True)
+            )
+        useless = [name for name in ("revision", "tokenizer_revision") if getattr(self, name)]
+        if useless and not given:
+            logger.debug("LLM: these change nothing of a directory: %s", ", ".join(useless))
+        return given
 
     def _check_transformers(self) -> None:
         """ArgumentError for values that transformers' own module does not go with."""

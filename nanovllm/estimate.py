@@ -23,7 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=DESCRIPTION,
         epilog=EPILOG,
     )
-    parser.add_argument("model", metavar="MODEL", help="model directory")
+    parser.add_argument(
+        "model", metavar="MODEL", help="model directory, or with --download a name on the hub"
+    )
     parser.add_argument("--gpu-memory", metavar="SIZE", help='such as "8GiB"; None: the GPU here')
     parser.add_argument(
         "--compute-capability", metavar="X.Y", help="of the GPU; None: of the GPU here, else 8.9"

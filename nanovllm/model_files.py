@@ -11,6 +11,8 @@ from typing import Any
 
 from nanovllm.errors import MAX_SHOWN, ArgumentError, shown, shown_error
 
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 MAX_JSON_BYTES = 16 << 20
 MAX_VOCABULARY_BYTES = 64 << 20  # of tokenizer.json and its like
 MAX_TEMPLATE_BYTES = 1 << 20  # of a chat template; those of models have some 10,000

@@ -21,6 +21,7 @@ from nanovllm.validation import (
     check_choice,
     check_integer,
     check_number,
+    check_text,
     clamp_int32,
 )
 
@@ -103,6 +104,7 @@ def document(cls: type, declared: type) -> None:
 # ---- checks -----------------------------------------------------------------------------------
 
 boolean = Check("True or False", check_bool)
+text = Check("text", check_text)
 
 
 def unchecked(limits: str = "") -> Check:

@@ -56,6 +56,13 @@ def check_bool(name: str, value: Any) -> bool:
     return value
 
 
+def check_text(name: str, value: Any) -> str:
+    """`value` if it is a string that is not empty, else ArgumentError."""
+    if not isinstance(value, str) or not value:
+        raise ArgumentError(f"{name} must be a string that is not empty, got {shown(value)}")
+    return value
+
+
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     """`value` if it is one of `choices`, else ArgumentError."""
     if not isinstance(value, str) or value not in choices:

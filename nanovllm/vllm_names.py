@@ -36,8 +36,8 @@ MODULES: dict[str, dict[str, str]] = {
     "logprobs": {"Logprob": "outputs"},
     "lora.request": {"LoRARequest": "vllm_names"},
     "renderers.hf": {"resolve_chat_template": "vllm_names"},
-    "tokenizers": {"get_tokenizer": "vllm_names"},
-    "transformers_utils.tokenizer": {"get_tokenizer": "vllm_names"},
+    "tokenizers": {"get_tokenizer": "inputs.tokenizer"},
+    "transformers_utils.tokenizer": {"get_tokenizer": "inputs.tokenizer"},
     "utils": PARSER,
     "utils.argparse_utils": PARSER,
     "utils.print_utils": {"print_embeddings": "vllm_names"},
@@ -143,19 +143,6 @@ class LoRARequest:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise ArgumentError("LoRARequest is not supported: there are no adapters")
-
-
-def get_tokenizer(tokenizer_name: str, *args: Any, **kwargs: Any) -> Any:
-    """transformers' tokenizer of a directory.
-
-    kwargs: of `AutoTokenizer.from_pretrained`; vLLM's `tokenizer_mode` and `revision` change
-        nothing.
-    """
-    from transformers import AutoTokenizer
-
-    for name in ("tokenizer_mode", "revision", "download_dir"):
-        kwargs.pop(name, None)
-    return AutoTokenizer.from_pretrained(tokenizer_name, *args, local_files_only=True, **kwargs)
 
 
 def resolve_chat_template(

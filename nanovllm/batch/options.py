@@ -100,7 +100,11 @@ def add_parameters(parser: argparse.ArgumentParser) -> None:
     """Add what `options_of` reads, but for "output"."""
     parser.add_argument("input", metavar="INPUT", help="JSON Lines file of requests")
     parser.add_argument(
-        "--model", required=True, default=argparse.SUPPRESS, metavar="DIR", help="model directory"
+        "--model",
+        required=True,
+        default=argparse.SUPPRESS,
+        metavar="DIR",
+        help="model directory, or with --download a name on the hub",
     )
     parser.add_argument(
         "--seed",

@@ -166,9 +166,9 @@ def estimate(
 ) -> MemoryEstimate:
     """What `LLM(model, **kwargs)` would take of a GPU, without a GPU and without the weights.
 
-    Only the directory's config.json is read. The largest steps are computed on shapes alone, by the
-    code that runs on the GPU, so Triton must be installed. The memory of CUDA's context, libraries
-    and graphs is assumed: it depends on the driver.
+    Only config.json is read, and of a model by name downloaded. The largest steps are computed on
+    shapes alone, by the code that runs on the GPU, so Triton must be installed. The memory of
+    CUDA's context, libraries and graphs is assumed: it depends on the driver.
 
     Args:
         model: see `LLM`; the directory needs no weights.
@@ -184,6 +184,7 @@ def estimate(
     """
     num_bytes = _gpu_bytes(gpu_memory)
     capability = _capability(compute_capability)
+    kwargs |= {"load_format": "dummy", "skip_tokenizer_init": True}  # nothing else is fetched
     config = Config.from_kwargs(model, kwargs)
     if config.device == "cpu":
         raise ArgumentError("device='cpu' takes no GPU memory, which is all that is estimated")

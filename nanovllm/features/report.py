@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from nanovllm.errors import describe, shown
 from nanovllm.features.run_record import Distribution, Interval, RunRecord, running_seconds
+from nanovllm.models.hub import name_of
 from nanovllm.stats import FinishedRequestStats, StepStats
 
 if TYPE_CHECKING:
@@ -35,8 +36,7 @@ logger = logging.getLogger("nanovllm")
 def start(llm: "LLMEngine", path: str) -> None:
     """Keep a record of all steps from now on, and its page at `path`."""
     config = llm.config
-    name = os.path.basename(config.model)
-    recorder = Recorder(path, name, settings_of(config), config.max_num_seqs)
+    recorder = Recorder(path, name_of(config.model), settings_of(config), config.max_num_seqs)
     llm.stat_loggers.append(recorder)
     weakref.finalize(llm, recorder.close)  # at the interpreter's end too
 

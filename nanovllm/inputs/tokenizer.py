@@ -9,6 +9,8 @@ from nanovllm.errors import ArgumentError, cut, shown
 from nanovllm.inputs.tokenizer_check import PROBE, check_agreement, read_fields
 from nanovllm.inputs.tokenizer_files import TOKENIZER_JSON, copy_files, has_vocabulary
 from nanovllm.model_files import MAX_VOCABULARY_BYTES, is_file, read_json_object, read_text
+from nanovllm.models.hf_config import why_no_directory
+from nanovllm.models.hub import Repository, directory_of, downloads, is_name
 
 
 class Tokenizer(Protocol):
@@ -44,7 +46,7 @@ def load_tokenizer(config: Config) -> Any:
     if not os.path.isdir(path):
         raise ArgumentError(
             f"tokenizer must be an existing local directory, got {shown(path)} "
-            "(nothing is downloaded, and '~' is not expanded: use os.path.expanduser)"
+            f"({why_no_directory(path)})"
         )
     return _load(os.path.abspath(path), "tokenizer", config)
 
@@ -110,3 +112,36 @@ def _rename(tokenizer: Any, copies: str, path: str) -> None:
         for name, value in list(values.items()):
             if isinstance(value, str) and value.startswith(copies):
                 values[name] = path + value.removeprefix(copies)
+
+
+def get_tokenizer(
+    tokenizer_name: str,
+    *args: Any,
+    revision: str | None = None,
+    download_dir: str | None = None,
+    tokenizer_mode: str = "auto",
+    **kwargs: Any,
+) -> Any:
+    """vLLM's: transformers' tokenizer of a directory, or of a name as with `LLM`'s `download`.
+
+    Args:
+        tokenizer_name: path or name.
+        args, kwargs: of `AutoTokenizer.from_pretrained`.
+        revision, download_dir: of a name, as for `LLM`.
+        tokenizer_mode: changes nothing.
+    """
+    from transformers import AutoTokenizer
+
+    if downloads(None) and is_name(tokenizer_name):
+        code = bool(kwargs.get("trust_remote_code"))
+        tokenizer_name = directory_of(
+            Repository(
+                tokenizer_name,
+                "tokenizer",
+                revision,
+                cache_dir=download_dir,
+                tokenizer=True,
+                code=code,
+            )
+        )
+    return AutoTokenizer.from_pretrained(tokenizer_name, *args, local_files_only=True, **kwargs)

@@ -39,6 +39,14 @@ SPECIAL_TOKENS = "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
 TEMPLATE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"
+TOKENIZER_FILES = (  # all of them, as patterns
+    *VOCABULARIES,
+    SETTINGS,
+    SPECIAL_TOKENS,
+    ADDED_TOKENS,
+    TEMPLATE,
+    f"{MORE_TEMPLATES}/*.jinja",
+)
 MAX_TOKEN_ID = 2**22  # some tokenizers count up to the largest
 # Keys of tokenizer_config.json that would be arguments which say where and how to load.
 LEFT_OUT = frozenset(

@@ -8,9 +8,15 @@ import torch
 from safetensors import safe_open
 
 from nanovllm.errors import ArgumentError, shown, shown_error
-from nanovllm.model_files import is_file, list_directory, read_json_object, read_start
+from nanovllm.model_files import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    is_file,
+    list_directory,
+    read_json_object,
+    read_start,
+)
 
-SINGLE_FILE = "model.safetensors"
 LM_HEAD = "lm_head.weight"
 BYTE = "U8"
 # Of the text part's tensors in a multimodal model.
@@ -102,7 +108,7 @@ class SafetensorsCheckpoint:
 
     def _read_index(self) -> dict[str, str]:
         """Tensor name -> file name; {} if there is no index."""
-        path = os.path.join(self.directory, "model.safetensors.index.json")
+        path = os.path.join(self.directory, INDEX_FILE)
         if not is_file(path):
             return {}
         index = read_json_object(path).get("weight_map")

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.errors import ArgumentError, cut, nearest, shown, shown_error
@@ -28,7 +28,8 @@ TEXT_PARTS = {
 }
 # What stands beside the text part's configuration and holds for it as well.
 SHARED_FIELDS = "dtype torch_dtype quantization_config compression_config eos_token_id"
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+PART_OF_NAME = r"[A-Za-z0-9][\w.-]*"
+HUB_NAME = re.compile(f"{PART_OF_NAME}/{PART_OF_NAME}")
 GGUF = (
     "GGUF files are not supported: give the directory of the model that they were made of, with "
     "config.json and *.safetensors"
@@ -168,7 +169,7 @@ def _read_config_json(model: str) -> tuple[str, dict[str, Any]]:
     if not os.path.isdir(model):
         raise ArgumentError(
             f"model must be an existing local directory, got {shown(model)} "
-            f"({_why_no_directory(model)})"
+            f"({why_no_directory(model)})"
         )
     path = os.path.join(model, "config.json")
     if not is_file(path):
@@ -191,24 +192,34 @@ def _text_part(raw: dict[str, Any]) -> dict[str, Any]:
     return {**text, **shared, "architectures": [name]}
 
 
-def _why_no_directory(model: str) -> str:
+def why_no_directory(model: str) -> str:
+    """What a path that is no directory may be meant for, and what to give instead."""
     if model.lower().endswith(".gguf"):
         return GGUF
     if os.path.isfile(model):
         return f"it is a file: give its directory, {os.path.dirname(os.path.abspath(model))!r}"
-    why = "nothing is downloaded, and '~' is not expanded: use os.path.expanduser"
     if HUB_NAME.fullmatch(model):
-        why += f"; to get it: hf download {model} --local-dir {model.rpartition('/')[2]}"
-    return why
+        return (
+            f"to get it: hf download {model} --local-dir {model.rpartition('/')[2]}; or let "
+            "download=True or NANOVLLM_DOWNLOAD=1 do it"
+        )
+    return "'~' is not expanded: use os.path.expanduser"
 
 
-def _what_it_is(model: str) -> str:
-    """What a directory without config.json may be, and what to give instead."""
-    names = list_directory(model)
+def what_it_is(names: Collection[str]) -> str:
+    """What has files of these names and no config.json, and what to give instead."""
     if any(name.lower().endswith(".gguf") for name in names):
         return f": {GGUF}"
     if "adapter_config.json" in names:
         return ": it is an adapter (LoRA), which is not supported: merge it into its model first"
+    return ""
+
+
+def _what_it_is(model: str) -> str:
+    """The same of a directory, which may also be the cache of a hub."""
+    names = list_directory(model)
+    if found := what_it_is(names):
+        return found
     if os.path.isdir(os.path.join(model, "snapshots")):
         snapshots = _snapshots(model)
         where = " or ".join(map(repr, snapshots[:2])) or "one, but it has none: download it again"

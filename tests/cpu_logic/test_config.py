@@ -304,7 +304,8 @@ def test_what_changes_nothing_is_named_once_for_debugging(model, caplog, monkeyp
     told = [record.getMessage() for record in caplog.records]
     assert told == [
         "these environment variables of vLLM change nothing: VLLM_DP_SIZE, VLLM_USE_V1",
-        "LLM: these change nothing: revision='main', block_size=16 (blocks have 256 tokens)",
+        "LLM: these change nothing: block_size=16 (blocks have 256 tokens)",
+        "LLM: these change nothing of a directory: revision",
     ]
     monkeypatch.setenv("VLLM_DP_SIZE", "2")
     with refused("VLLM_DP_SIZE='2' in the environment is not supported: there is no data par"):
