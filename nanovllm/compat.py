@@ -166,12 +166,12 @@ VLLM_ABSENT = _absent(
         ("mp", "uni"),
         "the ranks are processes of this host that the engine starts",
     ),
-    ("worker_cls", ("auto",), "collective_rpc and apply_model call functions on the ranks"),
     (
-        "worker_extension_cls scheduler_cls",
-        (),
-        "collective_rpc and apply_model call functions on the ranks",
+        "worker_cls",
+        ("auto",),
+        "worker_extension_cls adds methods, and collective_rpc calls them on the ranks",
     ),
+    ("scheduler_cls", (), "scheduling_policy says who is admitted first"),
     ("enable_lora default_mm_loras enable_lora_bias", (), "there are no adapters"),
     (
         """speculative_config spec_method spec_model spec_tokens speculative_model
@@ -200,7 +200,6 @@ VLLM_ABSENT = _absent(
         (),
         "the KV cache is this engine's alone",
     ),
-    ("weight_transfer_config", (), "load_weights and reload_weights take new weights"),
     (
         "quantization_config",
         (),
@@ -266,6 +265,7 @@ REASONING_ENTRIES: dict[str, tuple[Any, ...] | None] = {
     "reasoning_start_str": None,
     "reasoning_end_str": None,
 }
+TRANSFER_ENTRIES: dict[str, tuple[Any, ...] | None] = {"backend": ("nccl",)}
 # Of transformers, llama.cpp, SGLang, TensorRT-LLM and others: another name of a parameter here.
 LLM_NAMES = {
     **dict.fromkeys(
@@ -767,6 +767,7 @@ ENTRIES = {
     "attention_config": ATTENTION_ENTRIES,
     "profiler_config": PROFILER_ENTRIES,
     "reasoning_config": REASONING_ENTRIES,
+    "weight_transfer_config": TRANSFER_ENTRIES,
 }
 
 
@@ -836,6 +837,12 @@ class AttentionConfig(ConfigObject):
     parameter = "attention_config"
 
 
+class WeightTransferConfig(ConfigObject):
+    """`backend="nccl"`, which on the CPU is gloo."""
+
+    parameter = "weight_transfer_config"
+
+
 class CompilationConfig(ConfigObject):
     """It changes nothing."""
 
@@ -868,6 +875,11 @@ def reasoning_strings(name: str, value: Any) -> tuple[str, str] | None:
     if start and start == end:
         raise ArgumentError(f"{name}: reasoning begins and ends with {shown(start)}")
     return (start, end) if start else None
+
+
+def transfer_backend(name: str, value: Any) -> str:
+    """The backend in a `weight_transfer_config`; ArgumentError if it is wrong."""
+    return str(entries(name, value).get("backend") or "nccl")
 
 
 def _is_false(value: Any) -> bool:

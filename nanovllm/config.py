@@ -19,12 +19,14 @@ from nanovllm.compat import (
     engine_arguments,
     profiler_folder,
     reasoning_strings,
+    transfer_backend,
 )
 from nanovllm.compat import AttentionConfig as AttentionConfig  # where vLLM's scripts import them
 from nanovllm.compat import CompilationConfig as CompilationConfig
 from nanovllm.compat import ProfilerConfig as ProfilerConfig
 from nanovllm.compat import ReasoningConfig as ReasoningConfig
 from nanovllm.compat import StructuredOutputsConfig as StructuredOutputsConfig
+from nanovllm.compat import WeightTransferConfig as WeightTransferConfig
 from nanovllm.errors import ArgumentError, shown
 from nanovllm.kernels import row_state
 from nanovllm.layers.weight_format import WeightFormat
@@ -53,7 +55,7 @@ from nanovllm.parameters import (
 )
 from nanovllm.pooling_params import PoolerConfig, as_pooler_config
 from nanovllm.sampling_params import SAMPLING_FIELDS
-from nanovllm.validation import MAX_INT32, check_at_least, check_output_path
+from nanovllm.validation import MAX_INT32, check_at_least, check_class_name, check_output_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,6 +93,10 @@ def _check_directory(name: str, value: Any) -> str:
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise ArgumentError(f"{name} must be the path of a directory, got {shown(value)}")
     return os.path.abspath(os.fsdecode(value))
+
+
+def _check_extension(name: str, value: Any) -> str | None:
+    return None if value == "" else check_class_name(name, value)  # "" is vLLM's default
 
 
 def _check_block_size(name: str, value: Any) -> int:
@@ -405,6 +411,18 @@ class Config:
         Check("dict or ProfilerConfig", profiler_folder),
         'vLLM\'s, with `profiler` "torch" and `torch_profiler_dir`, the folder of the traces of '
         "`start_profile`. None: VLLM_TORCH_PROFILER_DIR, else the working directory.",
+    )
+    worker_extension_cls: str | type | None = parameter(
+        None,
+        Check("class or 'module.Class'", _check_extension),
+        "a class whose methods `collective_rpc` calls by name on every rank; `self` is the worker. "
+        "It must be at the top level of a module.",
+    )
+    weight_transfer_config: str | WeightTransferConfig | dict[str, Any] | None = parameter(
+        None,
+        Check("dict or WeightTransferConfig", transfer_backend),
+        'vLLM\'s, with `backend` "nccl": a trainer in another process may send weights. On the CPU '
+        "they go through gloo.",
     )
     record: str | None = parameter(
         None,

@@ -19,11 +19,14 @@ from nanovllm.features import (
     scoring,
     sleep_mode,
     streaming,
+    weight_transfer,
     weight_update,
+    worker,
 )
 from nanovllm.features.estimate import estimate as estimate_memory
 from nanovllm.guards.ownership import one_thread_at_a_time
 from nanovllm.sampling_params import SAMPLING_FIELDS, SamplingParams
+from nanovllm.validation import check_class_name
 
 explained = explain_keywords(SAMPLING_FIELDS)  # says what a keyword of the parameters is for
 
@@ -35,6 +38,8 @@ class LLM(LLMEngine):
     __doc__ = LLMEngine.__doc__
 
     def __init__(self, model: str | None = None, **kwargs: Any) -> None:
+        if extension := kwargs.get("worker_extension_cls"):  # before anything starts
+            worker.find_extension(check_class_name("worker_extension_cls", extension))
         super().__init__(model, **kwargs)
         if self.config.record is not None:
             report.start(self, self.config.record)
@@ -63,7 +68,11 @@ class LLM(LLMEngine):
     load_weights = weight_update.load_weights
     reload_weights = weight_update.reload_weights
     reset_prefix_cache = prefix_cache.reset_prefix_cache
-    collective_rpc = rpc.collective_rpc
+    init_weight_transfer_engine = weight_transfer.init_weight_transfer_engine
+    start_weight_update = weight_transfer.start_weight_update
+    update_weights = weight_transfer.update_weights
+    finish_weight_update = weight_transfer.finish_weight_update
+    collective_rpc = worker.collective_rpc
     apply_model = rpc.apply_model
     get_metrics = metrics.get_metrics
     estimate = staticmethod(estimate_memory)
@@ -112,6 +121,16 @@ class LLM(LLMEngine):
     def llm_engine(self) -> "LLM":
         """The engine itself, for scripts that drive vLLM's `llm.llm_engine`."""
         return self
+
+    @property
+    def model_executor(self) -> Any:
+        """vLLM's way to the model: `.driver_worker.model_runner.model`, with its `load_weights`."""
+        return worker.model_executor(self, self.load_weights, self.collective_rpc)
+
+    @property
+    def engine_core(self) -> Any:
+        """vLLM's: has `model_executor` and `shutdown`."""
+        return worker.engine_core(self.model_executor)
 
     def get_world_size(self, include_dp: bool = True) -> int:
         """The number of ranks; there is no data parallelism to include."""

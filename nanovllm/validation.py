@@ -63,6 +63,19 @@ def check_text(name: str, value: Any) -> str:
     return value
 
 
+def check_class_name(name: str, value: Any) -> str:
+    """ "module.Class" of a class or of that text; ArgumentError if it is neither."""
+    if isinstance(value, type):
+        value = f"{value.__module__}.{value.__qualname__}"
+    parts = value.split(".") if isinstance(value, str) else []
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+        raise ArgumentError(
+            f"{name} must be a class at the top level of a module, or its 'module.Class', got "
+            f"{shown(value)}"
+        )
+    return str(value)
+
+
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     """`value` if it is one of `choices`, else ArgumentError."""
     if not isinstance(value, str) or value not in choices:

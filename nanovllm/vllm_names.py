@@ -6,6 +6,8 @@ What each offers is an object that is defined elsewhere, and is imported when it
 import gc
 import importlib
 import logging
+import os
+import socket
 import sys
 from collections.abc import Callable, Iterable
 from types import ModuleType
@@ -24,6 +26,20 @@ MODULES: dict[str, dict[str, str]] = {
     ),
     "distributed": CLEANUP,
     "distributed.parallel_state": CLEANUP,
+    "distributed.device_communicators.pynccl": {"PyNcclCommunicator": "parallel.weight_group"},
+    "distributed.utils": {"StatelessProcessGroup": "parallel.weight_group"},
+    "distributed.weight_transfer.base": dict.fromkeys(
+        ("WeightTransferInitRequest", "WeightTransferUpdateRequest"), "features.weight_transfer"
+    ),
+    "distributed.weight_transfer.nccl_engine": dict.fromkeys(
+        (
+            "NCCLTrainerSendWeightsArgs",
+            "NCCLWeightTransferEngine",
+            "NCCLWeightTransferInitInfo",
+            "NCCLWeightTransferUpdateInfo",
+        ),
+        "features.weight_transfer",
+    ),
     "engine.arg_utils": ENGINE_ARGS,
     "entrypoints.chat_utils": {
         "resolve_hf_chat_template": "vllm_names:resolve_chat_template",
@@ -40,6 +56,7 @@ MODULES: dict[str, dict[str, str]] = {
     "transformers_utils.tokenizer": {"get_tokenizer": "inputs.tokenizer"},
     "utils": PARSER,
     "utils.argparse_utils": PARSER,
+    "utils.network_utils": dict.fromkeys(("get_ip", "get_open_port"), "vllm_names"),
     "utils.print_utils": {"print_embeddings": "vllm_names"},
     "v1.engine.exceptions": {"EngineDeadError": "errors"},
     "v1.engine.llm_engine": {"LLMEngine": "vllm_engine"},
@@ -131,6 +148,25 @@ def cleanup_dist_env_and_memory(shutdown_ray: bool = False) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def get_ip() -> str:
+    """This host's address, as others see it: VLLM_HOST_IP, else that of its route outwards."""
+    if address := os.environ.get("VLLM_HOST_IP"):
+        return address
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outwards:
+            outwards.connect(("192.0.2.1", 9))  # of documentation; nothing is sent
+            return str(outwards.getsockname()[0])
+    except OSError:  # no network
+        return "127.0.0.1"
+
+
+def get_open_port() -> int:
+    """A TCP port that is free at this moment."""
+    with socket.socket() as bound:
+        bound.bind(("", 0))
+        return int(bound.getsockname()[1])
 
 
 def init_logger(name: str) -> logging.Logger:

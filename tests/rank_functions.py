@@ -70,3 +70,21 @@ def print_to_descriptors(runner) -> None:
     """Write to stdout and stderr as code in C does it, whatever these are open for."""
     for descriptor in (1, 2):
         os.write(descriptor, b"x" * 4000)
+
+
+class Extension:
+    """What a trainer adds to the workers: its methods are called by their names."""
+
+    def remember(self, value):
+        self.remembered = value
+
+    def recall(self):
+        return self.local_rank, self.device.type, self.remembered
+
+    def take_weights(self, weights):
+        return sorted(self.model_runner.model.load_weights(weights=weights.items()))
+
+
+class Conflicting:
+    def reload_weights(self):
+        """The worker has one of its own."""

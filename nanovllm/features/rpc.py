@@ -13,42 +13,14 @@ from nanovllm.guards.interrupts import DeferredInterrupt
 from nanovllm.validation import check_number
 
 
-def collective_rpc(
-    llm: LLMEngine,
+def checked_call(
     method: str | Callable[..., Any],
-    timeout: float | None = None,
-    args: tuple[Any, ...] = (),
-    kwargs: dict[str, Any] | None = None,
-) -> list[Any]:
-    """Call a method on every worker, one for each rank, between two steps.
-
-    Args:
-        method: the name of a method of `ModelRunner`, or a callable, which gets the worker as
-            its first argument: a `ModelRunner`, with `rank`, `model`, `device` and `config`.
-            With several ranks callable and arguments are pickled: the callable must be defined
-            at the top level of a module, and tensors travel by value.
-        timeout: seconds for the workers to answer; None: for ever. The call on rank 0 runs in
-            this process and is not broken off.
-        args: positional arguments.
-        kwargs: keyword arguments.
-
-    Returns:
-        The results in rank order. Tensors should be on the CPU.
-
-    Raises:
-        ArgumentError: there is no such method, or call or result cannot be pickled.
-        TimeoutError: a worker has not answered in time; the engine has ended then.
-        EngineDeadError: a worker died.
-        Exception: what the call raised on the lowest rank where it failed; its cause shows the
-            traceback on that rank. The engine stays usable, but a call that uses collectives
-            must not fail on some ranks only: the others would wait for it.
-
-    If the call changes the weights, call `reset_prefix_cache` after it.
-    """
-    if isinstance(method, str):
-        if not callable(getattr(llm.model_runner, method, None)):
-            raise ArgumentError(f"workers have no method {shown(method)}")
-    elif not callable(method):
+    timeout: float | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None,
+) -> tuple[float | None, tuple[Any, ...], dict[str, Any]]:
+    """Timeout and arguments of a call as it is made; ArgumentError if one of them is wrong."""
+    if not isinstance(method, str) and not callable(method):
         raise ArgumentError(f"method must be a method's name or a callable, got {shown(method)}")
     if timeout is not None:
         timeout = check_number("timeout", timeout, "seconds > 0", lambda seconds: seconds > 0)
@@ -57,7 +29,7 @@ def collective_rpc(
     kwargs = {} if kwargs is None else kwargs
     if not isinstance(kwargs, dict) or not all(isinstance(name, str) for name in kwargs):
         raise ArgumentError(f"kwargs must be a dict of names and values, got {shown(kwargs)}")
-    return call_ranks(llm, method, timeout, tuple(args), kwargs)
+    return timeout, tuple(args), kwargs
 
 
 def call_ranks(
@@ -87,7 +59,7 @@ def apply_model(llm: LLMEngine, func: Callable[[nn.Module], Any]) -> list[Any]:
     """
     if not callable(func):
         raise ArgumentError(f"func must be a callable, got {shown(func)}")
-    return collective_rpc(llm, _apply_to_model, args=(func,))
+    return call_ranks(llm, _apply_to_model, args=(func,))
 
 
 def _apply_to_model(runner: ModelRunner, func: Callable[[nn.Module], Any]) -> Any:

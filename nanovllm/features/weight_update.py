@@ -1,6 +1,7 @@
 """New weights for a running engine, in place, as reinforcement learning wants them."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,35 +42,13 @@ def load_weights(llm: LLMEngine, weights: Iterable[tuple[str, torch.Tensor]]) ->
             is loaded then; what an iterator gave before stays loaded. Or the engine's own
             checkpoint is quantised and stays so: it takes no new weights.
     """
-    _check_weights_are_there(llm)
-    quantization, weight_format = llm.config.model_config.quantization, llm.config.weight_format
-    is_rounded = weight_format is not None and weight_format.is_on_load
-    if quantization is not None and quantization.is_kept and not is_rounded:
-        raise ArgumentError(
-            f"load_weights does not take new weights for a checkpoint that is quantised "
-            f"({quantization.method}); `quantization` with another checkpoint quantises what it is "
-            "given"
-        )
-    if isinstance(weights, Mapping):
-        weights = weights.items()
-    try:
-        items = iter(weights)
-    except TypeError:
-        raise ArgumentError(f"weights must be (name, tensor) pairs, got {shown(weights)}") from None
-    shapes = expected_shapes(expected_tensors(llm.model_runner.model))
-    if isinstance(weights, Collection):  # else each is checked when its turn comes
-        for item in weights:
-            _check_item(item, shapes)
-    reset_prefix_cache(llm, reset_running_requests=True)
+    check_weights_are_there(llm)
     loaded = set()
-    for item in items:
-        name, tensor = _check_item(item, shapes)
-        if name not in shapes:
-            continue
+    for name, tensor in _checked_items(llm.model_runner, weights, partial(_forget, llm)):
         if llm.config.tensor_parallel_size > 1:
             # A compact copy: the other ranks get the tensor's bytes, and not the storage's. What is
             # quantised keeps its dtype, so as to be rounded once.
-            is_quantized = llm.config.fp8_scales or weight_format
+            is_quantized = llm.config.fp8_scales or llm.config.weight_format
             dtype = tensor.dtype if is_quantized else llm.config.resolve_dtype()
             tensor = tensor.detach().to("cpu", dtype, copy=True)
         call_ranks(llm, _load_on_rank, args=(name, tensor))
@@ -79,12 +58,83 @@ def load_weights(llm: LLMEngine, weights: Iterable[tuple[str, torch.Tensor]]) ->
 
 def reload_weights(llm: LLMEngine) -> None:
     """Load all weights from the model's directory again; as for `load_weights` otherwise."""
-    _check_weights_are_there(llm)
+    check_weights_are_there(llm)
     reset_prefix_cache(llm, reset_running_requests=True)
     call_ranks(llm, "reload_weights")
 
 
-def _check_weights_are_there(llm: LLMEngine) -> None:
+def load_weights_on_rank(
+    runner: ModelRunner, weights: Iterable[tuple[str, torch.Tensor]]
+) -> set[str]:
+    """As `load_weights`, on one rank: the caller gives every rank the whole tensors.
+
+    The prefix cache stays as it is: `reset_prefix_cache` empties it.
+
+    Raises:
+        RuntimeError: the engine sleeps, and has dropped its weights.
+    """
+    first = next(iter(runner.model.parameters()))
+    if first.untyped_storage().nbytes() < first.nbytes:  # as `features.offload` drops them
+        raise RuntimeError("the weights sleep: call wake_up() or wake_up(['weights']) first")
+    loaded = set()
+    for name, tensor in _checked_items(runner, weights):
+        with runner.on_device():
+            _load_on_rank(runner, name, tensor)
+        loaded.add(name)
+    return loaded
+
+
+def check_weights(runner: ModelRunner, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """ArgumentError if the model does not take tensors of these names and shapes."""
+    _check_takes_weights(runner)
+    expected = expected_shapes(expected_tensors(runner.model))
+    for name, shape in shapes.items():
+        _check_item((name, torch.empty(shape, device="meta")), expected, is_there=False)
+
+
+def _checked_items(
+    runner: ModelRunner, weights: Any, begin: Callable[[], object] = lambda: None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The pairs that the model takes, each checked; of a list or dict all before the first.
+
+    begin: is called before the first.
+    """
+    _check_takes_weights(runner)
+    if isinstance(weights, Mapping):
+        weights = weights.items()
+    try:
+        items = iter(weights)
+    except TypeError:
+        raise ArgumentError(f"weights must be (name, tensor) pairs, got {shown(weights)}") from None
+    shapes = expected_shapes(expected_tensors(runner.model))
+    if isinstance(weights, Collection):  # else each is checked when its turn comes
+        for item in weights:
+            _check_item(item, shapes)
+    begin()
+    for item in items:
+        name, tensor = _check_item(item, shapes)
+        if name in shapes:
+            yield name, tensor
+
+
+def _check_takes_weights(runner: ModelRunner) -> None:
+    config = runner.config
+    quantization, weight_format = config.model_config.quantization, config.weight_format
+    is_rounded = weight_format is not None and weight_format.is_on_load
+    if quantization is not None and quantization.is_kept and not is_rounded:
+        raise ArgumentError(
+            f"load_weights does not take new weights for a checkpoint that is quantised "
+            f"({quantization.method}); `quantization` with another checkpoint quantises what it is "
+            "given"
+        )
+
+
+def _forget(llm: LLMEngine) -> None:
+    reset_prefix_cache(llm, reset_running_requests=True)
+
+
+def check_weights_are_there(llm: LLMEngine) -> None:
+    """RuntimeError if the weights sleep."""
     llm.check_ready()
     if "weights" in llm.asleep:
         raise RuntimeError("the weights sleep: call wake_up() or wake_up(['weights']) first")
@@ -97,7 +147,9 @@ def _load_on_rank(runner: ModelRunner, name: str, tensor: torch.Tensor) -> None:
     runner.has_lm_head |= name == LM_HEAD
 
 
-def _check_item(item: Any, shapes: dict[str, tuple[int, ...]]) -> tuple[str, torch.Tensor]:
+def _check_item(
+    item: Any, shapes: dict[str, tuple[int, ...]], is_there: bool = True
+) -> tuple[str, torch.Tensor]:
     if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[0], str):
         raise ArgumentError(f"weights must be (name, tensor) pairs, got {type(item).__name__}")
     name, tensor = item
@@ -110,7 +162,7 @@ def _check_item(item: Any, shapes: dict[str, tuple[int, ...]]) -> tuple[str, tor
         raise ArgumentError(
             f"weight {name!r} must be a floating-point tensor of 16, 32 or 64 bits, got {kind}"
         )
-    if tensor.layout != torch.strided or tensor.is_meta:
+    if tensor.layout != torch.strided or tensor.is_meta is is_there:
         raise ArgumentError(
             f"weight {name!r} must be a dense tensor in memory, got {tensor.layout} on "
             f"{tensor.device}"

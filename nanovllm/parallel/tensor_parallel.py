@@ -92,11 +92,7 @@ class TensorParallel:
             if shares_memory:
                 tp._share_memory(dist.PrefixStore("peers", store), device, hidden_size, dtype)
             return tp
-        gloo: Any = dist.ProcessGroupGloo
-        options = gloo._Options()
-        options._devices = [gloo.create_device(hostname="127.0.0.1")]
-        options._timeout = COLLECTIVE_TIMEOUT
-        group = gloo(dist.PrefixStore("gloo", store), rank, size, options)
+        group = new_gloo_group(dist.PrefixStore("gloo", store), rank, size, "127.0.0.1")
         # From here on rank 0 decides how long to wait. It may be stopped itself, for hours.
         group._set_default_timeout(NO_TIMEOUT)
         return cls(rank, size, group)
@@ -247,6 +243,16 @@ class TensorParallel:
         memory, self._ipc_memory, self.peers = self._ipc_memory, None, None
         if memory is not None:
             memory.close()
+
+
+def new_gloo_group(store: dist.Store, rank: int, size: int, hostname: str | None) -> Any:
+    """A gloo group of its own that listens on `hostname`; None: where gloo does by default."""
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
+    device = gloo.create_device(hostname=hostname) if hostname else gloo.create_default_device()
+    options._devices = [device]
+    options._timeout = COLLECTIVE_TIMEOUT
+    return gloo(store, rank, size, options)
 
 
 def _nothing() -> None:

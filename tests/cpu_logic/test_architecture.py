@@ -26,6 +26,7 @@ ORDER = [
     "engine",
     "config sampling inputs models",
     "layers",
+    "parallel.weight_group",
     "parallel.tensor_parallel parallel.ipc_memory",
     "kernels",
     "kernels.types kernels.row_state",

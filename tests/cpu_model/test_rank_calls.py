@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import rank_functions
@@ -17,6 +18,8 @@ from engine_checks import (
     wait_until,
     worker_pids,
 )
+from nanovllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+from nanovllm.utils.network_utils import get_open_port
 from tiny_models import VOCAB_SIZE, reference_greedy, save_model
 from transformers import Qwen3ForCausalLM
 
@@ -57,7 +60,15 @@ def engines():
 @pytest.fixture
 def llm(engines, model_dirs):
     if not engines or not engines[-1]._finalizer.alive:
-        engines.append(tiny_engine(model_dirs[0], tensor_parallel_size=2))
+        extension, transfer = rank_functions.Extension, {"backend": "nccl"}
+        engines.append(
+            tiny_engine(
+                model_dirs[0],
+                tensor_parallel_size=2,
+                worker_extension_cls=extension,
+                weight_transfer_config=transfer,
+            )
+        )
     return engines[-1]
 
 
@@ -141,6 +152,37 @@ def test_every_rank_sleeps(llm, references, level):
     [completion] = drain(llm)[0].values()
     assert completion == references[0][0]
     check_generates(llm, references[0])
+
+
+def test_a_trainer_reaches_every_rank(llm, model_dirs, references):
+    """By broadcasts, by methods that a class adds to the workers, by vLLM's way to the model."""
+    trained = Qwen3ForCausalLM.from_pretrained(model_dirs[1], dtype=torch.float32)
+    state = trained.state_dict()
+    address = {"master_address": "127.0.0.1", "master_port": get_open_port(), "world_size": 3}
+    with ThreadPoolExecutor() as pool:
+        joining = pool.submit(NCCLWeightTransferEngine.trainer_init, address, "cpu")
+        llm.init_weight_transfer_engine({"init_info": address | {"rank_offset": 1}})
+        sending = pool.submit(
+            NCCLWeightTransferEngine.trainer_send_weights,
+            state.items(),
+            group=joining.result(60),
+            packed=True,
+        )
+        update = {"names": list(state), "dtype_names": ["float32"] * len(state), "packed": True,
+                  "shapes": [list(tensor.shape) for tensor in state.values()]}  # fmt: skip
+        llm.update_weights({"update_info": update})
+        sending.result(60)
+    check_generates(llm, references[1])
+    llm.reload_weights()
+    assert llm.collective_rpc("take_weights", args=(state,)) == [sorted(state)] * 2
+    llm.reset_prefix_cache()
+    check_generates(llm, references[1])
+    llm.collective_rpc("remember", args=(5,))
+    assert llm.collective_rpc("recall") == [(0, "cpu", 5), (1, "cpu", 5)]
+    llm.reload_weights()
+    llm.llm_engine.model_executor.driver_worker.model_runner.model.load_weights(state.items())
+    check_generates(llm, references[1])
+    llm.reload_weights()
 
 
 def test_new_weights_reach_every_rank(llm, model_dirs, references):

@@ -29,8 +29,13 @@ IMPORTS = """
 beam_search: BeamSearchOutput BeamSearchSequence
 config: AttentionConfig CompilationConfig PoolerConfig ProfilerConfig StructuredOutputsConfig
 config: ReasoningConfig VllmConfig
+config: WeightTransferConfig
 distributed: cleanup_dist_env_and_memory
+distributed.device_communicators.pynccl: PyNcclCommunicator
 distributed.parallel_state: cleanup_dist_env_and_memory
+distributed.utils: StatelessProcessGroup
+distributed.weight_transfer.base: WeightTransferInitRequest WeightTransferUpdateRequest
+distributed.weight_transfer.nccl_engine: NCCLTrainerSendWeightsArgs NCCLWeightTransferEngine
 engine.arg_utils: EngineArgs
 engine.llm_engine: LLMEngine
 entrypoints.chat_utils: resolve_hf_chat_template
@@ -50,6 +55,7 @@ transformers_utils.tokenizer: get_tokenizer
 sampling_params: BeamSearchParams RepetitionDetectionParams RequestOutputKind SamplingParams
 utils: FlexibleArgumentParser
 utils.argparse_utils: FlexibleArgumentParser
+utils.network_utils: get_ip get_open_port
 utils.print_utils: print_embeddings
 v1.engine.exceptions: EngineDeadError
 v1.engine.llm_engine: LLMEngine
