@@ -28,6 +28,17 @@ KV_CACHE_DTYPE_ALIASES = {"fp8_e4m3": "fp8"}
 LOAD_FORMAT_ALIASES = {"safetensors": "auto", "hf": "auto"}
 MODEL_IMPL_ALIASES = {"vllm": "nanovllm"}
 TOKENIZER_MODE_ALIASES = {"hf": "auto"}
+# vLLM's values of `quantization` that name a checkpoint's own kind -> its `quant_method`.
+CHECKPOINT_METHODS = {
+    "awq": "awq",
+    "awq_marlin": "awq",
+    "gptq": "gptq",
+    "gptq_marlin": "gptq",
+    "compressed-tensors": "compressed-tensors",
+    "bitsandbytes": "bitsandbytes",
+    "modelopt": "modelopt",
+    "mxfp4": "mxfp4",
+}
 ATTENTION_BACKEND_ALIASES = {
     "FLASH_ATTN": "flash-attn",
     "TRITON_ATTN": "triton",
@@ -507,8 +518,6 @@ SAMPLING_HINTS = {
     "skip_special": "write skip_special_tokens",
     "use_tqdm": "it goes to generate(..., use_tqdm=...)",
     "priority": "it goes to generate(..., priority=[...])",
-    "truncate_prompt_tokens": "it goes to generate(..., tokenization_kwargs={'truncation': True, "
-    "'max_length': ...})",
     "output_kind": "nanovllm does not have it: generate gives whole outputs, llm.generate_stream "
     "text as it comes",
     "flat_logprobs": "nanovllm does not have it: logprobs are a list of dicts",
@@ -533,7 +542,6 @@ SAMPLING_OFF: dict[str, tuple[Any, ...]] = {
     "length_penalty": (None, 1.0),
     "early_stopping": (None, False),
     "guided_decoding": (None,),
-    "truncate_prompt_tokens": (None,),
     "output_kind": (None, RequestOutputKind.CUMULATIVE),
     "flat_logprobs": (None, False),
     "stream_interval": (None, 1),
@@ -698,12 +706,14 @@ def engine_arguments(
         target = ALIASES.get(name, name)
         if target not in known:
             raise TypeError(_unknown_option(name, [*known, *ALIASES], sampling))
-        if target in arguments:
-            alias = next(a for a, t in ALIASES.items() if t == target)
-            raise TypeError(f"LLM() got {target!r} twice: {alias!r} is another name for it")
         if name == "block_size" and is_one_of(value, SMALL_BLOCKS):
             left_out.append(f"block_size={value} (blocks have {BLOCK_SIZE} tokens)")
             value = BLOCK_SIZE
+        if value is None and target in arguments:
+            continue  # of a parser's defaults, one under each name
+        if arguments.get(target) is not None:
+            alias = next(a for a, t in ALIASES.items() if t == target)
+            raise TypeError(f"LLM() got {target!r} twice: {alias!r} is another name for it")
         arguments[target] = value
     if left_out:
         logger.debug("LLM: these change nothing: %s", ", ".join(left_out))

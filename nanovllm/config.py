@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from nanovllm.compat import (
     ATTENTION_BACKEND_ALIASES,
+    CHECKPOINT_METHODS,
     DTYPE_ALIASES,
     KV_CACHE_DTYPE_ALIASES,
     LOAD_FORMAT_ALIASES,
@@ -269,11 +270,11 @@ class Config:
     )
     quantization: str | None = parameter(
         None,
-        choice("fp8", *PACKED_BITS),
+        choice("fp8", *PACKED_BITS, *CHECKPOINT_METHODS),
         "keep the weights of linear layers in fewer bits, rounded as they are loaded: fp8 (e4m3) "
         'with a scale for each row, or "int4" and "int8" with a scale for each 128 columns of a '
         "row. Embedding, LM head, routers and norms stay as they are. None: as in the checkpoint, "
-        "which may be quantised itself.",
+        "which may be quantised itself; the other names say of which kind it must be then.",
     )
     device: str = parameter(
         "auto",
@@ -412,7 +413,7 @@ class Config:
         'vLLM\'s, with `profiler` "torch" and `torch_profiler_dir`, the folder of the traces of '
         "`start_profile`. None: VLLM_TORCH_PROFILER_DIR, else the working directory.",
     )
-    worker_extension_cls: str | type | None = parameter(
+    worker_extension_cls: str | None = parameter(
         None,
         Check("class or 'module.Class'", _check_extension),
         "a class whose methods `collective_rpc` calls by name on every rank; `self` is the worker. "
@@ -453,12 +454,7 @@ class Config:
             kind = head_kind(hf_config.architectures)
             family = family_of(hf_config.architectures or ())
             derive(hf_config=hf_config, model_config=ModelConfig.from_hf(hf_config, family, kind))
-        if self.quantization is not None and self.model_config.weight_format is not None:
-            bits = self.model_config.weight_format.bits
-            raise ArgumentError(
-                f"quantization {self.quantization!r} is not supported for a checkpoint that is "
-                f"quantised to {bits} bits already; leave it out"
-            )
+        derive(quantization=self._quantization_on_load())
         derive(enable_prefix_caching=self._caches_prefixes())
         if self.model_config.head is not None:
             derive(enforce_eager=True)  # it never decodes: graphs would be of no use
@@ -525,6 +521,26 @@ class Config:
                     f"{name} {getattr(self, name)!r} is not supported for "
                     f"{self.model_config.architectures[0]}, which runs on transformers' own module"
                 )
+
+    def _quantization_on_load(self) -> str | None:
+        """`quantization` without the name of what the checkpoint is already."""
+        if self.quantization in CHECKPOINT_METHODS:
+            fields = getattr(self.hf_config, "quantization_config", None) or {}
+            found = fields.get("quant_method")
+            if found == CHECKPOINT_METHODS[self.quantization]:
+                return None
+            raise ArgumentError(
+                f"quantization {self.quantization!r} is for checkpoints of that kind, but this one "
+                + (f"is {found!r}; leave it out" if found else "is not quantised; 'int4', 'int8' "
+                   "and 'fp8' round weights on load")
+            )  # fmt: skip
+        if self.quantization is not None and self.model_config.weight_format is not None:
+            bits = self.model_config.weight_format.bits
+            raise ArgumentError(
+                f"quantization {self.quantization!r} is not supported for a checkpoint that is "
+                f"quantised to {bits} bits already; leave it out"
+            )
+        return self.quantization
 
     def _caches_prefixes(self) -> bool:
         """`enable_prefix_caching`; its default follows from the model."""

@@ -13,6 +13,7 @@ from nanovllm.features import (
     pooling,
     prefix_cache,
     profiling,
+    renderer,
     report,
     request_queue,
     rpc,
@@ -123,9 +124,19 @@ class LLM(LLMEngine):
         return self
 
     @property
+    def renderer(self) -> renderer.Renderer:
+        """Makes token ids of prompts ahead of `generate`, as vLLM's does."""
+        return renderer.Renderer(self)
+
+    @property
     def model_executor(self) -> Any:
         """vLLM's way to the model: `.driver_worker.model_runner.model`, with its `load_weights`."""
         return worker.model_executor(self, self.load_weights, self.collective_rpc)
+
+    @property
+    def vllm_config(self) -> Any:
+        """vLLM's: has `model_config`, `parallel_config`, `cache_config`, `scheduler_config`."""
+        return worker.vllm_config(self)
 
     @property
     def engine_core(self) -> Any:

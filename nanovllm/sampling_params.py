@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass, fields, replace
+from numbers import Integral
 from typing import Any
 
 from nanovllm.compat import (
@@ -269,6 +270,12 @@ def _check_repetition_detection(name: str, value: Any) -> RepetitionDetectionPar
     return RepetitionDetectionParams(**value)
 
 
+def _check_truncation(name: str, value: Any) -> int:
+    if isinstance(value, Integral) and value == -1:
+        return check_integer(name, value, minimum=-1)
+    return clamp_int32(name, value, minimum=1)
+
+
 def _as_list(name: str, value: Any, items: str) -> list[Any]:
     if type(value) is list:  # spares the slow look at abstract types
         return value.copy()
@@ -458,6 +465,12 @@ class SamplingParams:
     )
     skip_reading_prefix_cache: bool | None = parameter(
         None, boolean, "compute the whole prompt. None: only if `prompt_logprobs` ask for it."
+    )
+    truncate_prompt_tokens: int | None = parameter(
+        None,
+        Check("integer >= 1, or -1", _check_truncation),
+        "keep this many tokens at a prompt's end; special tokens that the tokenizer puts at its "
+        "start stay. -1: as many as leave room for one token.",
     )
 
     def __post_init__(self) -> None:

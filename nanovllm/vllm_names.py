@@ -51,6 +51,7 @@ MODULES: dict[str, dict[str, str]] = {
     "logits_process": {"LogitsProcessor": "sampling_params:RequestLogitsProcessor"},
     "logprobs": {"Logprob": "outputs"},
     "lora.request": {"LoRARequest": "vllm_names"},
+    "renderers.inputs.preprocess": {"parse_model_prompt": "features.renderer"},
     "renderers.hf": {"resolve_chat_template": "vllm_names"},
     "tokenizers": {"get_tokenizer": "inputs.tokenizer"},
     "transformers_utils.tokenizer": {"get_tokenizer": "inputs.tokenizer"},

@@ -95,11 +95,15 @@ class InputProcessor:
         if pooling_type != "LAST":  # a cached block has no hidden states
             params_list = [replace(p, skip_reading_prefix_cache=True) for p in params_list]
         priorities = as_priority_list(priority, len(prompts))
-        encoded = encode_prompts(
-            prompts, self.tokenizer, self.config.model_config.vocab_size, tokenization_kwargs
-        )
         # Usually one object serves all prompts: checked, and copied, once.
         checked = {id(params): check_params(params) for params in params_list}
+        encoded = encode_prompts(
+            prompts,
+            self.tokenizer,
+            self.config.model_config.vocab_size,
+            tokenization_kwargs,
+            [self._limit(checked[id(params)]) for params in params_list],
+        )
         requests = [
             self._new_request(*prompt, checked[id(params)], priority, pooler)
             for prompt, params, priority in zip(encoded, params_list, priorities, strict=True)
@@ -109,6 +113,11 @@ class InputProcessor:
                 seq.features.pooling_type = pooling_type
                 seq.wants |= Wants.STATES
         return requests
+
+    def _limit(self, params: SamplingParams) -> int | None:
+        """How many tokens of a prompt are kept; None: all."""
+        limit = params.truncate_prompt_tokens
+        return self.config.max_model_len - 1 if limit == -1 else limit
 
     def _new_request(
         self,

@@ -79,15 +79,17 @@ class _Arguments:
                 help=argparse.SUPPRESS,
             )
         for p in declared:  # a script may set others by `parser.set_defaults`
-            parser.set_defaults(**{p.name: _default(p.name, p.default)})
+            default = None if p.aliases else _default(p.name, p.default)
+            parser.set_defaults(**{p.name: default})
         return parser
 
     @classmethod
     def from_cli_args(cls, args: argparse.Namespace) -> "_Arguments":
         """Those of a parsed command line."""
         names = {f.name: ALIASES.get(f.name, f.name) for f in fields(EngineArgs)}
-        given = vars(args)
-        return cls(**{name: given[ours] for name, ours in names.items() if ours in given})
+        given = {name: value for name, value in vars(args).items() if value is not None}
+        found = {name: given.get(ours, given.get(name)) for name, ours in names.items()}
+        return cls(**{name: value for name, value in found.items() if value is not None})
 
 
 def _value(text: str) -> Any:

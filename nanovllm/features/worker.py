@@ -189,6 +189,31 @@ def model_executor(
     return _View("the executor", driver_worker=worker, collective_rpc=rpc, shutdown=llm.exit)
 
 
+def vllm_config(llm: LLMEngine) -> Any:
+    """vLLM's `llm.llm_engine.vllm_config`, as far as scripts read it."""
+    config = llm.config
+    size = config.tensor_parallel_size
+    return _View(
+        "the configuration",
+        model_config=config,
+        parallel_config=_View("it", tensor_parallel_size=size, world_size=size, rank=0),
+        cache_config=_View(
+            "it",
+            block_size=config.kvcache_block_size,
+            num_gpu_blocks=llm.config.num_kvcache_blocks,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            cache_dtype=config.kv_cache_dtype,
+            enable_prefix_caching=config.enable_prefix_caching,
+        ),
+        scheduler_config=_View(
+            "it",
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=config.max_model_len,
+        ),
+    )
+
+
 def engine_core(executor: Any) -> Any:
     """vLLM's `llm.llm_engine.engine_core`, as far as scripts use it.
 

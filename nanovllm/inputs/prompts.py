@@ -164,6 +164,7 @@ def encode_prompts(
     tokenizer: Any,
     vocab_size: int,
     tokenization_kwargs: Mapping[str, Any] | None = None,
+    limits: Sequence[int | None] | None = None,
 ) -> list[EncodedPrompt]:
     """Text and token ids of each prompt: a string, a list of ids, or vLLM's dict with either.
 
@@ -172,6 +173,7 @@ def encode_prompts(
 
     Args:
         tokenizer: of transformers, or an object with its `encode`; None: strings are refused.
+        limits: of each prompt, the tokens at its end that are kept; None: all.
 
     Raises:
         ArgumentError: a prompt is of another type, empty, or has an id outside [0, vocab_size);
@@ -181,14 +183,24 @@ def encode_prompts(
     parts = check_each("prompts", _split_prompt, prompts)
     texts = [text for text, token_ids in parts if text is not None and token_ids is None]
     encoded = iter(_tokenize(texts, tokenizer, kwargs))
-
-    def check(part: tuple[str | None, list[int] | None]) -> EncodedPrompt:
-        text, token_ids = part
-        return EncodedPrompt(
-            text, _check_ids(next(encoded) if token_ids is None else token_ids, vocab_size)
+    kept = limits or [None] * len(parts)
+    if kwargs.get("truncation") and any(limit is not None for limit in kept):
+        raise ArgumentError(
+            "truncate_prompt_tokens and tokenization_kwargs with truncation are two ways to cut a "
+            "prompt: give one"
         )
 
-    return check_each("prompts", check, parts)
+    def check(part: tuple[str | None, list[int] | None, int | None]) -> EncodedPrompt:
+        text, given, limit = part
+        token_ids = _check_ids(next(encoded) if given is None else given, vocab_size)
+        if limit is not None and len(token_ids) > limit:
+            if given is None and text is not None:
+                token_ids = _last_tokens(text, tokenizer, kwargs, limit)
+            else:
+                token_ids = token_ids[-limit:]
+        return EncodedPrompt(text, token_ids)
+
+    return check_each("prompts", check, [(*part, n) for part, n in zip(parts, kept, strict=True)])
 
 
 def _are_messages(prompts: Any) -> bool:
@@ -265,14 +277,24 @@ def _tokenize(texts: list[str], tokenizer: Any, kwargs: dict[str, Any]) -> list[
         raise ArgumentError(f"the tokenizer refuses the prompt: {shown_error(error)}") from error
 
 
+def _last_tokens(text: str, tokenizer: Any, kwargs: dict[str, Any], limit: int) -> list[int]:
+    """What transformers leaves of a text if it truncates on the left: special tokens stay."""
+    side = getattr(tokenizer, "truncation_side", None)
+    if side is None:  # of another library
+        return _tokenize([text], tokenizer, kwargs)[0][-limit:]
+    try:
+        tokenizer.truncation_side = "left"
+        return _tokenize([text], tokenizer, kwargs | {"truncation": True, "max_length": limit})[0]
+    finally:
+        tokenizer.truncation_side = side
+
+
 def _check_ids(token_ids: list[int], vocab_size: int) -> list[int]:
     if not token_ids:
         raise ArgumentError("Prompt cannot be empty")
     if min(token_ids) < 0 or max(token_ids) >= vocab_size:
         bad = next(token for token in token_ids if not 0 <= token < vocab_size)
-        raise ArgumentError(
-            f"token id {shown(bad)} is out of the vocabulary: 0 to {vocab_size - 1}"
-        )
+        raise ArgumentError(f"token id {shown(bad)} is out of vocabulary: 0 to {vocab_size - 1}")
     return token_ids
 
 

@@ -120,5 +120,5 @@ def _check_ids(name: str, token_ids: Collection[Any], vocab_size: int) -> None:
     highest = max(token_ids, default=0)
     if highest >= vocab_size:
         raise ArgumentError(
-            f"{name}: token id {highest} is out of the vocabulary: 0 to {vocab_size - 1}"
+            f"{name}: token id {highest} is out of vocabulary: 0 to {vocab_size - 1}"
         )

@@ -206,7 +206,7 @@ def test_config(model_dir, fp8_dir) -> None:
     # An fp8 checkpoint's values can be rounded to fewer bits.
     packed = Config(str(fp8_dir), quantization="int4")
     assert packed.fp8_scales is None and packed.weight_format.bits == 4
-    for wrong in ("awq", "FP8", 8, True):
+    for wrong in ("gguf", "FP8", 8, True):
         with pytest.raises(
             ArgumentError, match=f"quantization must be one of fp8, .*, got {wrong!r}"
         ):

@@ -101,7 +101,7 @@ def test_empty_prompt_is_refused(prompt):
     ("prompt", "bad"), [([1, 100], 100), ([-1, 5], -1), ([5, 999999, -3], 999999), (" \x7f", 127)]
 )
 def test_first_id_outside_the_vocabulary_is_named(prompt, bad):
-    with pytest.raises(ArgumentError, match=rf"token id {bad} is out of the vocabulary: 0 to 99"):
+    with pytest.raises(ArgumentError, match=rf"token id {bad} is out of vocabulary: 0 to 99"):
         encode(prompt)
 
 
@@ -344,3 +344,31 @@ def test_what_a_tokenizer_returns_must_be_ids(returned):
 
     with pytest.raises(ArgumentError, match="token ids"):
         encode_prompts(["a"], Odd(), VOCAB_SIZE)
+
+
+# truncate_prompt_tokens
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"add_special_tokens": False}])
+def test_a_prompts_end_is_kept_as_transformers_truncates_on_the_left(bos_tokenizer, kwargs):
+    text = "a paged cache keeps the keys and values of every sequence"
+    whole = bos_tokenizer.encode(text, **kwargs)
+    ids = list(range(3, 9))
+    prompts = [text, ids, {"prompt": text, "prompt_token_ids": ids}, text]
+    side = bos_tokenizer.truncation_side
+    for limit in (2, 3, 5, 1000):
+        bos_tokenizer.truncation_side = "left"
+        expected = bos_tokenizer.encode(text, truncation=True, max_length=limit, **kwargs)
+        bos_tokenizer.truncation_side = side
+        assert (expected[0] == 0) is (not kwargs)  # the special token stays
+        encoded = encode_prompts(
+            prompts, bos_tokenizer, VOCAB_SIZE_OF_MODEL, kwargs, [limit, limit, limit, None]
+        )
+        expected_ids = [expected, ids[-limit:], ids[-limit:], whole]
+        assert [prompt.token_ids for prompt in encoded] == expected_ids
+        assert bos_tokenizer.truncation_side == side
+
+
+def test_a_prompt_is_cut_in_one_way(bos_tokenizer):
+    with pytest.raises(ArgumentError, match="two ways to cut a prompt: give one"):
+        encode_prompts(["x"], bos_tokenizer, 1000, {"truncation": True, "max_length": 2}, [1])

@@ -326,12 +326,23 @@ def test_the_older_field_of_compressed_tensors_is_read(tmp_path):
 def test_config(tmp_path):
     """What is kept in memory; scales of a KV cache, which an override leaves out."""
     directory = save_model(tmp_path / "model", num_hidden_layers=1)
+    with pytest.raises(ArgumentError, match="'awq' is for .* not quantised; 'int4', 'int8' and"):
+        Config(str(directory), quantization="awq")
     for name, (fields, _) in FORMATS.items():
         edit_config(directory, quantization_config=fields)
         quantization = parse_quantization(fields, "here")
         config = Config(str(directory))
         assert config.weight_format == quantization.weight_format
         assert config.fp8_scales == quantization.fp8_scales
+        # vLLM's scripts name the checkpoint's own kind.
+        method = fields["quant_method"]
+        named = [method, f"{method}_marlin"] if method in ("awq", "gptq") else [method]
+        for given in named if method != "fp8" else []:  # which rounds on load as well
+            assert Config(str(directory), quantization=given) == config, name
+        other = "gptq" if method == "awq" else "awq"
+        message = f"quantization '{other}' is for checkpoints of that kind, but this one is "
+        with pytest.raises(ArgumentError, match=f"{message}'{method}'; leave it out"):
+            Config(str(directory), quantization=other)
         if config.weight_format is not None:
             with pytest.raises(ArgumentError, match="quantization 'fp8' is not supported for a ch"):
                 Config(str(directory), quantization="fp8")

@@ -58,6 +58,7 @@ FULL = {
     "thinking_token_budget": 5,
     "repetition_detection": RepetitionDetectionParams(2, 1, 3),
     "skip_reading_prefix_cache": True,
+    "truncate_prompt_tokens": 7,
 }
 
 
@@ -128,6 +129,7 @@ def test_defaults_are_those_of_vllm_but_for_max_tokens_and_special_tokens():
         "thinking_token_budget": None,
         "repetition_detection": None,
         "skip_reading_prefix_cache": None,
+        "truncate_prompt_tokens": None,
     }
     assert (SamplingParams().n, SamplingParams().seed) == (1, None)
     assert not SamplingParams().needs_logits
@@ -330,7 +332,8 @@ def test_messages_quote_200_characters_of_a_value_at_most(value):
     for field in fields(SamplingParams):
         if isinstance(value, (list, str)) and field.name in ("stop", "bad_words"):
             continue
-        if type(value) is int and value > 0 and field.name in ("max_tokens", "top_k", "min_tokens"):
+        clamped = ("max_tokens", "top_k", "min_tokens", "truncate_prompt_tokens")
+        if type(value) is int and value > 0 and field.name in clamped:
             continue
         try:
             SamplingParams(**{field.name: value})
@@ -427,6 +430,8 @@ def test_the_nearest_name_is_at_most_two_letters_away(typed, expected):
         ("prompt_logprobs", 5, 5),
         ("prompt_logprobs", -1, -1),
         ("skip_reading_prefix_cache", False, False),
+        ("truncate_prompt_tokens", np.int64(-1), -1),
+        ("truncate_prompt_tokens", 2**40, 2**31 - 1),
     ],
 )
 def test_values_are_kept_as_plain_python(name, given, kept):
@@ -464,6 +469,7 @@ NAN, INF = math.nan, math.inf
         ("skip_special_tokens", "True or False", [1, None]),
         ("spaces_between_special_tokens", "True or False", [1, None]),
         ("skip_reading_prefix_cache", "True or False", [1, "no"]),
+        ("truncate_prompt_tokens", ">= 1", [0, -2, 1.0, "5", True]),
         ("structured_outputs", "a StructuredOutputsParams", [{"choice": ["a"]}, "json", False]),
     ],
 )

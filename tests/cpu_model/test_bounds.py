@@ -135,6 +135,9 @@ SAMPLING = {
     "repetition_detection": or_none(
         Row(lambda v: isinstance(v, dict) and not v, lambda _: RepetitionDetectionParams())
     ),
+    "truncate_prompt_tokens": or_none(
+        Row(lambda n: is_integer(n) and (n == -1 or n >= 1), clamped)
+    ),
     "skip_reading_prefix_cache": Row(lambda value: value is None or isinstance(value, bool)),
 }
 POOLING = {
@@ -194,6 +197,7 @@ CONFIG = {
     "runner": nothing,
     "enable_sleep_mode": boolean,
     "disable_log_stats": boolean,
+    "download": or_none(boolean),
 }
 # Not numbers: read with the model's folder, and tested with it.
 NO_NUMBERS = {"model", "hf_overrides", "tokenizer", "chat_template", "generation_config"}
@@ -202,6 +206,8 @@ NO_NUMBERS |= {"override_generation_config", "hf_config", "eos_token_ids"}
 NO_NUMBERS |= {"record", "profiler_config"}  # with the report, and with vLLM's parameters
 NO_NUMBERS |= {"pooler_config"}  # with heads
 NO_NUMBERS |= {"logits_processors", "engine_processors", "reasoning_config"}  # with them
+NO_NUMBERS |= {"revision", "tokenizer_revision", "hf_token", "download_dir"}  # with names
+NO_NUMBERS |= {"worker_extension_cls", "weight_transfer_config"}  # with weight transfer
 
 
 def same(left: Any, right: Any) -> bool:
@@ -367,7 +373,7 @@ def test_extreme_temperatures_and_penalties_leave_valid_tokens(llm, alone):
         ({"stop_token_ids": list(range(10**6))}, "stop_token_ids: token id 999999 is out of"),
         ({"allowed_token_ids": list(range(10**6))}, "allowed_token_ids: token id 999999 is out"),
         ({"logit_bias": dict.fromkeys(range(10**6), 1.0)}, "logit_bias: token id 999999 is out"),
-        ({"logit_bias": {INT32: 1.0}}, f"logit_bias: token id {INT32} is out of the vocabulary"),
+        ({"logit_bias": {INT32: 1.0}}, f"logit_bias: token id {INT32} is out of vocabulary"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -50,6 +50,7 @@ lora.request: LoRARequest
 outputs: CompletionOutput EmbeddingRequestOutput PoolingRequestOutput RequestOutput
 pooling_params: PoolingParams
 renderers.hf: resolve_chat_template
+renderers.inputs.preprocess: parse_model_prompt
 tokenizers: get_tokenizer
 transformers_utils.tokenizer: get_tokenizer
 sampling_params: BeamSearchParams RepetitionDetectionParams RequestOutputKind SamplingParams
@@ -122,6 +123,17 @@ def test_engine_args_go_into_llm_in_every_form(engine, tiny_dir):
         EngineArgs(max_num_seq=3)
     with pytest.raises(ArgumentError, match=r"max_num_batched_tokens \(64\) must be >= max_model"):
         LLM(str(tiny_dir), max_num_batched_tokens=64, max_model_len=1024)
+
+
+def test_defaults_of_a_parser_may_have_either_name(tiny_dir):
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    parser.set_defaults(model=str(tiny_dir), num_gpu_blocks_override=7, block_size=16)
+    args = parser.parse_args([])
+    for given in (dict(vars(args)), dict(vars(EngineArgs.from_cli_args(args)))):
+        config = Config.from_kwargs(given.pop("model"), given)
+        assert (config.num_kvcache_blocks, config.kvcache_block_size) == (7, 256)
+    args = parser.parse_args(["--num-gpu-blocks-override", "9"])
+    assert EngineArgs.from_cli_args(args).num_gpu_blocks_override == 9
 
 
 def test_the_engine_loop_gives_outputs_as_they_grow(engine, llm):
@@ -255,9 +267,46 @@ def queue_and_wait(llm, engine, traces):
     assert [output.lora_request for output in outputs] == [None]
 
 
+def render_prompts_by_hand(llm, engine, traces):
+    from nanovllm.renderers.inputs.preprocess import parse_model_prompt
+
+    parsed = parse_model_prompt(llm.llm_engine.model_config, "hello, my name is")
+    tok_params = llm.renderer.default_cmpl_tok_params.with_kwargs()
+    (engine_input,) = llm.renderer.render_cmpl([parsed], tok_params)
+    by_hand = llm.generate(engine_input, greedy(4), use_tqdm=False)
+    assert by_hand == llm.generate("hello, my name is", greedy(4), use_tqdm=False)
+    cut = llm.renderer.default_cmpl_tok_params.with_kwargs(truncation=True, max_length=3)
+    [short] = llm.renderer.render_cmpl([{"prompt": "hello, my name is"}], cut)
+    assert len(short["prompt_token_ids"]) == 3
+    assert llm.renderer.render_cmpl([[1, 2]]) == [{"type": "token", "prompt_token_ids": [1, 2]}]
+
+
+def read_the_configuration(llm, engine, traces):
+    config = engine.vllm_config
+    assert config.model_config.max_model_len == config.scheduler_config.max_model_len == 1024
+    assert config.cache_config.num_gpu_blocks == 64 == llm.config.num_kvcache_blocks
+    assert config.parallel_config.world_size == llm.get_world_size()
+    with pytest.raises(AttributeError, match="no 'lora_config' here, but model_config"):
+        config.lora_config  # noqa: B018
+
+
+def truncate_prompts(llm, engine, traces):
+    params = [greedy(1).clone() for _ in range(3)]
+    params[0].truncate_prompt_tokens, params[1].truncate_prompt_tokens = 7, -1
+    outputs = llm.generate([PROMPTS[1], PROMPTS[1] * 5, PROMPTS[1]], params, use_tqdm=False)
+    assert [output.prompt_token_ids for output in outputs] == [
+        PROMPTS[1][-7:], (PROMPTS[1] * 5)[-1023:], PROMPTS[1]
+    ]  # fmt: skip
+    with pytest.raises(ArgumentError, match="truncate_prompt_tokens must be >= 1, got 0"):
+        SamplingParams(truncate_prompt_tokens=0)
+
+
 @pytest.mark.parametrize(
     "script",
     [
+        render_prompts_by_hand,
+        read_the_configuration,
+        truncate_prompts,
         reset_the_cache_in_a_loop,
         chat_with_parsed_options,
         share_prefixes_then_clean_up,
