@@ -54,7 +54,7 @@ class _Arguments:
     def __repr__(self) -> str:
         """Those that are not the defaults."""
         others = [
-            f"{f.name}={value!r}"
+            f"{f.name}={'...' if f.name == 'hf_token' else repr(value)}"
             for f in fields(EngineArgs)
             if (value := getattr(self, f.name)) != f.default
         ]

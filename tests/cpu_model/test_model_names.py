@@ -12,7 +12,7 @@ from engine_checks import generate, greedy, tiny_engine
 from hub_server import Hub, commit_of, running_hub
 from safetensors.torch import load_file, save_file
 
-from nanovllm import ArgumentError
+from nanovllm import ArgumentError, EngineArgs
 from nanovllm.config import Config
 from nanovllm.estimate import main as estimate_main
 
@@ -116,7 +116,7 @@ def test_revision_token_and_cache_are_the_given_ones(model, folder, tmp_path):
     config = Config(NAME, **given, download_dir=tmp_path / "elsewhere")
     path = tmp_path / "elsewhere" / "models--somebody--tiny" / "snapshots" / commit_of("v1")
     assert config.model == str(path) and config.hf_token is None
-    assert "secret" not in repr(config)
+    assert "secret" not in repr(config) + repr(EngineArgs(NAME, hf_token="secret"))
     same = Config(NAME, download=True, revision=commit_of("v1"),
                   download_dir=tmp_path / "elsewhere")  # fmt: skip
     assert same.model == str(path)
