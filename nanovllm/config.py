@@ -32,11 +32,10 @@ from nanovllm.errors import ArgumentError, shown
 from nanovllm.kernels import row_state
 from nanovllm.layers.weight_format import WeightFormat
 from nanovllm.model_files import read_chat_template
-from nanovllm.models.hf_config import read_hf_config, uses_transformers
+from nanovllm.models.hf_config import ModelSource, read_model
 from nanovllm.models.hub import Repository, directory_of, downloads, is_name
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.models.pooling_config import check_pooler_config
-from nanovllm.models.registry import family_of, head_kind
 from nanovllm.parameters import (
     Check,
     at_least,
@@ -157,7 +156,7 @@ class Config:
     Nothing changes it; `replace` makes another one.
 
     Attributes:
-        hf_config: transformers' configuration of the model, for users.
+        source: the model's config.json, of which `hf_config` is made.
         model_config: what is computed of it.
         eos_token_ids: ids that end a completion; the engine reads them with the tokenizer.
         engine_processors: `sampling.engine_processors` of `logits_processors`, on rank 0.
@@ -431,7 +430,7 @@ class Config:
         "an HTML page with charts of the run, for a look at any time: refreshed every half minute "
         "and at `exit`. An older file there is replaced. None: no page.",
     )
-    hf_config: "PretrainedConfig" = field(init=False, repr=False)
+    source: ModelSource = field(init=False, repr=False)
     model_config: ModelConfig = field(init=False, repr=False)
     eos_token_ids: frozenset[int] = field(init=False, default=frozenset())
     engine_processors: Any = field(init=False, default=None, repr=False)
@@ -446,14 +445,10 @@ class Config:
         derive = vars(self).update  # the one place that sets fields
         check_values(vars(self), parameters(Config))
         derive(**self._directories(), hf_token=None)
-        hf_config = read_hf_config(self.model, self.hf_overrides, self.model_impl)
-        if uses_transformers(hf_config.to_dict(), self.model_impl):
-            derive(hf_config=hf_config, model_config=ModelConfig.from_transformers(hf_config))
+        source = read_model(self.model, self.hf_overrides, self.model_impl)
+        derive(source=source, model_config=source.model_config)
+        if self.model_config.uses_transformers:
             self._check_transformers()
-        else:
-            kind = head_kind(hf_config.architectures)
-            family = family_of(hf_config.architectures or ())
-            derive(hf_config=hf_config, model_config=ModelConfig.from_hf(hf_config, family, kind))
         derive(quantization=self._quantization_on_load())
         derive(enable_prefix_caching=self._caches_prefixes())
         if self.model_config.head is not None:
@@ -471,6 +466,11 @@ class Config:
             derive(enable_chunked_prefill=budget < self.max_model_len)
         derive(max_num_batched_tokens=self._token_budget(budget))
         self.model_config.check_ranks(self.tensor_parallel_size)
+
+    @property
+    def hf_config(self) -> "PretrainedConfig":
+        """transformers' configuration of the model, for users; made when first asked for."""
+        return self.source.hf_config
 
     def replace(self, **values: Any) -> "Config":
         """A copy with other values, which are taken as they are."""

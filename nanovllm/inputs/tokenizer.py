@@ -84,7 +84,8 @@ def _config_of(path: str, config: Config) -> dict[str, Any]:
     """The tokenizer's fields in the directory's config.json; the model's was checked before."""
     names = ("model_type", "tokenizer_class", "transformers_version")
     if path == config.model:
-        fields = {name: getattr(config.hf_config, name, None) for name in names}
+        fields = {name: config.source.stated(name) for name in names}
+        fields["model_type"] = config.source.model_type
     else:
         other = os.path.join(path, "config.json")
         fields = read_json_object(other) if is_file(other) else {}

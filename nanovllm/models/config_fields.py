@@ -3,7 +3,7 @@
 So no value that nobody looked at reaches transformers' configuration classes, which take any name.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from nanovllm.errors import ArgumentError, shown
@@ -148,7 +148,7 @@ TYPES = {
 def check_fields(
     raw: Mapping[str, Any],
     path: str,
-    default: object,
+    class_fields: Container[str],
     family_fields: Sequence[str] = (),
     has_head: bool = False,
 ) -> dict[str, Any]:
@@ -157,14 +157,14 @@ def check_fields(
     Args:
         raw: config.json as parsed, with no field under an older name (but for dtypes and rope).
         path: the file's path, for the message.
-        default: the family's configuration: of EXPERT_FIELDS those that it lacks are left out.
+        class_fields: of the family's configuration: of EXPERT_FIELDS the others are left out.
         family_fields: names in FAMILY_FIELDS that the family uses.
         has_head: the same of a classification head.
 
     Raises:
         ArgumentError: a field is of another type than it must be, or outside its range.
     """
-    known = FIELDS | {n: EXPERT_FIELDS[n] for n in EXPERT_FIELDS if hasattr(default, n)}
+    known = FIELDS | {n: EXPERT_FIELDS[n] for n in EXPERT_FIELDS if n in class_fields}
     known |= {name: FAMILY_FIELDS[name] for name in family_fields}
     checked: dict[str, Any] = {}
     if has_head:

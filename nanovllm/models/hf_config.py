@@ -3,11 +3,16 @@
 import os
 import re
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 from nanovllm.errors import ArgumentError, cut, nearest, shown, shown_error
 from nanovllm.model_files import is_file, list_directory, read_json_object
+from nanovllm.models.config_defaults import ATTRIBUTE_MAPS, DEFAULTS
 from nanovllm.models.config_fields import check_fields
+from nanovllm.models.model_config import ModelConfig
+from nanovllm.models.plain_config import plain_config
 from nanovllm.models.quantization_config import with_quantization
 from nanovllm.models.registry import check_supported, family_of, first_supported, head_kind
 from nanovllm.models.rope_config import LAYER_TYPES
@@ -36,6 +41,57 @@ GGUF = (
 )
 
 
+@dataclass
+class ModelSource:
+    """A model's config.json as it was read and checked.
+
+    Attributes:
+        model_config: what the engine computes of it.
+        model_type: of the configuration's class.
+        fields: the arguments of that class; empty if it was needed at once.
+        where: the file, for messages.
+    """
+
+    model_config: ModelConfig
+    model_type: str
+    fields: dict[str, Any]
+    where: str
+    _hf_config: "PretrainedConfig | None" = None
+
+    @property
+    def hf_config(self) -> "PretrainedConfig":
+        """transformers' configuration, made when it is first asked for."""
+        if self._hf_config is None:
+            self._hf_config = _make(self.model_type, self.fields, self.where)
+            self._hf_config.standardize_rope_params()
+        return self._hf_config
+
+    def stated(self, name: str) -> Any:
+        """What config.json says in a field that the engine does not use; None: nothing."""
+        if self._hf_config is None:
+            return self.fields.get(name)
+        return getattr(self._hf_config, name, None)
+
+
+def read_model(model: str, overrides: Any = None, model_impl: str = "nanovllm") -> ModelSource:
+    """The configuration of a model directory, without transformers where `plain_config` makes it.
+
+    The arguments and errors are those of `read_hf_config`.
+    """
+    raw, where = _read_fields(model, overrides, model_impl)
+    if not (callable(overrides) or uses_transformers(raw, model_impl)):
+        fields = _check(raw, where, model_impl)
+        model_config = _plain_model_config(raw["model_type"], fields)
+        if model_config is not None:
+            return ModelSource(model_config, raw["model_type"], fields, where)
+    hf_config = _hf_config(raw, overrides, where, model_impl)
+    if uses_transformers(hf_config.to_dict(), model_impl):
+        model_config = ModelConfig.from_transformers(hf_config)
+    else:
+        model_config = _model_config(hf_config)
+    return ModelSource(model_config, hf_config.model_type, {}, where, hf_config)
+
+
 def read_hf_config(
     model: str, overrides: Any = None, model_impl: str = "nanovllm"
 ) -> "PretrainedConfig":
@@ -56,6 +112,12 @@ def read_hf_config(
             overrides with a field that the model's configuration does not have, or with different
             values under two names of one field.
     """
+    raw, where = _read_fields(model, overrides, model_impl)
+    return _hf_config(raw, overrides, where, model_impl)
+
+
+def _read_fields(model: str, overrides: Any, model_impl: str) -> tuple[dict[str, Any], str]:
+    """What config.json says, with overrides that are a dict, and where it says so."""
     where, raw = _read_config_json(model)
     raw = with_quantization(raw, model)
     if model_impl != "transformers":
@@ -65,15 +127,16 @@ def read_hf_config(
         where += " with hf_overrides"
         _check_names(fields, raw)
         raw = _override(raw, fields)
+    return raw, where
+
+
+def _hf_config(
+    raw: dict[str, Any], overrides: Any, where: str, model_impl: str
+) -> "PretrainedConfig":
     if uses_transformers(raw, model_impl):
         return _any_config(raw, overrides, where)
-    checked = _check(raw, where, model_impl)
-    config_class = _config_class(raw)
-    assert config_class is not None
-    try:
-        hf_config = config_class(**checked)
-    except Exception as error:  # its validators raise many types
-        raise ArgumentError(f"{where} is refused by transformers: {shown_error(error)}") from error
+    fields = _check(raw, where, model_impl)
+    hf_config = _make(raw["model_type"], fields, where)
     if callable(overrides):
         hf_config = _overridden(hf_config, overrides)
         if not isinstance(hf_config.rope_parameters, dict):
@@ -86,6 +149,32 @@ def read_hf_config(
     if callable(overrides):
         _check(hf_config.to_dict(), f"{where} with hf_overrides", model_impl)
     return hf_config
+
+
+def _make(model_type: str, fields: dict[str, Any], where: str) -> "PretrainedConfig":
+    """The family's configuration of checked fields, which stay as they are."""
+    config_class = _config_class({"model_type": model_type})
+    assert config_class is not None  # it is in the registry
+    try:
+        return config_class(**deepcopy(fields))
+    except Exception as error:  # its validators raise many types
+        raise ArgumentError(f"{where} is refused by transformers: {shown_error(error)}") from error
+
+
+def _model_config(hf_config: "PretrainedConfig") -> ModelConfig:
+    family = family_of(hf_config.architectures or ())
+    return ModelConfig.from_hf(hf_config, family, head_kind(hf_config.architectures))
+
+
+def _plain_model_config(model_type: str, fields: dict[str, Any]) -> ModelConfig | None:
+    """The same of checked fields without transformers; None: it has to be asked."""
+    config = plain_config(model_type, fields)
+    if config is None:
+        return None
+    try:
+        return _model_config(cast("PretrainedConfig", config))
+    except Exception:  # the configuration of transformers, made next, tells why
+        return None
 
 
 def uses_transformers(fields: Mapping[str, Any], model_impl: str) -> bool:
@@ -148,11 +237,9 @@ def _check(raw: dict[str, Any], where: str, model_impl: str) -> dict[str, Any]:
         if model_impl != "auto" or quantized or _causal_lm(raw) is None:
             raise
         raise ArgumentError(f"{error}; model_impl='transformers' may run it") from None
-    config_class = _config_class(raw)
-    assert config_class is not None  # `check_supported` knows the model_type
     fields = family_of(raw["architectures"]).fields
     newest = dict(raw)
-    for name, stored in config_class.attribute_map.items():
+    for name, stored in _attribute_map(raw).items():
         if stored in newest:  # of two names, the one that transformers stores wins
             newest[name] = newest.pop(stored)
         if name == "num_local_experts" and name in newest:  # OLMoE's older name
@@ -161,7 +248,7 @@ def _check(raw: dict[str, Any], where: str, model_impl: str) -> dict[str, Any]:
     if is_off and newest.get("sliding_window") == 0:
         del newest["sliding_window"]  # as transformers saves Qwen2-MoE's
     has_head = head_kind(raw["architectures"]) is not None
-    return check_fields(newest, where, config_class(), fields, has_head)
+    return check_fields(newest, where, DEFAULTS[raw["model_type"]], fields, has_head)
 
 
 def _read_config_json(model: str) -> tuple[str, dict[str, Any]]:
@@ -249,14 +336,28 @@ def _config_class(raw: Mapping[str, Any]) -> "type[PretrainedConfig] | None":
     return None
 
 
+def _attribute_map(fields: Mapping[str, Any]) -> Mapping[str, str]:
+    """Other names of fields, and under which the class of `fields`' model_type stores them."""
+    model_type = fields.get("model_type")
+    if isinstance(model_type, str) and model_type in DEFAULTS:
+        return ATTRIBUTE_MAPS.get(model_type, {})
+    config_class = _config_class(fields)
+    return config_class.attribute_map if config_class else {}
+
+
 def _check_names(fields: Mapping[str, Any], raw: dict[str, Any]) -> None:
     """ArgumentError for a field that is in neither config.json nor the family's configuration."""
-    config_class = _config_class({**raw, **fields})
-    default = config_class() if config_class else None
     for name in fields:
         if not isinstance(name, str):
             raise ArgumentError(f"hf_overrides must have names of fields, got {shown(name)}")
-        if name in raw or name in (*ROPE_FIELDS, *OTHER_FIELDS) or hasattr(default, name):
+    model_type = {**raw, **fields}.get("model_type")
+    defaults = DEFAULTS.get(model_type, {}) if isinstance(model_type, str) else {}
+    known_names = {*raw, *ROPE_FIELDS, *OTHER_FIELDS, *defaults}
+    others = [name for name in fields if name not in known_names]
+    config_class = _config_class({**raw, **fields}) if others else None
+    default = config_class() if config_class else None
+    for name in others:
+        if hasattr(default, name):
             continue
         known = sorted({*raw, *(default.to_dict() if default else {})})
         guess = nearest(cut(name), known)
@@ -268,8 +369,7 @@ def _check_names(fields: Mapping[str, Any], raw: dict[str, Any]) -> None:
 
 def _override(raw: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     """config.json with `fields` in it, as if they were written there, and there alone."""
-    config_class = _config_class({**raw, **fields})
-    aliases = {"torch_dtype": "dtype", **(config_class.attribute_map if config_class else {})}
+    aliases = {"torch_dtype": "dtype", **_attribute_map({**raw, **fields})}
     given: dict[str, str] = {}  # the field -> its name in `fields`
     for name in fields:
         _check_same(fields, given.setdefault(aliases.get(name, name), name), name)

@@ -218,6 +218,8 @@ class ModelConfig:
         for index in range(self.num_hidden_layers):
             if (rope := self.rope_of(index)) is not None:
                 check_pairs(rope, self.head_dim)
+        # Nemotron's class has no default.
+        check_integer("the model's num_key_value_heads", self.num_key_value_heads, minimum=1)
         if self.num_attention_heads % self.num_key_value_heads != 0:
             raise ArgumentError(
                 f"the model's num_attention_heads ({self.num_attention_heads}) must be a multiple "

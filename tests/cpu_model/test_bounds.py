@@ -201,8 +201,7 @@ CONFIG = {
 }
 # Not numbers: read with the model's folder, and tested with it.
 NO_NUMBERS = {"model", "hf_overrides", "tokenizer", "chat_template", "generation_config"}
-NO_NUMBERS |= {"override_generation_config", "hf_config", "model_config", "eos_token_ids"}
-NO_NUMBERS |= {"override_generation_config", "hf_config", "eos_token_ids"}
+NO_NUMBERS |= {"override_generation_config", "source", "model_config", "eos_token_ids"}
 NO_NUMBERS |= {"record", "profiler_config"}  # with the report, and with vLLM's parameters
 NO_NUMBERS |= {"pooler_config"}  # with heads
 NO_NUMBERS |= {"logits_processors", "engine_processors", "reasoning_config"}  # with them
