@@ -26,6 +26,7 @@ from nanovllm.features import (
 )
 from nanovllm.features.estimate import estimate as estimate_memory
 from nanovllm.guards.ownership import one_thread_at_a_time
+from nanovllm.inputs.plain_tokenizer import in_full
 from nanovllm.sampling_params import SAMPLING_FIELDS, SamplingParams
 from nanovllm.validation import check_class_name
 
@@ -85,8 +86,20 @@ class LLM(LLMEngine):
         """Whether anything is off, so that steps are refused."""
         return bool(self.asleep)
 
+    @property
+    def tokenizer(self) -> Any:
+        """The engine's tokenizer, of transformers unless another was given; None: there is none.
+
+        Where the engine could do without transformers, it is loaded when first asked for.
+        """
+        return in_full(self.input_processor.tokenizer)
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self.input_processor.tokenizer = tokenizer
+
     def get_tokenizer(self) -> Any:
-        """The engine's tokenizer; ArgumentError if `skip_tokenizer_init=True` left it out."""
+        """`tokenizer`; ArgumentError if `skip_tokenizer_init=True` left it out."""
         if self.tokenizer is None:
             raise ArgumentError("there is no tokenizer: skip_tokenizer_init=True left it out")
         return self.tokenizer

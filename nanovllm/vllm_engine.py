@@ -75,8 +75,8 @@ class LLMEngine:
         llm = self.llm
         llm.check_ready()
         [request] = llm.input_processor.process([prompt], params, [priority], tokenization_kwargs)
-        if llm.tokenizer is not None and request.params.detokenize:
-            follow_text(request, llm.tokenizer)
+        if llm.input_processor.tokenizer is not None and request.params.detokenize:
+            follow_text(request, llm.input_processor.tokenizer)
         llm.queue([request])
         llm.requests.claim({request.request_id})
         self._requests[request_id], self._num_given[request_id] = request, 0
@@ -101,7 +101,7 @@ class LLMEngine:
             num_tokens = sum(seq.num_completion_tokens for seq in request.sequences)
             if num_tokens > self._num_given[request_id] or request.is_finished:
                 self._num_given[request_id] = num_tokens
-                output = make_output(request, self.llm.tokenizer)
+                output = make_output(request, self.llm.input_processor.tokenizer)
                 output.request_id = request_id
                 outputs.append(output)
                 if request.is_finished:

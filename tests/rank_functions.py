@@ -1,6 +1,7 @@
 """What the tests call on every rank: pickled by name, so it lives in a module of its own."""
 
 import os
+import sys
 import time
 
 import torch
@@ -10,6 +11,10 @@ from nanovllm.kernels.types import Unreduced
 
 def echo_rank(worker, *args, **kwargs):
     return worker.rank, os.getpid(), args, kwargs
+
+
+def imported(worker, name):
+    return name in sys.modules
 
 
 def sum_of_ranks(worker):

@@ -148,7 +148,7 @@ class Run:
         bar: "Bar",
     ) -> None:
         self.llm = llm
-        self.tokenizer = getattr(llm, "tokenizer", None)
+        self.tokenizer = getattr(getattr(llm, "input_processor", None), "tokenizer", None)
         self.options = options
         self.results = results
         self.journal = journal

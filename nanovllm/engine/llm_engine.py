@@ -48,12 +48,12 @@ class LLMEngine(Lifecycle):
 
     def __init__(self, model: str | None = None, **kwargs: object) -> None:
         # What cannot run is refused before anything is started.
-        config, device, self.tokenizer, default_params = prepare(model, kwargs)
+        config, device, tokenizer, default_params = prepare(model, kwargs)
         form = MultiprocExecutor if config.tensor_parallel_size > 1 else Executor
         self.executor = form(config, device)
         self.config = config.replace(num_kvcache_blocks=self.executor.num_kvcache_blocks)
         self.input_processor = InputProcessor(
-            self.config, self.tokenizer, default_params, self.model_runner
+            self.config, tokenizer, default_params, self.model_runner
         )
         self.scheduler = Scheduler(self.config)
         self.requests = RequestTable()
@@ -117,7 +117,7 @@ class LLMEngine(Lifecycle):
             as_prompt_list(prompts), sampling_params, priority, tokenization_kwargs
         )
         self.run(requests, use_tqdm)
-        outputs = [make_output(request, self.tokenizer) for request in requests]
+        outputs = [make_output(request, self.input_processor.tokenizer) for request in requests]
         raise_failed(requests, outputs)
         return outputs
 

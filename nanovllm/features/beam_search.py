@@ -106,7 +106,7 @@ def beam_search(
             f"beam_width must be <= {config.max_logprobs // 2}, got {params.beam_width}: a step "
             f"needs {num_candidates} log probabilities, and max_logprobs is {config.max_logprobs}"
         )
-    encoded = encode_prompts(as_prompt_list(prompts), llm.tokenizer, vocab_size)
+    encoded = encode_prompts(as_prompt_list(prompts), llm.input_processor.tokenizer, vocab_size)
     searches = [_Search([BeamSearchSequence(p.token_ids)], params.max_tokens) for p in encoded]
     one_token = SamplingParams(
         params.temperature, 1, ignore_eos=True, logprobs=num_candidates, detokenize=False
@@ -178,7 +178,7 @@ def _best(
 
 
 def _output(llm: LLMEngine, search: _Search, params: BeamSearchParams) -> BeamSearchOutput:
-    tokenizer: Any = llm.tokenizer
+    tokenizer: Any = llm.input_processor.tokenizer
     sequences = _best(search.completed + search.beams, llm, params)
     for beam in sequences:
         beam.finish_reason = beam.finish_reason or "length"

@@ -369,7 +369,9 @@ def pool(
     check_use_tqdm(use_tqdm)
     llm.check_awake()
     vocab_size = llm.config.model_config.vocab_size
-    encoded = encode_prompts(prompts, llm.tokenizer, vocab_size, tokenization_kwargs)
+    encoded = encode_prompts(
+        prompts, llm.input_processor.tokenizer, vocab_size, tokenization_kwargs
+    )
     priorities = as_priority_list(priority, len(prompts))
     for index, (_, token_ids) in enumerate(encoded):
         if longest is not None and len(token_ids) > longest:

@@ -67,7 +67,7 @@ def wait_for_completion(
             llm.advance(table.unfinished, bar)
     table.forget()
     requests = sorted(table.take(), key=attrgetter("request_id"))
-    return [make_output(request, llm.tokenizer) for request in requests]
+    return [make_output(request, llm.input_processor.tokenizer) for request in requests]
 
 
 def abort_request(llm: LLMEngine, request_ids: int | str | Iterable[int | str]) -> None:
@@ -103,7 +103,7 @@ def get_output(llm: LLMEngine, request_id: int | str) -> RequestOutput:
             f"there is no request {shown(request_id)}: an output is kept until step() or "
             "wait_for_completion() returns the next finished requests"
         )
-    return make_output(request, llm.tokenizer)
+    return make_output(request, llm.input_processor.tokenizer)
 
 
 def _as_request_id(request_id: Any) -> int:

@@ -23,6 +23,7 @@ from nanovllm.features.pooling import (
     truncating,
 )
 from nanovllm.features.rpc import call_ranks
+from nanovllm.inputs.plain_tokenizer import in_full
 from nanovllm.inputs.prompts import check_each, check_unsupported, encode_prompts
 from nanovllm.models.head_config import IDENTITY, SEQUENCE, SIGMOID, HeadConfig
 from nanovllm.models.pooling_config import lists_pooling
@@ -152,7 +153,7 @@ def _cross_encode(
         )
     [pooling] = check_each_params(params, 1, partial(_score_pooling, llm, head))
     kwargs = truncating(llm, limit, None)
-    token_ids = _encode_pairs(llm.tokenizer, pairs, kwargs)
+    token_ids = _encode_pairs(in_full(llm.input_processor.tokenizer), pairs, kwargs)
     return _outputs(pool(llm, token_ids, [pooling] * len(pairs), use_tqdm))
 
 
@@ -239,7 +240,10 @@ def _rerank(
         raise ArgumentError(
             "only method='embedding' scores with a model that runs on transformers' own module"
         )
-    tokenizer, vocab_size = llm.tokenizer, llm.config.model_config.vocab_size
+    tokenizer, vocab_size = (
+        in_full(llm.input_processor.tokenizer),
+        llm.config.model_config.vocab_size,
+    )
     yes_id, no_id = _check_question_tokens(tokenizer)
     plain = {"add_special_tokens": False}
     (_, before), (_, after) = encode_prompts(

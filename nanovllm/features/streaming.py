@@ -186,7 +186,7 @@ def _items(
                 # Thousands may wait. Completions of a request are admitted in order.
                 first = request.open[0]
                 if first.was_admitted or first.is_finished:
-                    yield from request.items(llm.tokenizer)
+                    yield from request.items(llm.input_processor.tokenizer)
             streamed = [request for request in streamed if request.open]
             if not streamed:
                 return
@@ -223,6 +223,6 @@ def generate_stream(
         as_prompt_list(prompts), sampling_params, priority, tokenization_kwargs
     )
     for request in requests:
-        if llm.tokenizer is not None and request.params.detokenize:
-            follow_text(request, llm.tokenizer)
+        if llm.input_processor.tokenizer is not None and request.params.detokenize:
+            follow_text(request, llm.input_processor.tokenizer)
     return Stream(llm, requests, use_tqdm)

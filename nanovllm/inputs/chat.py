@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 from nanovllm.config import Config
 from nanovllm.errors import ArgumentError, is_fault, shown, shown_error
 from nanovllm.guards.limits import TimeLimit, limited_memory
+from nanovllm.inputs.plain_tokenizer import in_full
 from nanovllm.inputs.prompts import (
     check_each,
     check_tokenization_kwargs,
@@ -33,7 +34,7 @@ class ChatEngine(Protocol):
     """An engine as chat sees it; the tokenizer may be None."""
 
     config: Config
-    tokenizer: Any
+    input_processor: Any  # which has the tokenizer
 
 
 def render_prompts(
@@ -58,7 +59,8 @@ def render_prompts(
             which, where there are several.
     """
     check_unsupported(mm_processor_kwargs=mm_processor_kwargs)
-    if llm.tokenizer is None:
+    tokenizer = in_full(llm.input_processor.tokenizer)
+    if tokenizer is None:
         raise ArgumentError("chat needs the tokenizer that skip_tokenizer_init=True left out")
     check_choice("chat_template_content_format", chat_template_content_format, CONTENT_FORMATS)
     check_bool("add_generation_prompt", add_generation_prompt)
@@ -70,7 +72,7 @@ def render_prompts(
         )
     options = {
         **_check_template_kwargs(chat_template_kwargs),
-        "chat_template": _choose_template(llm, chat_template),
+        "chat_template": _choose_template(llm.config.chat_template, tokenizer, chat_template),
         "add_generation_prompt": add_generation_prompt,
         "continue_final_message": continue_final_message,
         "tools": _check_tools(tools),
@@ -78,7 +80,7 @@ def render_prompts(
 
     def render(conversation: Any) -> str:
         checked = _check_conversation(conversation, chat_template_content_format)
-        return _apply_template(llm.tokenizer, checked, options, limit)
+        return _apply_template(tokenizer, checked, options, limit)
 
     limit = TimeLimit(TEMPLATE_SECONDS)
     try:
@@ -89,7 +91,7 @@ def render_prompts(
     vocab_size = llm.config.model_config.vocab_size
     return [
         {"prompt": text, "prompt_token_ids": token_ids}
-        for text, token_ids in encode_prompts(texts, llm.tokenizer, vocab_size, encode_kwargs)
+        for text, token_ids in encode_prompts(texts, tokenizer, vocab_size, encode_kwargs)
     ]
 
 
@@ -122,12 +124,11 @@ def _apply_template(
         raise ArgumentError(f"the chat template refuses the conversation: {reason}") from error
 
 
-def _choose_template(llm: ChatEngine, chat_template: Any) -> str | None:
-    """The call's template, else the engine's; None: the tokenizer's own."""
+def _choose_template(default: str | None, tokenizer: Any, chat_template: Any) -> str | None:
+    """The call's template, else the engine's `default`; None: the tokenizer's own."""
     if chat_template is not None:
         return read_chat_template(chat_template)
-    default = llm.config.chat_template
-    if default is None and not getattr(llm.tokenizer, "chat_template", None):
+    if default is None and not getattr(tokenizer, "chat_template", None):
         raise ArgumentError("the tokenizer has no chat template: give one as chat_template=...")
     return default
 

@@ -12,6 +12,8 @@ import re
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from nanovllm.inputs.plain_tokenizer import PlainTokenizer
+
 SPACE = "▁"
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 SENTENCEPIECE_DECODER = [
@@ -148,6 +150,15 @@ _tables: WeakKeyDictionary[Any, dict[bool, TokenBytes | None]] = WeakKeyDictiona
 
 def token_bytes(tokenizer: Any, skip_special_tokens: bool = False) -> TokenBytes | None:
     """The table of a tokenizer, made once for each; None if it is of no known kind."""
+    if isinstance(tokenizer, PlainTokenizer):
+        if tokenizer.loaded is None:
+            tables = _tables.setdefault(tokenizer, {})
+            if skip_special_tokens not in tables:
+                tables[skip_special_tokens] = TokenBytes(
+                    tokenizer.plain_backend, skip_special_tokens
+                )
+            return tables[skip_special_tokens]
+        tokenizer = tokenizer.loaded
     # Whoever puts another `decode` in its place, in a class or on the object, wants it called.
     if _module_of(tokenizer, "decode") != "transformers.tokenization_utils_base":
         return None

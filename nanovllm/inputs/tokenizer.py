@@ -1,13 +1,24 @@
 """Loads the tokenizer: before any weight is read or process started."""
 
+import json
 import os
 import tempfile
 from typing import Any, Protocol
 
 from nanovllm.config import Config
 from nanovllm.errors import ArgumentError, cut, shown
+from nanovllm.inputs.plain_tokenizer import PlainTokenizer, plain_backend, special_tokens
 from nanovllm.inputs.tokenizer_check import PROBE, check_agreement, read_fields
-from nanovllm.inputs.tokenizer_files import TOKENIZER_JSON, copy_files, has_vocabulary
+from nanovllm.inputs.tokenizer_files import (
+    ADDED_TOKENS,
+    SETTINGS,
+    SPECIAL_TOKENS,
+    TOKENIZER_JSON,
+    copy_files,
+    has_vocabulary,
+    read_copies,
+    write_copies,
+)
 from nanovllm.model_files import MAX_VOCABULARY_BYTES, is_file, read_json_object, read_text
 from nanovllm.models.hf_config import why_no_directory
 from nanovllm.models.hub import Repository, directory_of, downloads, is_name
@@ -24,7 +35,8 @@ def load_tokenizer(config: Config) -> Any:
     """The engine's tokenizer: that of the model, or what `config.tokenizer` names or is.
 
     Returns:
-        None with `skip_tokenizer_init`; else what transformers loads, or the object given.
+        None with `skip_tokenizer_init`; else what transformers loads, a `PlainTokenizer` in its
+        place, or the object given.
 
     Raises:
         ArgumentError: there is none, or it cannot be loaded.
@@ -56,27 +68,66 @@ def _load(path: str, kind: str, config: Config) -> Any:
     if not has_vocabulary(path) and not config.trust_remote_code:
         raise ArgumentError(f"{kind} directory {path!r} holds no tokenizer")
     model_config = _config_of(path, config)
-    json_path = os.path.join(path, TOKENIZER_JSON)
     with tempfile.TemporaryDirectory(prefix="nanovllm-") as copies:
         copy_files(path, copies, model_config, config.trust_remote_code)
-        fields = None
-        if is_file(json_path):
-            text = read_text(os.path.join(copies, TOKENIZER_JSON), MAX_VOCABULARY_BYTES)
-            fields = read_fields(text, json_path)
-        try:
-            source = path if config.trust_remote_code else copies
-            tokenizer = _from_pretrained(source, model_config, config.trust_remote_code)
-            if len(tokenizer) <= 1:  # transformers makes up an empty one where files are missing
-                raise ArgumentError(f"{kind} directory {path!r} holds no tokenizer")
-            tokenizer.decode(tokenizer.encode(PROBE))  # fails here, if at all, and not in a request
-            if fields is not None and not config.trust_remote_code:
-                check_agreement(tokenizer, fields, json_path)
-        except (ArgumentError, KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # of many types; a panic of Rust's is no Exception
-            reason = str(error).replace(copies, path)
-            raise ArgumentError(f"cannot load the tokenizer of {path!r}: {cut(reason)}") from error
-        _rename(tokenizer, copies, path)
+        plain = None if config.trust_remote_code else _plain(path, copies, model_config)
+        if plain is not None:
+            return plain
+        return _load_copies(path, kind, copies, model_config, config.trust_remote_code)
+
+
+def _plain(path: str, copies: str, model_config: dict[str, Any]) -> PlainTokenizer | None:
+    """The tokenizer of the copies without transformers; None: it is needed."""
+    files = read_copies(copies)
+    if TOKENIZER_JSON not in files or SETTINGS not in files:
+        return None
+    settings = json.loads(files[SETTINGS])
+    older = files.keys() & {SPECIAL_TOKENS, ADDED_TOKENS}
+    if older and "added_tokens_decoder" not in settings:
+        return None
+    try:
+        text = files[TOKENIZER_JSON].decode()
+        fields = read_fields(text, os.path.join(path, TOKENIZER_JSON))
+        backend = plain_backend(text, fields, settings, model_config.get("model_type", ""))
+        if backend is None or backend.get_vocab_size() <= 1:
+            return None
+        backend.decode(backend.encode(PROBE).ids)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # a panic of Rust's is no Exception; transformers tells what is wrong
+        return None
+
+    def load() -> Any:
+        with tempfile.TemporaryDirectory(prefix="nanovllm-") as again:
+            write_copies(files, again)
+            return _load_copies(path, "tokenizer", again, model_config, False)
+
+    return PlainTokenizer(backend, special_tokens(settings).get("eos_token"), load)
+
+
+def _load_copies(
+    path: str, kind: str, copies: str, model_config: dict[str, Any], trust_remote_code: bool
+) -> Any:
+    """transformers' tokenizer of the copies of a directory, checked."""
+    json_path = os.path.join(path, TOKENIZER_JSON)
+    fields = None
+    if is_file(json_path):
+        text = read_text(os.path.join(copies, TOKENIZER_JSON), MAX_VOCABULARY_BYTES)
+        fields = read_fields(text, json_path)
+    try:
+        source = path if trust_remote_code else copies
+        tokenizer = _from_pretrained(source, model_config, trust_remote_code)
+        if len(tokenizer) <= 1:  # transformers makes up an empty one where files are missing
+            raise ArgumentError(f"{kind} directory {path!r} holds no tokenizer")
+        tokenizer.decode(tokenizer.encode(PROBE))  # fails here, if at all, and not in a request
+        if fields is not None and not trust_remote_code:
+            check_agreement(tokenizer, fields, json_path)
+    except (ArgumentError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # of many types; a panic of Rust's is no Exception
+        reason = str(error).replace(copies, path)
+        raise ArgumentError(f"cannot load the tokenizer of {path!r}: {cut(reason)}") from error
+    _rename(tokenizer, copies, path)
     return tokenizer
 
 

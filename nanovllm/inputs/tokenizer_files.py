@@ -9,9 +9,11 @@ import fnmatch
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from nanovllm.errors import ArgumentError, shown
+from nanovllm.inputs.plain_tokenizer import CLASSES
 from nanovllm.model_files import (
     MAX_TEMPLATE_BYTES,
     MAX_VOCABULARY_BYTES,
@@ -120,6 +122,22 @@ def copy_files(
         _write(target, name, template)
 
 
+def read_copies(target: str) -> dict[str, bytes]:
+    """The contents of all files that `copy_files` wrote into a directory, by their names."""
+    names = [
+        os.path.relpath(os.path.join(folder, name), target)
+        for folder, _, files in os.walk(target)
+        for name in files
+    ]
+    return {name: Path(target, name).read_bytes() for name in names}
+
+
+def write_copies(files: Mapping[str, bytes], target: str) -> None:
+    """Write what `read_copies` gave into the empty directory `target`."""
+    for name, content in files.items():
+        _write(target, name, content)
+
+
 def _object(source: str, name: str) -> dict[str, Any]:
     """The file's JSON object; {} if there is none."""
     path = os.path.join(source, name)
@@ -132,10 +150,14 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 def _check_class(settings: Mapping[str, Any], path: str) -> None:
     """ArgumentError if the settings name a class that is no tokenizer, or that a file brings."""
+    name = settings.get("tokenizer_class")
+    if (name is None and not settings.get("auto_map")) or (
+        isinstance(name, str) and name in CLASSES
+    ):
+        return
     import transformers
     from transformers.utils import DummyObject
 
-    name = settings.get("tokenizer_class")
     if name is not None and (not isinstance(name, str) or not name.isidentifier()):
         raise ArgumentError(f"{path}: tokenizer_class must be a name, got {shown(name)}")
     found = None

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from nanovllm.errors import MAX_SHOWN, ArgumentError, shown
+from nanovllm.inputs.plain_tokenizer import in_full
 from nanovllm.inputs.token_bytes import token_bytes
 from nanovllm.sampling.grammar_process import TrialProcess
 from nanovllm.sampling.grammar_text import EBNF_RULE, check_lark, check_regex, plain_ebnf
@@ -228,7 +229,7 @@ class GrammarCompiler:
         try:
             # It encodes what a grammar leaves no choice about: the middle of a text.
             self._tokenizer = (
-                llguidance.hf.from_tokenizer(tokenizer, vocab_size, self._end_token_ids)
+                llguidance.hf.from_tokenizer(in_full(tokenizer), vocab_size, self._end_token_ids)
                 if table is None
                 else llguidance.LLTokenizer(
                     table.form_of_encoder(), n_vocab=vocab_size, eos_token=self._end_token_ids

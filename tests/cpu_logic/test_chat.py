@@ -44,7 +44,7 @@ def stand_in(tokenizer, vocab_size: int, chat_template: str | None = None) -> Si
     config = SimpleNamespace(
         chat_template=chat_template, model_config=SimpleNamespace(vocab_size=vocab_size)
     )
-    return SimpleNamespace(tokenizer=tokenizer, config=config)
+    return SimpleNamespace(input_processor=SimpleNamespace(tokenizer=tokenizer), config=config)
 
 
 @pytest.fixture(scope="module")

@@ -77,6 +77,11 @@ def check_generates(llm, expected):
     check_nothing_is_held(llm)
 
 
+def test_a_worker_needs_no_transformers(llm):
+    """Of rank 0 nothing is said: this process has imported them."""
+    assert llm.collective_rpc(rank_functions.imported, args=("transformers",))[1] is False
+
+
 def test_results_of_every_rank_in_order(llm):
     pids = [os.getpid(), worker_pids()[1]]
     expected = [(rank, pids[rank], (1, "two"), {"three": [3]}) for rank in (0, 1)]
