@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import pkgutil
 import sys
 import types
 
@@ -11,6 +12,7 @@ import bench_suite
 import compare
 import limits
 import pytest
+import starts
 import timing
 import torch
 import transformers
@@ -513,3 +515,19 @@ def test_comparison_with_a_checkout_that_knows_less(tiny_dir, tmp_path, capsys):
 def test_a_folder_without_the_package_is_refused(tiny_dir, tmp_path):
     with pytest.raises(RuntimeError, match="ended with exit status 1|holds no nanovllm"):
         compare.Checkout(tmp_path, str(tiny_dir), {"device": "cpu", "num_kvcache_blocks": 4}, [])
+
+
+def test_parts_of_a_start_are_functions_and_make_a_table():
+    for place in starts.PARTS.values():
+        assert callable(pkgutil.resolve_name(place))
+    cold = {"torch": 2.0, "config.json": 0.1, "graphs": 0.15, "warm-up": 3.0}
+    warm = {"torch": 1.0, "config.json": 0.1, "graphs": 0.25, "warm-up": 0.0}
+    assert starts.table_of({"cold": cold, "warm": warm}).splitlines() == [
+        "| part | cold | warm |",
+        "| --- | --- | --- |",
+        "| torch | 2.00 | 1.00 |",
+        "| graphs | 0.15 | 0.25 |",
+        "| warm-up | 3.00 | 0.00 |",
+        "| the rest | 0.10 | 0.10 |",
+        "| all | 5.25 | 1.35 |",
+    ]
