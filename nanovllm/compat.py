@@ -160,17 +160,16 @@ VLLM_ABSENT = _absent(
     ("config_format", ("auto", "hf"), "config.json is read in Hugging Face's form alone"),
     ("hf_config_path model_loader_extra_config", (), "the model's directory has all files"),
     (
-        """pipeline_parallel_size data_parallel_size decode_context_parallel_size
-        prefill_context_parallel_size nnodes""",
+        """pipeline_parallel_size decode_context_parallel_size prefill_context_parallel_size
+        nnodes""",
         (1,),
-        "tensor_parallel_size alone shares a model; start a process for each copy, with "
-        "CUDA_VISIBLE_DEVICES",
+        "tensor_parallel_size alone shares a model, and all ranks are on one host",
     ),
     (
         """data_parallel_rank data_parallel_start_rank data_parallel_hybrid_lb
         data_parallel_external_lb enable_expert_parallel enable_eplb enable_dbo node_rank""",
         (),
-        "tensor_parallel_size alone shares a model",
+        "tensor_parallel_size alone shares a model, and data_parallel_size starts all replicas",
     ),
     (
         "distributed_executor_backend",
@@ -284,6 +283,7 @@ LLM_NAMES = {
         pretrained_model_name_or_path repo_id""".split(),
         "model",
     ),
+    **dict.fromkeys("dp dp_size data_parallel num_replicas replicas".split(), "data_parallel_size"),
     **dict.fromkeys(
         """tp tp_size tensor_parallel num_gpus n_gpus n_gpu gpus world_size
         tensor_parallelism""".split(),
@@ -362,7 +362,7 @@ LLM_HINTS = {
         "nanovllm has no speculative decoding",
     ),
     **dict.fromkeys(
-        "pp pp_size pipeline_parallel dp dp_size data_parallel ep ep_size".split(),
+        "pp pp_size pipeline_parallel ep ep_size".split(),
         "a model is shared over GPUs by tensor_parallel_size alone",
     ),
     **dict.fromkeys(
@@ -691,8 +691,8 @@ def engine_arguments(
 
     Raises:
         TypeError: a keyword that does not exist, or one that is given under two names.
-        ArgumentError: an entry of a configuration object, or what VLLM_DP_SIZE in the environment
-            asks for, is not there.
+        ArgumentError: an entry of a configuration object is not there, or one of vLLM's
+            environment variables for ranks is wrong.
     """
     _check_environment()
     arguments: dict[str, Any] = {}
@@ -724,17 +724,53 @@ def engine_arguments(
     }
 
 
-def _check_environment() -> None:
-    """Refuse vLLM's variables that ask for ranks; name the others that are set."""
-    if os.environ.get("VLLM_DP_SIZE", "1") not in ("", "0", "1"):
+RANK_VARIABLES = ("VLLM_DP_SIZE", "VLLM_DP_RANK", "VLLM_DP_RANK_LOCAL")
+# Read by nobody: ranks of dense models do not talk with each other.
+MASTER_VARIABLES = ("VLLM_DP_MASTER_IP", "VLLM_DP_MASTER_PORT")
+
+
+def local_rank() -> int | None:
+    """Which of the processes of this host this is, as vLLM's variables say; None: one alone.
+
+    VLLM_DP_SIZE processes have an engine each, with a VLLM_DP_RANK, and VLLM_DP_RANK_LOCAL where
+    there are several hosts. A process that has been given its GPUs by CUDA_VISIBLE_DEVICES and no
+    local rank, as by vLLM's older scripts, keeps them: None.
+
+    Raises:
+        ArgumentError: a value is no number, or the rank is not below the size.
+    """
+    size = _rank_variable("VLLM_DP_SIZE")
+    if size is None or size < 2:
+        return None
+    rank = _rank_variable("VLLM_DP_RANK")
+    if rank is None or rank >= size:
         raise ArgumentError(
-            f"VLLM_DP_SIZE={shown(os.environ['VLLM_DP_SIZE'])} in the environment is not "
-            "supported: there is no data parallelism; start a process for each copy with "
-            "CUDA_VISIBLE_DEVICES, and unset it"
+            f"VLLM_DP_RANK in the environment must be an integer from 0 to {size - 1}, one below "
+            f"VLLM_DP_SIZE, got {shown(os.environ.get('VLLM_DP_RANK'))}"
         )
-    ignored = sorted(
-        n for n in os.environ if n.startswith("VLLM_") and n != "VLLM_TORCH_PROFILER_DIR"
-    )
+    local = _rank_variable("VLLM_DP_RANK_LOCAL")
+    if local is None:
+        return None if "CUDA_VISIBLE_DEVICES" in os.environ else rank
+    if local > rank:
+        raise ArgumentError(
+            f"VLLM_DP_RANK_LOCAL in the environment must be at most VLLM_DP_RANK ({rank}), got "
+            f"{local}"
+        )
+    return local
+
+
+def _rank_variable(name: str) -> int | None:
+    text = os.environ.get(name, "")
+    if text and not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise ArgumentError(f"{name} in the environment must be an integer >= 0, got {shown(text)}")
+    return int(text) if text else None
+
+
+def _check_environment() -> None:
+    """Check vLLM's variables for ranks; name the others that are set."""
+    local_rank()
+    known = {"VLLM_TORCH_PROFILER_DIR", *RANK_VARIABLES, *MASTER_VARIABLES}
+    ignored = sorted(name for name in os.environ if name.startswith("VLLM_") and name not in known)
     if ignored:
         logger.debug("these environment variables of vLLM change nothing: %s", ", ".join(ignored))
 

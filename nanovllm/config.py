@@ -160,6 +160,7 @@ class Config:
         model_config: what is computed of it.
         eos_token_ids: ids that end a completion; the engine reads them with the tokenizer.
         engine_processors: `sampling.engine_processors` of `logits_processors`, on rank 0.
+        replica: which one of an engine with several this is; None: of none.
 
     Raises:
         ArgumentError: a value is of the wrong type or outside its range.
@@ -196,6 +197,18 @@ class Config:
     )
     tensor_parallel_size: int = parameter(
         1, integer(1, 8), "ranks that share the model. Each has a process and a GPU."
+    )
+    data_parallel_size: int = parameter(
+        1,
+        integer(1, 64),
+        "replicas: engines in processes of their own, each with `tensor_parallel_size` GPUs. "
+        "Requests go to them by common prefixes and by load.",
+    )
+    replica_death_policy: str = parameter(
+        "retry",
+        choice("retry", "fail"),
+        "what becomes of a dead replica's unfinished requests: others compute them, or they fail, "
+        "and `generate` raises a RequestError when the rest has ended.",
     )
     disable_custom_all_reduce: bool = parameter(
         False,
@@ -434,6 +447,7 @@ class Config:
     model_config: ModelConfig = field(init=False, repr=False)
     eos_token_ids: frozenset[int] = field(init=False, default=frozenset())
     engine_processors: Any = field(init=False, default=None, repr=False)
+    replica: int | None = field(init=False, default=None)
 
     @classmethod
     def from_kwargs(cls, model: str | None, kwargs: dict[str, Any]) -> "Config":
@@ -637,9 +651,11 @@ class Config:
             name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cuda":
             count = torch.cuda.device_count()
-            if count < self.tensor_parallel_size:
+            if count < self.tensor_parallel_size * self.data_parallel_size:
+                replicas = f" * data_parallel_size ({self.data_parallel_size})"
                 raise ArgumentError(
-                    f"tensor_parallel_size ({self.tensor_parallel_size}) needs that many visible "
+                    f"tensor_parallel_size ({self.tensor_parallel_size})"
+                    f"{replicas if self.data_parallel_size > 1 else ''} needs that many visible "
                     f"GPUs, found {count}"
                     if count
                     else "device='cuda' needs a visible GPU, found none; device='cpu' runs without"

@@ -24,6 +24,7 @@ from nanovllm.features import (
     weight_update,
     worker,
 )
+from nanovllm.features.data_parallel import start_any_executor
 from nanovllm.features.estimate import estimate as estimate_memory
 from nanovllm.guards.ownership import one_thread_at_a_time
 from nanovllm.inputs.plain_tokenizer import in_full
@@ -38,6 +39,7 @@ explained = explain_keywords(SAMPLING_FIELDS)  # says what a keyword of the para
 )
 class LLM(LLMEngine):
     __doc__ = LLMEngine.__doc__
+    start_executor = staticmethod(start_any_executor)
 
     def __init__(self, model: str | None = None, **kwargs: Any) -> None:
         if extension := kwargs.get("worker_extension_cls"):  # before anything starts
@@ -157,8 +159,9 @@ class LLM(LLMEngine):
         return worker.engine_core(self.model_executor)
 
     def get_world_size(self, include_dp: bool = True) -> int:
-        """The number of ranks; there is no data parallelism to include."""
-        return self.config.tensor_parallel_size
+        """The number of ranks: of all replicas, or of one without `include_dp`."""
+        num_replicas = self.config.data_parallel_size if include_dp else 1
+        return num_replicas * self.config.tensor_parallel_size
 
     def __repr__(self) -> str:
         """One line; `print(llm.model_runner.model)` shows the model's tree of modules."""
@@ -168,8 +171,10 @@ class LLM(LLMEngine):
         if not self._finalizer.alive:
             return f"LLM(model={config.model!r})"  # nothing else is left of it
         state = "asleep" if self.asleep else f"{num_queued} requests" if num_queued else "idle"
+        size = config.data_parallel_size
+        replicas = f"data_parallel_size={size}, " if size > 1 else ""
         return (
             f"LLM(model={config.model!r}, dtype={str(config.resolve_dtype())[6:]!r}, "
             f"device={self.model_runner.device.type!r}, "
-            f"tensor_parallel_size={config.tensor_parallel_size}, state={state!r})"
+            f"tensor_parallel_size={config.tensor_parallel_size}, {replicas}state={state!r})"
         )

@@ -254,7 +254,8 @@ def _gpus_of_an_actor(engine: dict[str, Any], num_actors: int, resources: dict[s
     """How many an engine takes; ArgumentError if the cluster cannot hold `num_actors` engines."""
     device = engine.get("device", "auto")
     on_gpu = device == "cuda" or (device == "auto" and resources.get("GPU", 0) > 0)
-    num_gpus = engine.get("tensor_parallel_size", 1) if on_gpu else 0
+    num_ranks = engine.get("tensor_parallel_size", 1) * engine.get("data_parallel_size", 1)
+    num_gpus = num_ranks if on_gpu else 0
     for name, number in {"CPU": 1, "GPU": num_gpus}.items():
         available = int(resources.get(name, 0))
         if num_actors * number > available:

@@ -201,7 +201,9 @@ class Run:
 
     def _feed(self, signals: "StopSignals") -> None:
         """Take lines while there is room; nothing is pending beside one that is taken alone."""
-        while self.num_queued < 2 * self.llm.config.max_num_seqs and signals.received is None:
+        config = self.llm.config
+        enough = 2 * config.max_num_seqs * config.data_parallel_size
+        while self.num_queued < enough and signals.received is None:
             if self.pending and self.is_alone:
                 return
             self.next_line = self.next_line or next(self.lines, None)

@@ -1,6 +1,7 @@
 """How the engine computes: an executor launches steps and calls on every rank.
 
-This one has one rank, in this process. `parallel.executor` has one in each of several processes.
+This one has one rank, in this process. `parallel.executor` has one in each of several processes,
+and `parallel.replica_executor` several engines.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 from nanovllm.config import Config
 from nanovllm.engine.launched_step import LaunchedStep
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.startup import start_model_runner
 from nanovllm.engine.step_plan import PlanBuilder
@@ -33,9 +35,12 @@ class Executor:
         cause_of_death: why nothing can be computed any more, in words; None: it can.
         has_busy_ranks: whether other ranks wait in a `collective_rpc`, so that what it calls must
             not use the engine.
+        new_scheduler: makes what decides on the steps; of a configuration with
+            `num_kvcache_blocks`.
     """
 
     has_busy_ranks: ClassVar[bool] = False
+    new_scheduler: Callable[[Config], Scheduler] = Scheduler
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.cause_of_death: str | None = None

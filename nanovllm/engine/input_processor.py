@@ -3,6 +3,7 @@
 Everything that can be wrong about them is found here, before anything is queued.
 """
 
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -208,6 +209,8 @@ class InputProcessor:
     def _prepare_processors(self, request: Request) -> None:
         """Give the sequences their own logits processors, and the engine's."""
         params, engine_processors = request.params, self.config.engine_processors
+        if self.config.data_parallel_size > 1:
+            _check_travels(params)
         if engine_processors is not None:
             engine_processors.validate(params)
         elif params.extra_args:
@@ -288,3 +291,19 @@ class InputProcessor:
         if self.tokenizer is None:
             raise ArgumentError(f"{name} needs a tokenizer, but skip_tokenizer_init=True")
         return self.tokenizer
+
+
+def _check_travels(params: SamplingParams) -> None:
+    """ArgumentError for what cannot go to a replica, which is another process."""
+    if params.logits_processors:
+        raise ArgumentError(
+            "logits_processors of a request are not supported with data_parallel_size > 1: they do "
+            "not travel to the replicas; LLM(logits_processors=[class]) has them there"
+        )
+    try:
+        json.dumps(params.extra_args)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(
+            f"extra_args must be numbers, strings, lists and dicts with data_parallel_size > 1: "
+            f"{error}"
+        ) from None

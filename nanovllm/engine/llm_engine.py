@@ -6,13 +6,12 @@ from contextlib import contextmanager
 from time import perf_counter
 
 from nanovllm.config import Config
-from nanovllm.engine.executor import Executor, LaunchedStep
+from nanovllm.engine.executor import LaunchedStep
 from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.recovery import Recovery
 from nanovllm.engine.request import Request, RequestTable
 from nanovllm.engine.request_output import make_output, raise_failed
-from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.scheduling_policy import longest_first
 from nanovllm.engine.startup import prepare
 from nanovllm.engine.step_stats import log_step
@@ -20,7 +19,7 @@ from nanovllm.guards.lifecycle import Lifecycle
 from nanovllm.guards.ownership import one_thread_at_a_time
 from nanovllm.inputs.prompts import as_prompt_list, check_unsupported
 from nanovllm.outputs import RequestOutput
-from nanovllm.parallel.executor import MultiprocExecutor
+from nanovllm.parallel.executor import start_executor
 from nanovllm.parameters import document
 from nanovllm.progress import ProgressBar, check_use_tqdm
 from nanovllm.sampling_params import SamplingParams
@@ -46,16 +45,17 @@ class LLMEngine(Lifecycle):
         EngineDeadError: a tensor-parallel worker died during start-up.
     """
 
-    def __init__(self, model: str | None = None, **kwargs: object) -> None:
+    start_executor = staticmethod(start_executor)
+
+    def __init__(self, model: str | Config | None = None, **kwargs: object) -> None:
         # What cannot run is refused before anything is started.
         config, device, tokenizer, default_params = prepare(model, kwargs)
-        form = MultiprocExecutor if config.tensor_parallel_size > 1 else Executor
-        self.executor = form(config, device)
+        self.executor = self.start_executor(config, device)
         self.config = config.replace(num_kvcache_blocks=self.executor.num_kvcache_blocks)
         self.input_processor = InputProcessor(
             self.config, tokenizer, default_params, self.model_runner
         )
-        self.scheduler = Scheduler(self.config)
+        self.scheduler = self.executor.new_scheduler(self.config)
         self.requests = RequestTable()
         self.stat_loggers: list[StatLogger] = []
         self._recovery = Recovery(self.requests, self.scheduler, self.executor)
@@ -260,14 +260,13 @@ class LLMEngine(Lifecycle):
         self._recovery.suspects = launched.seqs
         token_ids = self.executor.wait(launched)
         launched.commit()
-        self._step_seconds = launched.seconds + perf_counter() - start
+        self._step_seconds = seconds = launched.seconds + perf_counter() - start
         alive = self.scheduler.postprocess(launched.seqs, token_ids)
         if launched.plan.is_prefill:
             self.requests.note_first_tokens(alive)
         ended = self.requests.finish(alive)
         num_tokens = len(launched.plan.token_ids) if launched.plan.is_prefill else -len(alive)
         if self.stat_loggers:
-            seconds = self._step_seconds
             log_step(self.stat_loggers, self.scheduler, launched, num_tokens, seconds, ended)
         return num_tokens
 

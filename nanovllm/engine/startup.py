@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from nanovllm.compat import local_rank
 from nanovllm.config import Config
 from nanovllm.engine.cache_groups import most_blocks
 from nanovllm.engine.kv_cache import group_block_bytes
@@ -17,6 +18,7 @@ from nanovllm.engine.state_cache import row_bytes
 from nanovllm.engine.step_plan import StepPlan
 from nanovllm.errors import ArgumentError
 from nanovllm.guards.versions import check_transformers
+from nanovllm.guards.visible_gpus import take_gpus
 from nanovllm.inputs.generation_config import default_sampling_params, eos_token_ids
 from nanovllm.inputs.tokenizer import Tokenizer, load_tokenizer
 from nanovllm.kernels.ops import Ops
@@ -59,12 +61,12 @@ def choose_ops(
 
 
 def prepare(
-    model: str | None, kwargs: dict[str, object]
+    model: str | Config | None, kwargs: dict[str, object]
 ) -> tuple[Config, torch.device, Tokenizer | None, SamplingParams]:
     """What an engine is made of, checked before any process is started or GPU memory taken.
 
     Args:
-        model: see `LLM`.
+        model: see `LLM`; or a checked configuration, of a replica.
         kwargs: of `LLM`.
 
     Returns:
@@ -72,7 +74,17 @@ def prepare(
         none of their own.
     """
     check_transformers()
-    config = Config.from_kwargs(model, kwargs)
+    if isinstance(model, Config):
+        config = model
+    else:
+        config = Config.from_kwargs(model, kwargs)
+        if (rank := local_rank()) is not None:
+            if config.data_parallel_size > 1:
+                raise ArgumentError(
+                    f"data_parallel_size ({config.data_parallel_size}) and VLLM_DP_SIZE in the "
+                    "environment are two ways to the same: use one of them"
+                )
+            take_gpus(rank, config.tensor_parallel_size)
     device = config.resolve_device()
     choose_ops(config, device)
     tokenizer = load_tokenizer(config)

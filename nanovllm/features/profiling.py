@@ -38,7 +38,8 @@ def stop_profile(llm: LLMEngine) -> list[str]:
     """Write the traces, for chrome://tracing or Perfetto, and stop.
 
     Returns:
-        The paths, `<prefix>-rank<r>.json` for each rank r. Older files there are replaced.
+        The paths, `<prefix>-rank<r>.json` for each rank r, with several replicas
+        `<prefix>-replica<i>-rank<r>.json`. Older files there are replaced.
 
     Raises:
         ArgumentError: the profiler does not run.
@@ -55,7 +56,9 @@ def _start(runner: ModelRunner, prefix: str) -> None:
         activities.append(ProfilerActivity.CUDA)
     profiler = profile(activities=activities)
     profiler.start()
-    runner.profiler = profiler, f"{prefix}-rank{runner.rank}.json"
+    index = runner.config.replica
+    replica = "" if index is None else f"-replica{index}"
+    runner.profiler = profiler, f"{prefix}{replica}-rank{runner.rank}.json"
 
 
 def _stop(runner: ModelRunner) -> str:

@@ -275,6 +275,11 @@ def _check_is_configured(llm: LLMEngine) -> None:
             "weight transfer is off: build LLM with weight_transfer_config={'backend': 'nccl'}; "
             "load_weights takes tensors of this process without it"
         )
+    if llm.config.data_parallel_size > 1:
+        raise ArgumentError(
+            f"weight transfer is not supported with data_parallel_size "
+            f"({llm.config.data_parallel_size}) > 1; load_weights reaches all replicas"
+        )
 
 
 def _entry(request: Any, name: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from nanovllm.config import Config
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.errors import ArgumentError, shown
@@ -43,9 +44,11 @@ def load_weights(llm: LLMEngine, weights: Iterable[tuple[str, torch.Tensor]]) ->
             checkpoint is quantised and stays so: it takes no new weights.
     """
     check_weights_are_there(llm)
+    _check_takes_weights(llm.config)
+    shapes = call_ranks(llm, _shapes)[0]
     loaded = set()
-    for name, tensor in _checked_items(llm.model_runner, weights, partial(_forget, llm)):
-        if llm.config.tensor_parallel_size > 1:
+    for name, tensor in _checked_items(shapes, weights, partial(_forget, llm)):
+        if llm.executor.has_busy_ranks:
             # A compact copy: the other ranks get the tensor's bytes, and not the storage's. What is
             # quantised keeps its dtype, so as to be rounded once.
             is_quantized = llm.config.fp8_scales or llm.config.weight_format
@@ -76,8 +79,9 @@ def load_weights_on_rank(
     first = next(iter(runner.model.parameters()))
     if first.untyped_storage().nbytes() < first.nbytes:  # as `features.offload` drops them
         raise RuntimeError("the weights sleep: call wake_up() or wake_up(['weights']) first")
+    _check_takes_weights(runner.config)
     loaded = set()
-    for name, tensor in _checked_items(runner, weights):
+    for name, tensor in _checked_items(_shapes(runner), weights):
         with runner.on_device():
             _load_on_rank(runner, name, tensor)
         loaded.add(name)
@@ -86,27 +90,25 @@ def load_weights_on_rank(
 
 def check_weights(runner: ModelRunner, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """ArgumentError if the model does not take tensors of these names and shapes."""
-    _check_takes_weights(runner)
-    expected = expected_shapes(expected_tensors(runner.model))
+    _check_takes_weights(runner.config)
+    expected = _shapes(runner)
     for name, shape in shapes.items():
         _check_item((name, torch.empty(shape, device="meta")), expected, is_there=False)
 
 
 def _checked_items(
-    runner: ModelRunner, weights: Any, begin: Callable[[], object] = lambda: None
+    shapes: dict[str, tuple[int, ...]], weights: Any, begin: Callable[[], object] = lambda: None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The pairs that the model takes, each checked; of a list or dict all before the first.
 
     begin: is called before the first.
     """
-    _check_takes_weights(runner)
     if isinstance(weights, Mapping):
         weights = weights.items()
     try:
         items = iter(weights)
     except TypeError:
         raise ArgumentError(f"weights must be (name, tensor) pairs, got {shown(weights)}") from None
-    shapes = expected_shapes(expected_tensors(runner.model))
     if isinstance(weights, Collection):  # else each is checked when its turn comes
         for item in weights:
             _check_item(item, shapes)
@@ -117,8 +119,7 @@ def _checked_items(
             yield name, tensor
 
 
-def _check_takes_weights(runner: ModelRunner) -> None:
-    config = runner.config
+def _check_takes_weights(config: Config) -> None:
     quantization, weight_format = config.model_config.quantization, config.weight_format
     is_rounded = weight_format is not None and weight_format.is_on_load
     if quantization is not None and quantization.is_kept and not is_rounded:
@@ -138,6 +139,10 @@ def check_weights_are_there(llm: LLMEngine) -> None:
     llm.check_ready()
     if "weights" in llm.asleep:
         raise RuntimeError("the weights sleep: call wake_up() or wake_up(['weights']) first")
+
+
+def _shapes(runner: ModelRunner) -> dict[str, tuple[int, ...]]:
+    return expected_shapes(expected_tensors(runner.model))
 
 
 def _load_on_rank(runner: ModelRunner, name: str, tensor: torch.Tensor) -> None:

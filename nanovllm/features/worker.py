@@ -138,21 +138,22 @@ def collective_rpc(
     args: tuple[Any, ...] = (),
     kwargs: dict[str, Any] | None = None,
 ) -> list[Any]:
-    """Call a method on every worker, one for each rank, between two steps.
+    """Call a method on every worker, one for each rank of each replica, between two steps.
 
     Args:
         method: the name of a method of the worker, one of `worker_extension_cls` among them, or a
             callable, which gets the worker as its first argument. The worker is a `ModelRunner`,
             with `rank`, `local_rank`, `model`, `device`, `config`, and vLLM's `model_runner`, whose
-            `model` has a `load_weights`. With several ranks callable and arguments are pickled: the
-            callable must be defined at the top level of a module, and tensors travel by value.
-        timeout: seconds for the workers to answer; None: for ever. The call on rank 0 runs in
-            this process and is not broken off.
+            `model` has a `load_weights`. With several ranks or replicas callable and arguments are
+            pickled: the callable must be defined at the top level of a module, and tensors travel
+            by value.
+        timeout: seconds for the workers to answer; None: for ever. Without replicas the call on
+            rank 0 runs in this process and is not broken off.
         args: positional arguments.
         kwargs: keyword arguments.
 
     Returns:
-        The results in rank order. Tensors should be on the CPU.
+        The results in rank order, those of replica 0 first. Tensors should be on the CPU.
 
     Raises:
         ArgumentError: there is no such method, or call or result cannot be pickled.
@@ -165,11 +166,12 @@ def collective_rpc(
     If the call changes the weights, call `reset_prefix_cache` after it.
     """
     timeout, args, kwargs = checked_call(method, timeout, args, kwargs)
+    extension = find_extension(llm.config.worker_extension_cls)
     if llm not in _with_workers:
-        extension = find_extension(llm.config.worker_extension_cls)
         call_ranks(llm, as_worker, timeout, (extension,))
         _with_workers.add(llm)
-    if isinstance(method, str) and not callable(getattr(llm.model_runner, method, None)):
+    classes = (ModelRunner, WorkerView, extension)
+    if isinstance(method, str) and not any(callable(getattr(c, method, None)) for c in classes):
         raise ArgumentError(f"workers have no method {shown(method)}")
     return call_ranks(llm, method, timeout, args, kwargs)
 

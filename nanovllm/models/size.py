@@ -67,11 +67,12 @@ def check_offload(config: Config, device: torch.device, weight_bytes: int) -> in
     of_layers = weight_bytes * (1 - embedding / num_weights(shape)) / ranks
     # What is saved, and what the buffers take of it.
     of_rank = config.cpu_offload_bytes + NUM_BUFFERS * of_layers / shape.num_hidden_layers
-    needed, available = ranks * min(of_rank, of_layers), available_host_memory()
+    num_ranks = ranks * config.data_parallel_size
+    needed, available = num_ranks * min(of_rank, of_layers), available_host_memory()
     if needed > available:
         raise ArgumentError(
-            f"{given} needs {needed / 2**30:.1f} GiB of host memory for {ranks} "
-            f"rank{'s' if ranks > 1 else ''}; {available / 2**30:.1f} GiB are available"
+            f"{given} needs {needed / 2**30:.1f} GiB of host memory for {num_ranks} "
+            f"rank{'s' if num_ranks > 1 else ''}; {available / 2**30:.1f} GiB are available"
         )
     return min(config.cpu_offload_bytes, int(of_layers))
 

@@ -6,6 +6,7 @@ Plain pickle: callables by their module and name, tensors by value.
 import pickle
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,15 @@ def reply_to(runner: ModelRunner, packed_call: bytes) -> bytes:
     return Reply.of(call).pack(runner.rank)
 
 
+def sendable(error: BaseException) -> Exception:
+    """The error, or a RuntimeError of its text if another process could not read it."""
+    with suppress(Exception):
+        copy = pickle.loads(pickle.dumps(error))  # many can be pickled, but not unpickled
+        if isinstance(error, Exception) and type(copy) is type(error):
+            return error
+    return RuntimeError(f"{type(error).__qualname__}: {error}")
+
+
 @dataclass
 class Reply:
     """One rank's answer: a result or an error."""
@@ -69,14 +79,7 @@ class Reply:
         """The reply's bytes, with what cannot be pickled replaced by an error that says so."""
         if self.error is not None:
             text = "".join(traceback.format_exception(self.error))
-            remote_traceback = f"\nOn rank {rank}:\n{text}"
-            try:
-                packed = pickle.dumps(Reply(None, self.error, remote_traceback))
-                pickle.loads(packed)  # many exceptions can be pickled, but not unpickled
-                return packed
-            except Exception:
-                stand_in = RuntimeError(f"{type(self.error).__qualname__}: {self.error}")
-                return pickle.dumps(Reply(None, stand_in, remote_traceback))
+            return pickle.dumps(Reply(None, sendable(self.error), f"\nOn rank {rank}:\n{text}"))
         try:
             return pickle.dumps(self, pickle.HIGHEST_PROTOCOL)
         except Exception as error:

@@ -116,3 +116,18 @@ class MultiprocExecutor(Executor):
         self.model_runner.drop_graphs()
         self.workers.close()
         super().close()
+
+
+def start_executor(config: Config, device: torch.device) -> Executor:
+    """The executor of one engine, over as many ranks as the configuration says.
+
+    Raises:
+        ArgumentError: `data_parallel_size` asks for several engines.
+    """
+    if config.data_parallel_size > 1:
+        raise ArgumentError(
+            f"data_parallel_size ({config.data_parallel_size}) must be 1 here: nanovllm.LLM starts "
+            "several replicas"
+        )
+    form = MultiprocExecutor if config.tensor_parallel_size > 1 else Executor
+    return form(config, device)

@@ -1,4 +1,4 @@
-"""The process of a tensor-parallel worker: how rank 0 starts it, and how it ends with rank 0.
+"""The process of a worker or a replica: how another one starts it, and how it ends with that.
 
 The new process first runs `main`, which imports nothing heavy: it watches over rank 0 before it
 loads torch or anything of the user's. The user's script is not run again. It is imported only if
@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from multiprocessing import connection, spawn
@@ -39,6 +39,7 @@ GUARD = (
 )
 
 _main_module: dict[str, Any] = {}  # in a worker: how to import the user's script
+_is_main_module_imported = False
 
 
 # ---- rank 0 -----------------------------------------------------------------------------------
@@ -91,16 +92,23 @@ def check_script() -> None:
 
 
 def start_process(
-    name: str, memory: SharedMemory, entry_point: Callable[..., None], *args: Any
+    name: str,
+    memory: SharedMemory | None,
+    entry_point: Callable[..., None],
+    *args: Any,
+    environment: Mapping[str, str] | None = None,
 ) -> tuple["subprocess.Popen[bytes]", connection.Connection, connection.Connection]:
     """Run `entry_point(*args, memory's descriptor, pipe)` in a new process.
+
+    Without memory there is no descriptor.
 
     It is killed when the calling thread ends, and so with this process.
 
     Args:
         name: for `ps`.
-        memory: shared with it.
+        memory: shared with it, or None.
         entry_point: defined at the top level of a module; pickled, like `args`.
+        environment: its environment variables; None: ours.
 
     Returns:
         The process; the other end of its pipe; a pipe from which its time of failure and its
@@ -111,7 +119,9 @@ def start_process(
     preparation = spawn.get_preparation_data(name)
     del preparation["authkey"]
     main_module = {key: preparation.pop(key) for key in MAIN_MODULE_KEYS if key in preparation}
-    descriptors = [memory.fileno(), worker_pipe.fileno(), worker_errors.fileno()]
+    descriptors = [worker_pipe.fileno(), worker_errors.fileno()]
+    if memory is not None:
+        descriptors.append(memory.fileno())
     command = [
         os.fsdecode(spawn.get_executable()),
         *subprocess._args_from_interpreter_flags(),  # type: ignore[attr-defined]
@@ -122,12 +132,15 @@ def start_process(
         *map(str, descriptors),
     ]
     with _interrupts_blocked():
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=descriptors)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, pass_fds=descriptors, env=environment
+        )
     # With our copies closed, the end of a process closes its pipes for the other side.
     worker_pipe.close()
     worker_errors.close()
     try:
-        pipe.send((preparation, main_module))
+        # A worker that starts a process itself passes on where the user's script is.
+        pipe.send((preparation, _main_module or main_module))
         pipe.send_bytes(pickle.dumps((entry_point, args)))
     except OSError:
         pass  # it has died already, as whoever watches it will see
@@ -152,7 +165,8 @@ def main() -> None:
     # Ctrl-C reaches the whole process group; rank 0 alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    parent, memory, pipe_fileno, errors_fileno = map(int, sys.argv[-4:])
+    # sys.argv is "-c", the name, then numbers.
+    parent, pipe_fileno, errors_fileno, *memory = map(int, sys.argv[2:])
     _end_with(parent)
     pipe = connection.Connection(pipe_fileno)
     errors = connection.Connection(errors_fileno, readable=False)
@@ -162,7 +176,7 @@ def main() -> None:
         _main_module.update(main_module)
         spawn.prepare(preparation)
         entry_point, args = unpickle(pipe.recv_bytes())
-        entry_point(*args, memory, pipe)
+        entry_point(*args, *memory, pipe)
         status = 0
     except (EOFError, BrokenPipeError):
         pass  # rank 0 is gone
@@ -194,14 +208,15 @@ def unpickle(packed: bytes) -> Any:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
-        if module_name == "__main__":
+        if module_name in ("__main__", "__mp_main__"):
             _import_main_module()
         return super().find_class(module_name, global_name)
 
 
 def _import_main_module() -> None:
     """Import the user's script under another name than `__main__`, once."""
-    if not _main_module:
+    global _is_main_module_imported
+    if _is_main_module_imported or not _main_module:
         return
     main_module = dict(_main_module)
     process = multiprocessing.current_process()
@@ -212,4 +227,4 @@ def _import_main_module() -> None:
         raise RuntimeError(f"the script ended while a worker imported it: {GUARD}") from error
     finally:
         del process._inheriting  # type: ignore[attr-defined]
-    _main_module.clear()
+    _is_main_module_imported = True

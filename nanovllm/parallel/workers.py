@@ -340,7 +340,7 @@ class WorkerGroup:
             now = time.monotonic()
             seconds, last_look = min(now - last_look, 2 * POLL_SECONDS), now
             if self._death is None and not self._is_closing:
-                cause = _cause_of_death(ended) if ended else self._cause_of_silence(seconds)
+                cause = _first_cause(ended) if ended else self._cause_of_silence(seconds)
                 if cause is not None:
                     self._die(cause)
             for worker in ended:
@@ -379,29 +379,31 @@ class WorkerGroup:
         self._store = None
 
 
-def _cause_of_death(ended: list[Worker]) -> str:
-    """Why the first of these workers failed, whose end may have made others fail."""
-    causes = []
-    for worker in ended:
-        seconds, text = 0.0, None  # one that is killed leaves no word, and no word comes first
-        try:
-            if worker.errors.poll():
-                seconds, text = worker.errors.recv()
-        except (EOFError, OSError):
-            pass  # it wrote nothing
-        if text is not None:
-            causes.append((seconds, f"{worker} failed:\n{text}"))
-            continue
-        try:
-            exitcode = worker.process.wait(JOIN_SECONDS)
-        except subprocess.TimeoutExpired:
-            causes.append((seconds, f"{worker} closed its pipe"))
-            continue
-        if exitcode < 0:
-            causes.append((seconds, f"{worker} was killed by {signal.Signals(-exitcode).name}"))
-        else:
-            causes.append((seconds, f"{worker} exited with code {exitcode}"))
-    return min(causes)[1]
+def _first_cause(ended: list[Worker]) -> str:
+    """Why the first of these workers failed, whose end may have made others fail.
+
+    One that is killed leaves no word, and no word comes first.
+    """
+    return min(cause_of_death(str(w), w.process, w.errors) for w in ended)[1]
+
+
+def cause_of_death(
+    name: str, process: "subprocess.Popen[bytes]", errors: connection.Connection
+) -> tuple[float, str]:
+    """Why a process that has closed its pipes failed, and when it says that it did, else 0.0."""
+    try:
+        if errors.poll():
+            seconds, text = errors.recv()
+            return seconds, f"{name} failed:\n{text}"
+    except (EOFError, OSError):
+        pass  # it wrote nothing
+    try:
+        exitcode = process.wait(JOIN_SECONDS)
+    except subprocess.TimeoutExpired:
+        return 0.0, f"{name} closed its pipe"
+    if exitcode < 0:
+        return 0.0, f"{name} was killed by {signal.Signals(-exitcode).name}"
+    return 0.0, f"{name} exited with code {exitcode}"
 
 
 def _device(rank: int, device_type: str) -> torch.device:

@@ -298,17 +298,17 @@ def test_vllms_values_that_would_change_results_are_refused(given, message, mode
 
 def test_what_changes_nothing_is_named_once_for_debugging(model, caplog, monkeypatch):
     monkeypatch.setenv("VLLM_USE_V1", "1")
-    monkeypatch.setenv("VLLM_DP_SIZE", "1")
+    monkeypatch.setenv("VLLM_DP_SIZE", "1")  # it is read
     with caplog.at_level("DEBUG", "nanovllm"):
         Config.from_kwargs(model, {"revision": "main", "block_size": 16, "max_loras": None})
     told = [record.getMessage() for record in caplog.records]
     assert told == [
-        "these environment variables of vLLM change nothing: VLLM_DP_SIZE, VLLM_USE_V1",
+        "these environment variables of vLLM change nothing: VLLM_USE_V1",
         "LLM: these change nothing: block_size=16 (blocks have 256 tokens)",
         "LLM: these change nothing of a directory: revision",
     ]
     monkeypatch.setenv("VLLM_DP_SIZE", "2")
-    with refused("VLLM_DP_SIZE='2' in the environment is not supported: there is no data par"):
+    with refused("VLLM_DP_RANK in the environment must be an integer from 0 to 1"):
         Config.from_kwargs(model, {})
 
 
