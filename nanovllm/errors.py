@@ -17,9 +17,16 @@ class ArgumentError(ValueError, AssertionError):
 
 
 class EngineDeadError(RuntimeError):
-    """A tensor-parallel worker died or failed, so the engine cannot go on.
+    """A tensor-parallel worker or the last replica died or failed, so the engine cannot go on.
 
-    The message names the rank and the cause. Build a new `LLM` to continue.
+    The message names the rank or replica and the cause. Build a new `LLM` to continue.
+    """
+
+
+class ReplicaDiedError(RuntimeError):
+    """What a request ends with whose replica has died; the message names replica and cause.
+
+    The engine goes on with its other replicas.
     """
 
 

@@ -39,7 +39,7 @@ explained = explain_keywords(SAMPLING_FIELDS)  # says what a keyword of the para
 )
 class LLM(LLMEngine):
     __doc__ = LLMEngine.__doc__
-    start_executor = staticmethod(start_any_executor)
+    _start_executor = staticmethod(start_any_executor)
 
     def __init__(self, model: str | None = None, **kwargs: Any) -> None:
         if extension := kwargs.get("worker_extension_cls"):  # before anything starts

@@ -18,6 +18,7 @@ from nanovllm.errors import ArgumentError
 PACKAGE = __name__.rpartition(".")[0]
 ENGINE_ARGS = {"EngineArgs": "features.engine_args"}
 PARSER = {"FlexibleArgumentParser": "features.engine_args"}
+PORTS = {"get_open_port": "vllm_names"}
 CLEANUP = {"cleanup_dist_env_and_memory": "vllm_names"}
 # Module -> what it offers -> where that is, and after a colon its name there, if it has another.
 MODULES: dict[str, dict[str, str]] = {
@@ -55,9 +56,9 @@ MODULES: dict[str, dict[str, str]] = {
     "renderers.hf": {"resolve_chat_template": "vllm_names"},
     "tokenizers": {"get_tokenizer": "inputs.tokenizer"},
     "transformers_utils.tokenizer": {"get_tokenizer": "inputs.tokenizer"},
-    "utils": PARSER,
+    "utils": PARSER | PORTS,
     "utils.argparse_utils": PARSER,
-    "utils.network_utils": dict.fromkeys(("get_ip", "get_open_port"), "vllm_names"),
+    "utils.network_utils": PORTS | {"get_ip": "vllm_names"},
     "utils.print_utils": {"print_embeddings": "vllm_names"},
     "v1.engine.exceptions": {"EngineDeadError": "errors"},
     "v1.engine.llm_engine": {"LLMEngine": "vllm_engine"},

@@ -42,15 +42,15 @@ class LLMEngine(Lifecycle):
         ArgumentError: a value is wrong; before any process is started or GPU memory taken, except
             what only loading can show (weights that do not fit, no memory left for the cache).
         TypeError: an unknown keyword.
-        EngineDeadError: a tensor-parallel worker died during start-up.
+        EngineDeadError: a tensor-parallel worker or a replica died during start-up.
     """
 
-    start_executor = staticmethod(start_executor)
+    _start_executor = staticmethod(start_executor)
 
     def __init__(self, model: str | Config | None = None, **kwargs: object) -> None:
         # What cannot run is refused before anything is started.
         config, device, tokenizer, default_params = prepare(model, kwargs)
-        self.executor = self.start_executor(config, device)
+        self.executor = self._start_executor(config, device)
         self.config = config.replace(num_kvcache_blocks=self.executor.num_kvcache_blocks)
         self.input_processor = InputProcessor(
             self.config, tokenizer, default_params, self.model_runner

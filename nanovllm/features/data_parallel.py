@@ -26,6 +26,7 @@ from nanovllm.parallel.replica_messages import (
     Cancel,
     Ending,
     Exit,
+    Further,
     Message,
     Progress,
     ResetPrefixCache,
@@ -51,18 +52,16 @@ def start_any_executor(config: Config, device: torch.device) -> Executor:
 
 def serve(config: Config, pipe: connection.Connection) -> None:
     """Run a replica until it is told to end; what it raises ends its process."""
-    engines: list[LLMEngine] = []
-
-    def start() -> Started:
-        engines.append(LLMEngine(config))
-        [llm] = engines
-        return Started(llm.executor.num_kvcache_blocks, llm.model_runner.has_lm_head)
-
     assert config.replica is not None
-    pipe.send_bytes(pack(CallReply(0, Reply.of(start).pack(config.replica))))
-    for llm in engines:
-        with llm:
-            ReplicaLoop(llm, pipe).run()
+    outcome = Reply.of(lambda: LLMEngine(config))
+    if (llm := outcome.result) is not None:
+        outcome = Reply(Started(llm.executor.num_kvcache_blocks, llm.model_runner.has_lm_head))
+    pipe.send_bytes(pack(CallReply(0, outcome.pack(config.replica))))
+    if llm is None:
+        pipe.recv_bytes()  # the engine has the error, and ends this process
+        return
+    with llm:
+        ReplicaLoop(llm, pipe).run()
 
 
 class _Told:
@@ -146,7 +145,8 @@ class ReplicaLoop:
             if not is_fault(error):
                 raise
             ending = Ending("abort", describe(error), sendable(error), None)
-            self._refused.append(Update(submission.ticket, [], [], [], 0, 0, ending))
+            further = Further([], [], 0, 0, ending)
+            self._refused.append(Update(submission.ticket, [], further))
             return
         self.llm.queue([request])
         [seq] = request.sequences

@@ -20,7 +20,7 @@ from nanovllm.config import Config
 from nanovllm.parameters import parameters
 
 OUR_NAMES = {name: alias for alias, name in ALIASES.items()}
-SHORT_OPTIONS = {"tensor_parallel_size": "-tp", "quantization": "-q"}
+SHORT_OPTIONS = {"tensor_parallel_size": "-tp", "data_parallel_size": "-dp", "quantization": "-q"}
 
 
 class FlexibleArgumentParser(argparse.ArgumentParser):

@@ -117,11 +117,9 @@ class Ending(NamedTuple):
     pooled: Any
 
 
-class Update(NamedTuple):
-    """What a sequence has got since the last update."""
+class Further(NamedTuple):
+    """What a sequence has got beside tokens; as of `Sequence` and `FeatureState`."""
 
-    ticket: int
-    token_ids: list[int]
     logprobs: list[LogprobRow]
     prompt_logprobs: list[LogprobRow]  # all, once
     num_cached_tokens: int
@@ -129,7 +127,7 @@ class Update(NamedTuple):
     ending: Ending | None
 
     def apply(self, seq: Sequence) -> None:
-        """Give a sequence what has come, but its tokens and its end."""
+        """Give a sequence what has come, its end aside."""
         features = seq.features
         features.logprobs += self.logprobs
         if self.prompt_logprobs:
@@ -140,6 +138,14 @@ class Update(NamedTuple):
         seq.num_cached_tokens = self.num_cached_tokens
         if self.ending is not None:
             features.pooled = self.ending.pooled
+
+
+class Update(NamedTuple):
+    """What a sequence has got since the last update."""
+
+    ticket: int
+    token_ids: list[int]
+    further: Further | None  # always in the first update of a sequence and in the last
 
 
 @dataclass
@@ -182,30 +188,34 @@ class Death(NamedTuple):
 Message = Submit | Cancel | Call | ResetPrefixCache | Exit | Started | Progress | CallReply | Death
 
 
-def update_of(ticket: int, seq: Sequence, start: int, stop: int, tells_prompt: bool) -> Update:
+def update_of(ticket: int, seq: Sequence, start: int, stop: int, is_first: bool) -> Update:
     """An update of a replica's sequence.
 
     Args:
         ticket: its name.
         seq: the sequence.
         start, stop: which of its completion tokens are told; the last one tells its end too.
-        tells_prompt: whether the log probabilities of the prompt are told, if they are there.
+        is_first: whether nothing was told of it before.
     """
-    features, ending = seq.features, None
-    has_all = len(features.prompt_logprobs) == features.num_prompt_logprobs
-    if seq.is_finished and stop == seq.num_completion_tokens:
+    token_ids = seq.token_ids[seq.num_prompt_tokens + start : seq.num_prompt_tokens + stop]
+    is_last = seq.is_finished and stop == seq.num_completion_tokens
+    features = seq.features
+    if not (is_first or is_last or features.logprobs):
+        return Update(ticket, token_ids, None)
+    ending = None
+    if is_last:
         assert seq.finish_reason is not None
         error = None if seq.error is None else sendable(seq.error)
         ending = Ending(seq.finish_reason, seq.stop_reason, error, features.pooled)
-    return Update(
-        ticket,
-        seq.token_ids[seq.num_prompt_tokens + start : seq.num_prompt_tokens + stop],
+    has_all = len(features.prompt_logprobs) == features.num_prompt_logprobs
+    further = Further(
         features.logprobs[start:stop],
-        features.prompt_logprobs if tells_prompt and has_all else [],
+        features.prompt_logprobs if is_first and has_all else [],
         seq.num_cached_tokens,
         seq.num_cached_prompt_tokens,
         ending,
     )
+    return Update(ticket, token_ids, further)
 
 
 def pack(message: Message) -> bytes:

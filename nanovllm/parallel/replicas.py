@@ -6,6 +6,7 @@ waits for the engine. Another one for each replica writes, so that the engine wa
 
 import logging
 import os
+import pickle
 import queue
 import subprocess
 import threading
@@ -16,12 +17,17 @@ from dataclasses import dataclass, field
 from multiprocessing import connection
 
 from nanovllm.config import Config
-from nanovllm.errors import EngineDeadError
+from nanovllm.errors import ArgumentError, EngineDeadError
 from nanovllm.guards.visible_gpus import VARIABLE, gpus_of
 from nanovllm.parallel.calls import Reply
 from nanovllm.parallel.process import check_script, open_standard_files, start_process
 from nanovllm.parallel.replica_messages import CallReply, Death, Exit, Message, pack, unpack
-from nanovllm.parallel.workers import JOIN_SECONDS, POLL_SECONDS, cause_of_death
+from nanovllm.parallel.workers import (
+    JOIN_SECONDS,
+    POLL_SECONDS,
+    cause_of_death,
+    is_stopped,
+)
 
 logger = logging.getLogger("nanovllm")
 
@@ -35,6 +41,8 @@ class Replica:
     pipe: connection.Connection
     errors: connection.Connection  # the time and the traceback, if the replica fails
     outbox: "queue.SimpleQueue[bytes | None]" = field(default_factory=queue.SimpleQueue)
+    stopped_seconds: float = 0.0  # since somebody has stopped it
+    is_given_up: bool = False  # and has been killed therefore
 
     def __str__(self) -> str:
         return f"replica {self.index} (pid {self.process.pid})"
@@ -66,26 +74,28 @@ class ReplicaGroup:
     ) -> None:
         check_script()
         open_standard_files()
+        _check_picklable(config)
         self.size = config.data_parallel_size
         self.replicas: list[Replica] = []
         self.deaths: dict[int, str] = {}  # as the engine has been told
         self._inbox: queue.SimpleQueue[tuple[int, bytes | Death]] = queue.SimpleQueue()
         self._put_off: deque[tuple[int, Message]] = deque()  # came while a reply was waited for
         self._num_calls = 0
+        self._timeout = config.worker_timeout
         self._is_closing = False
-        started: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        outcome: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
         def start(index: int) -> Replica:
             own = config.replace(data_parallel_size=1, replica=index)
-            name, environment = f"nanovllm-replica-{index}", _environment(own, device_type)
-            return Replica(
-                index, *start_process(name, None, entry_point, own, environment=environment)
-            )
+            name = f"nanovllm-replica-{index}"
+            environment = _environment(own, device_type, self.size)
+            started = start_process(name, None, entry_point, own, environment=environment)
+            return Replica(index, *started)
 
-        self._monitor = threading.Thread(target=self._watch, args=(start, started), daemon=True)
+        self._monitor = threading.Thread(target=self._watch, args=(start, outcome), daemon=True)
         self._monitor.start()
         try:
-            error = started.get()
+            error = outcome.get()
             if error is not None:
                 raise error
             for replica in self.replicas:
@@ -194,7 +204,7 @@ class ReplicaGroup:
     def _watch(
         self,
         start: Callable[[int], Replica],
-        started: "queue.SimpleQueue[BaseException | None]",
+        outcome: "queue.SimpleQueue[BaseException | None]",
     ) -> None:
         """Start the replicas, pass on what they write, and stay until they are gone.
 
@@ -205,11 +215,17 @@ class ReplicaGroup:
                 self.replicas.append(start(index))
         except BaseException as error:
             self._kill()
-            started.put(error)
+            outcome.put(error)
         else:
-            started.put(None)
+            outcome.put(None)
         pipes = {replica.pipe: replica for replica in self.replicas}
+        last_look = time.monotonic()
         while pipes:
+            if (now := time.monotonic()) - last_look >= POLL_SECONDS:
+                # While this process itself is stopped or suspended, no time passes.
+                seconds, last_look = min(now - last_look, 2 * POLL_SECONDS), now
+                for replica in pipes.values():
+                    self._give_up_if_stopped(replica, seconds)
             for ready in connection.wait(list(pipes), POLL_SECONDS):
                 replica = pipes[ready]  # type: ignore[index]
                 try:
@@ -218,8 +234,18 @@ class ReplicaGroup:
                     del pipes[replica.pipe]
                     self._bury(replica)
 
+    def _give_up_if_stopped(self, replica: Replica, seconds: float) -> None:
+        """Kill a replica that is stopped for too long; `seconds` after the last look."""
+        is_paused = is_stopped(replica.process.pid)
+        replica.stopped_seconds = replica.stopped_seconds + seconds if is_paused else 0.0
+        if replica.stopped_seconds >= self._timeout:
+            replica.is_given_up = True
+            replica.process.kill()
+
     def _bury(self, replica: Replica) -> None:
         cause = cause_of_death(str(replica), replica.process, replica.errors)[1]
+        if replica.is_given_up:
+            cause = f"{replica} was stopped (SIGSTOP) for {self._timeout:g} s and given up"
         replica.process.kill()
         replica.process.wait()
         replica.errors.close()
@@ -238,11 +264,25 @@ def _write(replica: Replica) -> None:
     replica.pipe.close()
 
 
-def _environment(config: Config, device_type: str) -> dict[str, str]:
-    """Environment variables of a replica: ours, with its own GPUs, and as of no rank of vLLM's."""
+def _check_picklable(config: Config) -> None:
+    try:
+        pickle.dumps(config)
+    except Exception as error:  # of many types
+        raise ArgumentError(
+            f"the engine's parameters cannot be sent to its replicas: {error} (instead of a "
+            "tokenizer object give the path of its directory)"
+        ) from error
+
+
+def _environment(config: Config, device_type: str, size: int) -> dict[str, str]:
+    """Environment variables of a replica: ours, with its own GPUs, and as of no rank of vLLM's.
+
+    size: how many replicas share the host's CPUs.
+    """
     ours = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_DP_")}
     if device_type != "cuda":
-        return ours
+        num_threads = max(1, (os.cpu_count() or 1) // (size * config.tensor_parallel_size))
+        return {"OMP_NUM_THREADS": str(num_threads)} | ours
     assert config.replica is not None
     gpus = gpus_of(config.replica, config.tensor_parallel_size, os.environ.get(VARIABLE))
     return ours | {VARIABLE: gpus}

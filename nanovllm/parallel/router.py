@@ -18,6 +18,7 @@ from nanovllm.engine.scheduler_stats import SchedulerStats
 from nanovllm.engine.scheduling_policy import FCFSQueue
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.engine.sequence_errors import note_error, tell_rules
+from nanovllm.errors import ReplicaDiedError
 from nanovllm.parallel.replica_messages import Snapshot, Update
 
 # The load of a prompt's token, that of a generated one being 1: a prefill computes many at once.
@@ -30,10 +31,6 @@ MAX_PREFIXES = 2**16  # that are remembered
 # What a replica has beside its slots, so that it never waits for the engine: this share of them.
 RESERVE = 1 / 4
 MAX_DEATHS = 2  # a sequence whose replica has died so often may be the reason
-
-
-class ReplicaDiedError(RuntimeError):
-    """The replica that computed a request has died; the message names it."""
 
 
 class Link(Protocol):
@@ -145,6 +142,7 @@ class Router(Scheduler):
         self._num_sent = [0] * len(blocks_of)  # and not ended
         self._prefixes: OrderedDict[int, set[int]] = OrderedDict()  # hash -> who has it
         self._homes: dict[int, int] = {}  # of requests with several completions
+        self._num_new_tokens: dict[Sequence, int] = {}  # of those that `take` returned last
         self._num_deaths: dict[Sequence, int] = {}  # of replicas that had the sequence
         super().__init__(config)
         # A decode step of every replica.
@@ -251,36 +249,42 @@ class Router(Scheduler):
         """Give sequences what a replica has told of them, ends aside.
 
         Returns:
-            Those that have got anything, each once for every token of it; `postprocess` takes them.
+            Those that have got anything, for `postprocess`.
         """
         self.snapshots[index] = snapshot
         self._sum_up()
-        touched: list[Sequence] = []
+        self._num_new_tokens = {}
         for update in updates:
             seq = self._by_ticket.get(update.ticket)
             if seq is None:
                 continue  # it was cancelled
-            update.apply(seq)
-            for token_id in update.token_ids:
-                seq.token_ids.append(token_id)
-                if seq.finish_rules:
+            if seq.finish_rules:
+                for token_id in update.token_ids:
+                    seq.token_ids.append(token_id)
                     tell_rules(seq, token_id)
-            if update.ending is not None:
+            else:
+                seq.token_ids += update.token_ids
+            self._num_new_tokens[seq] = len(update.token_ids)
+            if update.further is None:
+                continue
+            update.further.apply(seq)
+            if (ending := update.further.ending) is not None:
                 self._drop_ticket(seq)
-                seq.finish_reason, seq.stop_reason, error, _ = update.ending
+                seq.finish_reason, seq.stop_reason, error, _ = ending
                 if error is not None:
                     note_error(seq, error)
-            touched += [seq] * max(1, len(update.token_ids))
-        return touched
+        return list(self._num_new_tokens)
 
     def postprocess(self, seqs: list[Sequence], token_ids: list[int | None]) -> list[Sequence]:
-        """End those of the sequences that have ended; returns all."""
-        for seq in dict.fromkeys(seqs):
+        """End those of the sequences that have ended; each is returned once for every new token."""
+        alive: list[Sequence] = []
+        for seq in seqs:
             if seq.status is SequenceStatus.FINISHED:
                 continue
+            alive += [seq] * max(1, self._num_new_tokens.get(seq, 1))
             if seq.finish_reason is not None or seq.error is not None:
                 self.finish(seq, "abort" if seq.error else str(seq.finish_reason))
-        return seqs
+        return alive
 
     def bury(self, index: int, cause: str, retries: bool) -> list[Sequence]:
         """Take back the sequences of a replica that has died.
@@ -294,6 +298,7 @@ class Router(Scheduler):
             Those that are to end, for `postprocess`.
         """
         self.alive.remove(index)
+        self._num_new_tokens = {}
         for holders in self._prefixes.values():
             holders.discard(index)
         ended: list[Sequence] = []

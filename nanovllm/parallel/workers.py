@@ -352,15 +352,15 @@ class WorkerGroup:
         """What keeps rank 0 waiting too long, if anything; `seconds` after the last look."""
         for worker in list(self.workers):
             progress = self.progress.of(worker.rank)
-            is_stopped = _is_stopped(worker.process.pid)
+            is_paused = is_stopped(worker.process.pid)
             # The start-up and a call may take a rank as long as they like, while it runs.
-            is_late = is_stopped if self.expects_answers else progress < self.progress.of(0)
+            is_late = is_paused if self.expects_answers else progress < self.progress.of(0)
             has_moved, worker.progress = progress != worker.progress, progress
             worker.silent_seconds += seconds
             if has_moved or not is_late:
                 worker.silent_seconds = 0.0
             if worker.silent_seconds >= self.timeout:
-                state = "is stopped (SIGSTOP) and " if is_stopped else ""
+                state = "is stopped (SIGSTOP) and " if is_paused else ""
                 return (
                     f"{worker} {state}has not answered for {self.timeout:g} s; worker_timeout "
                     "says how long to wait"
@@ -435,7 +435,7 @@ def _start_store(size: int) -> dist.TCPStore:
         )
 
 
-def _is_stopped(pid: int) -> bool:
+def is_stopped(pid: int) -> bool:
     """Whether a child of this process is stopped, as by SIGSTOP; False where nobody can tell."""
     if not hasattr(os, "waitid"):
         return False

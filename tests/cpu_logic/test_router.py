@@ -5,8 +5,9 @@ from scheduling_helpers import make_config, make_seq
 
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler_stats import SchedulerStats
-from nanovllm.parallel.replica_messages import Ending, Snapshot, Update
-from nanovllm.parallel.router import ReplicaDiedError, Router
+from nanovllm.errors import ReplicaDiedError
+from nanovllm.parallel.replica_messages import Ending, Further, Snapshot, Update
+from nanovllm.parallel.router import Router
 from nanovllm.sampling_params import SamplingParams
 
 SNAPSHOT = Snapshot(SchedulerStats(), 0, 10)
@@ -53,8 +54,9 @@ def sent(router):
 def tell(router, seq, token_ids, ending=None):
     """A replica's update of a sequence arrives."""
     place = router.places[seq]
-    update = Update(place.ticket, token_ids, [], [], 0, 0, ending)
+    update = Update(place.ticket, token_ids, ending and Further([], [], 0, 0, ending))
     touched = router.take(place.home, [update], SNAPSHOT)
+    assert touched == [seq]
     return router.postprocess(touched, [])
 
 
@@ -129,7 +131,7 @@ def test_an_abort_is_told_once_and_later_news_are_dropped():
     tickets = [router.places[seq].ticket for seq in seqs[:3]]
     router.abort([seqs[0], seqs[2], seqs[3]])
     assert router.link.cancelled == [(0, [tickets[0], tickets[2]])]
-    late = Update(tickets[0], [5], [], [], 0, 0, None)
+    late = Update(tickets[0], [5], None)
     assert router.take(0, [late], SNAPSHOT) == []
     assert [seq.finish_reason for seq in seqs] == ["abort", None, "abort", "abort"]
     assert list(router.running) == [seqs[1]] and not router.waiting

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from collections import deque
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
@@ -28,6 +29,19 @@ from nanovllm import (
     RequestError,
     SamplingParams,
     StructuredOutputsParams,
+)
+from nanovllm.engine.scheduler_stats import SchedulerStats
+from nanovllm.errors import ReplicaDiedError
+from nanovllm.parallel.replica_messages import (
+    Death,
+    Ending,
+    Further,
+    Progress,
+    Snapshot,
+    Started,
+    Submit,
+    Update,
+    unpack,
 )
 
 pytestmark = pytest.mark.slow
@@ -59,8 +73,13 @@ def one(tiny_dir):
 
 @pytest.fixture(scope="module")
 def two(tiny_dir):
-    with tiny_engine(tiny_dir, data_parallel_size=2, **SETTINGS) as llm:
+    """Two replicas of two ranks, over gloo: four processes beside this one."""
+    before = set(descendants(os.getpid()))
+    with tiny_engine(tiny_dir, data_parallel_size=2, tensor_parallel_size=2, **SETTINGS) as llm:
+        started = set(descendants(os.getpid())) - before
         yield llm
+    assert len(started) == 4
+    wait_until(lambda: not any(map(is_running, started)))
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +124,7 @@ def check_nothing_is_held(llm):
 
 def test_the_engine_is_an_llm_and_says_what_it_has(two):
     assert isinstance(two, LLM) and "data_parallel_size=2" in repr(two)
-    assert two.get_world_size() == 2 and two.get_world_size(include_dp=False) == 1
+    assert two.get_world_size() == 4 and two.get_world_size(include_dp=False) == 2
     assert sorted(replica_pids()) == [0, 1]
     with pytest.raises(AttributeError, match="collective_rpc and apply_model call functions"):
         two.model_runner.model  # noqa: B018
@@ -204,16 +223,18 @@ def test_queued_requests_wait_and_can_be_aborted(one, two, reference):
 
 def test_calls_reach_every_rank_in_order(two):
     ranks = two.collective_rpc(rank_functions.echo_rank, args=(1,), kwargs={"x": 2})
-    assert [pid for _, pid, _, _ in ranks] == [pid for _, pid in sorted(replica_pids().items())]
-    assert [(rank, args, kwargs) for rank, _, args, kwargs in ranks] == [(0, (1,), {"x": 2})] * 2
+    pids = [pid for rank, pid, _, _ in ranks if rank == 0]
+    assert pids == [pid for _, pid in sorted(replica_pids().items())]
+    assert [rank for rank, *_ in ranks] == [0, 1, 0, 1]
+    assert [tuple(given) for _, _, *given in ranks] == [((1,), {"x": 2})] * 4
     with pytest.raises(KeyError, match="injected on rank 0"):
         two.collective_rpc(rank_functions.fail_on_rank, args=(0,))
     with pytest.raises(ArgumentError, match="a lambda cannot be sent"):
         two.apply_model(lambda model: 1)
     with pytest.raises(ArgumentError, match="workers have no method 'nothing'"):
         two.collective_rpc("nothing")
-    [a, b] = two.apply_model(rank_functions.num_parameters)
-    assert a == b > 0
+    sizes = two.apply_model(rank_functions.num_parameters)
+    assert sizes[:2] == sizes[2:] and min(sizes) > 0
 
 
 def test_a_sleep_keeps_requests_that_run(one, two, reference):
@@ -299,27 +320,44 @@ def test_a_dead_replicas_requests_go_on_elsewhere(two, reference, caplog):
     assert not replica_pids()
 
 
-def test_two_replicas_of_two_ranks_and_the_requests_of_a_dead_one_fail_by_name(tiny_dir, reference):
-    llm = tiny_engine(
-        tiny_dir,
-        data_parallel_size=2,
-        tensor_parallel_size=2,
-        replica_death_policy="fail",
-        max_num_seqs=4,
-    )
-    pids, everyone = replica_pids(), descendants(os.getpid())
-    assert llm.get_world_size() == 4
-    assert generate(llm, PROMPTS, greedy(20)) == reference
-    assert [row[0] for row in llm.collective_rpc(rank_functions.echo_rank)] == [0, 1, 0, 1]
-    llm.collective_rpc(rank_functions.make_steps_slow, args=(0.03,))
-    threading.Timer(0.3, os.kill, (pids[0], signal.SIGKILL)).start()
-    with pytest.raises(RequestError, match=rf"ReplicaDiedError: replica 0 \(pid {pids[0]}\)") as e:
-        llm.generate(PROMPTS, greedy(20), use_tqdm=False)
-    ended = [output["token_ids"] for output in e.value.outputs]
-    failed = [output.error is not None for output in e.value.outputs]
-    assert 0 < sum(failed) < len(PROMPTS)
-    for index, is_failed in enumerate(failed):
-        assert is_failed or ended[index] == reference[index]
-    assert generate(llm, PROMPTS, greedy(20)) == reference
-    llm.exit()
-    wait_until(lambda: not any(map(is_running, everyone)))
+# ---- without processes ------------------------------------------------------------------------
+
+
+class FakeGroup:
+    """Two replicas: the first one dies, the second one answers every sequence with one token."""
+
+    def __init__(self, config, device_type, entry_point):
+        self.started = {index: Started(16, True) for index in range(config.data_parallel_size)}
+        self.messages = deque([(0, Death("replica 0 (pid 1) exited with code 3"))])
+
+    def post(self, index, packed):
+        message = unpack(packed)
+        if index == 1 and isinstance(message, Submit):
+            further = Further([], [], 0, 0, Ending("stop", None, None, None))
+            updates = [Update(one.ticket, [7], further) for one in message.submissions]
+            snapshot = Snapshot(SchedulerStats(), 0, 16)
+            self.messages.append((1, Progress(True, 3, updates, snapshot)))
+
+    def receive(self):
+        return self.messages.popleft()
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("policy", ["fail", "retry"])
+def test_the_policy_says_what_becomes_of_a_dead_replicas_requests(tiny_dir, monkeypatch, policy):
+    monkeypatch.setattr("nanovllm.parallel.replica_executor.ReplicaGroup", FakeGroup)
+    with tiny_engine(tiny_dir, data_parallel_size=2, replica_death_policy=policy) as llm:
+        if policy == "retry":
+            assert generate(llm, [[1], [2], [3]], greedy(5)) == [[7]] * 3
+            return
+        with pytest.raises(
+            RequestError, match=r"prompts\[0\] failed, and 1 more: Replica"
+        ) as raised:
+            llm.generate([[1], [2], [3]], greedy(5), use_tqdm=False)
+        outputs = raised.value.outputs
+        assert [output["token_ids"] for output in outputs] == [[], [7], []]
+        assert outputs[0].error == "ReplicaDiedError: replica 0 (pid 1) exited with code 3"
+        assert isinstance(raised.value.__cause__, ReplicaDiedError)
+        assert generate(llm, [[4]], greedy(5)) == [[7]], "the engine goes on"
