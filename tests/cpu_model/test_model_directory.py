@@ -64,7 +64,7 @@ def test_a_broken_tokenizer_is_refused_with_the_directory(model_dir):
 
 
 def test_bytes_for_no_block_are_refused_before_any_rank_starts(tiny_dir, monkeypatch):
-    monkeypatch.setattr("nanovllm.engine.llm_engine.MultiprocExecutor", None)
+    monkeypatch.setattr("nanovllm.parallel.executor.MultiprocExecutor", None)
     with pytest.raises(ArgumentError, match="raise kv_cache_memory_bytes"):
         LLM(str(tiny_dir), device="cpu", kv_cache_memory_bytes=1, tensor_parallel_size=2)
 
