@@ -201,7 +201,10 @@ def all_reduce_kernel(
     tl.store(out + row * WIDTH + column, y.to(dtype), mask=in_row)
 
 
-@jit(do_not_specialize=["first_token_id", "num_held"])
+@jit(
+    do_not_specialize=["first_token_id", "num_held"],
+    do_not_specialize_on_alignment=["input_ids"],  # a slice of a packed buffer
+)
 def embedding_kernel(
     out,  # [T, WIDTH]
     input_ids,  # [T] int32

@@ -339,7 +339,8 @@ def _take_in(
     return is_open, bracket, maximum
 
 
-@jit(do_not_specialize_on_alignment=["temperatures", "top_p"])
+# Whether a pass's partials are aligned depends on the batch size.
+@jit(do_not_specialize_on_alignment=["partials", "new_partials", "temperatures", "top_p"])
 def _pass_kernel(
     thresholds,  # [B] float32
     records,  # [B, RECORD_SIZE] before the pass ahead; in the first pass, before this one
@@ -446,7 +447,7 @@ def _load_collected(
     return tl.load(pointers, mask=index < end, other=-INF).to(tl.float32)
 
 
-@jit(do_not_specialize_on_alignment=["temperatures", "top_p"])
+@jit(do_not_specialize_on_alignment=["partials", "temperatures", "top_p"])
 def _finish_kernel(
     thresholds,
     records,  # [B, RECORD_SIZE] before the last pass
