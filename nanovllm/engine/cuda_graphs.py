@@ -1,5 +1,6 @@
 """Decode steps captured as CUDA graphs, one for each padded batch size."""
 
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
 
@@ -33,9 +34,6 @@ class DecodeGraphs:
         self.rows = rows
         self.decode = decode
         self.sizes = batch_sizes(max_num_seqs)
-        self._padded = [0] * (max_num_seqs + 1)
-        for size in reversed(self.sizes):
-            self._padded[1 : size + 1] = [size] * size
         # Both by (size, has_common_blocks).
         self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self.outputs: dict[tuple[int, bool], torch.Tensor] = {}
@@ -47,7 +45,7 @@ class DecodeGraphs:
 
     def padded_size(self, num_seqs: int) -> int:
         """The captured size that serves a batch of `num_seqs`."""
-        return self._padded[num_seqs]
+        return self.sizes[bisect_left(self.sizes, num_seqs)]
 
     def replay(self, size: int, has_common_blocks: bool = False) -> torch.Tensor:
         """Run the step of `size`; its token ids [size] int32, valid until the next replay."""

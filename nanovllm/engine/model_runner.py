@@ -72,7 +72,7 @@ class ModelRunner(RankState):
         last_tokens = DecodeMetadata(
             slot_mapping=inputs.slot_mappings[0],
             block_tables=inputs.last_block_tables,
-            context_lens=inputs.last_positions + 1,
+            context_lens=inputs.last_lengths,
             logits_indices=inputs.last_tokens,
         )
         metadata = PrefillMetadata(

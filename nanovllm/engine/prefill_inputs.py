@@ -25,6 +25,7 @@ class PrefillInputs(NamedTuple):
     block_tables: torch.Tensor  # [S, W] int32, of all cache groups
     last_tokens: torch.Tensor  # [N] int32, where the sampled sequences end among the tokens
     last_positions: torch.Tensor  # [N] int32, index of these tokens in their sequences
+    last_lengths: torch.Tensor  # [N] int32, one more: what they attend to
     last_block_tables: torch.Tensor  # [N, W] int32
     seq_rows: torch.Tensor  # [S] int32, of all sequences
     rows: torch.Tensor  # [N] int32, of those that are sampled or pooled
@@ -71,6 +72,7 @@ def prefill_inputs(
         "block_tables": block_tables,
         "last_tokens": cu_seqlens_q[1:][is_last] - 1,
         "last_positions": (plan.starts + plan.lengths)[is_last] - 1,
+        "last_lengths": (plan.starts + plan.lengths)[is_last],
         "last_block_tables": block_tables[is_last],
         "seq_rows": plan.rows,
         "rows": plan.rows[is_last],

@@ -61,6 +61,7 @@ def test_inputs_are_those_of_a_loop_over_the_tokens(prefill):
     slots: list[list[int]] = [[] for _ in range(num_groups)]
     positions, ends_q, ends_k = [], [0], [0]
     last_tokens, last_positions, rows, seeds, temperature_bits = [], [], [], [], []
+    last_lengths = []
     numbers = zip(plan.rows, plan.starts, plan.lengths, plan.shared, plan.is_last, strict=True)
     for row, start, length, shared, is_last in (map(int, line) for line in numbers):
         state = row_table[row].tolist()
@@ -75,6 +76,7 @@ def test_inputs_are_those_of_a_loop_over_the_tokens(prefill):
         if is_last:
             last_tokens.append(len(positions) - 1)
             last_positions.append(start + length - 1)
+            last_lengths.append(start + length)
             rows.append(row)
             seeds.append(state[row_state.SEED : row_state.SEED + 2])
             temperature_bits.append(state[row_state.TEMPERATURE])
@@ -88,6 +90,7 @@ def test_inputs_are_those_of_a_loop_over_the_tokens(prefill):
         block_tables=torch.from_numpy(row_table[plan.rows, row_state.BLOCK_TABLE :]),
         last_tokens=torch.from_numpy(int32(last_tokens)),
         last_positions=torch.from_numpy(int32(last_positions)),
+        last_lengths=torch.from_numpy(int32(last_lengths)),
         last_block_tables=torch.from_numpy(row_table[int32(rows), row_state.BLOCK_TABLE :]),
         seq_rows=torch.from_numpy(plan.rows),
         rows=torch.from_numpy(int32(rows)),
