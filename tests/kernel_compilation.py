@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,33 +21,20 @@ from unittest import mock
 
 import torch
 import triton
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
-from triton.experimental.gluon.nvidia import hopper
 from triton.runtime import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 import nanovllm.kernels.triton
-from nanovllm.kernels.device import RESERVED_SHARED_MEMORY, device_limits
+from nanovllm.kernels.device import KNOWN_GPUS, RESERVED_SHARED_MEMORY, limits_of_gpu
+from nanovllm.kernels.triton.compilation import AbsentGPU, as_argument
 
 CUDA = torch.device("cuda", 0)
 Capability = tuple[int, int]
-# Bytes of shared memory that a program may ask for: "Compute Capabilities" in the CUDA Programming
-# Guide, technical specifications, maximum amount of shared memory per thread block.
-SHARED_MEMORY: dict[Capability, int] = {
-    (7, 5): 64 << 10,
-    (8, 0): 163 << 10,
-    (8, 6): 99 << 10,
-    (8, 9): 99 << 10,
-    (9, 0): 227 << 10,
-    (10, 0): 227 << 10,
-    (12, 0): 99 << 10,
-}
-# Of a card of each kind: T4, A100, RTX 3090, RTX 4090, H200, B200, RTX 5090.
-NUM_SMS = dict(zip(SHARED_MEMORY, (40, 108, 82, 128, 132, 148, 170), strict=True))
+# Bytes that a program may ask for.
+SHARED_MEMORY = {capability: limits.shared_memory for capability, limits in KNOWN_GPUS.items()}
 TENSOR_MEMORY = 512  # columns that a program may have where there is tensor memory (10.0)
 CAPABILITIES = [capability for capability in SHARED_MEMORY if capability >= (8, 0)]
 
@@ -122,22 +109,6 @@ class Launches:
         return self.failures + [text for one in self.compiled if (text := one.problem())]
 
 
-class StandIn:
-    """A driver of Triton for a GPU that is not there. Its device's number is the capability."""
-
-    def __init__(self, capability: Capability) -> None:
-        self._number = 10 * capability[0] + capability[1]
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self._number, 32)
-
-    def get_current_device(self) -> int:
-        return self._number
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 class Views(TorchFunctionMode):
     """What a build of torch without CUDA lacks for fake tensors: slices, and tensors of lists."""
 
@@ -157,26 +128,6 @@ class Views(TorchFunctionMode):
                 x = x.narrow(dim, begin, end - begin)
                 dim += 1
         return x
-
-
-class Pointer:
-    """A fake tensor as Triton takes it, at its place in memory that begins at 0."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.dtype = tensor.dtype
-        self.shape = tensor.shape
-        self._address = tensor.storage_offset() * tensor.itemsize
-
-    def data_ptr(self) -> int:
-        return self._address
-
-
-def as_argument(value: Any) -> Any:
-    if isinstance(value, FakeTensor):
-        return Pointer(value)
-    if isinstance(value, (TensorDescriptor, hopper.TensorDescriptor)):
-        return replace(value, base=Pointer(value.base))
-    return value
 
 
 class AllocatedError(Exception):
@@ -244,7 +195,7 @@ def compiling_for(
     properties = SimpleNamespace(
         major=capability[0],
         minor=capability[1],
-        multi_processor_count=NUM_SMS[capability],
+        multi_processor_count=KNOWN_GPUS[capability].num_sms,
         shared_memory_per_multiprocessor=SHARED_MEMORY[capability] + RESERVED_SHARED_MEMORY,
     )
 
@@ -284,9 +235,9 @@ def compiling_for(
     with ExitStack() as stack:
         patch = mock.patch.object
         stack.enter_context(patch(torch.cuda, "get_device_properties", lambda device: properties))
-        device_limits.cache_clear()
-        stack.callback(device_limits.cache_clear)
-        stack.enter_context(patch(triton.runtime.driver, "_active", StandIn(capability)))
+        limits_of_gpu.cache_clear()
+        stack.callback(limits_of_gpu.cache_clear)
+        stack.enter_context(patch(triton.runtime.driver, "_active", AbsentGPU(capability)))
         stack.enter_context(patch(knobs.cache, "dir", str(cache)))
         stack.enter_context(patch(knobs.runtime, "add_stages_inspection_hook", hook))
         for kernel in kernels().values():

@@ -11,7 +11,9 @@ import torch
 
 from nanovllm.compat import local_rank
 from nanovllm.config import Config
+from nanovllm.engine.backend import choose_ops
 from nanovllm.engine.cache_groups import most_blocks
+from nanovllm.engine.compile_ahead import compiling_ahead
 from nanovllm.engine.kv_cache import group_block_bytes
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.state_cache import row_bytes
@@ -21,8 +23,6 @@ from nanovllm.guards.versions import check_transformers
 from nanovllm.guards.visible_gpus import take_gpus
 from nanovllm.inputs.generation_config import default_sampling_params, eos_token_ids
 from nanovllm.inputs.tokenizer import Tokenizer, load_tokenizer
-from nanovllm.kernels.ops import Ops
-from nanovllm.kernels.select import MAX_TRITON_HEAD_DIM, select_ops
 from nanovllm.models.decoder import kv_cache_spec
 from nanovllm.models.hybrid import state_specs
 from nanovllm.models.size import check_size, device_memory
@@ -33,31 +33,6 @@ from nanovllm.sampling_params import SamplingParams
 MAX_CPU_CACHE_BYTES = 4 << 30
 # GPU memory kept for what no profile shows: CUDA context, captured graphs, fragmentation.
 RESERVED_GPU_BYTES = 1 << 30
-
-
-def choose_ops(
-    config: Config, device: torch.device, capability: tuple[int, int] | None = None
-) -> Ops:
-    """The operations of the configured backend; ArgumentError if it cannot run here.
-
-    capability: as of `select_ops`.
-    """
-    uses_transformers = config.model_config.uses_transformers
-    head_dim = config.model_config.head_dim
-    if uses_transformers:  # attention that the kernels do not take goes without them
-        head_dim = min(head_dim, MAX_TRITON_HEAD_DIM)
-    try:
-        return select_ops(
-            config.attention_backend,
-            device,
-            config.resolve_dtype(),
-            head_dim,
-            compile_torch_ops=not (config.enforce_eager or uses_transformers),
-            kv_cache_dtype=config.resolve_kv_cache_dtype(),
-            capability=capability,
-        )
-    except ValueError as error:
-        raise ArgumentError(str(error)) from error
 
 
 def prepare(
@@ -118,7 +93,9 @@ def start_model_runner(
     """
     is_cuda = device.type == "cuda"
     free_at_start = torch.cuda.mem_get_info(device)[0] if is_cuda else 0
-    runner = ModelRunner(config, device, tp, choose_ops(config, device))
+    ops = choose_ops(config, device)
+    with compiling_ahead(config, device, tp, ops):
+        runner = ModelRunner(config, device, tp, ops)
     with runner.on_device():
         gpu_bytes = None
         if is_cuda:
@@ -133,7 +110,7 @@ def start_model_runner(
 
 
 def _warm_up(runner: ModelRunner) -> int:
-    """Run the largest steps once, which builds the kernels; returns the activations' peak bytes."""
+    """Run the largest steps once; returns the activations' peak bytes."""
     device = runner.device
     runner.allocate_kv_cache(num_blocks=1)
     torch.cuda.reset_peak_memory_stats(device)

@@ -10,7 +10,6 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,25 +17,20 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanovllm.config import Config
+from nanovllm.engine.backend import choose_ops
 from nanovllm.engine.cache_groups import num_group_blocks
 from nanovllm.engine.cuda_graphs import batch_sizes
+from nanovllm.engine.dry_runner import META, DryRunner
 from nanovllm.engine.kv_cache import group_block_bytes
-from nanovllm.engine.launched_step import LaunchedStep
-from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.sequence import Sequence as EngineSequence
 from nanovllm.engine.startup import (
     cache_bytes,
-    choose_ops,
     decide_num_blocks,
     engine_share,
     run_largest_decode,
     run_largest_prefill,
 )
-from nanovllm.engine.step_plan import StepPlan
 from nanovllm.errors import ArgumentError, shown
-from nanovllm.parallel.tensor_parallel import TensorParallel
 
-META = torch.device("meta")
 GIB = 1 << 30
 MIB = 1 << 20
 ALLOCATION = 512  # bytes: torch's allocator on a GPU rounds up to a multiple
@@ -219,9 +213,17 @@ def _gpu_bytes(value: int | str | None) -> int:
 
 
 def _capability(value: str | tuple[int, int] | None) -> tuple[int, int]:
-    if value is None:
-        is_there = torch.cuda.is_available()
-        return torch.cuda.get_device_capability(0) if is_there else DEFAULT_CAPABILITY
+    if value is not None:
+        return parse_capability(value)
+    return torch.cuda.get_device_capability(0) if torch.cuda.is_available() else DEFAULT_CAPABILITY
+
+
+def parse_capability(value: str | tuple[int, int]) -> tuple[int, int]:
+    """The pair of a compute capability like "8.9" or (8, 9).
+
+    Raises:
+        ArgumentError: it is neither.
+    """
     match = re.fullmatch(r"(\d{1,2})\.(\d)", value) if isinstance(value, str) else None
     pair = match.groups() if match else value
     try:
@@ -278,36 +280,6 @@ class LiveMemory(TorchDispatchMode):
         self.bytes -= num_bytes
 
 
-class DryRunner(ModelRunner):
-    """A rank's runner on the device "meta": its weights have shapes and no values."""
-
-    def reload_weights(self) -> None:
-        """Leave the parameters without values."""
-        self.has_lm_head = True
-
-    @torch.inference_mode()
-    def execute(self, plan: StepPlan, seqs: Iterable[EngineSequence] = ()) -> LaunchedStep:
-        """Run a prefill plan; no token reaches the host."""
-        step = LaunchedStep(plan, list(seqs))
-        self._execute_prefill(step)
-        return step
-
-
-class _Done:
-    """A sum over the ranks that has ended."""
-
-    def wait(self, timeout: timedelta | None = None) -> None:
-        """Return at once."""
-
-
-class _LoneGroup:
-    """The group of a dry run's rank: sums stay this rank's terms."""
-
-    def allreduce(self, tensors: list[torch.Tensor], options: object) -> _Done:
-        """As of torch's process groups."""
-        return _Done()
-
-
 def new_dry_runner(config: Config, capability: tuple[int, int]) -> DryRunner:
     """Rank 0's runner of the engine with `config` on a GPU of this compute capability.
 
@@ -333,8 +305,7 @@ def new_dry_runner(config: Config, capability: tuple[int, int]) -> DryRunner:
             f"attention_backend {backend!r} would compute without Triton's kernels here: the "
             "memory of that only a real start tells"
         )
-    size = config.tensor_parallel_size
-    return DryRunner(config, META, TensorParallel(0, size, _LoneGroup() if size > 1 else None), ops)
+    return DryRunner(config, ops)
 
 
 def dry_run(config: Config, gpu_memory: int, capability: tuple[int, int]) -> MemoryEstimate:

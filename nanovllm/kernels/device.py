@@ -1,6 +1,9 @@
 """What a GPU offers to a kernel: all that choices of tiles and of instructions depend on."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -29,13 +32,43 @@ class DeviceLimits:
 
 
 INTERPRETER = DeviceLimits((0, 0), 1, sys.maxsize)
+# A card of each kind: T4, A100, RTX 3090, RTX 4090, H200, B200, RTX 5090. Shared memory: "Compute
+# Capabilities" in the CUDA Programming Guide, maximum amount of it per thread block.
+KNOWN_GPUS = {
+    limits.capability: limits
+    for limits in (
+        DeviceLimits((7, 5), 40, 64 << 10),
+        DeviceLimits((8, 0), 108, 163 << 10),
+        DeviceLimits((8, 6), 82, 99 << 10),
+        DeviceLimits((8, 9), 128, 99 << 10),
+        DeviceLimits((9, 0), 132, 227 << 10),
+        DeviceLimits((10, 0), 148, 227 << 10),
+        DeviceLimits((12, 0), 170, 99 << 10),
+    )
+}
+_limits_of_meta: ContextVar[DeviceLimits] = ContextVar("limits of meta", default=INTERPRETER)
+
+
+@contextmanager
+def meta_stands_for(limits: DeviceLimits) -> Iterator[None]:
+    """Within it the device "meta" has these limits: a dry run chooses what that GPU would get."""
+    token = _limits_of_meta.set(limits)
+    try:
+        yield
+    finally:
+        _limits_of_meta.reset(token)
+
+
+def device_limits(device: torch.device) -> DeviceLimits:
+    """The limits of a CUDA device; of "meta" see `meta_stands_for`; else the interpreter's."""
+    if device.type == "cuda":
+        return limits_of_gpu(device)
+    return _limits_of_meta.get() if device.type == "meta" else INTERPRETER
 
 
 @lru_cache
-def device_limits(device: torch.device) -> DeviceLimits:
-    """The limits of a CUDA device; those of Triton's interpreter for any other."""
-    if device.type != "cuda":
-        return INTERPRETER
+def limits_of_gpu(device: torch.device) -> DeviceLimits:
+    """The limits of a CUDA device."""
     properties = torch.cuda.get_device_properties(device)
     return DeviceLimits(
         (properties.major, properties.minor),

@@ -27,6 +27,11 @@ def needs_history(seq: SampledSequence, rules: TokenRules | None) -> bool:
     return has_penalties(seq.sampling_params) or (rules is not None and rules.needs_history)
 
 
+def edited_width(vocab_size: int) -> int:
+    """Columns of edited logits. The last is no token's: what must not be written goes there."""
+    return (vocab_size // ALIGNMENT + 1) * ALIGNMENT
+
+
 class DrawInputs:
     """What the filters and the draw read of E sequences.
 
@@ -88,8 +93,7 @@ class EditedRows:
         self.indices: torch.Tensor | None = None  # [P] int64; None: all of them, in order
         if indices != list(range(len(seqs))):
             self.indices = upload_one(np.array(indices, dtype=np.int64), device)
-        # At least the last column is no token's: what must not be written goes there.
-        self.width = (vocab_size // ALIGNMENT + 1) * ALIGNMENT
+        self.width = edited_width(vocab_size)
         own = self.seqs = [seqs[i] for i in indices]
         self.engine_processors = engine_processors
         self.is_scaled = engine_processors is not None and engine_processors.has_invariant

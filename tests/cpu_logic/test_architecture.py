@@ -16,7 +16,7 @@ PACKAGE = "nanovllm"
 # A module imports from its own line and from lines below it. A name stands for a module or for the
 # rest of a package; "" is the package's `__init__`.
 ORDER = [
-    "batch estimate",
+    "batch estimate warmup",
     "",
     "vllm_engine",
     "llm",

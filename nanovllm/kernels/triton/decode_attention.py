@@ -22,6 +22,7 @@ from nanovllm.kernels.triton.fp8 import unpack_pairs
 from nanovllm.kernels.triton.launch import (
     await_previous,
     await_previous_alone,
+    is_gpu,
     jit,
     num_multiprocessors,
     overlap_options,
@@ -574,7 +575,7 @@ def decode_attention(
         TILE=tile,
         MERGE_GROUP=merge_group,
         MERGE_PARTS=merge_parts,
-        ASSEMBLY=query.is_cuda,  # the interpreter runs none
+        ASSEMBLY=is_gpu(query.device),
         WINDOWED=window is not None,
         num_warps=num_warps or (NUM_WARPS if tile <= TILE else 2 * NUM_WARPS),
         num_stages=num_stages,

@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nanovllm.kernels.triton.launch import is_hopper, num_multiprocessors
+from nanovllm.kernels.triton.launch import is_hopper, num_multiprocessors, with_dry_runs
 from nanovllm.kernels.types import KVCache, PrefillMetadata
 
 BLOCK_M = 64  # queries of a warpgroup
@@ -284,6 +284,7 @@ def _compute(
 
 
 # Tables and lengths may be slices of one packed buffer: no recompilation for their alignment.
+@with_dry_runs
 @gluon.jit(
     do_not_specialize=["num_seqs", "most_items", "stride_table"],
     do_not_specialize_on_alignment=["block_tables", "cu_seqlens_q", "cu_seqlens_k"],
@@ -421,6 +422,5 @@ def hopper_prefill(
         COMPUTING_REGISTERS=COMPUTING_REGISTERS,
         COPYING_REGISTERS=COPYING_REGISTERS,
         num_warps=4,
-        enable_fp_fusion=True,
     )
     return out

@@ -8,6 +8,9 @@ earlier kernels are done. Hence `release_next` may come at any time, even before
 next kernel's programs wait for this one's completion, whenever they come.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -15,9 +18,12 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.device import device_limits
+from nanovllm.kernels.device import INTERPRETER, device_limits
 
 OVERLAP_LAUNCHES = True  # off for an ablation
+# Takes a kernel, its arguments and its options.
+Recorder = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
+_recorder: ContextVar[Recorder | None] = ContextVar("recorder of dry launches", default=None)
 
 
 def jit(function: Any = None, **options: Any) -> Any:
@@ -27,17 +33,33 @@ def jit(function: Any = None, **options: Any) -> Any:
     """
     if function is None:
         return partial(jit, **options)
-    kernel = triton.jit(function, **options)
+    return with_dry_runs(triton.jit(function, **options))
+
+
+def with_dry_runs(kernel: Any) -> Any:
+    """A kernel of Triton or Gluon, with what `jit` adds."""
     # What `kernel[grid](...)` calls.
-    kernel.run = partial(_run, kernel.run, enable_fp_fusion=True)
+    kernel.run = partial(_run, kernel, kernel.run, enable_fp_fusion=True)
     return kernel
 
 
-def _run(run: Any, *args: Any, **options: Any) -> Any:
+def _run(kernel: Any, run: Any, *args: Any, **options: Any) -> Any:
     """`run(...)`, unless the first argument, the output, has no memory: in a dry run."""
     if getattr(args[0], "is_meta", False):
+        if record := _recorder.get():
+            record(kernel, args, options)
         return None
     return run(*args, **options)
+
+
+@contextmanager
+def recording(record: Recorder) -> Iterator[None]:
+    """Within it `record` is called for each launch of a dry run."""
+    token = _recorder.set(record)
+    try:
+        yield
+    finally:
+        _recorder.reset(token)
 
 
 @jit
@@ -71,7 +93,12 @@ def await_previous_alone(OVERLAP: tl.constexpr):
 
 def has_bulk_copies(device: torch.device) -> bool:
     """Whether tensor descriptors load by Hopper's bulk tensor copies, 64-row products included."""
-    return device.type != "cuda" or is_hopper(device)
+    return not is_gpu(device) or is_hopper(device)
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Whether kernels on it may have a GPU's instructions, which the interpreter has not."""
+    return device_limits(device) is not INTERPRETER
 
 
 def is_hopper(device: torch.device) -> bool:

@@ -21,6 +21,7 @@ import triton.language as tl
 from nanovllm.kernels.device import DeviceLimits, device_limits
 from nanovllm.kernels.triton.launch import (
     await_previous,
+    is_gpu,
     jit,
     num_multiprocessors,
     overlap_options,
@@ -408,7 +409,7 @@ def as_int16(weight: PackedWeight) -> torch.Tensor:
 
 def uses_assembly(x: torch.Tensor) -> bool:
     """Whether `unpack_4` and `unpack_8` to x's dtype, and where it lies, have instructions."""
-    return x.is_cuda and x.dtype != torch.float32
+    return is_gpu(x.device) and x.dtype != torch.float32
 
 
 def added_to(weight: PackedWeight, x: torch.Tensor, block_m: int, num_warps: int) -> int:

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.triton.launch import await_previous, jit, overlap_options
+from nanovllm.kernels.triton.launch import await_previous, is_gpu, jit, overlap_options
 
 CHUNK = 4096  # logits per program of stage 1
 NUM_WARPS = 4
@@ -206,7 +206,7 @@ def sample(
     )
     options = {
         "CHUNK": CHUNK,
-        "APPROXIMATE": logits.is_cuda,  # the interpreter runs no assembly
+        "APPROXIMATE": is_gpu(logits.device),
         "num_warps": NUM_WARPS,
         **overlap_options(logits.device),
     }

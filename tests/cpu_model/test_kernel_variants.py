@@ -1,0 +1,253 @@
+"""What is compiled ahead of a start, against what steps of other sizes launch, by Triton's keys."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from triton import knobs
+
+from nanovllm import ArgumentError
+from nanovllm import warmup as command
+from nanovllm.config import Config
+from nanovllm.engine import kernel_variants
+from nanovllm.engine.backend import choose_ops
+from nanovllm.engine.dry_runner import META, DryRunner
+from nanovllm.engine.kernel_variants import record_variants, token_counts
+from nanovllm.engine.sequence import Wants
+from nanovllm.engine.step_plan import StepPlan
+from nanovllm.features.warmup import warm_up
+from nanovllm.kernels.device import KNOWN_GPUS, meta_stands_for
+from nanovllm.kernels.triton.compilation import as_argument, compile_all, compiling_for
+from nanovllm.kernels.triton.launch import recording
+from nanovllm.sampling.batch import edited_width
+
+HOPPER, ADA = KNOWN_GPUS[9, 0], KNOWN_GPUS[8, 9]
+DENSE = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 500,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "eos_token_id": 2,
+    "torch_dtype": "bfloat16",
+}
+MIXTURE = DENSE | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 6,  # logits whose rows are no multiple of 16 bytes
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+    "tie_word_embeddings": False,
+    "num_hidden_layers": 2,
+}
+WINDOWED = DENSE | {
+    "use_sliding_window": True,
+    "sliding_window": 300,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"],
+}
+SIZES = {"max_model_len": 2048, "max_num_batched_tokens": 2048, "max_num_seqs": 140}
+CASES = {
+    "dense": (DENSE, HOPPER, {}),
+    "windows, fp8 cache": (WINDOWED, ADA, {"kv_cache_dtype": "fp8"}),
+    "experts of two ranks": (MIXTURE, HOPPER, {"tensor_parallel_size": 2}),
+    "4 bits": (DENSE, ADA, {"quantization": "int4"}),
+    "fp8": (DENSE, HOPPER, {"quantization": "fp8"}),
+}
+Keys = set[tuple[str, str]]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A function that gives the directory of a config.json, and nothing else."""
+
+    def write(raw: dict) -> str:
+        path = tmp_path_factory.mktemp("model")
+        (path / "config.json").write_text(json.dumps(raw))
+        return str(path)
+
+    return write
+
+
+@contextmanager
+def keys_of_launches(capability: tuple[int, int]) -> Iterator[Keys]:
+    """By which Triton would look for compiled kernels of the launches of dry runs."""
+    keys: Keys = set()
+
+    def note(*, key, fn, **other) -> bool:
+        keys.add((fn.name, key))
+        return True  # not to be compiled
+
+    def launch(kernel, args, options) -> None:
+        kernel.run(*map(as_argument, args), **{**options, "warmup": True})
+
+    with pytest.MonkeyPatch.context() as patch, compiling_for(capability), recording(launch):
+        patch.setattr(knobs.runtime, "jit_cache_hook", note)
+        yield keys
+
+
+def keys_of(variants, capability: tuple[int, int]) -> Keys:
+    with keys_of_launches(capability) as keys:
+        for variant in variants:
+            variant.compile()
+    return keys
+
+
+def run_prefill(runner: DryRunner, lengths: list[int], starts: int, want: int) -> None:
+    size = len(lengths)
+    plan = StepPlan(
+        is_prefill=True,
+        rows=np.arange(size, dtype=np.int32),
+        updates=np.zeros((3, 2), dtype=np.int32),
+        wants=np.full(size, want, dtype=np.int32),
+        token_ids=np.zeros(sum(lengths), dtype=np.int32),
+        starts=np.full(size, starts, dtype=np.int32),
+        lengths=np.array(lengths, dtype=np.int32),
+        shared=np.zeros(size, dtype=np.int32),
+        is_last=np.arange(size, dtype=np.int32) % 3 != 1,
+    )
+    runner.execute(plan)
+
+
+def run_many_sizes(runner: DryRunner) -> None:
+    """Steps as batches of any requests make them."""
+    for lengths in ([5], [9, 1, 6], [7] * 21, [61] * 3, [250], [1] * 110, [1500]):
+        for starts in (0, 500):
+            for want in (0, Wants.PROMPT):
+                run_prefill(runner, lengths, starts, want)
+    ops, vocab_size = runner.ops, runner.config.model_config.vocab_size
+    for size in (1, 3, 5, 6, 12, 23, 57, 100, 130):
+        for has_common_blocks in {False, runner.reads_common_blocks_once}:
+            runner.decode(runner.decode_rows[:size], has_common_blocks)
+        # Inputs lie anywhere in a packed buffer.
+        packed = torch.empty(9 * size + 9, device=META)
+        floats = packed[1 : 4 * size + 1].view(4, size)
+        integers = packed.view(torch.int32)[3 : size + 3]
+        seeds = packed.view(torch.int32)[5 : 2 * size + 5].view(size, 2)
+        widths = {edited_width(vocab_size): torch.float32}
+        widths[runner.tp.size * runner.decode_logits.shape[1]] = torch.bfloat16
+        for width, dtype in widths.items():
+            logits = torch.empty(size, width, dtype=dtype, device=META)
+            limits = ops.filter_thresholds(
+                logits, floats[0], integers, floats[1], floats[2], vocab_size
+            )
+            for thresholds in (None, limits):
+                ops.sample(logits, floats[0], seeds, integers, 0, vocab_size, thresholds)
+        ops.write_back(runner.row_table, integers, integers, integers)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_step_needs_a_kernel_that_is_not_compiled_ahead(case, directory, monkeypatch):
+    raw, limits, options = CASES[case]
+    config = Config.from_kwargs(directory(raw), SIZES | options)
+    capability = limits.capability
+    compiled = keys_of(record_variants(config, limits), capability)
+    # A runner of all layers, and the peers' memory of the one that was recorded.
+    with meta_stands_for(limits):
+        ops = choose_ops(config, META, capability)
+        peers = kernel_variants.new_peers(config, 0) if config.tensor_parallel_size > 1 else None
+        runner = DryRunner(config, ops, 0, peers)
+        runner.allocate_kv_cache(1)
+        with torch.inference_mode(), keys_of_launches(capability) as launched:
+            run_many_sizes(runner)
+        assert len(launched) > 20
+        assert launched <= compiled, {name for name, _ in launched - compiled}
+    monkeypatch.setattr(kernel_variants, "token_counts", lambda *args: [1])
+    of_one_size = keys_of(record_variants(config, limits), capability)
+    assert not launched <= of_one_size, "this test cannot fail"
+
+
+def test_filters_are_compiled_once_for_all_batches(directory):
+    """For each dtype of logits: the first pass, the second, the others."""
+    variants = record_variants(Config.from_kwargs(directory(DENSE), SIZES), HOPPER)
+    names = [variant.kernel.fn.__name__ for variant in variants]
+    assert names.count("_pass_kernel") == 2 * 3
+    assert names.count("_start_kernel") == names.count("_finish_kernel") == 2
+
+
+def test_sizes_are_around_powers_of_2_and_close_where_experts_share_tokens():
+    assert token_counts(9) == [1, 2, 3, 4, 5, 8, 9]
+    assert token_counts(1) == [1]
+    for has_experts in (False, True):
+        counts = token_counts(20000, has_experts)
+        assert counts == sorted(set(counts)) and counts[-1] == 20000
+        for power in range(14):
+            assert {2**power, 2**power + 1} <= set(counts)
+    for smaller, larger in pairwise(counts):
+        assert larger <= max(smaller + 16, smaller * 1.11)
+
+
+def test_layers_of_one_kind_are_run_once(directory):
+    config = Config.from_kwargs(directory(WINDOWED | {"num_hidden_layers": 4}), SIZES)
+    with meta_stands_for(HOPPER):
+        runner = DryRunner(config, choose_ops(config, META, HOPPER.capability))
+        layers = runner.model.model.layers
+        kinds = list(kernel_variants.kinds_of_layers(layers))
+    assert kinds == [layers[0], layers[2], layers[3]]
+
+
+def test_kernels_are_compiled_into_the_cache_once(tmp_path, directory, monkeypatch, capsys):
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    path = directory(DENSE)
+    variants = record_variants(Config.from_kwargs(path, SIZES), ADA)
+    few = [v for v in variants if v.kernel.fn.__name__ in ("_gather_kernel", "_write_back_kernel")]
+    assert len(few) == 3
+    first = compile_all(few, ADA.capability, None)
+    assert (first.num_kernels, first.num_compiled, first.errors) == (3, 3, [])
+    assert first.cache == str(tmp_path)
+    assert len(list(tmp_path.rglob("*.cubin"))) == 3
+    for variant in few:
+        variant.kernel.device_caches.clear()
+    monkeypatch.setattr(kernel_variants, "record_variants", lambda *args: few)
+    assert command.main([path, "--capability", "8.9", "--max-num-seqs", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("3 kernels for compute capability 8.9 in ")
+    assert "0 of them compiled" in printed and str(tmp_path) in printed
+
+
+def test_what_cannot_be_compiled_is_said(directory, monkeypatch, capsys):
+    path = directory(DENSE)
+    [variant, *_] = record_variants(Config.from_kwargs(path, SIZES), ADA)
+    broken = variant._replace(options=variant.options | {"num_warps": 3})
+    monkeypatch.setattr(kernel_variants, "record_variants", lambda *args: [broken])
+    assert command.main([path, "--capability", "8.9"]) == 1
+    assert "not compiled: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compute_capability": "8.7"}, "compute_capability 8.7 is not one"),
+        ({"compute_capability": "9"}, "compute_capability must be like"),
+        ({"compute_capability": "7.5"}, "computes without Triton's kernels"),
+        ({"compute_capability": "9.0", "max_num_seqs": 0}, "max_num_seqs must be"),
+        (
+            {"compute_capability": "9.0", "attention_backend": "torch"},
+            "computes without Triton's kernels",
+        ),
+    ],
+)
+def test_wrong_arguments_are_named(directory, options, message):
+    with pytest.raises(ArgumentError, match=message):
+        warm_up(directory(DENSE), **options)
+
+
+def test_without_a_gpu_its_capability_is_asked_for(directory, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ArgumentError, match="say compute_capability"):
+        warm_up(directory(DENSE))
