@@ -11,6 +11,7 @@ from torch import nn
 from nanovllm.config import Config
 from nanovllm.engine.backend import choose_ops
 from nanovllm.engine.dry_runner import META, DryRunner
+from nanovllm.engine.dry_shapes import ShapesAlone
 from nanovllm.engine.sequence import Wants
 from nanovllm.engine.step_plan import StepPlan
 from nanovllm.kernels.device import DeviceLimits, meta_stands_for
@@ -41,7 +42,7 @@ def record_variants(
     variants = Variants()
     # What weights wait in host memory, and whose attention is not Triton's, launches no other ones.
     config = config.replace(cpu_offload_gb=0.0, attention_backend="triton")
-    with meta_stands_for(limits), variants.recording():
+    with meta_stands_for(limits), variants.recording(), ShapesAlone():
         ops = choose_ops(config, META, limits.capability)
         runner = _new_runner(config, ops, rank, shares_memory)
         has_experts = config.model_config.num_experts > 0

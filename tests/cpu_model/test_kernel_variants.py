@@ -19,6 +19,7 @@ from nanovllm.config import Config
 from nanovllm.engine import kernel_variants
 from nanovllm.engine.backend import choose_ops
 from nanovllm.engine.dry_runner import META, DryRunner
+from nanovllm.engine.dry_shapes import ShapesAlone
 from nanovllm.engine.kernel_variants import record_variants, token_counts
 from nanovllm.engine.sequence import Wants
 from nanovllm.engine.step_plan import StepPlan
@@ -251,3 +252,33 @@ def test_without_a_gpu_its_capability_is_asked_for(directory, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ArgumentError, match="say compute_capability"):
         warm_up(directory(DENSE))
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda x, n: torch.nn.functional.linear(x, x),
+        lambda x, n: torch.nn.functional.linear(x[None], x, x[:, 0]),
+        lambda x, n: torch.nn.functional.embedding(n, x),
+        lambda x, n: torch.mm(x, x.t()),
+        lambda x, n: torch.mm(x, x.t(), out=x.new_zeros(5, 5)),
+        lambda x, n: torch.empty_like(n),
+        lambda x, n: x.index_select(0, n[0]),
+        lambda x, n: x.index_select(1, n[1]),
+        lambda x, n: x.gather(1, n.long()),
+        lambda x, n: x.masked_fill(x == 0, 1.0),
+        lambda x, n: (torch.where(n > 1, n, 0), torch.where(n[:, :1] > 1, n, x[0, :2])),
+        lambda x, n: (n + 1, n * 2.5, x + n[0, 0], n - n[:, :1], n * x[0, 0], 2 + x),
+        lambda x, n: (n // 2, n % 2, n.remainder(2), (n == 1) & (n >= 0), n < 2, n >= n[0]),
+    ],
+)
+def test_dry_results_have_torchs_shapes_and_dtypes(compute):
+    """The oracle is torch on the CPU."""
+    x, n = torch.rand(5, 3, dtype=torch.bfloat16), torch.tensor([[0, 2], [1, 0]])
+    wanted = compute(x, n)
+    with ShapesAlone():
+        found = compute(x.to(META), n.to(META))
+    for one, other in zip(
+        *((y if isinstance(y, tuple) else (y,)) for y in (found, wanted)), strict=True
+    ):
+        assert one.is_meta and (one.shape, one.dtype) == (other.shape, other.dtype)
