@@ -1,7 +1,7 @@
 """Kernels are compiled while the weights are loaded, all that any request may need."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -30,14 +30,18 @@ def compiling_ahead(
         yield
         return
     from nanovllm.engine.kernel_variants import record_variants
-    from nanovllm.kernels.triton.compilation import Compilation
+    from nanovllm.kernels.triton.compilation import Compilation, Variant
 
-    variants = record_variants(config, device_limits(device), tp.rank, tp.peers is not None)
+    variants: Iterable[Variant] = ()
+    try:
+        variants = record_variants(config, device_limits(device), tp.rank, tp.peers is not None)
+    except Exception as error:  # a model that cannot be run dry can be run
+        logger.warning("kernels are compiled as they are launched: %s", error)
     compilation = Compilation(variants, device)
     try:
         yield
         # Who launches such a kernel gets the error as well.
-        for error in compilation.wait():
-            logger.warning("a kernel was not compiled ahead: %s", error)
+        for problem in compilation.wait():
+            logger.warning("a kernel was not compiled ahead: %s", problem)
     finally:
         compilation.close()

@@ -87,6 +87,7 @@ class ShapesAlone(TorchFunctionMode):
         """`func`, by its rule where there is one."""
         rule = RULES.get(func)
         first = args[0] if args else None
-        if rule is None or not isinstance(first, Tensor) or not first.is_meta:
+        has_others = bool(kwargs) and func not in (torch.mm, F.embedding)
+        if rule is None or has_others or not isinstance(first, Tensor) or not first.is_meta:
             return func(*args, **kwargs or {})
         return rule(*args, **kwargs or {})

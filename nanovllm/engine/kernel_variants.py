@@ -4,6 +4,9 @@ A kernel is compiled for dtypes, alignments and constants, some of which follow 
 tokens or rows. So steps of many sizes are run, through one layer of each kind.
 """
 
+import math
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import nn
@@ -17,11 +20,12 @@ from nanovllm.engine.step_plan import StepPlan
 from nanovllm.kernels.device import DeviceLimits, meta_stands_for
 from nanovllm.kernels.ops import Ops
 from nanovllm.kernels.triton.compilation import Variants
+from nanovllm.kernels.triton.moe import FP8_TILES, PACKED_TILES, SORT_CHUNK, TILES
 from nanovllm.kernels.triton.peer_memory import PeerMemory, num_memory_bytes
+from nanovllm.models.model_config import ModelConfig
 from nanovllm.sampling.batch import edited_width
 
 MAX_TILED_TOKENS = 512  # from there on no choice of tiles differs between powers of 2
-GROWTH = 1.1  # from one number of tokens to the next, where experts share them out
 FEW = 3  # of the largest and of the smallest sizes, for what does not depend on the size
 
 
@@ -45,13 +49,13 @@ def record_variants(
     with meta_stands_for(limits), variants.recording(), ShapesAlone():
         ops = choose_ops(config, META, limits.capability)
         runner = _new_runner(config, ops, rank, shares_memory)
-        has_experts = config.model_config.num_experts > 0
-        counts = token_counts(config.max_num_batched_tokens, has_experts)
+        ends = _ends_with_experts(config.model_config)
+        counts = token_counts(config.max_num_batched_tokens, ends)
         for num_tokens in counts:
             _prefill(runner, num_tokens, Wants.PROMPT)
         for num_tokens in {*counts[:FEW], *counts[-FEW:]}:
             _prefill(runner, num_tokens, 0)
-        counts = token_counts(config.max_num_seqs, has_experts)
+        counts = token_counts(config.max_num_seqs, ends)
         for num_rows in counts:
             _decode(runner, num_rows)
         for num_rows in {*counts[:FEW], *counts[-FEW:]}:
@@ -59,19 +63,26 @@ def record_variants(
     return variants
 
 
-def token_counts(most: int, has_experts: bool = False) -> list[int]:
+def token_counts(most: int, further_ends: Iterable[int] = ()) -> list[int]:
     """Numbers up to `most`, ascending: both ends of each range of tokens with the same tiles.
 
-    They change after powers of 2 and multiples of 64, or after so many tokens for each expert. The
-    ends differ in what they are a multiple of.
+    They change after powers of 2, multiples of 64 and `further_ends`. In each range is a multiple
+    of 16, if there is one, and another number: what the number multiplies may be aligned or not.
     """
     ends = {2**power for power in range(most.bit_length())} | {*range(64, MAX_TILED_TOKENS, 64)}
-    counts = {1, 2, 3, most, *ends, *(end + 1 for end in ends)}
-    number = 1.0
-    while has_experts and number < most:
-        counts |= {int(number), -(-int(number) // 16) * 16}
-        number = max(number + 1, number * GROWTH)
+    ends |= {most, *further_ends}
+    counts = {1, 2, 3, *ends, *(end + 1 for end in ends), *(end // 16 * 16 for end in ends)}
     return sorted(count for count in counts if 1 <= count <= most)
+
+
+def _ends_with_experts(model: ModelConfig) -> set[int]:
+    """The most tokens for each choice that depends on the pairs of tokens and experts."""
+    if not model.num_experts:
+        return set()
+    means = {mean for table in (TILES, FP8_TILES, PACKED_TILES) for mean in table}
+    pairs = [mean * model.num_experts for mean in means if mean < math.inf]
+    pairs += [2**power for power in range(SORT_CHUNK.bit_length())]
+    return {int(number) // model.num_experts_per_tok for number in pairs}
 
 
 def kinds_of_layers(layers: nn.ModuleList) -> nn.ModuleList:
