@@ -11,7 +11,7 @@ from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.recovery import Recovery
 from nanovllm.engine.request import Request, RequestTable
-from nanovllm.engine.request_output import make_output, raise_failed
+from nanovllm.engine.request_output import Outputs, raise_failed
 from nanovllm.engine.scheduling_policy import longest_first
 from nanovllm.engine.startup import prepare
 from nanovllm.engine.step_stats import log_step
@@ -24,8 +24,6 @@ from nanovllm.parameters import document
 from nanovllm.progress import ProgressBar, check_use_tqdm
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.stats import StatLogger
-
-StepOutput = tuple[list[tuple[int, list[int]]], int]
 
 
 @one_thread_at_a_time(free=[])
@@ -116,8 +114,7 @@ class LLMEngine(Lifecycle):
         requests = self.input_processor.process(
             as_prompt_list(prompts), sampling_params, priority, tokenization_kwargs
         )
-        self.run(requests, use_tqdm)
-        outputs = [make_output(request, self.input_processor.tokenizer) for request in requests]
+        outputs = self.run(requests, use_tqdm).all()
         raise_failed(requests, outputs)
         return outputs
 
@@ -160,18 +157,19 @@ class LLMEngine(Lifecycle):
         for seq in longest_first(seqs, self.scheduler.max_num_seqs):
             self.scheduler.add(seq)
 
-    def run(self, requests: list[Request], use_tqdm: bool | Callable[..., object]) -> None:
+    def run(self, requests: list[Request], use_tqdm: bool | Callable[..., object]) -> Outputs:
         """Queue requests and step until they have finished; they are dropped if that fails.
 
         `step` will return what else finished.
         """
         try:
             self.queue(requests)
-            own_ids = {request.request_id for request in requests}
+            outputs = Outputs(requests, self.tokenizer)
             with ProgressBar(use_tqdm, len(requests)) as bar:
-                self.requests.claim(own_ids)
-                while own_ids:
-                    self.advance(own_ids, bar)
+                self.requests.claim(outputs)
+                while outputs:
+                    self.advance(outputs, bar)
+            return outputs
         except BaseException:
             self._abort(requests)
             raise
@@ -183,7 +181,7 @@ class LLMEngine(Lifecycle):
 
     # ---- steps --------------------------------------------------------------------------------
 
-    def step(self) -> StepOutput:
+    def step(self) -> tuple[list[tuple[int, list[int]]], int]:
         """Compute one step, a prefill or a decode pass.
 
         Returns:
@@ -209,7 +207,8 @@ class LLMEngine(Lifecycle):
         """`step`, but what finishes is left for its owner in `requests`; the number of tokens.
 
         Args:
-            unfinished: what the caller waits for: its ids leave it as requests finish.
+            unfinished: what the caller waits for: its ids leave it as requests finish. `Outputs`
+                are made while the device works.
             bar: counts what leaves `unfinished`.
         """
         self.check_awake()
@@ -220,6 +219,8 @@ class LLMEngine(Lifecycle):
             if current := current or self._launch(in_flight=False):
                 if self.config.async_scheduling:
                     ahead = self._launch(in_flight=True)
+                if isinstance(unfinished, Outputs):
+                    unfinished.make_during(current)
                 num_tokens = self._commit(current)
             if self._recovery.has_passed():
                 ahead = None

@@ -112,15 +112,12 @@ class RequestTable:
         """Take note of requests that have ended with one of `seqs`, and return them."""
         ended: list[Request] = []
         for seq in seqs:
-            if not seq.is_finished:
-                continue
             # None: it ended with a sequence before, or is not a request's (`Scheduler.add`).
-            request = self.unfinished.get(seq.request_id)
-            if request is None or not request.is_finished:
-                continue
-            ended.append(request)
-            if not self._remove(request):
-                self._finished.append(request)
+            request = self.unfinished.get(seq.request_id) if seq.is_finished else None
+            if request is not None and request.is_finished:
+                ended.append(request)
+                if not self._remove(request):
+                    self._finished.append(request)
         return ended
 
     def take(self) -> list[Request]:

@@ -1,9 +1,11 @@
 """What a request gives back: tokens, texts and log probabilities of its completions."""
 
+from collections import deque
 from dataclasses import replace
 
+from nanovllm.engine.launched_step import LaunchedStep
 from nanovllm.engine.request import Request
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence import Sequence, Wants
 from nanovllm.engine.sequence_errors import note_error
 from nanovllm.errors import RequestError, describe, is_fault
 from nanovllm.inputs.detokenizer import decode, output_text_of
@@ -11,6 +13,45 @@ from nanovllm.inputs.tokenizer import Tokenizer
 from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
 from nanovllm.sampling.state import LogprobRow, cumulative_logprob
 from nanovllm.sampling_params import SamplingParams
+
+
+class Outputs(set[int]):
+    """The outputs of a call, which are made while the device works, and its unfinished requests.
+
+    As a set it has the ids of those that `RequestTable` has not reported as ended.
+
+    Args:
+        requests: the call's, numbered.
+        tokenizer: as of `make_output`.
+    """
+
+    def __init__(self, requests: list[Request], tokenizer: Tokenizer | None) -> None:
+        super().__init__(request.request_id for request in requests)
+        self._requests = {request.request_id: request for request in requests}
+        self._tokenizer = tokenizer
+        self._ended: deque[Request] = deque()  # without an output
+        self._outputs: dict[int, RequestOutput] = {}
+
+    def discard(self, request_id: object) -> None:
+        """The request has ended."""
+        assert isinstance(request_id, int)
+        super().discard(request_id)
+        request = self._requests[request_id]
+        if not request.sequences[0].wants & Wants.POOLING:  # whose output is another
+            self._ended.append(request)
+
+    def make_during(self, step: LaunchedStep) -> None:
+        """Make outputs of requests that have ended, until the device has done `step`."""
+        while self._ended and not step.is_done():
+            request = self._ended.popleft()
+            self._outputs[request.request_id] = make_output(request, self._tokenizer)
+
+    def all(self) -> list[RequestOutput]:
+        """Those of all requests, in their order."""
+        return [
+            self._outputs.get(request_id) or make_output(request, self._tokenizer)
+            for request_id, request in self._requests.items()
+        ]
 
 
 def make_output(request: Request, tokenizer: Tokenizer | None) -> RequestOutput:

@@ -26,7 +26,7 @@ from timing import check_empty
 from workloads import ROWS, Row, Workload, check_fits, workloads
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine import llm_engine
+from nanovllm.engine import request_output
 from nanovllm.engine.launched_step import LaunchedStep
 from nanovllm.engine.sequence import Sequence as EngineSequence
 
@@ -176,7 +176,7 @@ def recording(llm: LLM) -> Iterator[Recorder]:
         (llm.executor, "launch", lambda method: recorder.timed("launch", method)),
         (llm.executor, "wait", lambda method: recorder.timed("wait", method)),
         (llm, "_commit", recorder.commit),
-        (llm_engine, "make_output", lambda method: recorder.timed("in, out", method)),
+        (request_output, "make_output", lambda method: recorder.timed("in, out", method)),
     ]
     if llm.model_runner.is_cuda:
         wrapped.append((llm.model_runner, "execute", recorder.execute))

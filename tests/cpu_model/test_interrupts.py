@@ -12,6 +12,7 @@ import rank_functions
 from engine_checks import (
     check_nothing_is_held,
     descendants,
+    drain,
     generate,
     greedy,
     is_running,
@@ -23,6 +24,9 @@ from engine_checks import (
     worker_pids,
 )
 from tiny_models import reference_greedy
+
+from nanovllm.engine import request_output
+from nanovllm.engine.launched_step import LaunchedStep
 
 PROMPTS = random_prompts((5, 250, 505, 40, 257), seed=60)
 MAX_TOKENS = 20
@@ -125,6 +129,25 @@ def test_generate_drops_its_own_requests_and_keeps_the_others(
         assert completions == {0: reference[0][:4], 1: reference[1]}
         check_nothing_is_held(llm)
         assert generate(llm, PROMPTS, greedy(MAX_TOKENS)) == reference
+
+
+def test_a_signal_while_an_output_is_made(tiny_dir, reference, monkeypatch):
+    """The first output of the call, while other requests run."""
+    make_output = request_output.make_output
+
+    def interrupted(request, tokenizer):
+        os.kill(os.getpid(), signal.SIGINT)
+        return make_output(request, tokenizer)
+
+    with tiny_engine(tiny_dir) as llm:
+        llm.add_request(PROMPTS[0], greedy(MAX_TOKENS))
+        with monkeypatch.context() as patch:
+            patch.setattr(LaunchedStep, "is_done", lambda step: False)
+            patch.setattr(request_output, "make_output", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                llm.generate(PROMPTS[1:3], [greedy(3), greedy(MAX_TOKENS)], use_tqdm=False)
+        assert drain(llm)[0] == {0: reference[0]}
+        check_nothing_is_held(llm)
 
 
 def test_the_callers_handler_is_called_and_put_back(tiny_dir, reference, monkeypatch):

@@ -18,6 +18,7 @@ from tiny_models import reference_greedy
 
 from nanovllm import ArgumentError, EngineDeadError, PoolingParams, RequestError, SamplingParams
 from nanovllm.batch.run import main
+from nanovllm.engine.launched_step import LaunchedStep
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_plan import PlanBuilder
 from nanovllm.sampling import logits_sampler
@@ -378,6 +379,24 @@ def test_a_tokenizer_that_fails_for_one_text(tiny_dir, reference, monkeypatch, s
         stream = list(llm.generate_stream(PROMPTS, params))
         ends = [item.output for item in stream if item.finished]
         assert sorted(int(o.error is not None) for o in ends) == [0] * (len(PROMPTS) - 1) + [1]
+        check_nothing_is_held(llm)
+
+
+def test_a_tokenizer_that_fails_while_other_requests_run(tiny_dir, reference, monkeypatch):
+    """The output of the request that ends first is made while the device works."""
+    bad_id = next(t for t in reference[1] if not any(t in r for r in reference[2:] + reference[:1]))
+    lengths = [MAX_TOKENS] * len(PROMPTS)
+    lengths[1] = reference[1].index(bad_id) + 1
+    assert lengths[1] < MAX_TOKENS - 1
+    monkeypatch.setattr(LaunchedStep, "is_done", lambda step: False)
+    with tiny_engine(tiny_dir) as llm:
+        tokenizer_that_fails(llm, monkeypatch, bad_id)
+        with pytest.raises(RequestError, match=r"prompts\[1\] failed: InjectedError: no text") as e:
+            llm.generate(PROMPTS, list(map(greedy, lengths)), use_tqdm=False)
+        outputs = e.value.outputs
+        assert token_ids(outputs) == [r[:n] for r, n in zip(reference, lengths, strict=True)]
+        assert [bool(output["text"]) for output in outputs] == [i != 1 for i in range(len(PROMPTS))]
+        check_failed(outputs[1], "InjectedError: no text")
         check_nothing_is_held(llm)
 
 

@@ -15,6 +15,8 @@ from engine_checks import (
 )
 
 from nanovllm import SamplingParams
+from nanovllm.engine import request_output
+from nanovllm.engine.launched_step import LaunchedStep
 from nanovllm.errors import ArgumentError
 
 PROMPTS = random_prompts([5, 300, 40, 7], seed=3)
@@ -213,6 +215,36 @@ def test_times_of_a_request(llm):
     metrics = output.metrics
     assert start <= metrics.arrival_time <= metrics.first_token_time <= metrics.finished_time
     assert metrics.finished_time <= time.time()
+
+
+@pytest.mark.parametrize("is_busy", [True, False])
+def test_outputs_are_made_while_the_device_works(llm, monkeypatch, is_busy):
+    """Each after the step that ended its request, before the next one is waited for."""
+    params = [greedy(n) for n in (2, 9, 5, 3)]
+    expected = llm.generate(PROMPTS, params, use_tqdm=False)
+    events: list[int | str] = []
+    wait, make_output = llm.executor.wait, request_output.make_output
+
+    def recorded_wait(step):
+        events.append("wait")
+        return wait(step)
+
+    def recorded_output(request, tokenizer):
+        events.append(request.request_id)
+        return make_output(request, tokenizer)
+
+    monkeypatch.setattr(LaunchedStep, "is_done", lambda step: not is_busy)
+    monkeypatch.setattr(llm.executor, "wait", recorded_wait)
+    monkeypatch.setattr(request_output, "make_output", recorded_output)
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    assert [dict(output) for output in outputs] == [dict(output) for output in expected]
+    assert all(output.finished for output in outputs)
+    first, second, third, fourth = (int(output.request_id) for output in outputs)
+    waits = ["wait"] * 9
+    if is_busy:
+        assert events == [*waits[:2], first, "wait", fourth, *waits[:2], third, *waits[:4], second]
+    else:
+        assert events == [*waits, first, second, third, fourth]
 
 
 def test_cached_tokens(llm):

@@ -42,8 +42,9 @@ def test_every_part_of_a_call(tiny_dir, monkeypatch, async_scheduling):
         for name, owner in owners.items():
             slow = clock.slow(name, SECONDS[name], getattr(owner, name))
             monkeypatch.setattr(owner, name, slow)
-        slow = clock.slow("make_output", OUTPUT_SECONDS, timeline.llm_engine.make_output)
-        monkeypatch.setattr(timeline.llm_engine, "make_output", slow)
+        module = timeline.request_output
+        slow = clock.slow("make_output", OUTPUT_SECONDS, module.make_output)
+        monkeypatch.setattr(module, "make_output", slow)
         workload = next(workloads(ROW, vocab_size=384))
         recorder = timeline.record_call(llm, workload)
         assert "schedule" in vars(llm.scheduler)  # the slow one
