@@ -130,6 +130,11 @@ def rope(ops: Ops, shape: Shape) -> None:
     )
 
 
+def copies(ops: Ops, shape: Shape) -> None:
+    cache = KVCache(*cache_of(shape)[:2])  # no kernel copies scales
+    ops.copy_units(cache, empty(shape.rows, 2, dtype=INT32))
+
+
 def norms(ops: Ops, shape: Shape) -> None:
     x = product(shape, shape.rows, shape.hidden_size)
     residual = empty(shape.rows, shape.hidden_size, dtype=shape.dtype)
@@ -280,6 +285,7 @@ ALL = (
     decode,
     prefill,
     rope,
+    copies,
     norms,
     activations,
     products,

@@ -80,9 +80,8 @@ class BlockManager:
             return matched
         prefix_id = ROOT
         for index in range(seq.num_tokens // self.block_size):
-            block = self._find(
-                self._block_hash(seq, index), self._block_tokens(seq, index), prefix_id
-            )
+            token_ids = self._block_tokens(seq, index)
+            block = self._find(self._block_hash(seq, index), token_ids, prefix_id)
             if block is None:
                 break
             matched.append(block.block_id)

@@ -18,8 +18,10 @@ from collections.abc import Sequence as Items
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import Block, BlockManager
+from nanovllm.engine.prefix_units import UnitBlockManager
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels import row_state
+from nanovllm.kernels.types import COPY_UNIT
 
 NO_BLOCK = 0  # in a table where no block was ever held: any valid id, as nothing reads it
 
@@ -78,7 +80,8 @@ def new_block_manager(config: Config) -> BlockManager:
     assert num_blocks is not None
     args = num_blocks, config.kvcache_block_size, config.enable_prefix_caching
     if windows == (None,):
-        return BlockManager(*args)
+        has_units = config.kvcache_block_size % COPY_UNIT == 0
+        return UnitBlockManager(*args, COPY_UNIT) if has_units else BlockManager(*args)
     sizes = num_group_blocks(config, num_blocks)[1:]
     pools = [
         WindowPool(size, window)

@@ -201,7 +201,7 @@ class LLMEngine(Lifecycle):
         """
         num_tokens = self.advance()
         finished = self.requests.take()
-        return [(r.request_id, r.completion_token_ids) for r in finished], num_tokens
+        return [(r.request_id, r.sequences[0].completion_token_ids) for r in finished], num_tokens
 
     def advance(self, unfinished: Sized = (), bar: ProgressBar | None = None) -> int:
         """`step`, but what finishes is left for its owner in `requests`; the number of tokens.

@@ -74,6 +74,7 @@ class ModelRunner(RankState):
             block_tables=inputs.last_block_tables,
             context_lens=inputs.last_lengths,
             logits_indices=inputs.last_tokens,
+            copies=inputs.copies,
         )
         metadata = PrefillMetadata(
             slot_mapping=inputs.slot_mappings[0],
@@ -84,6 +85,7 @@ class ModelRunner(RankState):
             max_seqlen_k=int((plan.starts + plan.lengths).max()),
             rows=inputs.seq_rows,
             last_tokens=None if wants_all else last_tokens,
+            copies=inputs.copies,
         )
         if num_groups > 1:
             metadata = prefill_metadata(metadata, inputs.slot_mappings.unbind())

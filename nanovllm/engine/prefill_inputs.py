@@ -31,6 +31,7 @@ class PrefillInputs(NamedTuple):
     rows: torch.Tensor  # [N] int32, of those that are sampled or pooled
     temperatures: torch.Tensor  # [N] float32
     seeds: torch.Tensor  # [N, 2] int32
+    copies: torch.Tensor  # [C, 2] int32, as in `PrefillMetadata`
 
 
 def prefill_inputs(
@@ -78,6 +79,7 @@ def prefill_inputs(
         "rows": plan.rows[is_last],
         "temperatures": states[:, row_state.TEMPERATURE].copy().view(np.float32),
         "seeds": states[:, row_state.SEED : row_state.SEED + 2],
+        "copies": plan.copies,
     }
     return PrefillInputs(**dict(zip(arrays, upload(arrays.values(), device), strict=True)))
 

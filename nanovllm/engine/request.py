@@ -56,11 +56,6 @@ class Request:
         """Whether all its sequences have ended."""
         return all(seq.is_finished for seq in self.sequences)
 
-    @property
-    def completion_token_ids(self) -> list[int]:
-        """The ids of its first completion, a new list."""
-        return self.sequences[0].completion_token_ids
-
 
 class RequestTable:
     """An engine's requests by id, from the queue until their output is forgotten.
@@ -103,10 +98,8 @@ class RequestTable:
         now = time.time()
         for seq in seqs:
             request = self.unfinished.get(seq.request_id)  # None: not a request's (`Scheduler.add`)
-            if request is None or seq.num_completion_tokens == 0:
-                continue
-            if request.metrics.first_token_time is None:
-                request.metrics.first_token_time = now
+            if request is not None and seq.num_completion_tokens > 0:
+                request.metrics.first_token_time = request.metrics.first_token_time or now
 
     def finish(self, seqs: Iterable[Sequence]) -> list[Request]:
         """Take note of requests that have ended with one of `seqs`, and return them."""

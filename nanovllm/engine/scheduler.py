@@ -74,8 +74,7 @@ class Scheduler:
             self.num_decodes_since_prefill = 0
             return seqs, True
         seqs = self._schedule_decode(in_flight)
-        if seqs:
-            self.num_decodes_since_prefill += 1
+        self.num_decodes_since_prefill += bool(seqs)
         return seqs, False
 
     def _is_prefill_due(self) -> bool:
@@ -105,10 +104,7 @@ class Scheduler:
             num_shared_tokens = len(matched) * self.block_manager.block_size
             # A full hit still computes its last token, whose logits are needed.
             num_cached_tokens = min(num_shared_tokens, seq.num_tokens - 1)
-            if (
-                seq.num_tokens - num_cached_tokens > budget
-                and not self.config.enable_chunked_prefill
-            ):
+            if seq.num_tokens - num_cached_tokens > budget and not config.enable_chunked_prefill:
                 break
             reserved = ceil(config.watermark * len(self.running))
             if not self.block_manager.can_allocate(seq, matched, reserved):
@@ -117,7 +113,8 @@ class Scheduler:
             self.block_manager.allocate(seq, matched)
             seq.status = SequenceStatus.RUNNING
             seq.row = self.free_rows.popleft()
-            seq.num_cached_tokens = seq.num_computed_tokens = num_cached_tokens
+            seq.num_computed_tokens = num_cached_tokens + seq.num_copied_tokens
+            seq.num_cached_tokens = seq.num_computed_tokens
             self.stats.count_admission(seq, is_caching=self.block_manager.enable_prefix_caching)
             seq.num_shared_tokens = num_shared_tokens
             budget -= self._schedule_chunk(seq, budget)

@@ -84,6 +84,8 @@ class Sequence:
         self.further_tables: list[list[int]] = []  # of other cache groups than the first
         self.num_hashed_blocks = 0  # leading blocks of block_table that are in the prefix cache
         self.num_shared_tokens = 0  # tokens in blocks found in the cache: never written again
+        self.copies: list[tuple[int, int]] = []  # K/V of its first block that is not shared
+        self.num_copied_tokens = 0  # by `copies`
         self.num_prefill_tokens = len(self.token_ids)  # to compute before decoding (again)
         self.num_computed_tokens = 0
         self.num_scheduled_tokens = 0  # tokens that the newest scheduled step computes

@@ -34,6 +34,7 @@ class StepPlan(NamedTuple):
     lengths: np.ndarray = NONE  # [S] tokens to compute
     shared: np.ndarray = NONE  # [S] positions below this are in shared blocks: K/V not written
     is_last: np.ndarray = NONE  # [S] 1: a token follows the last of them; 0: more chunks do
+    copies: np.ndarray = NONE  # [C, 2] as in `PrefillMetadata`
 
     def has(self, want: int) -> bool:
         """Whether a sequence of the step wants it, one of `Wants`."""
@@ -100,8 +101,10 @@ class PlanBuilder:
             (_start(seq), seq.num_scheduled_tokens, seq.num_shared_tokens, seq.is_prefilled)
             for seq in seqs
         ]
-        columns = np.array(numbers, dtype=np.int32).T
-        return StepPlan(True, rows, update_array, _wants(seqs), 0, token_ids, *columns)
+        copies = [c for seq in seqs if _start(seq) == seq.num_cached_tokens for c in seq.copies]
+        pairs = np.array(copies, dtype=np.int32).reshape(-1, 2)
+        arrays = [*np.array(numbers, dtype=np.int32).T, pairs]
+        return StepPlan(True, rows, update_array, _wants(seqs), 0, token_ids, *arrays)
 
     def _note_decode_batch(self, seqs: list[Sequence], rows: np.ndarray) -> None:
         # While the batch stays, decoding only appends blocks of each sequence's own.

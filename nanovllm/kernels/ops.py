@@ -148,6 +148,15 @@ class Ops(Protocol):
             query [T, Hq, D].
         """
 
+    def copy_units(self, cache: KVCache, copies: Tensor) -> None:
+        """K/V of whole units of COPY_UNIT slots, with their scales, into other units of the cache.
+
+        Args:
+            cache: of the layer; its block size is a multiple of COPY_UNIT.
+            copies: [C, 2] int32, (target, source); unit u has the slots from u * COPY_UNIT on. No
+                target is a source or another target.
+        """
+
     def attend(
         self,
         query: Tensor,

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from nanovllm.kernels import row_state, torch_delta_rule
 from nanovllm.kernels.types import (
     ATTENTION_EXTRAS,
+    COPY_UNIT,
     FP8_BLOCK,
     FP8_DTYPE,
     FP8_MAX,
@@ -297,6 +298,28 @@ def store(key: torch.Tensor, value: torch.Tensor, cache: KVCache, slots: torch.T
         if scales is not None:
             heads, scales[slots // block_size, :, slots % block_size] = quantize(heads)
         memory.view(-1, num_kv_heads, head_dim)[slots] = heads
+
+
+def copy_units(cache: KVCache, copies: torch.Tensor) -> None:
+    """See `Ops.copy_units`; a part of the copies at a time, for the memory."""
+    if len(copies) == 0:
+        return
+    unit_elements = COPY_UNIT * cache.key[0, 0].numel()
+    for part in copies.long().split(max(1, MAX_GATHER_ELEMENTS // unit_elements)):
+        targets, sources = part.unbind(1)
+        for memory in cache[:2]:
+            units = memory.view(-1, unit_elements).view(torch.uint8)
+            units[targets] = units[sources]
+    copy_scales(cache, copies)
+
+
+def copy_scales(cache: KVCache, copies: torch.Tensor) -> None:
+    """The part of `Ops.copy_units` that is about scales, if there are any."""
+    for scales in cache[2:]:
+        if scales is not None:
+            units = scales.unflatten(2, (-1, COPY_UNIT))  # [num_blocks, Hkv, U, COPY_UNIT]
+            block, unit = copies.long() // units.shape[2], copies.long() % units.shape[2]
+            units[block[:, 0], :, unit[:, 0]] = units[block[:, 1], :, unit[:, 1]]
 
 
 def halves(cache: KVCache) -> tuple[tuple[torch.Tensor, torch.Tensor | None], ...]:
@@ -720,6 +743,7 @@ class TorchOps:
     fp8_linear = staticmethod(fp8_linear)
     packed_linear = staticmethod(packed_linear)
     experts = staticmethod(experts)
+    copy_units = staticmethod(copy_units)
     attend = staticmethod(attend)
     sigmoid_gate = staticmethod(torch_delta_rule.sigmoid_gate)
     causal_conv1d = staticmethod(torch_delta_rule.causal_conv1d)

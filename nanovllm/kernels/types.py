@@ -16,6 +16,7 @@ FP8_MAX = 448.0  # the largest number of FP8_DTYPE
 FP8_MIN_AMAX = 2.0**-100  # a head whose elements are all below is stored as zeros
 FP8_MIN_CAPABILITY = (8, 9)  # of a GPU that converts FP8_DTYPE
 PACKED_RUN = 8  # neighbouring columns that as many int16 of a `PackedWeight` hold
+COPY_UNIT = 64  # tokens whose K/V are copied together from one KV block to another
 FP8_BLOCK = 128  # rows and columns of a weight's block that has a scale of its own
 ATTENTION_EXTRAS = frozenset({"window", "softcap", "sinks"})  # of `Ops.attend`
 
@@ -153,6 +154,7 @@ class DecodeMetadata:
     plan: object = None  # of `Ops.plan_decode`
     logits_indices: Tensor | None = None  # [B] int32; None: all T tokens
     rows: Tensor | None = None  # [B] int32, in the row table; None: in the last layer of a prefill
+    copies: Tensor | None = None  # in the last layer of a prefill: as in `PrefillMetadata`
     # The same for the layers of the other cache groups: see `Config.cache_windows`.
     further_groups: "tuple[DecodeMetadata, ...]" = ()
     last_tokens: ClassVar[None] = None
@@ -170,6 +172,7 @@ class PrefillMetadata:
     max_seqlen_k: int
     rows: Tensor | None = None  # [S] int32, in the row table; None: no layer has a `StateSpec`
     last_tokens: DecodeMetadata | None = None  # for the last layer; None: all tokens matter after
+    copies: Tensor | None = None  # [C, 2] int32, of `Ops.copy_units`, once the tokens are stored
     further_groups: "tuple[PrefillMetadata, ...]" = ()  # as in `DecodeMetadata`
     logits_indices: ClassVar[None] = None
 

@@ -62,6 +62,8 @@ class Attention(nn.Module):
         query = self.ops.qk_norm_rope_store(
             qkv, q_norm_weight, k_norm_weight, eps, self.cos_sin, positions, self.cache, slots
         )
+        if metadata.copies is not None:
+            self.ops.copy_units(self.cache, metadata.copies)
         query = at_logits_indices(query, metadata)
         window, cap, sinks = self.window, self.cap, self.sinks
         return self.ops.attend(

@@ -170,6 +170,8 @@ class PagedAttention(Attention):
             self.cache,
             metadata.slot_mapping,
         )
+        if metadata.copies is not None:
+            self.ops.copy_units(self.cache, metadata.copies)
         return self.ops.attend(
             _padded(query, dim).contiguous(),
             self.cache,
@@ -196,6 +198,8 @@ class PagedAttention(Attention):
         for heads, memory in zip(stored[is_written].chunk(2, 1), self.cache[:2], strict=True):
             assert memory is not None
             memory.view(-1, *memory.shape[2:])[slots] = heads.to(memory.dtype)
+        if metadata.copies is not None:
+            self.ops.copy_units(self.cache, metadata.copies)
         out = query.new_empty(*query.shape[:2], value_dim)
         if isinstance(metadata, DecodeMetadata):
             self._decode(query, scoring, metadata, out)

@@ -4,7 +4,10 @@ import numpy as np
 
 from nanovllm.engine.step_plan import StepPlan
 
-ARRAYS = ("rows", "updates", "wants", "token_ids", "starts", "lengths", "shared", "is_last")
+ARRAYS = (
+    *("rows", "updates", "wants", "token_ids", "starts", "lengths", "shared", "is_last"),
+    "copies",
+)
 HEADER_SIZE = 2 + len(ARRAYS)  # is_prefill, num_common_blocks, the words of each array
 
 
@@ -21,12 +24,15 @@ def unpack(packed: np.ndarray) -> StepPlan:
     ends = np.cumsum([HEADER_SIZE, *sizes])
     parts = np.split(packed[: ends[-1]], ends[:-1])[1:]
     arrays = dict(zip(ARRAYS, parts, strict=True))
-    arrays["updates"] = arrays["updates"].reshape(-1, 2)
+    for name in ("updates", "copies"):
+        arrays[name] = arrays[name].reshape(-1, 2)
     return StepPlan(bool(is_prefill), num_common_blocks=num_common_blocks, **arrays)
 
 
-def max_packed_size(max_num_seqs: int, max_num_batched_tokens: int, row_width: int) -> int:
-    """An upper bound of a packed plan's int32 words."""
-    # The row is new and its block table full; beside that, a number in each array but two.
-    per_seq = 2 * row_width + len(ARRAYS) - 2
+def max_packed_size(
+    max_num_seqs: int, max_num_batched_tokens: int, row_width: int, max_copies: int
+) -> int:
+    """An upper bound of a packed plan's int32 words; `max_copies` are those of a sequence."""
+    # The row is new and its block table full; beside that, a number in each array but three.
+    per_seq = 2 * row_width + 2 * max_copies + len(ARRAYS) - 3
     return HEADER_SIZE + max_num_seqs * per_seq + max_num_batched_tokens

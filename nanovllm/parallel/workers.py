@@ -30,6 +30,7 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.startup import start_model_runner
 from nanovllm.errors import EngineDeadError
 from nanovllm.guards.ownership import bind_to_process
+from nanovllm.kernels.types import COPY_UNIT
 from nanovllm.parallel.calls import Reply, pack_call, reply_to
 from nanovllm.parallel.packed_plans import max_packed_size, unpack
 from nanovllm.parallel.process import (
@@ -88,6 +89,7 @@ class WorkerGroup:
             config.max_num_seqs,
             config.max_num_batched_tokens,
             config.row_width,
+            config.kvcache_block_size // COPY_UNIT,
         )
         memory = SharedMemory(Progress.num_bytes(size) + 4 * NUM_SLOTS * self.slot_size)
         self.progress, self.ring = _divide(memory.buffer, size)

@@ -204,13 +204,18 @@ class FakeDevice:
         self.num_columns = max_blocks_per_seq
         width = row_state.BLOCK_TABLE + len(self.windows) * max_blocks_per_seq
         self.plan_builder = PlanBuilder(scheduler.max_num_seqs, width)
+        self.unit = getattr(scheduler.block_manager, "unit", self.block_size)
         self.capacity = max_packed_size(
-            scheduler.max_num_seqs, scheduler.config.max_num_batched_tokens, width
+            scheduler.max_num_seqs,
+            scheduler.config.max_num_batched_tokens,
+            width,
+            self.block_size // self.unit,
         )
         self.row_table = np.full((scheduler.max_num_seqs, width), -7, dtype=np.int32)
         # Of each cache group, slot -> (token, number of its prefix).
         self.caches: list[dict[int, tuple[int, int]]] = [{} for _ in self.windows]
         self.sampled: dict[int, list[int]] = {}  # request_id -> all that was sampled for it
+        self.num_copies = 0
 
     def launch(self, seqs: list[Sequence], is_prefill: bool) -> Launched:
         with patch.object(common_prefix, "MIN_SPARED_BLOCK_READS", 1):
@@ -235,13 +240,36 @@ class FakeDevice:
         chunks = np.split(plan.token_ids, np.cumsum(plan.lengths)[:-1])
         numbers = zip(plan.rows, plan.starts, plan.shared, plan.is_last, chunks, strict=True)
         for seq, (row, start, shared, is_last, chunk) in zip(seqs, numbers, strict=True):
+            self._copy(plan, int(row))
             for position, token in enumerate(chunk.tolist(), int(start)):
                 self._compute(seq, int(row), position, token, is_written=position >= shared)
             end = int(start) + len(chunk)
             self._check_context(seq, int(row), int(start), end)
             assert bool(is_last) == (end == seq.num_prefill_tokens)
             token_ids.append(self._sample(seq, int(row), end - 1) if is_last else None)
+        self._check_copies(plan)
         return token_ids
+
+    def _copy(self, plan: StepPlan, row: int) -> None:
+        """What goes into the row's blocks, from rows before it too. The device copies all at once,
+        behind the writes of all rows."""
+        table = set(self.row_table[row, row_state.BLOCK_TABLE :].tolist())
+        for target, source in plan.copies.tolist():
+            if target * self.unit // self.block_size in table:
+                for offset in range(self.unit):
+                    content = self.caches[0][source * self.unit + offset]
+                    self.caches[0][target * self.unit + offset] = content
+
+    def _check_copies(self, plan: StepPlan) -> None:
+        """Nothing that the step has written changes what is copied; the order does not matter."""
+        targets, sources = plan.copies.T.tolist()
+        assert len(set(targets)) == len(targets)
+        assert not set(targets) & set(sources)
+        for target, source in plan.copies.tolist():
+            for offset in range(self.unit):
+                content = self.caches[0][source * self.unit + offset]
+                assert self.caches[0][target * self.unit + offset] == content
+        self.num_copies += len(targets)
 
     def _decode(self, plan: StepPlan, seqs: list[Sequence]) -> list[int | None]:
         self._check_common_blocks(plan)

@@ -31,6 +31,7 @@ def make_plan(rows, starts, lengths, shared, is_last, updates=NO_UPDATES) -> Ste
         lengths=int32(lengths),
         shared=int32(shared),
         is_last=int32(is_last),
+        copies=int32([[3, 1], [7, 2]]),
     )
 
 
@@ -96,6 +97,7 @@ def test_inputs_are_those_of_a_loop_over_the_tokens(prefill):
         rows=torch.from_numpy(int32(rows)),
         temperatures=torch.from_numpy(int32(temperature_bits).view(np.float32)),
         seeds=torch.from_numpy(int32(seeds).reshape(-1, 2)),
+        copies=torch.from_numpy(plan.copies),
     )
     for name, tensor, wanted in zip(PrefillInputs._fields, inputs, expected, strict=True):
         assert tensor.is_contiguous(), name

@@ -24,6 +24,7 @@ FIELDS = (
     "lengths",
     "shared",
     "is_last",
+    "copies",
 )
 
 int32s = st.integers(-(2**31), 2**31 - 1)
@@ -47,6 +48,7 @@ def plans(draw) -> StepPlan:
         0 if is_prefill else draw(st.integers(0, 9)),
         array(num_tokens),
         *(array(per_seq) for _ in range(4)),
+        array(draw(st.integers(0, 6)) if is_prefill else 0, 2),
     )
 
 
@@ -72,6 +74,7 @@ def test_max_packed_size_bounds_every_plan(data):
     max_num_seqs = data.draw(st.integers(1, 6))
     num_blocks = data.draw(st.integers(1, 9))
     budget = data.draw(st.integers(1, 30))
+    max_copies = data.draw(st.integers(0, 3))
     num_seqs = data.draw(st.integers(1, min(max_num_seqs, budget)))
     builder = PlanBuilder(max_num_seqs, row_state.BLOCK_TABLE + num_blocks)
     is_prefill = data.draw(st.booleans())
@@ -83,10 +86,11 @@ def test_max_packed_size_bounds_every_plan(data):
         seq = make_seq([1] * num_tokens, request_id=i)
         seq.row = i
         seq.block_table = list(range(num_blocks))
+        seq.copies = [(i, 9)] * max_copies
         seq.num_scheduled_tokens = seq.num_computed_tokens = num_tokens
         sequences.append(seq)
     plan = builder.build(sequences, is_prefill)
-    bound = max_packed_size(max_num_seqs, budget, row_state.BLOCK_TABLE + num_blocks)
+    bound = max_packed_size(max_num_seqs, budget, row_state.BLOCK_TABLE + num_blocks, max_copies)
     assert len(pack(plan)) <= bound
 
 

@@ -252,6 +252,27 @@ def test_qk_norm_rope_store_into_an_fp8_cache(dtype):
         assert (by_slot[others] == 7).all() and (cache.float().flatten(0, 1)[others] == 7).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8_DTYPE])
+def test_copies_of_units_touch_nothing_else(dtype, monkeypatch):
+    """Two units of 64 slots a block: unit 1 is the second half of block 0."""
+    monkeypatch.setattr(torch_ops, "MAX_GATHER_ELEMENTS", 2 * 64 * 3 * 8)
+    memory = torch.randn(2, 5, 128, 3, 8).to(dtype)
+    scales = torch.randn(2, 5, 3, 128) if dtype == FP8_DTYPE else None
+    expected = memory.float(), None if scales is None else scales.clone()
+    copies = [(1, 6), (5, 0), (2, 6)]
+    for target, source in copies:
+        block, half = target // 2, slice(target % 2 * 64, target % 2 * 64 + 64)
+        from_block, from_half = source // 2, slice(source % 2 * 64, source % 2 * 64 + 64)
+        expected[0][:, block, half] = expected[0][:, from_block, from_half]
+        if scales is not None:
+            expected[1][:, block, :, half] = expected[1][:, from_block, :, from_half]
+    cache = KVCache(*memory, *(() if scales is None else scales))
+    for pairs in (torch.empty(0, 2, dtype=torch.int32), torch.tensor(copies, dtype=torch.int32)):
+        torch_ops.copy_units(cache, pairs)
+    assert torch.equal(memory.float(), expected[0])
+    assert scales is None or torch.equal(scales, expected[1])
+
+
 def fp8_cache(
     cache: torch.Tensor, contents: list[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:

@@ -139,6 +139,23 @@ def test_keys_and_values_alone_are_stored_as_they_are(dtype):
             assert torch.equal(caches.flatten(1, 2), expected)
 
 
+@pytest.mark.parametrize("is_fp8", (False, True))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_copy_units(dtype, is_fp8):
+    for _, num_kv_heads, head_dim in HEADS:
+        memory = torch.randn(2, 4, 128, num_kv_heads, head_dim)
+        scales = torch.randn(2, 4, num_kv_heads, 128) if is_fp8 else ()
+        memory = memory.to(FP8_DTYPE if is_fp8 else dtype)
+        copies = torch.tensor([(1, 6), (5, 0), (2, 6)], dtype=torch.int32)
+        expected = KVCache(*memory.clone(), *(scales.clone() if is_fp8 else ()))
+        torch_ops.copy_units(expected, copies)
+        cache = KVCache(*memory, *scales)
+        OPS.copy_units(cache, copies[:0])
+        OPS.copy_units(cache, copies)
+        for got, wanted in zip(cache, expected, strict=True):
+            assert got is wanted or torch.equal(got.float(), wanted.float())
+
+
 NO_SLOTS = torch.empty(0, dtype=torch.int64)  # attention only reads the cache
 
 

@@ -4,6 +4,7 @@ import torch
 
 from nanovllm.kernels.torch_ops import vocab_linear
 from nanovllm.kernels.triton.activation import gelu_and_mul, silu_and_mul
+from nanovllm.kernels.triton.copy_units import copy_units
 from nanovllm.kernels.triton.decode_attention import decode_attention, plan_decode
 from nanovllm.kernels.triton.filters import filter_thresholds
 from nanovllm.kernels.triton.fp8_linear import fp8_linear
@@ -59,6 +60,7 @@ class TritonKernels:
     packed_linear = staticmethod(packed_linear)
     experts = staticmethod(experts)
     qk_norm_rope_store = staticmethod(qk_norm_rope_store)
+    copy_units = staticmethod(copy_units)
     sigmoid_gate = staticmethod(sigmoid_gate)
     causal_conv1d = staticmethod(causal_conv1d)
     gated_delta_rule = staticmethod(gated_delta_rule)

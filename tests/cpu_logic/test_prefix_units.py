@@ -1,0 +1,186 @@
+"""Prefixes that end within a block: which units are copied, and that copies are always right."""
+
+from unittest.mock import patch
+
+import pytest
+import test_scheduler_properties as properties
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scheduling_helpers import check_all_released, drain, make_scheduler, make_seq, step
+
+from nanovllm.engine import cache_groups
+from nanovllm.engine.prefix_units import UnitBlockManager
+from nanovllm.kernels.types import COPY_UNIT
+
+RUNS = settings(deadline=None, derandomize=True, database=None)
+
+
+def run(workload: properties.Workload, unit: int) -> int:
+    """All completions come out right, and invariants hold; the number of copied units."""
+    workload.block_size *= unit
+    workload.max_model_len = min(workload.max_model_len, 24)
+    with patch.object(cache_groups, "COPY_UNIT", unit):
+        engine = properties.run(workload)
+        assert isinstance(engine.scheduler.block_manager, UnitBlockManager)
+    return engine.device.num_copies
+
+
+def num_copies(workloads, max_examples: int) -> int:
+    total = 0
+
+    @settings(RUNS, max_examples=max_examples)
+    @given(workloads, st.integers(1, 3))
+    def run_and_count(workload, unit):
+        nonlocal total
+        total += run(workload, unit)
+
+    run_and_count()
+    return total
+
+
+def test_any_workload_completes_rightly_and_leaves_nothing_behind():
+    assert num_copies(properties.workloads(), 150) > 30
+
+
+def test_workloads_with_many_preemptions_complete_rightly():
+    assert num_copies(properties.tight_workloads(), 60) > 30
+
+
+# ---- what is found ------------------------------------------------------------------------------
+
+STEM = list(range(1000))
+
+
+def scheduler_of(num_blocks: int = 40, **overrides):
+    settings = {"kvcache_block_size": 256, "num_kvcache_blocks": num_blocks}
+    return make_scheduler(**(settings | overrides))
+
+
+def own_prompt(number: int, num_shared: int = 1000, num_own: int = 30) -> list[int]:
+    return STEM[:num_shared] + [2000 + 100 * number + i for i in range(num_own)]
+
+
+def test_prompts_that_come_together_compute_a_common_prefix_once():
+    """3 blocks are shared, 3 units of 64 copied from the first prompt's fourth block."""
+    scheduler = scheduler_of()
+    seqs = [make_seq(own_prompt(i), max_tokens=1, request_id=i) for i in range(4)]
+    for seq in seqs:
+        scheduler.add(seq)
+    scheduled, num_tokens = step(scheduler)
+    assert scheduled == seqs
+    assert [seq.num_cached_tokens for seq in seqs] == [0, 960, 960, 960]
+    assert num_tokens == 1030 + 3 * 70
+    assert {seq.num_shared_tokens for seq in seqs[1:]} == {768}
+    # The source is the first prompt's fourth block, 3, whose units are 12, 13, 14.
+    assert seqs[0].copies == []
+    for seq in seqs[1:]:
+        assert [source for _, source in seq.copies] == [12, 13, 14]
+    drain(scheduler)
+    check_all_released(scheduler)
+
+
+def test_a_cached_block_that_nobody_holds_is_a_source():
+    scheduler = scheduler_of()
+    scheduler.add(make_seq(own_prompt(0), max_tokens=1))
+    drain(scheduler)
+    seq = make_seq(own_prompt(1, num_shared=900), max_tokens=1, request_id=1)
+    scheduler.add(seq)
+    assert drain(scheduler) == [930 - 768 - 128]
+    assert seq.num_cached_tokens == 768 + 128
+    check_all_released(scheduler)
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_a_block_that_is_not_full_is_a_source_while_its_sequence_runs(is_running):
+    scheduler = scheduler_of()
+    scheduler.add(make_seq(STEM[:600], max_tokens=9))
+    step(scheduler)
+    if not is_running:
+        drain(scheduler)
+    seq = make_seq(STEM[:600], max_tokens=1, request_id=1)
+    scheduler.add(seq)
+    step(scheduler)
+    assert seq.num_cached_tokens == (576 if is_running else 512)
+    drain(scheduler)
+    check_all_released(scheduler)
+
+
+@pytest.mark.parametrize(("length", "num_cached"), [(64, 0), (65, 64), (128, 64), (129, 128)])
+def test_the_last_token_is_always_computed(length, num_cached):
+    scheduler = scheduler_of()
+    scheduler.add(make_seq(STEM[:200], max_tokens=9))
+    step(scheduler)
+    seq = make_seq(STEM[:length], max_tokens=1, request_id=1)
+    scheduler.add(seq)
+    assert step(scheduler)[1] == length - num_cached
+    assert seq.num_cached_tokens == num_cached
+
+
+def test_chunks_are_copied_with_the_first_one_alone():
+    scheduler = scheduler_of(enable_chunked_prefill=True, max_num_batched_tokens=100)
+    scheduler.add(make_seq(STEM[:200], max_tokens=30, ignore_eos=True))
+    while step(scheduler)[1] > 0:
+        pass
+    seq = make_seq(own_prompt(1, num_shared=190, num_own=150), max_tokens=1, request_id=1)
+    scheduler.add(seq)
+    numbers = [step(scheduler)[1] for _ in range(40)]
+    assert [number for number in numbers if number > 0] == [100, 100, 340 - 128 - 200]
+    assert seq.num_cached_tokens == 128
+
+
+@pytest.mark.parametrize("is_caching", [True, False])
+def test_nothing_is_copied_where_prefixes_are_not_read(is_caching):
+    scheduler = scheduler_of(enable_prefix_caching=is_caching)
+    seqs = [make_seq(own_prompt(i), max_tokens=1, request_id=i) for i in range(2)]
+    seqs[1].sampling_params.skip_reading_prefix_cache = is_caching
+    for seq in seqs:
+        scheduler.add(seq)
+    assert drain(scheduler) == [2060]
+
+
+def test_no_copy_of_a_step_reads_what_another_one_writes():
+    """The third prompt goes on like the second one, whose block begins with the first one's."""
+    scheduler = scheduler_of()
+    second = STEM[:150] + list(range(5000, 5080))
+    prompts = [own_prompt(0, num_shared=250), second, [*second, 7]]
+    seqs = [make_seq(prompt, max_tokens=2, request_id=i) for i, prompt in enumerate(prompts)]
+    for seq in seqs:
+        scheduler.add(seq)
+    step(scheduler)
+    assert [seq.block_table for seq in seqs] == [[0, 1], [2], [3]]
+    assert [seq.copies for seq in seqs] == [[], [(8, 0), (9, 1)], [(12, 0), (13, 1), (14, 10)]]
+    assert [seq.num_cached_tokens for seq in seqs] == [0, 128, 192]
+
+
+def test_a_source_is_not_taken_for_the_sequence_that_copies_it():
+    """Of 4 blocks the prompt needs all, or 3 beside the source's."""
+    for num_blocks, num_cached in ((5, 192), (4, 0)):
+        scheduler = scheduler_of(num_blocks)
+        scheduler.add(make_seq(STEM[:256], max_tokens=1))
+        drain(scheduler)
+        seq = make_seq(own_prompt(1, num_shared=200, num_own=800), max_tokens=1, request_id=1)
+        scheduler.add(seq)
+        assert drain(scheduler) == [1000 - num_cached]
+        check_all_released(scheduler)
+
+
+def test_a_source_is_not_taken_for_another_sequence_of_the_step():
+    """Block 0 is free, and the first prompt copies from it: the second one has to wait."""
+    scheduler = scheduler_of(num_blocks=3)
+    scheduler.add(make_seq(STEM[:256], max_tokens=1))
+    drain(scheduler)
+    first = make_seq(own_prompt(1, num_shared=200), max_tokens=1, request_id=1)
+    second = make_seq([9] * 300, max_tokens=1, request_id=2)
+    scheduler.add(first)
+    scheduler.add(second)
+    assert step(scheduler) == ([first], 230 - 192)
+    assert first.copies == [(4 + i, i) for i in range(3)]
+    assert step(scheduler) == ([second], 300)
+    check_all_released(scheduler)
+
+
+def test_other_block_sizes_and_windows_have_no_units():
+    for overrides in ({"kvcache_block_size": 16}, {"cache_windows": (512,)}):
+        config = make_scheduler(**({"kvcache_block_size": 256} | overrides)).config
+        assert not isinstance(cache_groups.new_block_manager(config), UnitBlockManager)
+    assert 256 % COPY_UNIT == 0
