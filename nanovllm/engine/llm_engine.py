@@ -164,7 +164,7 @@ class LLMEngine(Lifecycle):
         """
         try:
             self.queue(requests)
-            outputs = Outputs(requests, self.tokenizer)
+            outputs = Outputs(requests, self.input_processor.tokenizer)
             with ProgressBar(use_tqdm, len(requests)) as bar:
                 self.requests.claim(outputs)
                 while outputs:

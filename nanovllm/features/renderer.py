@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.inputs.plain_tokenizer import in_full
 from nanovllm.inputs.prompts import check_tokenization_kwargs, encode_prompts
 
 
@@ -23,7 +24,7 @@ class Renderer:
 
     def __init__(self, llm: LLMEngine) -> None:
         self._llm = llm
-        self.tokenizer = llm.tokenizer
+        self.tokenizer = in_full(llm.input_processor.tokenizer)
 
     @property
     def default_cmpl_tok_params(self) -> TokenizeParams:
