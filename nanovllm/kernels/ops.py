@@ -10,6 +10,7 @@ from nanovllm.kernels.types import (
     DecodeInputs,
     KVCache,
     LinearOutput,
+    LoRAWeights,
     PackedWeight,
 )
 
@@ -78,6 +79,26 @@ class Ops(Protocol):
         """x [T, K], weight [N, K] in 4 or 8 bits, bias [N] -> [T, N].
 
         x is not quantised. A weight's value is rounded to x's dtype before the product.
+        """
+
+    def plan_adapters(self, slots: Tensor, num_slots: int) -> object:
+        """How `add_adapters` divides its work over T tokens, made once for all layers.
+
+        Args:
+            slots: [T] int32, 1 + the slot of each token's adapter; 0: it has none.
+            num_slots: of adapters.
+        """
+
+    def add_adapters(
+        self, out: LinearOutput, x: Tensor, weights: LoRAWeights, plan: object
+    ) -> None:
+        """Add each token's adapter's terms to a product, in place.
+
+        Args:
+            out: [T, N]; of a product in parts, one part gets the terms.
+            x: [T, K], or [T, P * R] where `weights.a` is None.
+            weights: of all adapters.
+            plan: of `plan_adapters`, for these tokens.
         """
 
     def experts(

@@ -13,7 +13,7 @@ from typing import ParamSpec, TypeVar
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels import row_state, torch_delta_rule
+from nanovllm.kernels import row_state, torch_delta_rule, torch_lora
 from nanovllm.kernels.types import (
     ATTENTION_EXTRAS,
     COPY_UNIT,
@@ -750,6 +750,8 @@ class TorchOps:
     gated_delta_rule = staticmethod(torch_delta_rule.gated_delta_rule)
     gated_rms_norm = staticmethod(torch_delta_rule.gated_rms_norm)
     plan_decode = staticmethod(plan_decode)
+    plan_adapters = staticmethod(torch_lora.plan_adapters)
+    add_adapters = staticmethod(torch_lora.add_adapters)
     filter_thresholds = staticmethod(filter_thresholds)
     gather_decode_inputs = staticmethod(gather_decode_inputs)
     write_back = staticmethod(write_back)

@@ -67,6 +67,32 @@ class PackedWeight:
         return replace(self, numbers=self.numbers[part], scales=self.scales[part], zeros=zeros)
 
 
+@dataclass(frozen=True)
+class LoRAWeights:
+    """Of S adapters the low-rank terms of one weight [N, K] (Hu et al. 2021, arXiv 2106.09685).
+
+    The weight's rows are those of P projections of one input, which have terms of their own. Of
+    adapter s, projection p adds b[s, its rows] @ a[s, p * R : (p + 1) * R] @ x. A smaller rank
+    than R is filled up with zeros.
+
+    Attributes:
+        a: [S, P * R, K]; None: x is that product already.
+        b: [S, N, R], the adapter's scale included.
+        rows: the first row and the end of each projection.
+        bounds: int32 [P, 2], the same on the device.
+    """
+
+    a: Tensor | None
+    b: Tensor
+    rows: tuple[tuple[int, int], ...]
+    bounds: Tensor
+
+    @property
+    def rank(self) -> int:
+        """R, a power of two and at least 16."""
+        return self.b.shape[2]
+
+
 class ClampedSwiGLU(NamedTuple):
     """gate, up -> (up + 1) * gate * sigmoid(alpha * gate), of numbers within the limit.
 

@@ -14,7 +14,7 @@ import pytest
 
 GROUPS = {
     "attention": ("interpreter", "decode", "attention_extras"),
-    "others": ("delta_net", "filter", "fp8_linear", "linear", "moe", "packed"),
+    "others": ("delta_net", "filter", "fp8_linear", "linear", "lora", "moe", "packed"),
 }
 
 

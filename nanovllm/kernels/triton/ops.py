@@ -15,6 +15,7 @@ from nanovllm.kernels.triton.gated_delta_net import (
     sigmoid_gate,
 )
 from nanovllm.kernels.triton.linear import linear
+from nanovllm.kernels.triton.lora import add_adapters, plan_adapters
 from nanovllm.kernels.triton.moe import experts
 from nanovllm.kernels.triton.norm import add_rms_norm, rms_norm
 from nanovllm.kernels.triton.packed_linear import packed_linear
@@ -58,6 +59,8 @@ class TritonKernels:
     vocab_linear = staticmethod(vocab_linear)
     fp8_linear = staticmethod(fp8_linear)
     packed_linear = staticmethod(packed_linear)
+    plan_adapters = staticmethod(plan_adapters)
+    add_adapters = staticmethod(add_adapters)
     experts = staticmethod(experts)
     qk_norm_rope_store = staticmethod(qk_norm_rope_store)
     copy_units = staticmethod(copy_units)
