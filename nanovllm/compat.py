@@ -102,10 +102,9 @@ VLLM_ABSENT = _absent(
         "the scheduler has rules of its own; preempted requests are computed anew",
     ),
     (
-        """max_loras max_lora_rank max_cpu_loras fully_sharded_loras lora_dtype
-        lora_target_modules lora_extra_vocab_size long_lora_scaling_factors""",
+        "lora_extra_vocab_size",
         None,
-        "they matter only with `enable_lora`",
+        "adapters that add tokens are refused by their tensors",
     ),
     (
         """allowed_local_media_path allowed_media_domains limit_mm_per_prompt mm_processor_kwargs
@@ -182,7 +181,11 @@ VLLM_ABSENT = _absent(
         "worker_extension_cls adds methods, and collective_rpc calls them on the ranks",
     ),
     ("scheduler_cls", (), "scheduling_policy says who is admitted first"),
-    ("enable_lora default_mm_loras enable_lora_bias", (), "there are no adapters"),
+    (
+        "default_mm_loras enable_lora_bias long_lora_scaling_factors lora_target_modules",
+        (),
+        "adapters are taken whole, by requests, and without biases",
+    ),
     (
         """speculative_config spec_method spec_model spec_tokens speculative_model
         num_speculative_tokens""",
@@ -395,7 +398,7 @@ LLM_HINTS = {
     "force_download": "'hf download' renews what is in the cache",
     **dict.fromkeys(
         "lora_path lora_paths lora_modules adapter adapters adapter_path peft_model_id".split(),
-        "nanovllm has no adapters",
+        "write enable_lora=True, and llm.generate(..., lora_request=LoRARequest(name, 1, path))",
     ),
 }
 
@@ -512,7 +515,7 @@ SAMPLING_HINTS = {
         reasoning_effort keep_alive""".split(),
         "nanovllm is no server and does not have it: leave it out",
     ),
-    "lora_request": "nanovllm has no adapters",
+    "lora_request": "it goes to generate(..., lora_request=...)",
     "echo": "the prompt is in the output: output.prompt",
     "return_full_text": "the prompt is in the output: output.prompt",
     "skip_special": "write skip_special_tokens",

@@ -397,6 +397,36 @@ class Config:
         "the texts around a model's reasoning, which `thinking_token_budget` needs: "
         "`reasoning_start_str` and `reasoning_end_str`.",
     )
+    enable_lora: bool = parameter(
+        False, boolean, "take requests with LoRA adapters, see `LoRARequest`."
+    )
+    max_loras: int = parameter(
+        1, integer(1, 1024), "adapters that run at the same time. The others' requests wait."
+    )
+    max_lora_rank: int = parameter(
+        16,
+        integer(1, 256),
+        "the largest rank of an adapter. The slots of all adapters have a power of two, and at "
+        "least 16.",
+    )
+    max_cpu_loras: int | None = parameter(
+        None,
+        at_least(1),
+        "adapters that are kept in host memory, at least `max_loras`. None: as many. What was used "
+        "longest ago makes room, and is read again when it is wanted.",
+    )
+    lora_dtype: str = parameter(
+        "auto",
+        Check(DTYPE.limits, _check_dtype),
+        "vLLM's, which changes nothing: adapters have the dtype of the activations, and others are "
+        "refused.",
+    )
+    fully_sharded_loras: bool = parameter(
+        False,
+        boolean,
+        "vLLM's, which changes nothing: each rank has its part of what follows from the split of "
+        "the weights.",
+    )
     scheduling_policy: str = parameter(
         "fcfs",
         choice("fcfs", "priority"),
@@ -464,6 +494,7 @@ class Config:
         derive(source=source, model_config=source.model_config)
         if self.model_config.uses_transformers:
             self._check_transformers()
+        self._check_adapters()
         derive(quantization=self._quantization_on_load())
         derive(enable_prefix_caching=self._caches_prefixes())
         if self.model_config.head is not None:
@@ -530,6 +561,7 @@ class Config:
             ("quantization", (None,)),
             ("attention_backend", ("auto", "torch", "triton")),
             ("cpu_offload_gb", (0,)),
+            ("enable_lora", (False,)),
         ):
             if getattr(self, name) not in taken:
                 raise ArgumentError(
@@ -556,6 +588,24 @@ class Config:
                 f"quantised to {bits} bits already; leave it out"
             )
         return self.quantization
+
+    def _check_adapters(self) -> None:
+        """ArgumentError for parameters of adapters that do not go together."""
+        if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
+            raise ArgumentError(
+                f"max_cpu_loras ({self.max_cpu_loras}) must be >= max_loras ({self.max_loras})"
+            )
+        if self.enable_lora and self.data_parallel_size > 1:
+            raise ArgumentError(
+                f"enable_lora is not supported with data_parallel_size ({self.data_parallel_size}) "
+                "> 1: replicas take no adapters"
+            )
+        own_dtype = (self.model_config.dtype or "bfloat16") if self.dtype == "auto" else self.dtype
+        if self.lora_dtype not in ("auto", own_dtype):
+            raise ArgumentError(
+                f"lora_dtype {self.lora_dtype!r} is not supported with activations in {own_dtype}; "
+                'write "auto"'
+            )
 
     def _caches_prefixes(self) -> bool:
         """`enable_prefix_caching`; its default follows from the model."""

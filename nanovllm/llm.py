@@ -9,6 +9,7 @@ from nanovllm.errors import ArgumentError, shown
 from nanovllm.features import beam_search as beams
 from nanovllm.features import chat as chats
 from nanovllm.features import (
+    lora,
     metrics,
     pooling,
     prefix_cache,
@@ -45,6 +46,7 @@ class LLM(LLMEngine):
         if extension := kwargs.get("worker_extension_cls"):  # before anything starts
             worker.find_extension(check_class_name("worker_extension_cls", extension))
         super().__init__(model, **kwargs)
+        lora.start(self)
         if self.config.record is not None:
             report.start(self, self.config.record)
         if not self.config.disable_log_stats:
@@ -66,6 +68,11 @@ class LLM(LLMEngine):
     wait_for_completion = request_queue.wait_for_completion
     abort_request = request_queue.abort_request
     get_output = request_queue.get_output
+
+    add_lora = lora.add_lora
+    remove_lora = lora.remove_lora
+    list_loras = lora.list_loras
+    pin_lora = lora.pin_lora
 
     sleep = sleep_mode.sleep
     wake_up = sleep_mode.wake_up

@@ -7,6 +7,8 @@ that scripts written for either read it.
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+from nanovllm.lora_request import LoRARequest
+
 
 @dataclass(slots=True)
 class Logprob:
@@ -29,7 +31,7 @@ class Logprob:
 class CompletionOutput:
     """One completion of a request.
 
-    `lora_request` and `routed_experts` of vLLM are None.
+    `routed_experts` of vLLM is None.
 
     Args:
         index: which of the request's `n` completions, from 0.
@@ -40,6 +42,7 @@ class CompletionOutput:
         finish_reason: "stop", "length", "repetition" or "abort"; None while it runs.
         stop_reason: the stop string or stop token id that ended it, or why it failed; None for EOS
             and all else.
+        lora_request: the adapter of its request; None: it has none.
     """
 
     index: int
@@ -49,7 +52,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    lora_request: ClassVar[None] = None
+    lora_request: LoRARequest | None = None
     routed_experts: ClassVar[None] = None
 
     def finished(self) -> bool:
@@ -244,12 +247,12 @@ class RequestOutput(dict[str, Any]):
         num_cached_tokens: prompt tokens that the prefix cache spared.
         error: what made it fail, as "OverflowError: ..."; its finish reason is "abort" then. None
             otherwise.
+        lora_request: its adapter; None: it has none.
 
-    `lora_request`, `encoder_prompt`, `encoder_prompt_token_ids`, `kv_transfer_params` and
+    `encoder_prompt`, `encoder_prompt_token_ids`, `kv_transfer_params` and
     `multi_modal_placeholders` of vLLM are None.
     """
 
-    lora_request: ClassVar[None] = None
     encoder_prompt: ClassVar[None] = None
     encoder_prompt_token_ids: ClassVar[None] = None
     kv_transfer_params: ClassVar[None] = None
@@ -267,6 +270,7 @@ class RequestOutput(dict[str, Any]):
         *,
         num_cached_tokens: int | None = None,
         error: str | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> None:
         super().__init__(text=outputs[0].text, token_ids=outputs[0].token_ids)
         self.request_id = request_id
@@ -278,6 +282,7 @@ class RequestOutput(dict[str, Any]):
         self.metrics = metrics
         self.num_cached_tokens = num_cached_tokens
         self.error = error
+        self.lora_request = lora_request
 
     def __missing__(self, key: str) -> Any:
         for attributes in (vars(self), vars(self.outputs[0])):
@@ -306,5 +311,5 @@ def _as_plain(value: Any) -> Any:
         return {key: _as_plain(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_as_plain(item) for item in value]
-    is_record = isinstance(value, (CompletionOutput, Logprob, RequestMetrics))
+    is_record = isinstance(value, (CompletionOutput, Logprob, LoRARequest, RequestMetrics))
     return asdict(value) if is_record else value

@@ -8,6 +8,7 @@ from nanovllm.engine.request_output import make_output
 from nanovllm.errors import ArgumentError, shown
 from nanovllm.inputs.prompts import check_unsupported
 from nanovllm.llm import LLM
+from nanovllm.lora_request import LoRARequests
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
@@ -48,7 +49,7 @@ class LLMEngine:
         prompt: str | list[int] | dict[str, Any],
         params: SamplingParams | None = None,
         arrival_time: float | None = None,
-        lora_request: None = None,
+        lora_request: LoRARequests = None,
         tokenization_kwargs: dict[str, Any] | None = None,
         trace_headers: None = None,
         priority: int = 0,
@@ -60,21 +61,22 @@ class LLMEngine:
             request_id: a string that no unfinished request has.
             prompt, params, tokenization_kwargs, priority: as for `LLM.generate`, of one prompt.
             arrival_time: None or a time, which changes nothing: the engine takes its own.
-            lora_request, trace_headers, prompt_text: only None.
+            lora_request: as for `LLM.generate`.
+            trace_headers, prompt_text: only None.
 
         Raises:
             ArgumentError: an argument is wrong; nothing was queued then.
         """
-        check_unsupported(
-            lora_request=lora_request, trace_headers=trace_headers, prompt_text=prompt_text
-        )
+        check_unsupported(trace_headers=trace_headers, prompt_text=prompt_text)
         if not isinstance(request_id, str):
             raise ArgumentError(f"request_id must be a string, got {shown(request_id)}")
         if request_id in self._requests:
             raise ArgumentError(f"there is an unfinished request {shown(request_id)} already")
         llm = self.llm
         llm.check_ready()
-        [request] = llm.input_processor.process([prompt], params, [priority], tokenization_kwargs)
+        [request] = llm.input_processor.process(
+            [prompt], params, [priority], tokenization_kwargs, lora_request
+        )
         if llm.input_processor.tokenizer is not None and request.params.detokenize:
             follow_text(request, llm.input_processor.tokenizer)
         llm.queue([request])

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
-from nanovllm.errors import ArgumentError
-
 PACKAGE = __name__.rpartition(".")[0]
 ENGINE_ARGS = {"EngineArgs": "features.engine_args"}
 PARSER = {"FlexibleArgumentParser": "features.engine_args"}
@@ -51,7 +49,7 @@ MODULES: dict[str, dict[str, str]] = {
     "logger": {"init_logger": "vllm_names"},
     "logits_process": {"LogitsProcessor": "sampling_params:RequestLogitsProcessor"},
     "logprobs": {"Logprob": "outputs"},
-    "lora.request": {"LoRARequest": "vllm_names"},
+    "lora.request": {"LoRARequest": "lora_request"},
     "renderers.inputs.preprocess": {"parse_model_prompt": "features.renderer"},
     "renderers.hf": {"resolve_chat_template": "vllm_names"},
     "tokenizers": {"get_tokenizer": "inputs.tokenizer"},
@@ -174,13 +172,6 @@ def get_open_port() -> int:
 def init_logger(name: str) -> logging.Logger:
     """Python's logger of that name."""
     return logging.getLogger(name)
-
-
-class LoRARequest:
-    """vLLM's adapters, for scripts that import the name: there are none here."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise ArgumentError("LoRARequest is not supported: there are no adapters")
 
 
 def resolve_chat_template(

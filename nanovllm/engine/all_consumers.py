@@ -11,7 +11,7 @@ def new_consumers(rank: RankState) -> dict[int, StepConsumer]:
     config, tp, model = rank.config, rank.tp, rank.model
     return {
         Wants.LOGITS: LogitsProcessing(config, rank.device, tp, rank.ops, rank.row_table),
-        Wants.PROMPT: PromptLogprobs(config, tp, model.lm_head),
+        Wants.PROMPT: PromptLogprobs(config, tp, model.lm_head, rank.adapters),
         Wants.POOLING: LastTokenPooling(model),
         Wants.STATES: TokenPooling(model),
     }

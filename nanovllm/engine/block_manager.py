@@ -13,7 +13,7 @@ import xxhash
 
 from nanovllm.engine.sequence import Sequence
 
-ROOT = 0  # the prefix id of "no block before"
+ROOT = 0  # the prefix id of "no block before", unless the sequence has another one
 
 
 class Block:
@@ -78,7 +78,7 @@ class BlockManager:
         matched: list[int] = []
         if not self.enable_prefix_caching:
             return matched
-        prefix_id = ROOT
+        prefix_id = seq.features.prefix_root
         for index in range(seq.num_tokens // self.block_size):
             token_ids = self._block_tokens(seq, index)
             block = self._find(self._block_hash(seq, index), token_ids, prefix_id)
@@ -138,8 +138,9 @@ class BlockManager:
         """
         if not self.enable_prefix_caching:
             return
+        root = seq.features.prefix_root
         for index in range(seq.num_hashed_blocks, num_computed_tokens // self.block_size):
-            parent = self.blocks[seq.block_table[index - 1]].prefix_id if index else ROOT
+            parent = self.blocks[seq.block_table[index - 1]].prefix_id if index else root
             block = self.blocks[seq.block_table[index]]
             block_hash, token_ids = self._block_hash(seq, index), self._block_tokens(seq, index)
             twin = self._find(block_hash, token_ids, parent)
@@ -157,10 +158,10 @@ class BlockManager:
         return seq.token_ids[index * self.block_size : (index + 1) * self.block_size]
 
     def _block_hash(self, seq: Sequence, index: int) -> int:
-        hashes = seq.block_hashes
+        hashes, root = seq.block_hashes, seq.features.prefix_root or None
         while len(hashes) <= index:
             tokens = self._block_tokens(seq, len(hashes))
-            hashes.append(self.compute_hash(tokens, hashes[-1] if hashes else None))
+            hashes.append(self.compute_hash(tokens, hashes[-1] if hashes else root))
         return hashes[index]
 
     def _find(self, block_hash: int, token_ids: list[int], parent_prefix_id: int) -> Block | None:

@@ -6,7 +6,7 @@ the sequences. What a consumer has for them travels to the host and is committed
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -21,6 +21,7 @@ from nanovllm.kernels import row_state
 from nanovllm.kernels.copies import Download, upload_one
 from nanovllm.kernels.ops import Ops
 from nanovllm.layers.embedding import ParallelLMHead
+from nanovllm.models.lora import AdapterModel
 from nanovllm.parallel.tensor_parallel import TensorParallel
 from nanovllm.sampling.logits_sampler import LogitsSampler
 from nanovllm.sampling.logprobs import LogprobsDownload, logprob_tensors
@@ -163,12 +164,20 @@ class PromptLogprobs(StepConsumer):
         config: the engine's configuration.
         tp: this rank's place among the ranks.
         lm_head: the model's.
+        adapters: the rank's, if it takes any.
     """
 
-    def __init__(self, config: Config, tp: TensorParallel, lm_head: ParallelLMHead) -> None:
+    def __init__(
+        self,
+        config: Config,
+        tp: TensorParallel,
+        lm_head: ParallelLMHead,
+        adapters: AdapterModel | None = None,
+    ) -> None:
         self.vocab_size = config.model_config.vocab_size
         self.tp = tp
         self.lm_head = lm_head
+        self.adapters = adapters
 
     def run(self, step: LaunchedStep, values: torch.Tensor) -> None:
         """The logprobs of the prompt tokens that follow the step's.
@@ -182,8 +191,9 @@ class PromptLogprobs(StepConsumer):
             count = int(plan.lengths[number] - plan.is_last[number])  # nothing follows the last
             for offset in range(0, count, PROMPT_LOGITS_ROWS):
                 size = min(PROMPT_LOGITS_ROWS, count - offset)
-                hidden_states = values[first + offset : first + offset + size]
-                logits = self.tp.gather(self.lm_head(hidden_states))
+                tokens = slice(first + offset, first + offset + size)
+                with nullcontext() if self.adapters is None else self.adapters.step.reading(tokens):
+                    logits = self.tp.gather(self.lm_head(values[tokens]))
                 if self.tp.rank != 0 or step.error is not None:
                     continue
                 with errors_kept(step):

@@ -11,20 +11,23 @@ from dataclasses import replace
 import numpy as np
 
 from nanovllm.config import Config
+from nanovllm.engine.adapters import AdapterTable
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.repetition import RepetitionRule
 from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Wants
 from nanovllm.engine.thinking import ThinkingBudget
-from nanovllm.errors import ArgumentError
+from nanovllm.errors import ArgumentError, shown
 from nanovllm.inputs.detokenizer import OutputText, output_text_of
 from nanovllm.inputs.prompts import (
+    as_lora_list,
     as_params_list,
     as_priority_list,
     check_params,
     encode_prompts,
 )
 from nanovllm.inputs.tokenizer import Tokenizer
+from nanovllm.lora_request import LoRARequest, LoRARequests
 from nanovllm.sampling.request_processors import OutputTokenIds, RequestProcessors, maker_of
 from nanovllm.sampling.structured_outputs import Grammar, GrammarCompiler
 from nanovllm.sampling.vocabulary import check_against_vocab, encode_bad_words, encode_mark
@@ -68,6 +71,7 @@ class InputProcessor:
         self.tokenizer = tokenizer
         self.default_params = default_params
         self.model_runner = model_runner
+        self.adapters: AdapterTable | None = None  # set by `features.lora`
         self._compiler: GrammarCompiler | None = None  # made when the first request needs it
 
     def process(
@@ -76,6 +80,8 @@ class InputProcessor:
         sampling_params: SamplingParams | list[SamplingParams] | None,
         priority: list[int] | None,
         tokenization_kwargs: Mapping[str, object] | None,
+        lora_request: LoRARequests = None,
+        *,
         pooler: Callable[[np.ndarray], object] | None = None,
         pooling_type: str = "LAST",
     ) -> list[Request]:
@@ -96,6 +102,7 @@ class InputProcessor:
         if pooling_type != "LAST":  # a cached block has no hidden states
             params_list = [replace(p, skip_reading_prefix_cache=True) for p in params_list]
         priorities = as_priority_list(priority, len(prompts))
+        adapters = self._check_adapters(as_lora_list(lora_request, len(prompts)))
         # Usually one object serves all prompts: checked, and copied, once.
         checked = {id(params): check_params(params) for params in params_list}
         encoded = encode_prompts(
@@ -109,6 +116,9 @@ class InputProcessor:
             self._new_request(*prompt, checked[id(params)], priority, pooler)
             for prompt, params, priority in zip(encoded, params_list, priorities, strict=True)
         ]
+        for request, adapter in zip(requests, adapters, strict=True):
+            if self.adapters is not None and adapter is not None:
+                self.adapters.attach(request, adapter)
         if pooling_type != "LAST":
             for [seq] in (request.sequences for request in requests):
                 seq.features.pooling_type = pooling_type
@@ -119,6 +129,16 @@ class InputProcessor:
         """How many tokens of a prompt are kept; None: all."""
         limit = params.truncate_prompt_tokens
         return self.config.max_model_len - 1 if limit == -1 else limit
+
+    def _check_adapters(self, adapters: list[LoRARequest | None]) -> list[LoRARequest | None]:
+        """Make the engine know the adapters of a call's requests."""
+        for adapter in dict.fromkeys(adapter for adapter in adapters if adapter is not None):
+            if self.adapters is None:
+                raise ArgumentError(
+                    f"lora_request needs LLM(..., enable_lora=True), got {shown(adapter)}"
+                )
+            self.adapters.register(adapter)
+        return adapters
 
     def _new_request(
         self,

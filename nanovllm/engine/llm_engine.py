@@ -18,6 +18,7 @@ from nanovllm.engine.step_stats import log_step
 from nanovllm.guards.lifecycle import Lifecycle
 from nanovllm.guards.ownership import one_thread_at_a_time
 from nanovllm.inputs.prompts import as_prompt_list, check_unsupported
+from nanovllm.lora_request import LoRARequests
 from nanovllm.outputs import RequestOutput
 from nanovllm.parallel.executor import start_executor
 from nanovllm.parameters import document
@@ -77,7 +78,7 @@ class LLMEngine(Lifecycle):
         *,
         priority: list[int] | None = None,
         tokenization_kwargs: Mapping[str, object] | None = None,
-        lora_request: None = None,
+        lora_request: LoRARequests = None,
         mm_processor_kwargs: None = None,
     ) -> list[RequestOutput]:
         """Complete every prompt.
@@ -91,7 +92,9 @@ class LLMEngine(Lifecycle):
             priority: one for each prompt, the lower the earlier; needs
                 `scheduling_policy="priority"`, else it changes nothing.
             tokenization_kwargs: for the tokenizer's `encode` of strings.
-            lora_request, mm_processor_kwargs: only None; there are no adapters and no images.
+            lora_request: the adapter, one for all prompts or one or none for each; needs
+                `enable_lora=True`.
+            mm_processor_kwargs: only None; there are no images.
 
         Returns:
             A `RequestOutput` for each prompt, in their order: a dict of "text" (the decoded
@@ -108,11 +111,11 @@ class LLMEngine(Lifecycle):
         the engine is ready for the next. Requests queued by `add_request` before go on meanwhile;
         `step` returns those that finished.
         """
-        check_unsupported(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        check_unsupported(mm_processor_kwargs=mm_processor_kwargs)
         check_use_tqdm(use_tqdm)
         self.check_awake()
         requests = self.input_processor.process(
-            as_prompt_list(prompts), sampling_params, priority, tokenization_kwargs
+            as_prompt_list(prompts), sampling_params, priority, tokenization_kwargs, lora_request
         )
         outputs = self.run(requests, use_tqdm).all()
         raise_failed(requests, outputs)
@@ -125,6 +128,7 @@ class LLMEngine(Lifecycle):
         *,
         priority: int = 0,
         tokenization_kwargs: Mapping[str, object] | None = None,
+        lora_request: LoRARequests = None,
     ) -> int:
         """Queue one request, to be driven by `step` until `is_finished`; returns its id.
 
@@ -136,7 +140,7 @@ class LLMEngine(Lifecycle):
         """
         self.check_ready()
         [request] = self.input_processor.process(
-            [prompt], sampling_params, [priority], tokenization_kwargs
+            [prompt], sampling_params, [priority], tokenization_kwargs, lora_request
         )
         self.queue([request])
         return request.request_id

@@ -14,7 +14,9 @@ from nanovllm.kernels.ops import Ops
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.context import ModelContext
 from nanovllm.layers.gated_delta_net import GatedDeltaNet
+from nanovllm.models.base import CausalLM
 from nanovllm.models.families import load_weights, new_model
+from nanovllm.models.lora import AdapterModel
 from nanovllm.models.weight_offload import offload_weights
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
@@ -31,6 +33,7 @@ class RankState:
     Attributes:
         model: this rank's slice of the model.
         offload: has the weights that wait in host memory; None: all are on the device.
+        adapters: LoRA adapters; None: the engine takes none.
         states: the memory of all recurrent states, of every row of the row table.
         row_table: a row for each running sequence, see `kernels.row_state`.
         sent_rows: the host's copy of what plans have sent to it: never the token or the length,
@@ -71,6 +74,9 @@ class RankState:
             self._assign_cache_groups()
             self._allocate_row_table()
             self._allocate_states()
+            self.adapters: AdapterModel | None = None
+            if config.enable_lora and isinstance(self.model, CausalLM):
+                self.adapters = AdapterModel(self.model, config, context, self.row_table)
 
     @property
     def rank(self) -> int:
@@ -162,7 +168,7 @@ class RankState:
         if self.offload is not None:
             self.offload.finish_copies()
             self.offload = None
-        del self.model, self.states, self.kv_cache, self.kv_scales, self.row_table
+        del self.model, self.adapters, self.states, self.kv_cache, self.kv_scales, self.row_table
         del self.decode_batch, self.decode_rows, self.decode_logits
         gc.collect()
         if self.is_cuda:

@@ -88,6 +88,7 @@ def _output(
         replace(request.metrics),
         num_cached_tokens=first.num_cached_prompt_tokens,
         error=None if error is None else describe(error),
+        lora_request=first.features.lora_request,
     )
 
 
@@ -124,6 +125,7 @@ def _completion(seq: Sequence, tokenizer: Tokenizer | None) -> CompletionOutput:
         logprobs,
         seq.finish_reason,
         seq.stop_reason,
+        seq.features.lora_request,
     )
 
 

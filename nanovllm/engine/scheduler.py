@@ -95,11 +95,11 @@ class Scheduler:
         config, budget = self.config, self.config.max_num_batched_tokens
         # Only the sequence admitted last can be part-way through its prompt.
         if self.running and not self.running[-1].is_prefilled:
-            seq = self.running[-1]
-            budget -= self._schedule_chunk(seq, budget)
-            scheduled.append(seq)
-        while self.waiting and len(self.running) < self.max_num_seqs and budget > 0:
-            seq = self.waiting[0]
+            budget -= self._schedule_chunk(self.running[-1], budget)
+            scheduled.append(self.running[-1])
+        while len(self.running) < self.max_num_seqs and budget > 0:
+            if (seq := self.waiting.head(self.running)) is None:
+                break
             matched = self.block_manager.match_prefix(seq) if seq.may_read_prefix_cache else []
             num_shared_tokens = len(matched) * self.block_manager.block_size
             # A full hit still computes its last token, whose logits are needed.
@@ -109,7 +109,7 @@ class Scheduler:
             reserved = ceil(config.watermark * len(self.running))
             if not self.block_manager.can_allocate(seq, matched, reserved):
                 break
-            self.waiting.popleft()
+            self.waiting.remove(seq)
             self.block_manager.allocate(seq, matched)
             seq.status = SequenceStatus.RUNNING
             seq.row = self.free_rows.popleft()
@@ -134,7 +134,7 @@ class Scheduler:
         return num_tokens
 
     def _schedule_decode(self, in_flight: bool) -> list[Sequence]:
-        manager = self.block_manager
+        manager, block_size = self.block_manager, self.block_manager.block_size
         while True:
             # A sequence whose last token is pending already has nothing left to compute.
             seqs = [
@@ -144,11 +144,7 @@ class Scheduler:
                 and not (seq.num_pending_tokens and seq.wants & Wants.CONFIRMED)
             ]
             # Those whose next token opens a block.
-            full = [
-                seq
-                for seq in seqs
-                if seq.num_computed_tokens == len(seq.block_table) * manager.block_size
-            ]
+            full = [s for s in seqs if s.num_computed_tokens == len(s.block_table) * block_size]
             if len(full) <= manager.num_free_blocks:
                 break
             if in_flight:

@@ -70,6 +70,10 @@ class FCFSQueue(deque[Sequence]):
         self.clear()
         self.extend(left)
 
+    def head(self, running: Items[Sequence]) -> Sequence | None:
+        """Which sequence is admitted next beside those running; None: none of them can be."""
+        return self[0] if self else None
+
     def victim(self, running: Items[Sequence]) -> Sequence:
         """Which of the running sequences, oldest admission first, is preempted first."""
         return running[-1]

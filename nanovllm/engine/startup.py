@@ -11,6 +11,7 @@ import torch
 
 from nanovllm.compat import local_rank
 from nanovllm.config import Config
+from nanovllm.engine.adapter_runner import AdapterRunner
 from nanovllm.engine.backend import choose_ops
 from nanovllm.engine.cache_groups import most_blocks
 from nanovllm.engine.compile_ahead import compiling_ahead
@@ -94,8 +95,9 @@ def start_model_runner(
     is_cuda = device.type == "cuda"
     free_at_start = torch.cuda.mem_get_info(device)[0] if is_cuda else 0
     ops = choose_ops(config, device)
+    new_runner = AdapterRunner if config.enable_lora else ModelRunner
     with compiling_ahead(config, device, tp, ops):
-        runner = ModelRunner(config, device, tp, ops)
+        runner = new_runner(config, device, tp, ops)
     with runner.on_device():
         gpu_bytes = None
         if is_cuda:

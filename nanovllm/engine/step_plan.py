@@ -123,4 +123,5 @@ class PlanBuilder:
             (first + row_state.TEMPERATURE, temperature_bits),
             (first + row_state.SEED, int(seed_low)),
             (first + row_state.SEED + 1, int(seed_high)),
+            (first + row_state.ADAPTER, seq.features.adapter_slot),
         ]

@@ -10,7 +10,8 @@ from typing import Any
 
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ArgumentError, shown
-from nanovllm.inputs.prompts import as_prompt_list, check_unsupported, encode_prompts
+from nanovllm.inputs.prompts import as_lora_list, as_prompt_list, encode_prompts
+from nanovllm.lora_request import LoRARequest, LoRARequests
 from nanovllm.outputs import Logprob
 from nanovllm.progress import ProgressBar, check_use_tqdm
 from nanovllm.sampling_params import BeamSearchParams, SamplingParams
@@ -59,6 +60,7 @@ class _Search:
 
     beams: list[BeamSearchSequence]
     steps_left: int
+    lora_request: LoRARequest | None
     completed: list[BeamSearchSequence] = field(default_factory=list)
 
 
@@ -66,7 +68,7 @@ def beam_search(
     llm: LLMEngine,
     prompts: str | list[str] | list[int] | list[list[int]] | list[Any],
     params: BeamSearchParams,
-    lora_request: None = None,
+    lora_request: LoRARequests = None,
     use_tqdm: bool | Callable[..., Any] = False,
     concurrency_limit: int | None = None,
 ) -> list[BeamSearchOutput]:
@@ -79,7 +81,7 @@ def beam_search(
     Args:
         prompts: as for `generate`.
         params: width, length, and how beams of different lengths compare.
-        lora_request: only None.
+        lora_request: as for `generate`.
         use_tqdm: show a progress bar of prompts on stderr; a callable is used in place of tqdm.
         concurrency_limit: prompts that are searched at a time; None: all.
 
@@ -92,7 +94,6 @@ def beam_search(
         RequestError: a request for a token failed; `outputs` of this error are those of its step.
         EngineDeadError: a tensor-parallel worker died.
     """
-    check_unsupported(lora_request=lora_request)
     check_use_tqdm(use_tqdm)
     if not isinstance(params, BeamSearchParams):
         raise ArgumentError(f"params must be a BeamSearchParams, got {shown(params)}")
@@ -107,12 +108,16 @@ def beam_search(
             f"needs {num_candidates} log probabilities, and max_logprobs is {config.max_logprobs}"
         )
     encoded = encode_prompts(as_prompt_list(prompts), llm.input_processor.tokenizer, vocab_size)
-    searches = [_Search([BeamSearchSequence(p.token_ids)], params.max_tokens) for p in encoded]
+    searches = [
+        _Search([BeamSearchSequence(prompt.token_ids)], params.max_tokens, adapter)
+        for prompt, adapter in zip(encoded, as_lora_list(lora_request, len(encoded)), strict=True)
+    ]
     one_token = SamplingParams(
         params.temperature, 1, ignore_eos=True, logprobs=num_candidates, detokenize=False
     )
     # All prompts are checked before the first step.
-    llm.input_processor.process([_prompt(s.beams[0]) for s in searches], one_token, None, None)
+    first: list[object] = [_prompt(search.beams[0]) for search in searches]
+    llm.input_processor.process(first, one_token, None, None, lora_request)
     at_once = concurrency_limit or max(len(searches), 1)
     with ProgressBar(use_tqdm, len(searches)) as bar:
         for start in range(0, len(searches), at_once):
@@ -143,7 +148,9 @@ def _step(
     beams = [beam for search in live for beam in search.beams]
     if not beams:
         return False
-    outputs = iter(llm.generate([_prompt(beam) for beam in beams], one_token, False))
+    adapters = [search.lora_request for search in live for _ in search.beams]
+    prompts = [_prompt(beam) for beam in beams]
+    outputs = iter(llm.generate(prompts, one_token, False, lora_request=adapters))
     eos_token_ids = llm.config.eos_token_ids
     for search in live:
         search.steps_left -= 1

@@ -6,7 +6,7 @@ from typing import Any
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.features.request_queue import enqueue
 from nanovllm.inputs.chat import render_prompts, takes_chat_options
-from nanovllm.inputs.prompts import check_unsupported
+from nanovllm.lora_request import LoRARequests
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
@@ -16,7 +16,7 @@ def chat(
     messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
     sampling_params: SamplingParams | list[SamplingParams] | None = None,
     use_tqdm: bool | Callable[..., Any] = True,
-    lora_request: None = None,
+    lora_request: LoRARequests = None,
     chat_template: str | None = None,
     chat_template_content_format: str = "auto",
     add_generation_prompt: bool = True,
@@ -43,7 +43,8 @@ def chat(
         chat_template_kwargs: variables for the template, such as `enable_thinking` of Qwen3.
         tokenization_kwargs: for the tokenizer's `encode` of the rendered text; by default it
             adds no special tokens, as the template has written them.
-        lora_request, mm_processor_kwargs: only None.
+        lora_request: as for `generate`, of the conversations.
+        mm_processor_kwargs: only None.
 
     Returns:
         A `RequestOutput` for each conversation, whose `prompt` is the rendered text.
@@ -52,7 +53,6 @@ def chat(
         ArgumentError: an argument is wrong, or the template refuses a conversation; nothing
             was queued then.
     """
-    check_unsupported(lora_request=lora_request)
     prompts = render_prompts(
         llm,
         messages,
@@ -65,7 +65,7 @@ def chat(
         tokenization_kwargs,
         mm_processor_kwargs,
     )
-    return llm.generate(prompts, sampling_params, use_tqdm)
+    return llm.generate(prompts, sampling_params, use_tqdm, lora_request=lora_request)
 
 
 @takes_chat_options
@@ -74,7 +74,7 @@ def enqueue_chat(
     messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
     sampling_params: SamplingParams | list[SamplingParams] | None = None,
     use_tqdm: bool | Callable[..., Any] = True,
-    lora_request: None = None,
+    lora_request: LoRARequests = None,
     priority: list[int] | None = None,
     *options: Any,
     **named_options: Any,
@@ -83,6 +83,5 @@ def enqueue_chat(
 
     Arguments and errors are those of `chat`, and the priorities of `generate`.
     """
-    check_unsupported(lora_request=lora_request)
     prompts = render_prompts(llm, messages, *options, **named_options)
-    return enqueue(llm, prompts, sampling_params, priority=priority, use_tqdm=use_tqdm)
+    return enqueue(llm, prompts, sampling_params, lora_request, priority, use_tqdm)

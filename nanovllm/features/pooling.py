@@ -17,13 +17,14 @@ from nanovllm.engine.request import Request
 from nanovllm.engine.request_output import raise_failed
 from nanovllm.errors import ArgumentError, shown
 from nanovllm.inputs.prompts import (
+    as_lora_list,
     as_priority_list,
     as_prompt_list,
     check_each,
     check_tokenization_kwargs,
-    check_unsupported,
     encode_prompts,
 )
+from nanovllm.lora_request import LoRARequests
 from nanovllm.models.head_config import IDENTITY, SIGMOID, SOFTMAX
 from nanovllm.models.pooling_config import PoolingFiles, read_pooling_files, token_type
 from nanovllm.outputs import (
@@ -68,7 +69,7 @@ def embed(
     truncate_prompt_tokens: int | None = None,
     tokenization_kwargs: dict[str, Any] | None = None,
     priority: list[int] | None = None,
-    lora_request: None = None,
+    lora_request: LoRARequests = None,
 ) -> list[EmbeddingRequestOutput]:
     """Embed prompts: a hidden state of the last layer for each, scaled to length 1.
 
@@ -84,7 +85,7 @@ def embed(
             for each.
         truncate_prompt_tokens: cut texts to so many tokens, as the tokenizer does it (the
             tokens that it adds stay); -1: to the longest prompt.
-        lora_request: only None.
+        lora_request: as for `generate`.
 
     Returns:
         For each prompt an output whose `outputs.embedding` is a list of floats.
@@ -95,9 +96,10 @@ def embed(
             was queued then.
         EngineDeadError: a tensor-parallel worker died.
     """
-    check_unsupported(lora_request=lora_request)
     truncation = truncate_prompt_tokens, tokenization_kwargs
-    requests = run_task(llm, "embed", prompts, pooling_params, truncation, use_tqdm, priority)
+    requests = run_task(
+        llm, "embed", prompts, pooling_params, truncation, use_tqdm, priority, lora_request
+    )
     return [
         _output(EmbeddingRequestOutput, request, EmbeddingOutput(_pooled(request).tolist()))
         for request in requests
@@ -113,7 +115,7 @@ def classify(
     truncate_prompt_tokens: int | None = None,
     tokenization_kwargs: dict[str, Any] | None = None,
     priority: list[int] | None = None,
-    lora_request: None = None,
+    lora_request: LoRARequests = None,
 ) -> list[ClassificationRequestOutput]:
     """Classify prompts with the head of a model for sequence classification.
 
@@ -134,9 +136,10 @@ def classify(
             queued then.
         EngineDeadError: a tensor-parallel worker died.
     """
-    check_unsupported(lora_request=lora_request)
     truncation = truncate_prompt_tokens, tokenization_kwargs
-    requests = run_task(llm, "classify", prompts, pooling_params, truncation, use_tqdm, priority)
+    requests = run_task(
+        llm, "classify", prompts, pooling_params, truncation, use_tqdm, priority, lora_request
+    )
     return [
         _output(
             ClassificationRequestOutput, request, ClassificationOutput(_pooled(request).tolist())
@@ -155,7 +158,7 @@ def encode(
     truncate_prompt_tokens: int | None = None,
     tokenization_kwargs: dict[str, Any] | None = None,
     priority: list[int] | None = None,
-    lora_request: None = None,
+    lora_request: LoRARequests = None,
 ) -> list[PoolingRequestOutput]:
     """Pool prompts by any task, and get tensors.
 
@@ -179,7 +182,6 @@ def encode(
     Tasks with a row for each token, and pooling types other than "LAST", need all hidden states of
     a prompt. So such a prompt is computed whole, without the prefix cache.
     """
-    check_unsupported(lora_request=lora_request)
     task = pooling_task
     if task is None:
         named = pooling_params if isinstance(pooling_params, list) else [pooling_params]
@@ -192,7 +194,9 @@ def encode(
         [task] = tasks
     assert task is not None
     truncation = truncate_prompt_tokens, tokenization_kwargs
-    requests = run_task(llm, task, prompts, pooling_params, truncation, use_tqdm, priority)
+    requests = run_task(
+        llm, task, prompts, pooling_params, truncation, use_tqdm, priority, lora_request
+    )
     return [
         _output(PoolingRequestOutput, request, PoolingOutput(torch.from_numpy(_pooled(request))))
         for request in requests
@@ -208,7 +212,7 @@ def reward(
     truncate_prompt_tokens: int | None = None,
     tokenization_kwargs: dict[str, Any] | None = None,
     priority: list[int] | None = None,
-    lora_request: None = None,
+    lora_request: LoRARequests = None,
 ) -> list[PoolingRequestOutput]:
     """Rewards of each prompt's tokens, or steps: `encode` with `pooling_task="token_classify"`.
 
@@ -256,6 +260,7 @@ def run_task(
     truncation: tuple[int | None, dict[str, Any] | None],
     use_tqdm: bool | Callable[..., Any],
     priority: list[int] | None,
+    lora_request: LoRARequests,
 ) -> list[Request]:
     """The finished requests of a call; arguments and errors are those of `encode`.
 
@@ -269,7 +274,8 @@ def run_task(
         pooling_params, len(prompt_list), lambda params: new_pooling(llm, task, params, files)
     )
     kwargs = truncating(llm, *truncation, longest=files.max_seq_length)
-    return pool(llm, prompt_list, poolings, use_tqdm, kwargs, priority, files.max_seq_length)
+    longest = files.max_seq_length
+    return pool(llm, prompt_list, poolings, use_tqdm, kwargs, priority, longest, lora_request)
 
 
 def check_each_params(
@@ -361,6 +367,7 @@ def pool(
     tokenization_kwargs: dict[str, Any] | None = None,
     priority: list[int] | None = None,
     longest: int | None = None,
+    lora_request: LoRARequests = None,
 ) -> list[Request]:
     """The finished requests, one for each prompt; their sequences' `pooled` is the result.
 
@@ -373,6 +380,7 @@ def pool(
         prompts, llm.input_processor.tokenizer, vocab_size, tokenization_kwargs
     )
     priorities = as_priority_list(priority, len(prompts))
+    adapters = as_lora_list(lora_request, len(prompts))
     for index, (_, token_ids) in enumerate(encoded):
         if longest is not None and len(token_ids) > longest:
             raise ArgumentError(
@@ -395,8 +403,9 @@ def pool(
             params,
             [priorities[i] for i in own],
             None,
-            pooling.pooler,
-            "ALL" if pooling.pooling_type == "STEP" else pooling.pooling_type,
+            [adapters[i] for i in own],
+            pooler=pooling.pooler,
+            pooling_type="ALL" if pooling.pooling_type == "STEP" else pooling.pooling_type,
         )
         found.update(zip(own, requests, strict=True))
     result = [found[index] for index in range(len(prompts))]

@@ -9,6 +9,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.request_output import make_output
 from nanovllm.errors import ArgumentError, shown
 from nanovllm.inputs.prompts import as_prompt_list, check_unsupported
+from nanovllm.lora_request import LoRARequests
 from nanovllm.outputs import RequestOutput
 from nanovllm.progress import ProgressBar, check_use_tqdm
 from nanovllm.sampling_params import SamplingParams
@@ -19,7 +20,7 @@ def enqueue(
     llm: LLMEngine,
     prompts: str | list[str] | list[int] | list[list[int]] | list[Any],
     sampling_params: SamplingParams | list[SamplingParams] | None = None,
-    lora_request: None = None,
+    lora_request: LoRARequests = None,
     priority: list[int] | None = None,
     use_tqdm: bool | Callable[..., Any] = False,
     tokenization_kwargs: dict[str, Any] | None = None,
@@ -29,11 +30,11 @@ def enqueue(
 
     Arguments and errors are those of `generate`; `use_tqdm` is accepted, nothing takes long.
     """
-    check_unsupported(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+    check_unsupported(mm_processor_kwargs=mm_processor_kwargs)
     check_use_tqdm(use_tqdm)
     llm.check_ready()
     requests = llm.input_processor.process(
-        as_prompt_list(prompts), sampling_params, priority, tokenization_kwargs
+        as_prompt_list(prompts), sampling_params, priority, tokenization_kwargs, lora_request
     )
     llm.queue(requests)
     return [str(request.request_id) for request in requests]

@@ -18,6 +18,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.sequence_errors import note_error
 from nanovllm.inputs.detokenizer import output_text_of
 from nanovllm.inputs.prompts import as_prompt_list
+from nanovllm.lora_request import LoRARequests
 from nanovllm.outputs import RequestOutput
 from nanovllm.progress import ProgressBar, check_use_tqdm
 from nanovllm.sampling_params import SamplingParams
@@ -201,6 +202,7 @@ def generate_stream(
     use_tqdm: bool | Callable[..., Any] = False,
     priority: list[int] | None = None,
     tokenization_kwargs: dict[str, Any] | None = None,
+    lora_request: LoRARequests = None,
 ) -> Stream:
     """Complete prompts, and give out text and tokens as they come.
 
@@ -220,7 +222,7 @@ def generate_stream(
     check_use_tqdm(use_tqdm)
     llm.check_ready()
     requests = llm.input_processor.process(
-        as_prompt_list(prompts), sampling_params, priority, tokenization_kwargs
+        as_prompt_list(prompts), sampling_params, priority, tokenization_kwargs, lora_request
     )
     for request in requests:
         if llm.input_processor.tokenizer is not None and request.params.detokenize:

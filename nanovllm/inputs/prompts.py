@@ -6,6 +6,7 @@ from numbers import Integral
 from typing import Any, NamedTuple, TypeVar
 
 from nanovllm.errors import MAX_SHOWN, ArgumentError, is_fault, shown, shown_error
+from nanovllm.lora_request import LoRARequest
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.validation import check_bool, check_choice, check_integer, check_unicode, clamp_int32
 
@@ -88,6 +89,24 @@ def as_priority_list(priority: Any, num_prompts: int) -> list[int]:
             "same."
         )
     return [check_integer("priority", value, lowest, highest) for value in priority]
+
+
+def as_lora_list(lora_request: Any, num_prompts: int) -> list[LoRARequest | None]:
+    """The adapter of each prompt; a single one serves all, None is none."""
+    if lora_request is None or isinstance(lora_request, LoRARequest):
+        return [lora_request] * num_prompts
+    if not isinstance(lora_request, (list, tuple)) or not all(
+        item is None or isinstance(item, LoRARequest) for item in lora_request
+    ):
+        raise ArgumentError(
+            f"lora_request must be a LoRARequest or a list of them, got {shown(lora_request)}"
+        )
+    if len(lora_request) != num_prompts:
+        raise ArgumentError(
+            f"The lengths of prompts ({num_prompts}) and lora_request ({len(lora_request)}) must "
+            "be the same."
+        )
+    return list(lora_request)
 
 
 def check_params(params: Any) -> SamplingParams:

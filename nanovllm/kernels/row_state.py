@@ -9,6 +9,7 @@ LAST_TOKEN = 0  # the newest token, whose K/V is not yet in the cache
 LENGTH = 1  # tokens of the sequence, LAST_TOKEN included; 0 in the padding row
 TEMPERATURE = 2  # float32 bits; SKIPPED: `Ops.sample` leaves the row alone
 SEED = 3  # two words: low, high
-BLOCK_TABLE = 5  # block ids from here to the end of the row, group after group
+ADAPTER = 5  # 1 + the slot of its LoRA adapter; 0: none
+BLOCK_TABLE = 6  # block ids from here to the end of the row, group after group
 
 SKIPPED = -1.0

@@ -20,6 +20,7 @@ class LinearWeight(nn.Module):
         is_plain: whether it has the model's dtype, whatever the context asks for.
 
     Attributes:
+        shards: what fills it, in rows and columns of the weight, however it is kept.
         weight: a parameter, in the model's dtype or fp8; or parameters in a `PackedWeight`.
         weight_scale: of an fp8 weight.
     """
@@ -31,7 +32,7 @@ class LinearWeight(nn.Module):
         self, shards: dict[str, Shard], context: ModelContext, is_plain: bool = False
     ) -> None:
         super().__init__()
-        self.ops, self._shards, self._context = context.ops, shards, context
+        self.ops, self.shards, self._context = context.ops, shards, context
         self.same_kind = [self]  # those whose kind changes together
         group_size = None if is_plain else packed_group_size(shards, context)
         if group_size is None:
@@ -63,7 +64,7 @@ class LinearWeight(nn.Module):
             elif module.weight_scale is None:
                 continue
             module.weight, module.weight_scale = new_linear_weight(
-                module._shards, module._context, may_be_fp8=False
+                module.shards, module._context, may_be_fp8=False
             )
 
 

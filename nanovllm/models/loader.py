@@ -139,6 +139,17 @@ def expected_tensors(model: nn.Module) -> Expected:
     return expected
 
 
+def module_name(model: nn.Module, path: str, key: str, shard: Shard) -> str:
+    """The checkpoint's name of the module that fills one shard of the weight at `path`.
+
+    key: of the shard in `Parameter.shards`.
+    """
+    names: Mapping[str, str] = getattr(model, "checkpoint_names", {})
+    parent, _, own_name = path.rpartition(".")
+    name = (key if shard.fused_name is None else shard.fused_name) or own_name
+    return ".".join(names.get(part, part) for part in f"{parent}.{name}".split("."))
+
+
 def expected_shapes(expected: Expected) -> dict[str, tuple[int, ...]]:
     """Checkpoint tensor name -> the shape that it must have."""
     return {name: shards[0][1].full_shape for name, shards in expected.items()}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from nanovllm.lora_request import LoRARequest
 from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -46,6 +47,9 @@ class FeatureState:
         pooling_type: what is pooled of the hidden states of the prompt's tokens: the "LAST", the
             first ("CLS"), the "MEAN" or "ALL". Only "LAST" does without those of the others.
         pooling_state: of the chunks of the prompt so far, where it needs them.
+        lora_request: its adapter; None: it has none.
+        adapter_slot: 1 + the adapter's slot on the device while the sequence runs; 0: none.
+        prefix_root: the prefix id before its first block. K/V is shared where it is equal.
     """
 
     grammar: "Grammar | None" = None
@@ -59,6 +63,9 @@ class FeatureState:
     pooling_type: str = "LAST"
     pooling_state: Any = None
     pooled: Any = None
+    lora_request: LoRARequest | None = None
+    adapter_slot: int = 0
+    prefix_root: int = 0
     logprobs: list[LogprobRow] = field(default_factory=list)  # of each completion token
     prompt_logprobs: list[LogprobRow] = field(default_factory=list)  # of each but the first
 

@@ -31,7 +31,7 @@ ORDER = [
     "parallel.tensor_parallel parallel.ipc_memory",
     "kernels",
     "kernels.types kernels.row_state",
-    "sampling_params pooling_params outputs progress stats model_files guards",
+    "sampling_params pooling_params lora_request outputs progress stats model_files guards",
     "command_line",
     "compat parameters validation",
     "vllm_names",

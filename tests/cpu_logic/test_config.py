@@ -328,7 +328,7 @@ def test_other_names_of_dtypes(dtype, expected, model):
             Config(model, dtype=wrong)
 
 
-@pytest.mark.parametrize("name", ["spec_model", "offload_params", "enable_lora"])
+@pytest.mark.parametrize("name", ["spec_model", "offload_params", "default_mm_loras"])
 @pytest.mark.parametrize(
     "value", [np.array([1, 2]), 10**5000, "x" * 10**6], ids=["array", "int", "str"]
 )

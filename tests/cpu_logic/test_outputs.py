@@ -125,6 +125,7 @@ def test_to_dict_is_everything_as_json(output):
                 ],
                 "finish_reason": "stop",
                 "stop_reason": 6,
+                "lora_request": None,
             },
             {
                 "index": 1,
@@ -134,12 +135,14 @@ def test_to_dict_is_everything_as_json(output):
                 "logprobs": None,
                 "finish_reason": "length",
                 "stop_reason": None,
+                "lora_request": None,
             },
         ],
         "finished": True,
         "metrics": {"arrival_time": 10.0, "first_token_time": 10.5, "finished_time": 12.0},
         "num_cached_tokens": 1,
         "error": None,
+        "lora_request": None,
     }
     assert type(everything) is dict
     for items in (everything["token_ids"], everything["prompt_token_ids"]):

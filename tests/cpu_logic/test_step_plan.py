@@ -108,6 +108,7 @@ def row_head(seq: Sequence) -> dict[int, int]:
         first + row_state.TEMPERATURE: temperature_bits(seq),
         first + row_state.SEED: low,
         first + row_state.SEED + 1: high,
+        first + row_state.ADAPTER: 0,
     }
 
 

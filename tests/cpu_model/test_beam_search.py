@@ -117,7 +117,7 @@ def test_a_beam_ends_where_the_model_and_the_cache_end(tiny_dir):
     [
         ({"params": BeamSearchParams(11, 1)}, "beam_width must be <= 10, got 11: a step needs 22"),
         ({"params": None}, "params must be a BeamSearchParams, got None"),
-        ({"lora_request": 1}, "lora_request is not supported"),
+        ({"lora_request": 1}, "lora_request must be a LoRARequest"),
         ({"concurrency_limit": 0}, "concurrency_limit must be >= 1, got 0"),
         ({"prompts": [[]]}, "Prompt cannot be empty"),
     ],

@@ -49,7 +49,7 @@ def test_refused_conversations_queue_nothing(llm):
     for call in (llm.chat, llm.enqueue_chat):
         with pytest.raises(ArgumentError, match=r"conversations\[1\]: a message of role 'user'"):
             call(wrong, greedy(1), use_tqdm=False)
-        with pytest.raises(ArgumentError, match="lora_request is not supported"):
+        with pytest.raises(ArgumentError, match="lora_request must be a LoRARequest"):
             call(CONVERSATIONS, greedy(1), use_tqdm=False, lora_request="adapter")
         with pytest.raises(ArgumentError, match=r"lengths of prompts \(2\) and params \(1\)"):
             call(CONVERSATIONS, [greedy(1)], use_tqdm=False)

@@ -163,7 +163,7 @@ def test_requests_of_the_loop_are_ended_and_refused_by_name(engine, llm):
         engine.add_request("a", "hello")
     with pytest.raises(ArgumentError, match="request_id must be a string, got 5"):
         engine.add_request(5, "hello")
-    with pytest.raises(ArgumentError, match="lora_request is not supported"):
+    with pytest.raises(ArgumentError, match="lora_request must be a LoRARequest"):
         engine.add_request("c", "hello", lora_request=1)
     engine.step()
     engine.abort_request(["a", "unknown"])
@@ -257,8 +257,9 @@ def evaluate_by_prompt_logprobs(llm, engine, traces):
     assert output.prompt_logprobs[0] is None
     for token_id, logprobs in zip(ids[1:], output.prompt_logprobs[1:], strict=True):
         assert logprobs[token_id].logprob <= max(each.logprob for each in logprobs.values()) <= 0
-    with pytest.raises(ArgumentError, match="there are no adapters"):
-        LoRARequest("finetuned", 1, "path")
+    adapter = LoRARequest("finetuned", 1, "path")
+    with pytest.raises(ArgumentError, match="needs LLM.*enable_lora=True"):
+        llm.generate("hello", params, use_tqdm=False, lora_request=adapter)
 
 
 def queue_and_wait(llm, engine, traces):
