@@ -120,10 +120,10 @@ class AdapterModel:
                     f"{list(shapes[1])}; the model asks for [r, {num_columns}] and [{num_rows}, r]"
                 )
 
-        for own_name, tensor in checkpoint.base_weights.items():
-            self._check_base(checkpoint, own_name, tensor)
+        for own_name in checkpoint.base_weights:
+            self._check_base(checkpoint, own_name)
 
-    def _check_base(self, checkpoint: LoRACheckpoint, own_name: str, tensor: str) -> None:
+    def _check_base(self, checkpoint: LoRACheckpoint, own_name: str) -> None:
         """ArgumentError if an adapter was trained on another embedding or LM head."""
         name = self._known_name(own_name)
         weights = {EMBEDDING: self._model.model.embed_tokens.weight}
@@ -131,7 +131,7 @@ class AdapterModel:
             weights[HEAD] = self._model.lm_head.weight
         if name in weights:
             weight, shard = weights[name], self._targets[name][0].shard
-            whole = checkpoint.read([tensor])[tensor]
+            whole = checkpoint.read_base(own_name)
             own = weight[shard.target].cpu()
             if whole.shape == shard.full_shape and torch.equal(
                 whole[shard.source].to(own.dtype), own
@@ -201,21 +201,27 @@ class AdapterModel:
             self.drop(next((i for i in self._on_host if i not in pinned), oldest))
 
     def _read(self, path: str) -> list[Term]:
-        """This rank's part of an adapter."""
+        """This rank's part of an adapter, in the dtype of the slots and in one piece of memory."""
         checkpoint = LoRACheckpoint(path)
-        terms = []
+        tensors = checkpoint.read()
+        parts = []
         for own_name, module in checkpoint.modules.items():
-            tensors = checkpoint.read([module.a, module.b])
             for layer, projection, shard, *_ in self._targets[self._known_name(own_name)]:
                 a, b = tensors[module.a], tensors[module.b].float() * module.scale
                 if not module.is_embedding:  # whose slots are whole on every rank
                     rows, columns = shard.source
                     a, b = a[:, columns], shard.in_order(b[rows])
-                terms.append(Term(layer, projection, self._on_device(a), self._on_device(b)))
-        return terms
-
-    def _on_device(self, tensor: Tensor) -> Tensor:
-        """A copy in host memory, as the device takes it."""
+                parts.append((layer, projection, a, b))
+        sizes = [tensor.numel() for *_, a, b in parts for tensor in (a, b)]
         is_cuda = self._context.device.type == "cuda"
-        host = torch.empty(tensor.shape, dtype=self._context.dtype, pin_memory=is_cuda)
-        return host.copy_(tensor)
+        memory = torch.empty(sum(sizes), dtype=self._context.dtype, pin_memory=is_cuda)
+        places = iter(memory.split(sizes))
+        return [
+            Term(layer, projection, _stored(a, next(places)), _stored(b, next(places)))
+            for layer, projection, a, b in parts
+        ]
+
+
+def _stored(tensor: Tensor, memory: Tensor) -> Tensor:
+    """`tensor` in flat memory of another dtype."""
+    return memory.view(tensor.shape).copy_(tensor)

@@ -71,8 +71,18 @@ class LoRACheckpoint:
         """Of a tensor."""
         return self._shapes[name]
 
-    def read(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Whole tensors, on the CPU."""
+    def read(self) -> dict[str, torch.Tensor]:
+        """The tensors of all modules, on the CPU."""
+        return self._read(
+            [name for module in self.modules.values() for name in (module.a, module.b)]
+        )
+
+    def read_base(self, module: str) -> torch.Tensor:
+        """The whole weight that one of `base_weights` had before."""
+        name = self.base_weights[module]
+        return self._read([name])[name]
+
+    def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
         try:
             with safe_open(self._file, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in names}

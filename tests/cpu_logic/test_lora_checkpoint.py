@@ -45,7 +45,7 @@ def test_rank_and_scale_of_a_module(tmp_path, config, rank, scale):
     [(name, module)] = checkpoint.modules.items()
     assert (name, module.rank, module.is_embedding) == (MODULE, rank, False)
     assert module.scale == pytest.approx(scale)
-    tensors = checkpoint.read([module.a, module.b])
+    tensors = checkpoint.read()
     assert tensors[module.a].shape == (rank, 8) and tensors[module.b].shape == (16, rank)
 
 

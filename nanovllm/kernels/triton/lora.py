@@ -13,12 +13,19 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.triton.launch import await_previous, jit, overlap_options
+from nanovllm.kernels.triton.launch import (
+    await_previous,
+    await_previous_alone,
+    jit,
+    num_multiprocessors,
+    overlap_options,
+    release_next,
+)
 from nanovllm.kernels.types import LinearOutput, LoRAWeights
 
 FEW_TOKENS = 1024  # up to here a tile has 16 tokens, the fewest that matrix instructions take
 MAX_FUSED_RANK = 64  # up to here few tokens take one kernel, which repeats the small product
-SPAN = 512  # rows of the weight that a program multiplies
+SPAN = 512  # rows of the weight that a program multiplies, or half of them if programs are few
 TILE_BYTES = 16384  # of A or B, that a program holds at a time
 PLAN_BLOCK = 1024  # tokens that the plan's program looks at together
 
@@ -43,7 +50,7 @@ def _plan_kernel(
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    await_previous(OVERLAP)
+    await_previous_alone(OVERLAP)  # the layers' kernels read the tiles before they wait
     offset = tl.arange(0, BLOCK)
     first = 0  # place of the slot's first token
     tile = 0  # the slot's first one
@@ -100,11 +107,13 @@ def plan_adapters(slots: torch.Tensor, num_slots: int) -> AdapterPlan:
 def _tokens(order, tiles, BLOCK_M: tl.constexpr):
     """The slot of this program's tile, its tokens [BLOCK_M], which of them there are, how many."""
     entry = tiles + tl.program_id(0) * 3
-    slot, first, count = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    slot = tl.load(entry, cache_modifier=".cg")
+    first = tl.load(entry + 1, cache_modifier=".cg")
+    count = tl.load(entry + 2, cache_modifier=".cg")
     place = tl.arange(0, BLOCK_M)
     there = place < count
-    tokens = tl.load(order + first + place, mask=there, other=0).to(tl.int64)
-    return slot.to(tl.int64), tokens, there, count
+    tokens = tl.load(order + first + place, mask=there, other=0, cache_modifier=".cg")
+    return slot.to(tl.int64), tokens.to(tl.int64), there, count
 
 
 @jit
@@ -173,8 +182,9 @@ def _shrink_kernel(
     BLOCK_K: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    await_previous(OVERLAP)
+    release_next(OVERLAP)
     slot, tokens, there, count = _tokens(order, tiles, BLOCK_M)
+    await_previous(OVERLAP)
     if count > 0:
         part = tl.program_id(1)
         a_part = a + (slot * P + part) * R * K
@@ -205,8 +215,9 @@ def _add_kernel(
     BLOCK_N: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    await_previous(OVERLAP)
+    release_next(OVERLAP)
     slot, tokens, there, count = _tokens(order, tiles, BLOCK_M)
+    await_previous(OVERLAP)
     if count > 0:
         begin = tl.program_id(1) * SPAN
         for part in range(P):
@@ -244,7 +255,9 @@ def add_adapters(out: LinearOutput, x: torch.Tensor, weights: LoRAWeights, plan:
         )
         x = inner
     num_rows = b.shape[1]
-    _add_kernel[(num_tiles, triton.cdiv(num_rows, SPAN))](
+    is_short = 2 * num_tiles * triton.cdiv(num_rows, SPAN) < num_multiprocessors(x.device)
+    span = SPAN // 2 if is_short else SPAN
+    _add_kernel[(num_tiles, triton.cdiv(num_rows, span))](
         target,
         x,
         a,
@@ -256,7 +269,7 @@ def add_adapters(out: LinearOutput, x: torch.Tensor, weights: LoRAWeights, plan:
         target.stride(0),
         FUSED=is_fused,
         N=num_rows,
-        SPAN=SPAN,
+        SPAN=span,
         BLOCK_N=max(16, min(128, TILE_BYTES // (rank * size))),
         num_warps=4,
         **shape,
