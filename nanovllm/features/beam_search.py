@@ -5,7 +5,7 @@ in the prefix cache. The search is host code over their log probabilities.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nanovllm.engine.llm_engine import LLMEngine
@@ -109,7 +109,11 @@ def beam_search(
         )
     encoded = encode_prompts(as_prompt_list(prompts), llm.input_processor.tokenizer, vocab_size)
     searches = [
-        _Search([BeamSearchSequence(prompt.token_ids)], params.max_tokens, adapter)
+        _Search(
+            [BeamSearchSequence(prompt.token_ids)],
+            params.max_tokens,
+            adapter and replace(adapter, load_inplace=False),  # not again for each token
+        )
         for prompt, adapter in zip(encoded, as_lora_list(lora_request, len(encoded)), strict=True)
     ]
     one_token = SamplingParams(

@@ -135,12 +135,12 @@ def test_ranks_share_adapters(tiny_dir, adapters, expected):
 def test_families(tmp_path, name, targets):
     model_dir = save_family(tmp_path / "model", name)
     adapter = save_adapter(tmp_path / "adapter", model_dir, targets=targets)
-    chosen: list[Adapter | None] = [adapter, None, adapter]
-    prompts = random_prompts((20, 30, 5))
-    completions = reference(model_dir, chosen, prompts, MAX_TOKENS)
+    chosen: list[Adapter | None] = [adapter, None]
+    prompts = random_prompts((20, 30))
+    completions = reference(model_dir, chosen, prompts, 5)
     with tiny_engine(model_dir, enable_lora=True, max_lora_rank=8) as llm:
-        assert run(llm, chosen, prompts) == completions
-        assert run(llm, [None], prompts[:1]) != completions[:1]
+        assert run(llm, chosen, prompts, greedy(5)) == completions
+        assert run(llm, [None], prompts[:1], greedy(5)) != completions[:1]
 
 
 def test_a_quantised_base_stays_quantised(tmp_path):
@@ -261,8 +261,8 @@ def test_a_folder_is_read_again_on_request(llm, tmp_path, tiny_dir, adapters):
     other = save_adapter(tmp_path / "other", tiny_dir, seed=99)
     [prompt] = random_prompts([300], seed=10)
     [first] = requests(adapters[:1])
-    assert run(llm, adapters[:1], [prompt]) == reference(
-        tiny_dir, adapters[:1], [prompt], MAX_TOKENS
+    assert run(llm, adapters[:1], [prompt], greedy(4)) == reference(
+        tiny_dir, adapters[:1], [prompt], 4
     )
     moved = LoRARequest("other", 1, str(other.path))
     with pytest.raises(ArgumentError, match="lora_int_id 1 is that of .*all.*load_inplace=True"):
@@ -274,8 +274,8 @@ def test_a_folder_is_read_again_on_request(llm, tmp_path, tiny_dir, adapters):
     with pytest.raises(ArgumentError, match="adapter 1 cannot go: unfinished requests use it"):
         llm.remove_lora(1)
     drain(llm)
-    [output] = llm.generate(prompt, greedy(MAX_TOKENS), False, lora_request=again)
-    assert [output["token_ids"]] == reference(tiny_dir, [other], [prompt], MAX_TOKENS)
+    [output] = llm.generate(prompt, greedy(4), False, lora_request=again)
+    assert [output["token_ids"]] == reference(tiny_dir, [other], [prompt], 4)
     assert output.num_cached_tokens == 0
 
 
