@@ -102,7 +102,7 @@ class InputProcessor:
         if pooling_type != "LAST":  # a cached block has no hidden states
             params_list = [replace(p, skip_reading_prefix_cache=True) for p in params_list]
         priorities = as_priority_list(priority, len(prompts))
-        adapters = self._check_adapters(as_lora_list(lora_request, len(prompts)))
+        adapters = as_lora_list(lora_request, len(prompts))
         # Usually one object serves all prompts: checked, and copied, once.
         checked = {id(params): check_params(params) for params in params_list}
         encoded = encode_prompts(
@@ -116,9 +116,7 @@ class InputProcessor:
             self._new_request(*prompt, checked[id(params)], priority, pooler)
             for prompt, params, priority in zip(encoded, params_list, priorities, strict=True)
         ]
-        for request, adapter in zip(requests, adapters, strict=True):
-            if self.adapters is not None and adapter is not None:
-                self.adapters.attach(request, adapter)
+        self._attach_adapters(requests, adapters)
         if pooling_type != "LAST":
             for [seq] in (request.sequences for request in requests):
                 seq.features.pooling_type = pooling_type
@@ -130,15 +128,20 @@ class InputProcessor:
         limit = params.truncate_prompt_tokens
         return self.config.max_model_len - 1 if limit == -1 else limit
 
-    def _check_adapters(self, adapters: list[LoRARequest | None]) -> list[LoRARequest | None]:
-        """Make the engine know the adapters of a call's requests."""
-        for adapter in dict.fromkeys(adapter for adapter in adapters if adapter is not None):
-            if self.adapters is None:
-                raise ArgumentError(
-                    f"lora_request needs LLM(..., enable_lora=True), got {shown(adapter)}"
-                )
+    def _attach_adapters(self, requests: list[Request], adapters: list[LoRARequest | None]) -> None:
+        """Let a call's requests use their adapters, and the engine know them."""
+        named = dict.fromkeys(adapter for adapter in adapters if adapter is not None)
+        if not named:
+            return
+        if self.adapters is None:
+            raise ArgumentError(
+                f"lora_request needs LLM(..., enable_lora=True), got {shown(next(iter(named)))}"
+            )
+        for adapter in named:
             self.adapters.register(adapter)
-        return adapters
+        for request, own in zip(requests, adapters, strict=True):
+            if own is not None:
+                self.adapters.attach(request, own)
 
     def _new_request(
         self,

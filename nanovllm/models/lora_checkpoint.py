@@ -145,7 +145,8 @@ class LoRACheckpoint:
             for name in rest
             if name.endswith(BASE)
         }
-        for name in sorted(rest.difference(self.base_weights.values())):
+        if others := rest.difference(self.base_weights.values()):
+            name = min(others)
             raise ArgumentError(f"{self.where}: tensor {cut(name)}: {_why_not(name)}")
         if not modules:
             raise ArgumentError(f"{self.where}: {WEIGHTS} holds no tensors")
