@@ -314,7 +314,7 @@ def test_two_ranks(model_dir, prompts, expected):
             lambda llm: llm.embed("x", truncate_prompt_tokens=0),
             "truncate_prompt_tokens must be between 1 and 1024, got 0",
         ),
-        (lambda llm: llm.embed("x", lora_request=1), "lora_request is not supported"),
+        (lambda llm: llm.embed("x", lora_request=1), "lora_request must be a LoRARequest"),
         (lambda llm: llm.score("a", []), "data_2 must be a string or a list of strings"),
         (lambda llm: llm.score(["a", 1], ["b", "c"]), r"data_1\[1\]: a text must be a string"),
         (lambda llm: llm.score(["a", "b"], ["c"] * 3), "got 2 and 3"),
