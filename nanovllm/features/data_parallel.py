@@ -160,8 +160,8 @@ class ReplicaLoop:
             submission.params,
             [submission.priority],
             None,
-            submission.pooler,
-            submission.pooling_type,
+            pooler=submission.pooler,
+            pooling_type=submission.pooling_type,
         )
         [seq] = request.sequences
         seq.max_length = submission.max_length

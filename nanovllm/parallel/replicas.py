@@ -81,7 +81,7 @@ class ReplicaGroup:
         self._inbox: queue.SimpleQueue[tuple[int, bytes | Death]] = queue.SimpleQueue()
         self._put_off: deque[tuple[int, Message]] = deque()  # came while a reply was waited for
         self._num_calls = 0
-        self._timeout = config.worker_timeout
+        self._stopped_at_most = config.worker_timeout
         self._is_closing = False
         outcome: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
@@ -238,14 +238,14 @@ class ReplicaGroup:
         """Kill a replica that is stopped for too long; `seconds` after the last look."""
         is_paused = is_stopped(replica.process.pid)
         replica.stopped_seconds = replica.stopped_seconds + seconds if is_paused else 0.0
-        if replica.stopped_seconds >= self._timeout:
+        if replica.stopped_seconds >= self._stopped_at_most:
             replica.is_given_up = True
             replica.process.kill()
 
     def _bury(self, replica: Replica) -> None:
         cause = cause_of_death(str(replica), replica.process, replica.errors)[1]
         if replica.is_given_up:
-            cause = f"{replica} was stopped (SIGSTOP) for {self._timeout:g} s and given up"
+            cause = f"{replica} was stopped (SIGSTOP) for {self._stopped_at_most:g} s and given up"
         replica.process.kill()
         replica.process.wait()
         replica.errors.close()
