@@ -151,6 +151,7 @@ def _prefill(runner: DryRunner, num_tokens: int, want: int) -> None:
                 lengths=lengths,
                 shared=np.zeros(num_seqs, dtype=np.int32),
                 is_last=np.ones(num_seqs, dtype=np.int32),
+                copies=np.zeros((num_seqs, 2), dtype=np.int32),
             )
         )
 

@@ -257,8 +257,8 @@ def test_cache_beyond_int32_elements():
     if torch.cuda.mem_get_info()[0] < needed + 2**30:
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
     shape = (2, num_blocks, block_size, num_kv_heads, head_dim)
-    large = torch.empty(shape, device=DEVICE, dtype=torch.bfloat16)
-    small = torch.empty((2, 2, *shape[2:]), device=DEVICE, dtype=torch.bfloat16)
+    large = torch.zeros(shape, device=DEVICE, dtype=torch.bfloat16)
+    small = torch.zeros((2, 2, *shape[2:]), device=DEVICE, dtype=torch.bfloat16)
     num_tokens = 300
     position = torch.arange(num_tokens, device=DEVICE)
     qkv = randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim, dtype=torch.bfloat16)
@@ -361,7 +361,7 @@ def row_table(lens: list[int], width: int) -> torch.Tensor:
     table[:-1, row_state.LAST_TOKEN] = torch.arange(len(lens), device=DEVICE)
     table[:-1, row_state.LENGTH] = ints(lens)
     table[:-1, row_state.TEMPERATURE] = torch.rand(len(lens), device=DEVICE).view(torch.int32)
-    table[:-1, row_state.SEED : row_state.BLOCK_TABLE] = ints([[7, -9]])
+    table[:-1, row_state.SEED : row_state.SEED + 2] = ints([[7, -9]])
     pages = torch.randperm(len(lens) * width, device=DEVICE).view(len(lens), width)
     table[:-1, row_state.BLOCK_TABLE :] = pages.int()
     return table

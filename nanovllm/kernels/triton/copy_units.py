@@ -11,7 +11,8 @@ from nanovllm.kernels.types import COPY_UNIT, KVCache
 BLOCK = 4096  # int16 words of K and as many of V that one program copies
 
 
-@jit
+# The pairs are a part of one packed buffer: no recompilation for their alignment.
+@jit(do_not_specialize_on_alignment=["copies"])
 def _copy_units_kernel(
     key,  # [units, UNIT_WORDS] int16
     value,

@@ -12,6 +12,7 @@ read it are done. The n-th use of a barrier completes its n-th phase, and one wa
 its parity. A new barrier counts as if the phase before the first had completed.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -375,9 +376,15 @@ def takes(query: torch.Tensor, cache: KVCache) -> bool:
     )
 
 
+@cache
+def _layout(rows: int, head_dim: int, dtype: torch.dtype) -> Any:
+    """Of a tile [rows, head_dim] in shared memory, as matrix instructions read it."""
+    return gl.NVMMASharedLayout.get_default_for([rows, head_dim], DTYPES[dtype])
+
+
 def _tiles(tensor: torch.Tensor, num_columns: int, rows: int, head_dim: int) -> Any:
     """A tensor descriptor of tiles [rows, head_dim] of a tensor [N, ...] with contiguous rows."""
-    layout = gl.NVMMASharedLayout.get_default_for([rows, head_dim], DTYPES[tensor.dtype])
+    layout = _layout(rows, head_dim, tensor.dtype)
     strides = [tensor.stride(0), 1]
     return TensorDescriptor(
         tensor, [tensor.shape[0], num_columns], strides, [rows, head_dim], layout

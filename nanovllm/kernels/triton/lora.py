@@ -27,6 +27,7 @@ FEW_TOKENS = 1024  # up to here a tile has 16 tokens, the fewest that matrix ins
 MAX_FUSED_RANK = 64  # up to here few tokens take one kernel, which repeats the small product
 SPAN = 512  # rows of the weight that a program multiplies, or half of them if programs are few
 TILE_BYTES = 16384  # of A or B, that a program holds at a time
+NUM_WARPS = 4
 PLAN_BLOCK = 1024  # tokens that the plan's program looks at together
 
 
@@ -251,7 +252,7 @@ def add_adapters(out: LinearOutput, x: torch.Tensor, weights: LoRAWeights, plan:
     if a is not None and not is_fused:
         inner = torch.empty(len(x), num_parts * rank, dtype=x.dtype, device=x.device)
         _shrink_kernel[(num_tiles, num_parts)](
-            inner, x, a, plan.order, plan.tiles, x.stride(0), num_warps=4, **shape
+            inner, x, a, plan.order, plan.tiles, x.stride(0), num_warps=NUM_WARPS, **shape
         )
         x = inner
     num_rows = b.shape[1]
@@ -271,6 +272,6 @@ def add_adapters(out: LinearOutput, x: torch.Tensor, weights: LoRAWeights, plan:
         N=num_rows,
         SPAN=span,
         BLOCK_N=max(16, min(128, TILE_BYTES // (rank * size))),
-        num_warps=4,
+        num_warps=NUM_WARPS,
         **shape,
     )
