@@ -474,7 +474,7 @@ class Config:
         "an HTML page with charts of the run, for a look at any time: refreshed every half minute "
         "and at `exit`. An older file there is replaced. None: no page.",
     )
-    source: ModelSource = field(init=False, repr=False)
+    source: ModelSource = field(init=False, repr=False, compare=False)
     model_config: ModelConfig = field(init=False, repr=False)
     eos_token_ids: frozenset[int] = field(init=False, default=frozenset())
     engine_processors: Any = field(init=False, default=None, repr=False)

@@ -9,7 +9,7 @@ computes: of prompts that come together the first one computes what all have in 
 
 from collections.abc import Iterable
 
-from nanovllm.engine.block_manager import ROOT, Block, BlockManager
+from nanovllm.engine.block_manager import Block, BlockManager
 from nanovllm.engine.sequence import Sequence
 
 # The prefix id before a block, and the tokens that it begins with: a number of units.
@@ -76,7 +76,7 @@ class UnitBlockManager(BlockManager):
         start = len(matched) * self.block_size
         # The last token is computed in any case, as its logits are needed.
         most = min(self.block_size - self.unit, seq.num_tokens - 1 - start) // self.unit
-        prefix_id = self.blocks[matched[-1]].prefix_id if matched else ROOT
+        prefix_id = self.blocks[matched[-1]].prefix_id if matched else seq.features.prefix_root
         for num_units in range(most, 0, -1):
             tokens = tuple(seq.token_ids[start : start + num_units * self.unit])
             block_ids = self._block_ids.get((prefix_id, tokens))
@@ -96,7 +96,8 @@ class UnitBlockManager(BlockManager):
         if not self.enable_prefix_caching:
             return
         for index in range(first, self.num_blocks_for(num_computed_tokens)):
-            prefix_id = self.blocks[seq.block_table[index - 1]].prefix_id if index else ROOT
+            parent = self.blocks[seq.block_table[index - 1]] if index else None
+            prefix_id = parent.prefix_id if parent else seq.features.prefix_root
             beginnings = self._beginnings.setdefault(seq.block_table[index], [])
             start = index * self.block_size
             num_tokens = min(self.block_size - self.unit, num_computed_tokens - start)

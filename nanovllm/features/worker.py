@@ -7,7 +7,6 @@ as `llm.llm_engine.model_executor.driver_worker.model_runner.model`.
 import importlib
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakSet
 
 from torch import nn
 
@@ -21,9 +20,6 @@ OWN_NAMES = ("rank", "device", "model", "config", "tp", "ops", "kv_cache")  # of
 INSTEAD = (
     "llm.apply_model(function) gives the model's module on every rank, llm.config the settings"
 )
-
-
-_with_workers: WeakSet[LLMEngine] = WeakSet()  # whose ranks all have become workers
 
 
 class LoadableModel:
@@ -167,13 +163,20 @@ def collective_rpc(
     """
     timeout, args, kwargs = checked_call(method, timeout, args, kwargs)
     extension = find_extension(llm.config.worker_extension_cls)
-    if llm not in _with_workers:
-        call_ranks(llm, as_worker, timeout, (extension,))
-        _with_workers.add(llm)
     classes = (ModelRunner, WorkerView, extension)
     if isinstance(method, str) and not any(callable(getattr(c, method, None)) for c in classes):
         raise ArgumentError(f"workers have no method {shown(method)}")
-    return call_ranks(llm, method, timeout, args, kwargs)
+    return call_ranks(llm, _call_worker, timeout, (method, args, kwargs))
+
+
+def _call_worker(
+    runner: ModelRunner,
+    method: str | Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    as_worker(runner, find_extension(runner.config.worker_extension_cls))
+    return runner.call(method, *args, **kwargs)
 
 
 def model_executor(

@@ -53,11 +53,12 @@ GROUP_PATTERNS = (
     (SAMPLER, r"sampl|^_(chunk|row|start|pass|finish)_"),
     ("row table", r"^_gather_kernel|^_write_back_kernel"),
     (LINEARS, r"linear|dequantize|gemm|gemv|nvjet|cutlass|xmma|splitk|cublas"),
-    ("copies", r"^mem(cpy|set)|copy_kernel"),
+    ("adapters", r"^_shrink_kernel|^_add_kernel"),
+    ("copies", r"^mem(cpy|set)|copy_kernel|^_copy_units_kernel"),
 )
 GROUPS = (
     *("attention", LINEARS, "experts", "quantization", LM_HEAD, "norms", "RoPE, KV write"),
-    *("delta nets", "activation", SAMPLER, "row table", "copies", "all-reduce", OTHER),
+    *("delta nets", "activation", "adapters", SAMPLER, "row table", "copies", "all-reduce", OTHER),
 )
 
 

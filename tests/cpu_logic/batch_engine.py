@@ -26,7 +26,7 @@ class StandInEngine:
     """
 
     def __init__(self, on_step=lambda number: None, step_seconds=0.0, max_num_seqs=4):
-        self.config = SimpleNamespace(max_num_seqs=max_num_seqs)
+        self.config = SimpleNamespace(max_num_seqs=max_num_seqs, data_parallel_size=1)
         self.on_step = on_step
         self.step_seconds = step_seconds
         self.queue: dict[int, tuple] = {}

@@ -67,7 +67,7 @@ def qwen3():
 def expected(llm, conversation, add_generation_prompt=True, **kwargs) -> dict:
     """By transformers: the text and the ids that it tokenizes it to."""
     arguments = {"add_generation_prompt": add_generation_prompt, **kwargs}
-    apply = llm.tokenizer.apply_chat_template
+    apply = llm.input_processor.tokenizer.apply_chat_template
     return {
         "prompt": apply(conversation, tokenize=False, **arguments),
         "prompt_token_ids": apply(conversation, **arguments)["input_ids"],
@@ -94,9 +94,11 @@ def test_one_conversation_and_several(llm, kwargs):
 
 def test_special_tokens_are_the_templates_alone(llm):
     [prompt] = render_prompts(llm, [USER])
-    start, end_of_text = llm.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|endoftext|>"])
+    start, end_of_text = llm.input_processor.tokenizer.convert_tokens_to_ids(
+        ["<|im_start|>", "<|endoftext|>"]
+    )
     assert prompt["prompt_token_ids"][0] == start
-    assert llm.tokenizer.encode(prompt["prompt"])[:2] == [end_of_text, start]
+    assert llm.input_processor.tokenizer.encode(prompt["prompt"])[:2] == [end_of_text, start]
     [prompt] = render_prompts(llm, [USER], tokenization_kwargs={"add_special_tokens": True})
     assert prompt["prompt_token_ids"][:2] == [end_of_text, start]
 
@@ -155,7 +157,9 @@ def test_messages_and_tools_of_the_caller_are_left_alone(llm):
 
 
 def test_template_is_that_of_the_call_else_the_engines_else_the_tokenizers(llm, tmp_path):
-    with_default = stand_in(llm.tokenizer, VOCAB_SIZE, "engine: {{ messages[0].content }}")
+    with_default = stand_in(
+        llm.input_processor.tokenizer, VOCAB_SIZE, "engine: {{ messages[0].content }}"
+    )
     assert render_prompts(with_default, [USER])[0]["prompt"] == "engine: the quick fox"
     file = tmp_path / "template.jinja"
     file.write_text("file: {{ messages[0].content }}")
@@ -223,7 +227,7 @@ def test_thinking_switched_off_puts_an_empty_thought_in_the_prompt(qwen3, enable
     [prompt] = render_prompts(
         qwen3, [USER], chat_template_kwargs={"enable_thinking": enable_thinking}
     )
-    think = qwen3.tokenizer.convert_tokens_to_ids("<think>")
+    think = qwen3.input_processor.tokenizer.convert_tokens_to_ids("<think>")
     assert (think in prompt["prompt_token_ids"]) is not enable_thinking
     assert prompt == expected(qwen3, [USER], enable_thinking=enable_thinking)
 

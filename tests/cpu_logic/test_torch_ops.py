@@ -608,8 +608,8 @@ def test_nan_logits_give_a_valid_id():
 def test_row_table_round_trip():
     block_size, width = 16, 3
     table = torch.zeros(4, row_state.BLOCK_TABLE + width, dtype=torch.int32)
-    table[0] = torch.tensor([11, 16, 0, 5, -6, 9, 8, 7])
-    table[1] = torch.tensor([12, 17, 0, 1, 2, 2**30, 2**30 + 1, 0])
+    table[0] = torch.tensor([11, 16, 0, 5, -6, 0, 9, 8, 7])
+    table[1] = torch.tensor([12, 17, 0, 1, 2, 3, 2**30, 2**30 + 1, 0])
     table[0, row_state.TEMPERATURE] = torch.tensor(0.75).view(torch.int32)
     rows = torch.tensor([1, 3, 0, 3], dtype=torch.int32)
     inputs = torch_ops.gather_decode_inputs(table, rows, block_size)

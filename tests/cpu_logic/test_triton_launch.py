@@ -25,6 +25,8 @@ def test_kernels_fuse_multiply_adds_whatever_the_version_does_by_default():
     found = kernels()
     assert len(found) > 40
     for name, kernel in found.items():
+        if kernel.is_gluon() and not name.endswith("_kernel"):
+            continue  # what Gluon's kernels call
         assert kernel.run.keywords == {"enable_fp_fusion": True}, name
 
 

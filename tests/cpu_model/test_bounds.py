@@ -154,7 +154,7 @@ CONFIG = {
     "max_num_batched_tokens": or_none(
         integer(1024, keeps=lambda n: min(int(n), 512 * 1024)), 16384
     ),
-    "max_num_seqs": integer(1, (INT32 - 5) // 9 - 1),
+    "max_num_seqs": integer(1, (INT32 - 6) // 10 - 1),
     "max_model_len": or_none(
         Row(
             lambda n: is_integer(n) and (n == -1 or n >= 2),
@@ -165,6 +165,14 @@ CONFIG = {
     "gpu_memory_utilization": number(lambda share: 0 < share <= 1),
     "cpu_offload_gb": number(lambda gib: 0 <= gib < math.inf),
     "tensor_parallel_size": integer(1, 1),
+    "data_parallel_size": integer(1, 1),
+    "replica_death_policy": nothing,
+    "enable_lora": boolean,
+    "max_loras": integer(1, 1),
+    "max_lora_rank": integer(1, 256),
+    "max_cpu_loras": or_none(integer(1, INT32)),
+    "lora_dtype": nothing,
+    "fully_sharded_loras": boolean,
     "disable_custom_all_reduce": boolean,
     "worker_timeout": number(lambda seconds: 1 <= seconds <= 86400),
     "structured_outputs_timeout": number(lambda seconds: 0 < seconds <= 86400),
@@ -206,6 +214,7 @@ NO_NUMBERS |= {"record", "profiler_config"}  # with the report, and with vLLM's 
 NO_NUMBERS |= {"pooler_config"}  # with heads
 NO_NUMBERS |= {"logits_processors", "engine_processors", "reasoning_config"}  # with them
 NO_NUMBERS |= {"revision", "tokenizer_revision", "hf_token", "download_dir"}  # with names
+NO_NUMBERS |= {"replica"}  # with replicas
 NO_NUMBERS |= {"worker_extension_cls", "weight_transfer_config"}  # with weight transfer
 
 

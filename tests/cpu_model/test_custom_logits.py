@@ -80,7 +80,7 @@ def test_logprobs_of_chosen_tokens_are_those_of_transformers(llm, hf_model):
 
 def test_wrong_ids_for_logprobs_are_named(llm):
     for values, message in (
-        ({"logprob_token_ids": [VOCAB_SIZE]}, f"token id {VOCAB_SIZE} is out of the vocabulary"),
+        ({"logprob_token_ids": [VOCAB_SIZE]}, f"token id {VOCAB_SIZE} is out of vocabulary"),
         ({"logprob_token_ids": list(range(129))}, "must hold at most 128 token ids, got 129"),
         ({"logprob_token_ids": [1, 2], "logprobs": 3}, "logprobs must be None or 2, .* got 3"),
     ):

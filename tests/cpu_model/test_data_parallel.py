@@ -181,8 +181,7 @@ def test_a_loop_of_steps_counts_every_token(one, two, reference):
         ids = [llm.add_request(prompt, greedy(20)) for prompt in PROMPTS]
         completions, counts = drain(llm)
         assert list(map(completions.get, ids)) == reference
-        cached = sum(llm.get_output(i).num_cached_tokens for i in completions if i == ids[-1])
-        assert sum(n for n in counts if n > 0) <= sum(LENGTHS) - cached
+        assert 0 < sum(n for n in counts if n > 0) <= sum(LENGTHS)
         assert -sum(n for n in counts if n < 0) == 19 * len(PROMPTS), counts
 
 

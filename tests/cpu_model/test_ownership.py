@@ -21,6 +21,7 @@ from tiny_models import reference_greedy
 from nanovllm import LLM, ArgumentError, BeamSearchParams, EngineUseError, SamplingParams
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.guards.lifecycle import Lifecycle
+from nanovllm.lora_request import LoRARequest
 
 PROMPTS = random_prompts((5, 260, 40), seed=90)
 MAX_TOKENS = 12
@@ -109,6 +110,10 @@ CALLS = {
     "start_weight_update": lambda llm: llm.start_weight_update(),
     "update_weights": lambda llm: llm.update_weights({}),
     "finish_weight_update": lambda llm: llm.finish_weight_update(),
+    "add_lora": lambda llm: llm.add_lora(LoRARequest("a", 1, "/nowhere")),
+    "remove_lora": lambda llm: llm.remove_lora(1),
+    "list_loras": lambda llm: llm.list_loras(),
+    "pin_lora": lambda llm: llm.pin_lora(1),
     "reset_prefix_cache": lambda llm: llm.reset_prefix_cache(),
     "get_metrics": lambda llm: llm.get_metrics(),
     "start_profile": lambda llm: llm.start_profile(),

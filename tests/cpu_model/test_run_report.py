@@ -81,8 +81,9 @@ def test_the_page_has_the_numbers_of_the_run(tiny_dir, tmp_path, async_schedulin
     )
     assert numbers["requests"] == len(outputs)
     # What the engine's end aborted is counted too.
-    reasons = {name: numbers[f"finished_{name}"] for name in ("stop", "length", "abort")}
-    assert reasons == reasons_of(llm) == {"stop": 0, "length": len(completions), "abort": 1}
+    reasons = {name: numbers[f"finished_{name}"] for name in reasons_of(llm)}
+    assert reasons == reasons_of(llm)
+    assert reasons == {"stop": 0, "length": len(completions), "abort": 1, "repetition": 0}
     text = path.read_text()
     assert f"A run of {tiny_dir.name}" in text
     assert "<th scope='row'>num_kvcache_blocks</th><td>6</td>" in text

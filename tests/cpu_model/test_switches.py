@@ -205,10 +205,10 @@ def prefilled_tokens(llm, prompt, max_tokens):
         (600, 600, 88),
         (513, 513, 1),
         (512, 512, 1),  # all blocks are found: the last token is computed all the same
-        (511, 511, 255),
+        (511, 511, 63),  # the second block became full: 3 of its units are copied
         (257, 257, 1),
         (256, 256, 1),
-        (255, 255, 255),
+        (255, 255, 63),
     ],
 )
 def test_a_repeated_prompt_computes_what_is_not_cached(tiny_dir, length, cold, warm, overlap):

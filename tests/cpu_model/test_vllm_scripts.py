@@ -55,7 +55,7 @@ tokenizers: get_tokenizer
 transformers_utils.tokenizer: get_tokenizer
 sampling_params: BeamSearchParams RepetitionDetectionParams RequestOutputKind SamplingParams
 utils: FlexibleArgumentParser get_open_port
-utils.argparse_utils: FlexibleArgumentParser get_open_port
+utils.argparse_utils: FlexibleArgumentParser
 utils.network_utils: get_ip get_open_port
 utils.print_utils: print_embeddings
 v1.engine.exceptions: EngineDeadError
