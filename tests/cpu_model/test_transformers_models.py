@@ -33,6 +33,13 @@ from nanovllm.errors import ArgumentError
 from nanovllm.models.host_reads import HostReads, described
 from nanovllm.models.transformers_attention import Mask, window_of
 
+
+@pytest.fixture(autouse=True)
+def _distributions_check_their_values():
+    """As in a new process: torch.compile ends it for good. Gemma 3n waits for the device there."""
+    torch.distributions.Distribution.set_default_validate_args(True)
+
+
 DOCUMENTED = "5.24.0"  # the version of transformers that the lists in the documents are of
 IS_DOCUMENTED = transformers.__version__ == DOCUMENTED
 # Windows in some layers, sinks, soft caps, keys larger than values, shared keys, two calls a layer.
