@@ -21,7 +21,7 @@ from nanovllm.engine.block_manager import Block, BlockManager
 from nanovllm.engine.prefix_units import UnitBlockManager
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels import row_state
-from nanovllm.kernels.types import COPY_UNIT
+from nanovllm.kernels.cache_units import COPY_UNIT
 
 NO_BLOCK = 0  # in a table where no block was ever held: any valid id, as nothing reads it
 

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels import row_state, torch_delta_rule, torch_lora
+from nanovllm.kernels.cache_units import COPY_UNIT
 from nanovllm.kernels.types import (
     ATTENTION_EXTRAS,
-    COPY_UNIT,
     FP8_BLOCK,
     FP8_DTYPE,
     FP8_MAX,

@@ -30,7 +30,7 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.startup import start_model_runner
 from nanovllm.errors import EngineDeadError
 from nanovllm.guards.ownership import bind_to_process
-from nanovllm.kernels.types import COPY_UNIT
+from nanovllm.kernels.cache_units import COPY_UNIT
 from nanovllm.parallel.calls import Reply, pack_call, reply_to
 from nanovllm.parallel.packed_plans import max_packed_size, unpack
 from nanovllm.parallel.process import (

@@ -10,7 +10,7 @@ from scheduling_helpers import check_all_released, drain, make_scheduler, make_s
 
 from nanovllm.engine import cache_groups
 from nanovllm.engine.prefix_units import UnitBlockManager
-from nanovllm.kernels.types import COPY_UNIT
+from nanovllm.kernels.cache_units import COPY_UNIT
 
 RUNS = settings(deadline=None, derandomize=True, database=None)
 

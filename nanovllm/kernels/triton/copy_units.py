@@ -4,9 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
+from nanovllm.kernels.cache_units import COPY_UNIT
 from nanovllm.kernels.torch_ops import copy_scales
 from nanovllm.kernels.triton.launch import await_previous, jit, overlap_options
-from nanovllm.kernels.types import COPY_UNIT, KVCache
+from nanovllm.kernels.types import KVCache
 
 BLOCK = 4096  # int16 words of K and as many of V that one program copies
 
