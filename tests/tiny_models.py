@@ -396,6 +396,22 @@ def save_tokenizer(directory: Path) -> None:
     ).save_pretrained(directory)
 
 
+TINY_SETTINGS: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.2,
+    "eos_token_id": 2,
+    "dtype": "float32",
+}
+
+
 def save_model(
     directory: Path,
     seed: int = 0,
@@ -404,21 +420,8 @@ def save_model(
     **overrides: Any,
 ) -> Path:
     """A random fp32 model whose greedy continuations vary; `overrides` go to its config."""
-    settings: dict[str, Any] = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 16,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": True,
-        "initializer_range": 0.2,
-        "eos_token_id": 2,
-        "pad_token_id": None,  # that of a family may be beyond this vocabulary
-        "dtype": "float32",
-    }
+    # A family's id of padding may be beyond this vocabulary.
+    settings: dict[str, Any] = TINY_SETTINGS | {"pad_token_id": None}
     family = getattr(transformers, architecture)
     config = family.config_class(**(settings | overrides))
     torch.manual_seed(seed)

@@ -120,9 +120,10 @@ def find_extension(qualified_name: str | None) -> type | None:
     return found
 
 
-def as_worker(runner: ModelRunner, extension: type | None) -> None:
+def as_worker(runner: ModelRunner) -> None:
     """Give a rank's runner what `WorkerView` and the user's class have, once and for all."""
     if not isinstance(runner, WorkerView):
+        extension = find_extension(runner.config.worker_extension_cls)
         bases = (type(runner), WorkerView, *([extension] if extension else []))
         runner.__class__ = type("Worker", bases, {})
 
@@ -175,7 +176,7 @@ def _call_worker(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    as_worker(runner, find_extension(runner.config.worker_extension_cls))
+    as_worker(runner)
     return runner.call(method, *args, **kwargs)
 
 

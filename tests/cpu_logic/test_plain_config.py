@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from folder_mutations import VALUES
-from tiny_models import FAMILIES, OLD_CONFIGS, VOCAB_SIZE
+from tiny_models import FAMILIES, OLD_CONFIGS, TINY_SETTINGS
 from transformers import CONFIG_MAPPING
 
 import nanovllm
@@ -41,21 +41,7 @@ def fields_read() -> set[str]:
 
 def tiny_config(name: str) -> dict:
     """The config.json of FAMILIES[name], without its weights."""
-    settings = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 16,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": True,
-        "initializer_range": 0.2,
-        "eos_token_id": 2,
-        "dtype": "float32",
-        "architecture": "Qwen3ForCausalLM",
-    } | FAMILIES[name]
+    settings = TINY_SETTINGS | {"architecture": "Qwen3ForCausalLM"} | FAMILIES[name]
     architecture = settings.pop("architecture")
     config_class = CONFIG_MAPPING[ARCHITECTURES[architecture].model_type]
     config = config_class(architectures=[architecture], **settings)
