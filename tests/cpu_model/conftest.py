@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_checks import check_varied, random_prompts
+from thread_ranks import start_thread
 from tiny_models import reference_greedy, save_model
 
 
@@ -60,3 +61,12 @@ def workload(tiny_dir) -> Workload:
     reference = reference_greedy(tiny_dir, prompts, max_tokens)
     check_varied(reference)
     return Workload(prompts, reference, max_tokens)
+
+
+@pytest.fixture
+def ranks_are_threads(monkeypatch):
+    """Engines of several ranks start no processes, see `thread_ranks`."""
+    previous = torch.get_num_threads()
+    monkeypatch.setattr("nanovllm.parallel.workers.start_process", start_thread)
+    yield
+    torch.set_num_threads(previous)  # a worker has set its own number, which is the process's

@@ -159,7 +159,7 @@ def test_no_switch_changes_a_token(models, name, caching, chunked, overlap, eage
         check_nothing_is_held(llm)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("ranks_are_threads")
 @pytest.mark.parametrize(
     ("name", *NAMES),
     [(name, *switches) for name, switches in zip(WITH_RANKS, itertools.cycle(SWITCHES))],

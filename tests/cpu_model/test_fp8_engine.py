@@ -112,7 +112,7 @@ def test_no_switch_changes_a_token(
         assert (llm.scheduler.num_preemptions > 0) == (not ample)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("ranks_are_threads")
 def test_two_ranks_change_no_token(tiny_dir, workload, completions):
     with fp8_engine(tiny_dir, tensor_parallel_size=2) as llm:
         for _ in range(2):

@@ -85,6 +85,7 @@ def test_quantized_on_load(directories, references, keeps_fp8):
         check(llm, references["other rows"], keeps_fp8)
 
 
+@pytest.mark.usefixtures("ranks_are_threads")
 def test_new_weights_of_two_ranks_are_rounded_once(directories):
     """float32 weights in a bfloat16 model give what loading them from the directory gave."""
     settings = {"quantization": "fp8", "dtype": "bfloat16", "tensor_parallel_size": 2}

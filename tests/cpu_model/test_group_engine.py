@@ -121,6 +121,7 @@ def test_a_window_that_no_sequence_exceeds_is_none(models):
         assert generate(llm, short, greedy(MAX_TOKENS)) == reference
 
 
+@pytest.mark.usefixtures("ranks_are_threads")
 def test_ranks_work_out_the_same_tables(models):
     model = models["full, 300"]
     with engine_of(model, tensor_parallel_size=2, num_kvcache_blocks=7, watermark=0) as llm:

@@ -253,7 +253,7 @@ def test_a_reward_for_a_prompt_is_the_last_of_those_for_its_tokens(tmp_path):
 # ---- ranks, weights ---------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("ranks_are_threads")
 def test_two_ranks(tmp_path):
     settings = {"num_labels": 3, "num_key_value_heads": 2}
     path = save_head(tmp_path / "model", "Qwen3", "ForSequenceClassification", **settings)

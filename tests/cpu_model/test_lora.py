@@ -116,7 +116,7 @@ def test_preempted_and_chunked_prompts(tiny_dir, adapters, expected, settings):
         assert llm.scheduler.num_preemptions > 0 or "num_kvcache_blocks" not in settings
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("ranks_are_threads")
 def test_ranks_share_adapters(tiny_dir, adapters, expected):
     with tiny_engine(tiny_dir, enable_lora=True, max_loras=2, tensor_parallel_size=2) as llm:
         assert run(llm, mixed(adapters), random_prompts(LENGTHS)) == expected

@@ -284,7 +284,7 @@ def test_a_decoder_saved_alone_generates_if_its_embeddings_are_tied(tiny_dir, tm
     assert [o["token_ids"] for o in outputs] == reference_greedy(tiny_dir, prompts, 6)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("ranks_are_threads")
 def test_two_ranks(model_dir, prompts, expected):
     truth = reference_scores(model_dir, [(QUERY, document) for document in DOCUMENTS])
     chunked = {"enable_chunked_prefill": True, "max_num_batched_tokens": 300}
