@@ -25,7 +25,7 @@ from nanovllm.engine.step_plan import StepPlan
 from nanovllm.features.warmup import warm_up
 from nanovllm.kernels.device import KNOWN_GPUS, meta_stands_for
 from nanovllm.kernels.triton.compilation import as_argument, compile_all, compiling_for
-from nanovllm.kernels.triton.launch import recording
+from nanovllm.kernels.triton.launcher import recording
 from nanovllm.sampling.batch import edited_width
 
 HOPPER, ADA = KNOWN_GPUS[9, 0], KNOWN_GPUS[8, 9]

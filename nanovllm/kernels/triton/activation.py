@@ -7,10 +7,9 @@ to the dtype before the product, like `torch_ops`.
 import math
 
 import torch
-import triton
 import triton.language as tl
 
-from nanovllm.kernels.triton.launch import await_previous, jit, overlap_options
+from nanovllm.kernels.triton.launch import await_previous, cdiv, jit, overlap_options
 from nanovllm.kernels.triton.linear import load_summed, parts_of
 from nanovllm.kernels.types import LinearOutput
 
@@ -70,7 +69,7 @@ def _act_and_mul(gate_up: LinearOutput, activation: int) -> torch.Tensor:
     if num_rows == 0:
         return out
     assert gate_up.stride(1) == 1
-    _act_and_mul_kernel[(num_rows, triton.cdiv(width, BLOCK))](
+    _act_and_mul_kernel[(num_rows, cdiv(width, BLOCK))](
         out,
         gate_up,
         gate_up.stride(0),

@@ -15,15 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon.nvidia import hopper
 from triton.runtime import driver
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanovllm.kernels.triton.launch import recording
+from nanovllm.kernels.triton.launcher import ALIGNMENT, DESCRIPTORS, recording
 
-ALIGNMENT = 16  # bytes of a pointer, and what an integer is a multiple of: Triton compiles for both
 GRID = (1,)  # of no launch
-DESCRIPTORS = (TensorDescriptor, hopper.TensorDescriptor)
 
 
 class Pointer:

@@ -1,12 +1,11 @@
 """Copies of K/V within the cache: what a new block shares with the beginning of another one."""
 
 import torch
-import triton
 import triton.language as tl
 
 from nanovllm.kernels.cache_units import COPY_UNIT
 from nanovllm.kernels.torch_ops import copy_scales
-from nanovllm.kernels.triton.launch import await_previous, jit, overlap_options
+from nanovllm.kernels.triton.launch import await_previous, cdiv, jit, overlap_options
 from nanovllm.kernels.types import KVCache
 
 BLOCK = 4096  # int16 words of K and as many of V that one program copies
@@ -39,7 +38,7 @@ def copy_units(cache: KVCache, copies: torch.Tensor) -> None:
         return
     key, value = cache.key.view(torch.int16), cache.value.view(torch.int16)
     unit_words = COPY_UNIT * key[0, 0].numel()
-    _copy_units_kernel[(len(copies), triton.cdiv(unit_words, BLOCK))](
+    _copy_units_kernel[(len(copies), cdiv(unit_words, BLOCK))](
         key,
         value,
         copies,

@@ -5,10 +5,16 @@ result, so a norm costs one pass over memory. Rounding follows `torch_ops` step 
 """
 
 import torch
-import triton
 import triton.language as tl
 
-from nanovllm.kernels.triton.launch import await_previous, jit, overlap_options, release_next
+from nanovllm.kernels.triton.launch import (
+    await_previous,
+    cdiv,
+    jit,
+    next_power_of_2,
+    overlap_options,
+    release_next,
+)
 from nanovllm.kernels.triton.linear import load_summed, parts_of
 from nanovllm.kernels.types import LinearOutput
 
@@ -70,12 +76,12 @@ def _launch(
     if num_rows == 0:
         return out
     assert x.stride(1) == 1 and (residual is None or residual.stride(1) == 1)
-    padded_width = triton.next_power_of_2(width)
+    padded_width = next_power_of_2(width)
     rows = max(1, ELEMENTS_PER_PROGRAM // padded_width)
     elements_per_warp = ELEMENTS_PER_WARP if num_parts == 1 else ELEMENTS_PER_WARP_OF_PARTS
     if num_rows >= MANY_ROWS:
         elements_per_warp = ELEMENTS_PER_WARP_OF_MANY_ROWS
-    _rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
+    _rms_norm_kernel[(cdiv(num_rows, rows),)](
         out,
         x,
         residual,

@@ -11,7 +11,6 @@ tiles that not all of them see, at its begin too, have a mask.
 """
 
 import torch
-import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -24,7 +23,7 @@ from nanovllm.kernels.triton.attention_scores import (
     score_scales,
     tanh,
 )
-from nanovllm.kernels.triton.launch import is_hopper, jit
+from nanovllm.kernels.triton.launch import cdiv, is_hopper, jit, next_power_of_2
 from nanovllm.kernels.types import KVCache, PrefillMetadata
 
 # (BLOCK_M queries, BLOCK_N keys, warps, stages) for a head of up to 128 / 256 elements.
@@ -338,9 +337,8 @@ def prefill_attention(
     block_tables = metadata.block_tables
     num_tokens, num_heads, head_dim = query.shape
     block_size, num_kv_heads = key_cache.shape[1:3]
-    out = torch.empty((num_tokens, num_heads, head_dim), dtype=query.dtype, device=query.device)
     if num_tokens == 0:
-        return out
+        return torch.empty_like(query)
     assert query.stride(2) == 1 and key_cache.stride(3) == 1
     assert key_cache.stride() == value_cache.stride()
     check_sinks(sinks, num_heads)
@@ -351,6 +349,7 @@ def prefill_attention(
     has_choice = config is None and use_tensor_descriptors is None
     if is_plain and has_choice and hopper_prefill.takes(query, cache):
         return hopper_prefill.hopper_prefill(query, cache, metadata, scale_log2)
+    out = torch.empty((num_tokens, num_heads, head_dim), dtype=query.dtype, device=query.device)
     if config is None:
         hopper_configs = HOPPER_CONFIGS if key_scales is None else HOPPER_FP8_CONFIGS
         configs = hopper_configs if is_hopper(query.device) else HALF_CONFIGS
@@ -360,7 +359,7 @@ def prefill_attention(
     block_m, block_n, num_warps, num_stages = config
     block_n = min(block_n, block_size)
     assert block_n >= 16 and block_size % block_n == 0
-    padded_dim = max(16, triton.next_power_of_2(head_dim))
+    padded_dim = max(16, next_power_of_2(head_dim))
     if use_tensor_descriptors is None:
         is_half = query.dtype != torch.float32
         use_tensor_descriptors = is_half and head_dim <= 128 and is_hopper(query.device)
@@ -373,7 +372,7 @@ def prefill_attention(
             for cache in (key_cache, value_cache)
         )
     num_seqs = metadata.cu_seqlens_q.shape[0] - 1
-    _prefill_kernel[(num_heads, triton.cdiv(metadata.max_seqlen_q, block_m), num_seqs)](
+    _prefill_kernel[(num_heads, cdiv(metadata.max_seqlen_q, block_m), num_seqs)](
         out,
         query,
         key_cache,

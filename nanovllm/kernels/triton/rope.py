@@ -7,11 +7,17 @@ head's scale, which lies in one program's registers as whole heads do.
 """
 
 import torch
-import triton
 import triton.language as tl
 
 from nanovllm.kernels import types
-from nanovllm.kernels.triton.launch import await_previous, jit, overlap_options, release_next
+from nanovllm.kernels.triton.launch import (
+    await_previous,
+    cdiv,
+    jit,
+    next_power_of_2,
+    overlap_options,
+    release_next,
+)
 from nanovllm.kernels.triton.linear import load_summed, parts_of
 from nanovllm.kernels.types import KVCache, LinearOutput
 
@@ -167,11 +173,11 @@ def qk_norm_rope_store(
         return query
     assert qkv.stride(1) == 1 and cos_sin.is_contiguous()
     assert key_cache.is_contiguous() and value_cache.is_contiguous()
-    padded_half = triton.next_power_of_2(head_dim // 2)
+    padded_half = next_power_of_2(head_dim // 2)
     heads = HEADS_PER_PROGRAM
     if num_tokens >= MANY_TOKENS:
         heads = max(heads, ELEMENTS_WITH_MANY_TOKENS // (2 * padded_half))
-    _qk_norm_rope_store_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
+    _qk_norm_rope_store_kernel[(num_tokens, cdiv(num_heads, heads))](
         query,
         qkv,
         q_norm_weight,
