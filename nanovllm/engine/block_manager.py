@@ -4,11 +4,11 @@ A block is held (ref_count > 0) or free. A free block keeps its content, and its
 cache, until it is taken for something else; free blocks are taken oldest first.
 """
 
+import struct
 from collections import OrderedDict
 from collections.abc import Iterable
 from itertools import count
 
-import numpy as np
 import xxhash
 
 from nanovllm.engine.sequence import Sequence
@@ -67,7 +67,7 @@ class BlockManager:
         digest = xxhash.xxh64()
         if prefix is not None:
             digest.update(prefix.to_bytes(8, "little"))
-        digest.update(np.array(token_ids, dtype="<i8").tobytes())
+        digest.update(struct.pack(f"<{len(token_ids)}q", *token_ids))
         return digest.intdigest()
 
     def begin_step(self, running: Iterable[Sequence]) -> None:

