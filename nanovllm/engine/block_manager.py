@@ -55,6 +55,8 @@ class BlockManager:
         # Several blocks may hold equal content; each is listed under the hash.
         self.hash_to_block_ids: dict[int, list[int]] = {}
         self._new_prefix_id = count(ROOT + 1)
+        # By depth: the newest hashed block's parent hash, tokens and hash.
+        self._newest: dict[int, tuple[int | None, list[int], int]] = {}
 
     @property
     def num_free_blocks(self) -> int:
@@ -159,9 +161,12 @@ class BlockManager:
 
     def _block_hash(self, seq: Sequence, index: int) -> int:
         hashes, root = seq.block_hashes, seq.features.prefix_root or None
-        while len(hashes) <= index:
-            tokens = self._block_tokens(seq, len(hashes))
-            hashes.append(self.compute_hash(tokens, hashes[-1] if hashes else root))
+        while (depth := len(hashes)) <= index:
+            parent, token_ids = hashes[-1] if hashes else root, self._block_tokens(seq, depth)
+            # Prompts that come together often begin alike: comparing is cheaper than hashing.
+            if self._newest.get(depth, ())[:2] != (parent, token_ids):
+                self._newest[depth] = parent, token_ids, self.compute_hash(token_ids, parent)
+            hashes.append(self._newest[depth][2])
         return hashes[index]
 
     def _find(self, block_hash: int, token_ids: list[int], parent_prefix_id: int) -> Block | None:

@@ -74,7 +74,8 @@ class Scheduler:
             self.num_decodes_since_prefill = 0
             return seqs, True
         seqs = self._schedule_decode(in_flight)
-        self.num_decodes_since_prefill += bool(seqs)
+        if seqs:
+            self.num_decodes_since_prefill += 1
         return seqs, False
 
     def _is_prefill_due(self) -> bool:

@@ -4,6 +4,7 @@ The plan carries only what the device's row table does not know yet: in a steady
 nothing but the row numbers.
 """
 
+import struct
 from itertools import chain
 from typing import NamedTuple
 
@@ -90,7 +91,7 @@ class PlanBuilder:
             if seq.further_tables:
                 updates += self._further_tables.new_entries(seq, self.row_width, is_new)
         rows = np.array([seq.row for seq in seqs], dtype=np.int32)
-        update_array = np.array(updates, dtype=np.int32).reshape(-1, 2)
+        update_array = np.fromiter(chain.from_iterable(updates), dtype=np.int32).reshape(-1, 2)
         if not is_prefill:
             self._note_decode_batch(seqs, rows)
             return StepPlan(False, rows, update_array, self._decode_wants, self._num_common_blocks)
@@ -117,11 +118,6 @@ class PlanBuilder:
         first = row * self.row_width
         wants_logits = seq.wants & Wants.LOGITS
         temperature = row_state.SKIPPED if wants_logits else seq.sampling_params.temperature
-        temperature_bits = int(np.float32(temperature).view(np.int32))
-        seed_low, seed_high = np.array([seq.seed], dtype=np.uint64).view(np.int32)
-        return [
-            (first + row_state.TEMPERATURE, temperature_bits),
-            (first + row_state.SEED, int(seed_low)),
-            (first + row_state.SEED + 1, int(seed_high)),
-            (first + row_state.ADAPTER, seq.features.adapter_slot),
-        ]
+        head = struct.pack("<fQi", temperature, seq.seed, seq.features.adapter_slot)
+        # TEMPERATURE, the two words of SEED, and ADAPTER stand side by side.
+        return list(enumerate(struct.unpack("<4i", head), first + row_state.TEMPERATURE))
