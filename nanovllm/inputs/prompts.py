@@ -2,7 +2,7 @@
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from copy import copy
 from numbers import Integral
 from typing import Any, NamedTuple, TypeVar
 
@@ -116,7 +116,9 @@ def check_params(params: Any) -> SamplingParams:
     """A checked copy, which later changes by the caller do not reach."""
     if not isinstance(params, SamplingParams):
         raise ArgumentError(f"sampling_params must be a SamplingParams, got {_with_hint(params)}")
-    return replace(params)
+    checked = copy(params)
+    checked.__post_init__()
+    return checked
 
 
 def _with_hint(params: Any) -> str:

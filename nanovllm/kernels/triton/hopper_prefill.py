@@ -388,11 +388,9 @@ class _Tiles(hopper.TensorDescriptor):  # type: ignore[misc]
         """Check nothing."""
 
 
-def _tiles(tensor: torch.Tensor, num_columns: int, rows: int, head_dim: int) -> Any:
-    """A tensor descriptor of tiles [rows, head_dim] of a tensor [N, ...] with contiguous rows."""
-    layout = _layout(rows, head_dim, tensor.dtype)
-    strides = [tensor.stride(0), 1]
-    return _Tiles(tensor, [tensor.shape[0], num_columns], strides, [rows, head_dim], layout)
+def _tiles(tensor: torch.Tensor, shape: list[int], stride: int, block: list[int]) -> Any:
+    """A descriptor of tiles `block` of a matrix `shape`, whose rows are `stride` elements apart."""
+    return _Tiles(tensor, shape, [stride, 1], block, _layout(*block, tensor.dtype))
 
 
 def hopper_prefill(
@@ -405,17 +403,15 @@ def hopper_prefill(
     assert cache.key.is_contiguous() and cache.value.is_contiguous()
     out = torch.empty((num_tokens, num_heads, head_dim), dtype=query.dtype, device=query.device)
     width = num_kv_heads * head_dim
-    key_tiles, value_tiles = (
-        _tiles(part.view(-1, width), width, BLOCK_N, head_dim) for part in (cache.key, cache.value)
-    )
+    cache_shape = [cache.key.shape[0] * block_size, width]
     most_items = cdiv(metadata.max_seqlen_q, 2 * BLOCK_M)
     num_seqs = metadata.cu_seqlens_q.shape[0] - 1
     num_items = num_heads * num_seqs * most_items
     _hopper_prefill_kernel[(min(num_multiprocessors(query.device), num_items),)](
         out,
-        _tiles(query, num_heads * head_dim, BLOCK_M, head_dim),
-        key_tiles,
-        value_tiles,
+        _tiles(query, [num_tokens, num_heads * head_dim], query.stride(0), [BLOCK_M, head_dim]),
+        _tiles(cache.key, cache_shape, width, [BLOCK_N, head_dim]),
+        _tiles(cache.value, cache_shape, width, [BLOCK_N, head_dim]),
         metadata.block_tables,
         metadata.cu_seqlens_q,
         metadata.cu_seqlens_k,
