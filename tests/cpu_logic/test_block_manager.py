@@ -224,6 +224,23 @@ def test_chain_hash_values(token_ids, prefix, expected):
     assert BlockManager.compute_hash(token_ids, prefix) == expected
 
 
+def test_hashes_are_those_of_each_prompts_own_chain_whichever_came_before():
+    manager = BlockManager(num_blocks=64, block_size=2)
+    prompts = [(1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 7, 8), (9, 9, 3, 4, 5, 6), (1, 2, 3, 4, 5, 6)]
+    for root in (0, 77, 0):  # what an adapter's prompts begin with
+        for token_ids in prompts:
+            seq = Sequence(list(token_ids))
+            seq.features.prefix_root = root
+            manager.match_prefix(seq)
+            manager.allocate(seq, [])
+            manager.cache_blocks(seq, 6)
+            parent, hashes = root or None, []
+            for start in (0, 2, 4):
+                parent = BlockManager.compute_hash(list(token_ids[start : start + 2]), parent)
+                hashes.append(parent)
+            assert seq.block_hashes == hashes
+
+
 def test_equal_block_after_another_prefix_does_not_hit(manager):
     a, b, c = [1] * 16, [2] * 16, [3] * 16
     admit(manager, a + b)

@@ -98,7 +98,14 @@ def test_empty_prompt_is_refused(prompt):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "bad"), [([1, 100], 100), ([-1, 5], -1), ([5, 999999, -3], 999999), (" \x7f", 127)]
+    ("prompt", "bad"),
+    [
+        ([1, 100], 100),
+        ([-1, 5], -1),
+        ([5, 2**64], 2**64),
+        ([5, 999999, -3], 999999),
+        (" \x7f", 127),
+    ],
 )
 def test_first_id_outside_the_vocabulary_is_named(prompt, bad):
     with pytest.raises(ArgumentError, match=rf"token id {bad} is out of vocabulary: 0 to 99"):
