@@ -29,7 +29,7 @@ class Launcher:
     whether it is a multiple of ALIGNMENT. The first one of a kind is Triton's own, the others call
     the compiled kernel. In a dry run nothing is launched.
 
-    Tensors come as positional arguments, constants by name.
+    Constants come by name and nothing else does.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -62,7 +62,8 @@ class Launcher:
         prepared = self._prepared.get(key)
         if prepared is None:
             compiled = self.run(*args, grid=grid, warmup=False, **options, **FUSED)
-            constants = [options[name] for name in self.kernel.arg_names[len(args) :]]
+            assert all((i >= len(args)) == p.is_constexpr for i, p in enumerate(self.kernel.params))
+            constants = [options[param.name] for param in self.kernel.params[len(args) :]]
             self._prepared[key] = _Prepared(
                 compiled.run, compiled.function, compiled.packed_metadata, constants
             )
