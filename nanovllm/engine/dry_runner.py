@@ -10,6 +10,7 @@ from nanovllm.config import Config
 from nanovllm.engine.launched_step import LaunchedStep
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.sequence import Sequence as EngineSequence
+from nanovllm.engine.sequence import Wants
 from nanovllm.engine.step_plan import StepPlan
 from nanovllm.kernels.ops import Ops
 from nanovllm.parallel.tensor_parallel import TensorParallel
@@ -41,11 +42,23 @@ class DryRunner(ModelRunner):
         """Leave the parameters without values."""
         self.has_lm_head = True
 
+    def use_adapters(self) -> None:
+        """Run the next steps with adapters of all layers, if the engine takes any."""
+        if self.adapters is not None:
+            layers = enumerate(self.adapters.layers)
+            self.adapters.allocate([i for i, layer in layers if not layer.is_allocated])
+            self.adapters.step.is_on = True
+
     @torch.inference_mode()
     def execute(self, plan: StepPlan, seqs: Iterable[EngineSequence] = ()) -> LaunchedStep:
         """Run a prefill plan; no token reaches the host."""
         step = LaunchedStep(plan, list(seqs))
+        if self.adapters is not None and plan.has(Wants.PROMPT | Wants.STATES):
+            number = int(plan.is_last.sum())
+            self.adapters.step.head_tokens = torch.empty(number, dtype=torch.int32, device=META)
         self._execute_prefill(step)
+        if self.adapters is not None:
+            self.adapters.step.head_tokens = None
         return step
 
     def _give(self, want: int, step: LaunchedStep, values: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 META = torch.device("meta")
+TAKE_KEYWORDS = torch.mm, F.embedding, torch.repeat_interleave, Tensor.clamp  # of those with rules
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -39,7 +40,15 @@ def _gather(x: Tensor, dim: int, index: Tensor) -> Tensor:
     return _empty(index.shape, x.dtype)
 
 
-def _like(x: Tensor, *others: object) -> Tensor:
+def _diff(x: Tensor) -> Tensor:
+    return _empty((len(x) - 1,), x.dtype)
+
+
+def _repeat_interleave(x: Tensor, repeats: Tensor, *, output_size: int) -> Tensor:
+    return _empty((output_size,), x.dtype)
+
+
+def _like(x: Tensor, *others: object, **options: object) -> Tensor:
     return _empty(x.shape, x.dtype)
 
 
@@ -66,6 +75,9 @@ RULES: dict[object, Callable[..., Tensor]] = {
     torch.mm: _matmul,
     torch.where: _where,
     torch.empty_like: _like,
+    torch.repeat_interleave: _repeat_interleave,
+    Tensor.diff: _diff,
+    Tensor.clamp: _like,
     Tensor.index_select: _index_select,
     Tensor.gather: _gather,
     Tensor.masked_fill: _like,
@@ -87,7 +99,7 @@ class ShapesAlone(TorchFunctionMode):
         """`func`, by its rule where there is one."""
         rule = RULES.get(func)
         first = args[0] if args else None
-        has_others = bool(kwargs) and func not in (torch.mm, F.embedding)
+        has_others = bool(kwargs) and func not in TAKE_KEYWORDS
         if rule is None or has_others or not isinstance(first, Tensor) or not first.is_meta:
             return func(*args, **kwargs or {})
         return rule(*args, **kwargs or {})

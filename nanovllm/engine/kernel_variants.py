@@ -124,6 +124,7 @@ def _new_runner(config: Config, ops: Ops, rank: int, shares_memory: bool) -> Dry
     layers = decoder.layers
     assert isinstance(layers, nn.ModuleList)
     decoder.layers = kinds_of_layers(layers)
+    runner.use_adapters()  # steps without any launch nothing else
     return runner
 
 

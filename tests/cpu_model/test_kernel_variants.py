@@ -66,7 +66,11 @@ CASES = {
     "dense": (DENSE, HOPPER, {}),
     "windows, fp8 cache": (WINDOWED, ADA, {"kv_cache_dtype": "fp8"}),
     "experts of two ranks": (MIXTURE, HOPPER, {"tensor_parallel_size": 2}),
-    "4 bits": (DENSE, ADA, {"quantization": "int4"}),
+    "4 bits, adapters": (
+        DENSE,
+        ADA,
+        {"quantization": "int4", "enable_lora": True, "max_loras": 3, "max_lora_rank": 100},
+    ),
     "fp8": (DENSE, HOPPER, {"quantization": "fp8"}),
 }
 Keys = set[tuple[str, str]]
@@ -163,6 +167,7 @@ def test_no_step_needs_a_kernel_that_is_not_compiled_ahead(case, directory, monk
         peers = kernel_variants.new_peers(config, 0) if config.tensor_parallel_size > 1 else None
         runner = DryRunner(config, ops, 0, peers)
         runner.allocate_kv_cache(1)
+        runner.use_adapters()
         with torch.inference_mode(), keys_of_launches(capability) as launched:
             run_many_sizes(runner)
         assert len(launched) > 20
@@ -266,6 +271,8 @@ def test_without_a_gpu_its_capability_is_asked_for(directory, monkeypatch):
         lambda x, n: x.masked_fill(x == 0, 1.0),
         lambda x, n: (torch.where(n > 1, n, 0), torch.where(n[:, :1] > 1, n, x[0, :2])),
         lambda x, n: (n + 1, n * 2.5, x + n[0, 0], n - n[:, :1], n * x[0, 0], 2 + x),
+        lambda x, n: torch.repeat_interleave(n[0] + 1, n[0], output_size=2),
+        lambda x, n: (n[0].diff(), n.clamp(min=1)),
         lambda x, n: (n // 2, n % 2, n.remainder(2), (n == 1) & (n >= 0), n < 2, n >= n[0]),
     ],
 )

@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from lora_adapters import LINEAR, VOCABULARY, save_adapter
 from tiny_models import edit_config, save_family, save_model
 
 SCRIPT = """
 import json, sys
 from triton import knobs
 from nanovllm import LLM, SamplingParams
+from nanovllm.lora_request import LoRARequest
 from nanovllm.sampling_params import StructuredOutputsParams
 
 model, options, kind = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
@@ -29,6 +31,11 @@ print(f"{at_start} kernels compiled by the constructor", file=sys.stderr)
 window = options.get("max_model_len", 1024) - 40
 size = llm.config.model_config.vocab_size
 prompt = lambda length, first=3: [(first + 7 * i) % (size - 3) + 3 for i in range(length)]
+adapters = [LoRARequest(path, number, path) for number, path in enumerate(sys.argv[4:], 1)]
+def taking_turns(call, prompts, *args, **options):
+    turns = [None, *adapters]
+    requests = [turns[(i + 1) % len(turns)] for i in range(len(prompts))]
+    call(prompts, *args, use_tqdm=False, lora_request=requests, **options)
 GENERATION = {
     "plain": {"temperature": 0.0},
     "temperature": {"temperature": 0.8, "seed": 3},
@@ -52,35 +59,40 @@ for name, values in GENERATION.items():
         feature = f"{name}, {batch} requests"
         params = SamplingParams(max_tokens=6, ignore_eos=name != "json", **values)
         lengths = [(11 + 29 * i) % 300 + 1 for i in range(batch)]
-        llm.generate([prompt(n, i) for i, n in enumerate(lengths)], params, use_tqdm=False)
+        taking_turns(llm.generate, [prompt(n, i) for i, n in enumerate(lengths)], params)
 params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
 for length in (1, 2, 5, 17, 33, 63, 65, 129, 255, 257, 513, window):
     feature = f"a prompt of {length}"
-    llm.generate([prompt(length, length)], params, use_tqdm=False)
+    taking_turns(llm.generate, [prompt(length, length)], params)
 shared = prompt(600 if window > 700 else 300)
 for batch in (2, 9, 33, 40):
     feature = f"a shared prefix, {batch} requests"
-    llm.generate([shared + prompt(5, i) for i in range(batch)], params, use_tqdm=False)
+    taking_turns(llm.generate, [shared + prompt(5, i) for i in range(batch)], params)
     feature = f"a mixed batch of {batch}"
     mixed = [SamplingParams(max_tokens=6, ignore_eos=True, **v)
              for v in list(GENERATION.values())[:12]] * 4
-    llm.generate([prompt(9 + i, i) for i in range(batch)], mixed[:batch], use_tqdm=False)
+    taking_turns(llm.generate, [prompt(9 + i, i) for i in range(batch)], mixed[:batch])
 if kind != "hybrid":
     for batch in (1, 3, 40):
         prompts = [prompt(9 + 5 * i, i) for i in range(batch)]
         feature = f"embed, {batch} prompts"
-        llm.embed(prompts, use_tqdm=False)
+        taking_turns(llm.embed, prompts)
         feature = f"states of all tokens, {batch} prompts"
-        llm.encode(prompts, pooling_task="token_embed", use_tqdm=False)
+        taking_turns(llm.encode, prompts, pooling_task="token_embed")
 print(json.dumps({"at_start": at_start, "later": compiled[at_start:]}))
 """
 
 
-def compiled_by(model: Path, cache: Path, kind: str, **options) -> dict:
-    """How many kernels the constructor compiled, and which came later."""
+def compiled_by(
+    model: Path, cache: Path, kind: str, adapters: tuple[Path, ...] = (), **options
+) -> dict:
+    """How many kernels the constructor compiled, and which came later.
+
+    adapters: requests take turns among them and none.
+    """
     settings = {"max_model_len": 1024, "max_num_seqs": 40, "num_kvcache_blocks": 200} | options
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(model), json.dumps(settings), kind],
+        [sys.executable, "-c", SCRIPT, str(model), json.dumps(settings), kind, *map(str, adapters)],
         env=os.environ | {"TRITON_CACHE_DIR": str(cache)},
         capture_output=True,
         text=True,
@@ -111,6 +123,18 @@ def dense(tmp_path_factory) -> Path:
 )
 def test_nothing_is_compiled_after_the_constructor(dense, tmp_path, options):
     found = compiled_by(dense, tmp_path, "tokenizer", **options)
+    assert found["at_start"] > 20
+    assert found["later"] == []
+
+
+@pytest.mark.parametrize("max_lora_rank", [16, 256])
+def test_nothing_is_compiled_later_with_adapters(dense, tmp_path, max_lora_rank):
+    adapters = (
+        save_adapter(tmp_path / "linear", dense, seed=1).path,
+        save_adapter(tmp_path / "words", dense, seed=2, targets=(*LINEAR, *VOCABULARY)).path,
+    )
+    options = {"enable_lora": True, "max_loras": 2, "max_lora_rank": max_lora_rank}
+    found = compiled_by(dense, tmp_path / "cache", "tokenizer", adapters, **options)
     assert found["at_start"] > 20
     assert found["later"] == []
 
