@@ -219,13 +219,12 @@ def adapters(ops: Ops, shape: Shape) -> None:
     """Few tokens and many, with adapters of small and of the largest rank."""
     n, k = 4096, shape.hidden_size
     rows = (0, n // 2), (n // 2, n)
-    bounds = empty(2, 2, dtype=INT32)
     for tokens in (shape.rows, shape.tokens):
         plan = ops.plan_adapters(empty(tokens, dtype=INT32), 8)
         for rank in (16, 256):
             a, b = empty(8, 2 * rank, k, dtype=shape.dtype), empty(8, n, rank, dtype=shape.dtype)
             x, out = empty(tokens, k, dtype=shape.dtype), product(shape, tokens, n)
-            ops.add_adapters(out, x, LoRAWeights(a, b, rows, bounds), plan)
+            ops.add_adapters(out, x, LoRAWeights(a, b, rows), plan)
 
 
 def delta_net(ops: Ops, shape: Shape) -> None:

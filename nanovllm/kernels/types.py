@@ -78,13 +78,11 @@ class LoRAWeights:
         a: [S, P * R, K]; None: x is that product already.
         b: [S, N, R], the adapter's scale included.
         rows: the first row and the end of each projection.
-        bounds: int32 [P, 2], the same on the device.
     """
 
     a: Tensor | None
     b: Tensor
     rows: tuple[tuple[int, int], ...]
-    bounds: Tensor
 
     @property
     def rank(self) -> int:

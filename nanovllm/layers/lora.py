@@ -279,8 +279,7 @@ def new_weights(
     a = None
     if num_columns is not None:
         a = new_zeros(context, num_slots, len(rows) * rank, num_columns)
-    bounds = torch.tensor(rows, dtype=torch.int32).to(context.device)
-    return LoRAWeights(a, new_zeros(context, num_slots, rows[-1][1], rank), rows, bounds)
+    return LoRAWeights(a, new_zeros(context, num_slots, rows[-1][1], rank), rows)
 
 
 @torch.no_grad()

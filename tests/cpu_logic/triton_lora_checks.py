@@ -13,7 +13,7 @@ from nanovllm.kernels.types import LoRAWeights, PartialSums
 def _small_blocks(monkeypatch):
     """So that few tokens and rows make several of all."""
     monkeypatch.setattr(triton_lora, "PLAN_BLOCK", 32)
-    monkeypatch.setattr(triton_lora, "SPAN", 64)
+    monkeypatch.setattr(triton_lora, "SHORT_SPAN", 32)
     monkeypatch.setattr(triton_lora, "FEW_TOKENS", 32)
 
 
@@ -23,18 +23,19 @@ def draw(sizes: tuple[int, ...], num_columns: int, rank: int, num_slots: int, dt
     rows = tuple(zip([0, *ends], ends, strict=False))
     a = torch.randn(num_slots, len(sizes) * rank, num_columns) / num_columns**0.5
     b = torch.randn(num_slots, ends[-1], rank)
-    return LoRAWeights(a.to(dtype), b.to(dtype), rows, torch.tensor(rows, dtype=torch.int32))
+    return LoRAWeights(a.to(dtype), b.to(dtype), rows)
 
 
 def test_the_plan_has_each_token_of_an_adapter_once():
     for num_tokens, num_slots in ((1, 1), (32, 3), (70, 2)):
         slots = torch.randint(0, num_slots + 1, (num_tokens,)).int()
-        order, tiles, block_m = plan_adapters(slots, num_slots)
-        assert block_m == (16 if num_tokens <= 32 else 32)
+        tiles, owners = plan_adapters(slots, num_slots)
+        assert tiles.shape[1] == (16 if num_tokens <= 32 else 64)
         found = []
-        for slot, first, count in tiles.tolist():
-            tokens = order[first : first + count].tolist() if count else []
-            assert count <= block_m and all(slots[token] == slot + 1 for token in tokens)
+        for tile, slot in zip(tiles.tolist(), owners.tolist(), strict=True):
+            tokens = [token for token in tile if token >= 0] if slot >= 0 else []
+            assert all(slots[token] == slot + 1 for token in tokens)
+            assert slot < 0 or tokens == tile[: len(tokens)] != []
             found += tokens
         assert sorted(found) == (slots > 0).nonzero().squeeze(1).tolist()
 
@@ -78,6 +79,6 @@ def test_a_product_with_a_that_is_there_already():
     add_adapters(expected, x, weights, plan)
     inner = torch.zeros(3, 32)
     inner[0], inner[1] = weights.a[0] @ x[0], weights.a[1] @ x[1]
-    without_a = LoRAWeights(None, weights.b, weights.rows, weights.bounds)
+    without_a = LoRAWeights(None, weights.b, weights.rows)
     add_adapters(found, inner, without_a, plan)
     torch.testing.assert_close(found, expected)

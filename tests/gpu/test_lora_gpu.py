@@ -27,12 +27,11 @@ def draw(sizes: tuple[int, ...], num_columns: int, rank: int, num_slots: int, dt
     rows = tuple(zip([0, *ends], ends, strict=False))
     a = torch.randn(num_slots, len(sizes) * rank, num_columns, device="cuda") / num_columns**0.5
     b = torch.randn(num_slots, ends[-1], rank, device="cuda") / rank**0.5
-    bounds = torch.tensor(rows, dtype=torch.int32, device="cuda")
-    return LoRAWeights(a.to(dtype), b.to(dtype), rows, bounds)
+    return LoRAWeights(a.to(dtype), b.to(dtype), rows)
 
 
 def as_double(weights: LoRAWeights) -> LoRAWeights:
-    return LoRAWeights(weights.a.double(), weights.b.double(), weights.rows, weights.bounds)
+    return LoRAWeights(weights.a.double(), weights.b.double(), weights.rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -52,6 +51,23 @@ def test_terms_equal_float64(num_tokens: int, rank: int, dtype: torch.dtype) -> 
         tolerance = 1e-4 if dtype == torch.float32 else 3e-2
         torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance)
         assert torch.equal(found[slots == 0], before[slots == 0])
+
+
+@pytest.mark.parametrize("num_tokens", [40, 3000])
+@pytest.mark.parametrize("rank", [16, 128])
+def test_a_token_does_not_depend_on_the_adapters_of_others(num_tokens: int, rank: int) -> None:
+    weights = draw((2048, 1024, 1024), 1024, rank, 8, torch.bfloat16)
+    x = torch.randn(num_tokens, 1024, device="cuda").bfloat16()
+    product = torch.randn(num_tokens, 4096, device="cuda").bfloat16()
+    is_own = torch.arange(num_tokens, device="cuda") % 5 == 2
+    found = []
+    for others in (torch.randint(0, 9, (num_tokens,)), torch.full((num_tokens,), 3)):
+        slots = torch.where(is_own, 3, others.cuda()).int()
+        out = product.clone()
+        add_adapters(out, x, weights, plan_adapters(slots, 8))
+        found.append(out)
+    assert torch.equal(found[0][is_own], found[1][is_own])
+    assert not torch.equal(found[0], found[1])
 
 
 def test_one_part_of_a_product_gets_the_terms() -> None:
