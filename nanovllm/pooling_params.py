@@ -109,6 +109,12 @@ class PoolerConfig:
         ArgumentError: a value is of the wrong type, outside its range, or contradicts another.
     """
 
+    task: str | None = parameter(
+        None,
+        choice(*TASKS),
+        'what `encode` does without a `pooling_task`. With "token_embed" `score` takes '
+        '`method="late-interaction"`.',
+    )
     pooling_type: str | None = parameter(
         None,
         choice(*SEQUENCE_TYPES, *TOKEN_TYPES, aliases=OTHER_NAMES),

@@ -168,7 +168,8 @@ def encode(
         pooling_task: "embed" and "classify" give one row for a prompt, as the methods of these
             names do. "token_embed" gives a row for each token, its hidden state scaled to length
             1; "token_classify" gives the head's results for each token. With pooling type "STEP"
-            these are the rows of the tokens `step_tag_id` alone.
+            these are the rows of the tokens `step_tag_id` alone. None: the task of
+            `pooling_params`, else of `pooler_config`.
 
     Returns:
         For each prompt an output whose `outputs.data` is a float32 tensor on the CPU, of [width] or
@@ -185,7 +186,7 @@ def encode(
     task = pooling_task
     if task is None:
         named = pooling_params if isinstance(pooling_params, list) else [pooling_params]
-        tasks = {getattr(params, "task", None) for params in named}
+        tasks = {getattr(params, "task", None) or llm.config.pooling.task for params in named}
         if len(tasks) != 1 or None in tasks:
             raise ArgumentError(
                 f"encode needs pooling_task: {llm.config.model!r} answers "

@@ -1,12 +1,12 @@
 """Scores of pairs of texts: by a classification head, by a reranker's question, by embeddings.
 
 The question for rerankers is that of Qwen3-Reranker's model card (Zhang et al. 2025, arXiv
-2506.05176).
+2506.05176). Late interaction is that of ColBERT (Khattab and Zaharia 2020, arXiv 2004.12832).
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,15 +19,22 @@ from nanovllm.features.pooling import (
     check_each_params,
     classification,
     embed,
+    encode,
     pool,
     truncating,
 )
 from nanovllm.features.rpc import call_ranks
+from nanovllm.inputs.chat import render_prompts
 from nanovllm.inputs.plain_tokenizer import in_full
 from nanovllm.inputs.prompts import check_each, check_unsupported, encode_prompts
 from nanovllm.models.head_config import IDENTITY, SEQUENCE, SIGMOID, HeadConfig
 from nanovllm.models.pooling_config import lists_pooling
-from nanovllm.outputs import ScoringOutput, ScoringRequestOutput
+from nanovllm.outputs import (
+    EmbeddingRequestOutput,
+    PoolingRequestOutput,
+    ScoringOutput,
+    ScoringRequestOutput,
+)
 from nanovllm.pooling_params import PoolingParams
 from nanovllm.validation import check_choice
 
@@ -42,12 +49,15 @@ YES, NO = "yes", "no"
 QUESTION_TOKENS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>", YES, NO)
 WEB_SEARCH = "Given a web search query, retrieve relevant passages that answer the query"
 CROSS_ENCODER, RERANKER, EMBEDDING = "cross-encoder", "reranker", "embedding"
+LATE_INTERACTION = "late-interaction"
+METHODS = (CROSS_ENCODER, RERANKER, EMBEDDING, LATE_INTERACTION)
 # Of sentence-transformers: the classes that a cross-encoder's config.json names for its scores.
 SCORE_ACTIVATIONS = {
     "torch.nn.modules.linear.Identity": IDENTITY,
     "torch.nn.modules.activation.Sigmoid": SIGMOID,
     None: SIGMOID,
 }
+Embedded = TypeVar("Embedded", EmbeddingRequestOutput, PoolingRequestOutput)
 
 
 def score(
@@ -62,7 +72,7 @@ def score(
     pooling_params: PoolingParams | None = None,
     truncate_prompt_tokens: int | None = None,
     lora_request: None = None,
-    chat_template: None = None,
+    chat_template: str | None = None,
 ) -> list[ScoringRequestOutput]:
     """Score pairs of texts: one with one, one with each of several, or each with its own.
 
@@ -76,15 +86,20 @@ def score(
             document meets the query; the score is the probability of "yes" against "no". A pair
             whose texts are the whole question, as vLLM's scripts write it, is asked as it is.
             "embedding": the cosine of the two texts' embeddings, as of Qwen3-Embedding.
-            None: chosen by the model, by its head, or by modules.json that lists a pooling; a
-            reranker otherwise.
+            "late-interaction": for each token of the query the largest cosine with a token of the
+            document, summed, as of ColBERT.
+            None: chosen by the model's head, by `pooler_config` whose task is "token_embed"
+            ("late-interaction"), or by modules.json that lists a pooling ("embedding"); a reranker
+            otherwise.
         instruction: what the reranker looks for; None: passages that answer a web search.
         use_tqdm: as for `generate`.
         pooling_params: of a cross-encoder; `use_activation=False` leaves the logit.
         truncate_prompt_tokens: cut texts so that a prompt has so many tokens at most; of a pair
             the longer text is cut, and the reranker loses the end of the document. -1:
             `max_model_len`.
-        lora_request, chat_template: only None.
+        lora_request: only None.
+        chat_template: of a cross-encoder or reranker: a Jinja template, or the path of a file with
+            one, that makes the prompt of a pair, two messages of the roles "query" and "document".
 
     Returns:
         For each pair an output whose `outputs.score` is a float.
@@ -94,10 +109,10 @@ def score(
             one of the tokens that the reranker's question or answer is made of.
         EngineDeadError: a tensor-parallel worker died.
     """
-    check_unsupported(lora_request=lora_request, chat_template=chat_template)
+    check_unsupported(lora_request=lora_request)
     if method is None:
         method = _method_of(llm)
-    check_choice("method", method, (CROSS_ENCODER, RERANKER, EMBEDDING))
+    check_choice("method", method, METHODS)
     head = llm.config.model_config.head
     if (method == CROSS_ENCODER) != (head is not None):
         has = "a classification head" if head else "no classification head"
@@ -117,21 +132,45 @@ def score(
             "instruction is for method='reranker'; write it into the queries of another model, "
             f"got {shown(instruction)}"
         )
-    if method == EMBEDDING:
-        return _cosines(llm, queries, documents, use_tqdm, truncate_prompt_tokens)
+    if method in (EMBEDDING, LATE_INTERACTION):
+        check_unsupported(chat_template=chat_template)
+        by = _cosines if method == EMBEDDING else _late_interaction
+        return by(llm, queries, documents, use_tqdm, truncate_prompt_tokens)
     if not isinstance(instruction, (str, type(None))):
         raise ArgumentError(f"instruction must be a string, got {shown(instruction)}")
     pairs = list(zip(queries * (len(documents) // len(queries)), documents, strict=True))
+    prompts = None
+    if chat_template is not None:
+        if instruction is not None or truncate_prompt_tokens is not None:
+            raise ArgumentError(
+                "chat_template makes the prompts of score: write the instruction into it, and cut "
+                "the texts before; instruction and truncate_prompt_tokens must be None"
+            )
+        prompts = _rendered(llm, pairs, chat_template)
     if head is not None:
-        return _cross_encode(llm, head, pairs, pooling_params, use_tqdm, truncate_prompt_tokens)
-    return _rerank(llm, pairs, instruction or WEB_SEARCH, use_tqdm, truncate_prompt_tokens)
+        return _cross_encode(
+            llm, head, pairs, pooling_params, use_tqdm, truncate_prompt_tokens, prompts
+        )
+    return _rerank(llm, pairs, instruction or WEB_SEARCH, use_tqdm, truncate_prompt_tokens, prompts)
 
 
 def _method_of(llm: LLMEngine) -> str:
     """What the model was made for, as far as its files say it."""
     if llm.config.model_config.head is not None:
         return CROSS_ENCODER
+    if llm.config.pooling.task == "token_embed":
+        return LATE_INTERACTION
     return EMBEDDING if lists_pooling(llm.config.model) else RERANKER
+
+
+def _rendered(llm: LLMEngine, pairs: list[tuple[str, str]], chat_template: str) -> list[list[int]]:
+    """The token ids of what a template makes of each pair."""
+    conversations = [
+        [{"role": "query", "content": query}, {"role": "document", "content": document}]
+        for query, document in pairs
+    ]
+    rendered = render_prompts(llm, conversations, chat_template)
+    return [prompt["prompt_token_ids"] for prompt in rendered]
 
 
 # ---- by a classification head -----------------------------------------------------------------
@@ -144,6 +183,7 @@ def _cross_encode(
     params: PoolingParams | None,
     use_tqdm: bool | Callable[..., Any],
     limit: int | None,
+    prompts: list[list[int]] | None,
 ) -> list[ScoringRequestOutput]:
     if head.kind != SEQUENCE or len(head.labels) != 1:
         unit = "prompt" if head.kind == SEQUENCE else "token"
@@ -153,8 +193,9 @@ def _cross_encode(
         )
     [pooling] = check_each_params(params, 1, partial(_score_pooling, llm, head))
     kwargs = truncating(llm, limit, None)
-    token_ids = _encode_pairs(in_full(llm.input_processor.tokenizer), pairs, kwargs)
-    return _outputs(pool(llm, token_ids, [pooling] * len(pairs), use_tqdm))
+    if prompts is None:
+        prompts = _encode_pairs(in_full(llm.input_processor.tokenizer), pairs, kwargs)
+    return _outputs(pool(llm, prompts, [pooling] * len(pairs), use_tqdm))
 
 
 def _score_pooling(llm: LLMEngine, head: HeadConfig, params: PoolingParams) -> Pooling:
@@ -230,6 +271,7 @@ def _rerank(
     instruction: str,
     use_tqdm: bool | Callable[..., Any],
     limit: int | None,
+    prompts: list[list[int]] | None,
 ) -> list[ScoringRequestOutput]:
     llm.check_awake()
     if not llm.model_runner.has_lm_head:
@@ -245,20 +287,21 @@ def _rerank(
         llm.config.model_config.vocab_size,
     )
     yes_id, no_id = _check_question_tokens(tokenizer)
-    plain = {"add_special_tokens": False}
-    (_, before), (_, after) = encode_prompts(
-        [QUESTION_BEFORE, QUESTION_AFTER], tokenizer, vocab_size, plain
-    )
-    kwargs = truncating(llm, limit, plain, len(before) + len(after))
-    questions = [_question(instruction, query, document) for query, document in pairs]
-    encoded = encode_prompts(questions, tokenizer, vocab_size, kwargs)
+    if prompts is None:
+        plain = {"add_special_tokens": False}
+        (_, before), (_, after) = encode_prompts(
+            [QUESTION_BEFORE, QUESTION_AFTER], tokenizer, vocab_size, plain
+        )
+        kwargs = truncating(llm, limit, plain, len(before) + len(after))
+        questions = [_question(instruction, query, document) for query, document in pairs]
+        encoded = encode_prompts(questions, tokenizer, vocab_size, kwargs)
+        prompts = [[*before, *ids, *after] for _, ids in encoded]
     rows: dict[int, np.ndarray] = {}
     for held in call_ranks(llm, _lm_head_rows, args=([yes_id, no_id],)):
         rows |= held
     # softmax over two logits is the logistic function of their difference
     pooler = partial(_probability, weights=rows[yes_id] - rows[no_id])
     pooling = Pooling("LAST", pooler)
-    prompts = [[*before, *ids, *after] for _, ids in encoded]
     return _outputs(pool(llm, prompts, [pooling] * len(prompts), use_tqdm))
 
 
@@ -309,11 +352,44 @@ def _cosines(
     limit: int | None,
 ) -> list[ScoringRequestOutput]:
     embedded = embed(llm, [*queries, *documents], use_tqdm=use_tqdm, truncate_prompt_tokens=limit)
-    ours, theirs = embedded[: len(queries)], embedded[len(queries) :]
+
+    def cosine(one: EmbeddingRequestOutput, other: EmbeddingRequestOutput) -> float:
+        return float(np.dot(one.outputs.embedding, other.outputs.embedding))
+
+    return _of_pairs(embedded, len(queries), cosine)
+
+
+def _late_interaction(
+    llm: LLMEngine,
+    queries: list[str],
+    documents: list[str],
+    use_tqdm: bool | Callable[..., Any],
+    limit: int | None,
+) -> list[ScoringRequestOutput]:
+    embedded = encode(
+        llm,
+        [*queries, *documents],
+        pooling_task="token_embed",
+        use_tqdm=use_tqdm,
+        truncate_prompt_tokens=limit,
+    )
+
+    def largest_cosines(one: PoolingRequestOutput, other: PoolingRequestOutput) -> float:
+        cosines = one.outputs.data @ other.outputs.data.T  # [tokens of the query, of the document]
+        return float(cosines.amax(1).sum())
+
+    return _of_pairs(embedded, len(queries), largest_cosines)
+
+
+def _of_pairs(
+    embedded: list[Embedded], num_queries: int, score_of: Callable[[Embedded, Embedded], float]
+) -> list[ScoringRequestOutput]:
+    """The outputs of pairs of the first `num_queries` texts, or the one, with the others."""
+    ours, theirs = embedded[:num_queries], embedded[num_queries:]
     return [
         ScoringRequestOutput(
             f"{one.request_id}_{other.request_id}",
-            ScoringOutput(float(np.dot(one.outputs.embedding, other.outputs.embedding))),
+            ScoringOutput(score_of(one, other)),
             one.prompt_token_ids + other.prompt_token_ids,
             num_cached_tokens=(one.num_cached_tokens or 0) + (other.num_cached_tokens or 0),
         )

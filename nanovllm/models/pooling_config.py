@@ -29,6 +29,12 @@ def check_pooler_config(config: PoolerConfig, model_config: ModelConfig) -> None
     """ArgumentError for an entry that a model does not have anything for."""
     name, head = model_config.architectures[0], model_config.head
     given = vars(config) | {"seq_pooling_type": config.sequence_type}
+    tasks = ("embed", "token_embed") if head is None else head.tasks
+    if config.task is not None and config.task not in tasks:
+        raise ArgumentError(
+            f"pooler_config: task={config.task!r}, but {name} answers "
+            f"{' and '.join(map(repr, tasks))}"
+        )
     if head is None:
         useless = ["activation", "softmax", "logit_mean", "logit_sigma"]
         why = f"{name} has no classification head"

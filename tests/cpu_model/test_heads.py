@@ -346,6 +346,22 @@ def test_embeddings_of_all_tokens(tiny_dir, states, overlap):
         check_close(data(llm, "embed"), [unit(rows[-1]) for rows in states])
 
 
+def test_late_interaction(tiny_dir):
+    query, documents = "the quick fox", ["a paged cache", "the lazy dog sleeps", "warm sun"]
+    config = PoolerConfig(task="token_embed")
+    with tiny_engine(tiny_dir, pooler_config=config) as llm:
+        ids = [llm.tokenizer(text)["input_ids"] for text in (query, *documents)]
+        ours, *theirs = map_list(unit, states_of_transformers(tiny_dir, ids))
+        expected = [(ours @ rows.T).max(1).values.sum().item() for rows in theirs]
+        outputs = llm.score(query, documents, use_tqdm=False)
+        assert [o.outputs.score for o in outputs] == pytest.approx(expected, abs=1e-4)
+        assert [o.prompt_token_ids for o in outputs] == [ids[0] + rest for rest in ids[1:]]
+        [encoded] = llm.encode(query, use_tqdm=False)  # the task is said already
+        check_close([encoded.outputs.data], [ours])
+        with pytest.raises(ArgumentError, match="chat_template"):
+            llm.score(query, documents, chat_template="{{ messages }}")
+
+
 def test_parameters_for_each_prompt(tiny_dir, states):
     each = [PoolingParams(dimensions=n + 1) for n in range(len(PROMPTS))]
     with tiny_engine(tiny_dir) as llm:
@@ -451,6 +467,10 @@ def test_scores_of_a_cross_encoder(cross_encoder):
         assert [o.prompt_token_ids for o in outputs] == ids
         found = [o.outputs.score for o in outputs]
         assert found == pytest.approx(1 / (1 + np.exp(-logits)), abs=2e-5)
+        template = "{{ messages[1]['role'] }}: {{ messages[1]['content'] }}"
+        by_template = llm.score(query, documents, chat_template=template, use_tqdm=False)
+        prompts = [llm.tokenizer(f"document: {document}")["input_ids"] for document in documents]
+        assert [o.prompt_token_ids for o in by_template] == prompts
         found = llm.score([query] * 3, documents, pooling_params=LOGITS, use_tqdm=False)
         assert [o.outputs.score for o in found] == pytest.approx(logits, abs=2e-5)
         [cut] = llm.score(query, documents[1], truncate_prompt_tokens=9, use_tqdm=False)
@@ -555,6 +575,7 @@ def test_calls_that_a_model_does_not_answer(tiny_dir, cross_encoder, reward_dir)
             {"returned_token_ids": [-1]},
             "returned_token_ids must be between 0 and 2147483647, got -1",
         ),
+        ({"task": "classify"}, "task='classify', but Qwen3ForCausalLM answers 'embed' and 'token_"),
         ({"dimensions": 65}, "dimensions must be between 1 and 64, got 65"),
         ("MEAN", "pooler_config must be a PoolerConfig or a dict, got 'MEAN'"),
     ],

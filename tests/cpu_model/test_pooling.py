@@ -216,6 +216,12 @@ def test_scores_are_those_of_transformers(llm, model_dir):
     query = f"{QUESTION_BEFORE}<Instruct>: Find a fox\n<Query>: {QUERY}\n"
     document = f"<Document>: {DOCUMENTS[0]}{QUESTION_AFTER}"
     assert scores(llm, query, document) == pytest.approx(own, 1e-4)
+    # Its newer script has it in a template of two messages.
+    template = QUESTION_BEFORE + "<Instruct>: Find a fox\n<Query>: {{ messages[0].content }}\n"
+    template += "<Document>: {{ messages[1].content }}" + QUESTION_AFTER.replace(
+        "\n\n", "{{'\\n\\n'}}"
+    )
+    assert scores(llm, QUERY, DOCUMENTS[0], chat_template=template) == pytest.approx(own, 1e-4)
     check_nothing_is_held(llm)
 
 
@@ -321,6 +327,10 @@ def test_two_ranks(model_dir, prompts, expected):
         (lambda llm: llm.score("a", "b", method="cross"), "method must be one of cross-enc"),
         (lambda llm: llm.score("a", "b", method="embedding", instruction="x"), "instruction is"),
         (lambda llm: llm.score("a", "b", instruction=5), "instruction must be a string, got 5"),
+        (
+            lambda llm: llm.score("a", "b", instruction="x", chat_template="{{ messages }}"),
+            "write the instruction into it",
+        ),
         (
             lambda llm: llm.score("a", "b", truncate_prompt_tokens=10),
             r"truncate_prompt_tokens must be between \d\d\d and 1024, got 10",
