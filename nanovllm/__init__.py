@@ -30,12 +30,14 @@ if TYPE_CHECKING:
     from nanovllm.features.engine_args import EngineArgs
     from nanovllm.features.streaming import StreamOutput
     from nanovllm.llm import LLM
+    from nanovllm.vllm_async import AsyncLLM
     from nanovllm.vllm_engine import LLMEngine
 
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "ArgumentError",
+    "AsyncLLM",
     "BeamSearchOutput",
     "BeamSearchParams",
     "ClassificationOutput",

@@ -116,14 +116,14 @@ VLLM_ABSENT = _absent(
         "models read text alone, and prompts with images or audio are refused",
     ),
     (
-        """expert_placement_strategy all2all_backend eplb_config ubatch_size
+        """enable_expert_parallel expert_placement_strategy all2all_backend eplb_config ubatch_size
         dbo_decode_token_threshold dbo_prefill_token_threshold dcp_kv_cache_interleave_size
         cp_kv_cache_interleave_size disable_nccl_for_dp_synchronization master_addr master_port
         data_parallel_address data_parallel_rpc_port data_parallel_backend data_parallel_size_local
         ray_workers_use_nsight allow_deprecated_quantization guided_decoding_disable_fallback
         kv_offloading_backend""",
         None,
-        "they matter only with options that are not there",
+        "they matter only with options that are not there; tensor_parallel_size shares experts too",
     ),
     # Taken with the values that change nothing.
     (
@@ -166,7 +166,7 @@ VLLM_ABSENT = _absent(
     ),
     (
         """data_parallel_rank data_parallel_start_rank data_parallel_hybrid_lb
-        data_parallel_external_lb enable_expert_parallel enable_eplb enable_dbo node_rank""",
+        data_parallel_external_lb enable_eplb enable_dbo node_rank""",
         (),
         "tensor_parallel_size alone shares a model, and data_parallel_size starts all replicas",
     ),
@@ -521,8 +521,6 @@ SAMPLING_HINTS = {
     "skip_special": "write skip_special_tokens",
     "use_tqdm": "it goes to generate(..., use_tqdm=...)",
     "priority": "it goes to generate(..., priority=[...])",
-    "output_kind": "nanovllm does not have it: generate gives whole outputs, llm.generate_stream "
-    "text as it comes",
     "flat_logprobs": "nanovllm does not have it: logprobs are a list of dicts",
     "routed_experts_prompt_start": "nanovllm does not return routed experts",
     "skip_clone": "nanovllm copies parameters always",
@@ -545,7 +543,6 @@ SAMPLING_OFF: dict[str, tuple[Any, ...]] = {
     "length_penalty": (None, 1.0),
     "early_stopping": (None, False),
     "guided_decoding": (None,),
-    "output_kind": (None, RequestOutputKind.CUMULATIVE),
     "flat_logprobs": (None, False),
     "stream_interval": (None, 1),
     "skip_clone": (None, False, True),
@@ -615,7 +612,6 @@ POOLER_NAMES = {
 }
 # vLLM's entries of a pooler's configuration that are not there, with what changes nothing.
 POOLER_OFF: dict[str, tuple[Any, ...]] = {
-    "task": (None,),
     "enable_chunked_processing": (None, False),
     "max_embed_len": (None,),
     "logit_bias": (None,),
@@ -808,6 +804,7 @@ def _without_foreign_fields(given: dict[str, Any], overrides: Mapping[str, Any])
     overrides = dict(overrides)
     if "max_model_len" in overrides:
         given.setdefault("max_model_len", overrides.pop("max_model_len"))
+        given.setdefault("enable_chunked_prefill", None)  # vLLM's: it is longer than a step
     return overrides
 
 

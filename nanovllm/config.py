@@ -661,6 +661,11 @@ class Config:
         return as_pooler_config("pooler_config", self.pooler_config or {})
 
     @property
+    def embedding_size(self) -> int:
+        """Numbers of an embedding for which no `dimensions` are asked: vLLM's name."""
+        return self.pooling.dimensions or self.model_config.hidden_size
+
+    @property
     def cpu_offload_bytes(self) -> int:
         """`cpu_offload_gb` in bytes."""
         return int(min(self.cpu_offload_gb * 2**30, 2.0**62))

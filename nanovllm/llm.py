@@ -117,6 +117,16 @@ class LLM(LLMEngine):
         """vLLM's name for `not is_finished()`."""
         return not self.is_finished()
 
+    def get_num_unfinished_requests(self) -> int:
+        """The number of requests that have not ended."""
+        return len(self.requests.unfinished)
+
+    @property
+    def supported_tasks(self) -> tuple[str, ...]:
+        """What the model answers: "generate", or tasks of `encode`."""
+        has_lm_head = self.model_runner.has_lm_head
+        return ("generate",) * has_lm_head + pooling.tasks_of(self)
+
     def get_default_sampling_params(self) -> SamplingParams:
         """What `generate` uses without parameters: those of the model's generation_config.json."""
         return self.input_processor.default_params.clone()

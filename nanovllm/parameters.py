@@ -10,6 +10,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, field, fields
+from enum import Enum
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -56,6 +57,8 @@ class Parameter(NamedTuple):
     @property
     def shown_default(self) -> str:
         """The default as Python writes it."""
+        if isinstance(self.default, Enum):
+            return str(self.default)
         return json.dumps(self.default) if isinstance(self.default, str) else repr(self.default)
 
     @property

@@ -270,6 +270,13 @@ def _check_repetition_detection(name: str, value: Any) -> RepetitionDetectionPar
     return RepetitionDetectionParams(**value)
 
 
+def _check_output_kind(name: str, value: Any) -> RequestOutputKind:
+    if not isinstance(value, RequestOutputKind):
+        known = ", ".join(f"RequestOutputKind.{kind.name}" for kind in RequestOutputKind)
+        raise ArgumentError(f"{name} must be one of {known}, got {shown(value)}")
+    return value
+
+
 def _check_truncation(name: str, value: Any) -> int:
     if isinstance(value, Integral) and value == -1:
         return check_integer(name, value, minimum=-1)
@@ -462,6 +469,13 @@ class SamplingParams:
         None,
         Check("`RepetitionDetectionParams` or dict", _check_repetition_detection),
         'when a completion that repeats itself ends, with the finish reason "repetition".',
+    )
+    output_kind: RequestOutputKind = parameter(
+        RequestOutputKind.CUMULATIVE,
+        Check("`RequestOutputKind`", _check_output_kind),
+        "what each output of `LLMEngine.step` and `AsyncLLM.generate` has: all there is by now "
+        "(`CUMULATIVE`), what is new (`DELTA`), or all of a request that has ended "
+        "(`FINAL_ONLY`). Other calls return whole outputs whatever it is.",
     )
     skip_reading_prefix_cache: bool | None = parameter(
         None, boolean, "compute the whole prompt. None: only if `prompt_logprobs` ask for it."

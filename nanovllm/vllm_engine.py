@@ -1,5 +1,6 @@
 """vLLM's engine loop: the caller names the requests, and each step returns outputs."""
 
+from dataclasses import replace
 from typing import Any
 
 from nanovllm.engine.input_processor import follow_text
@@ -10,7 +11,46 @@ from nanovllm.inputs.prompts import check_unsupported
 from nanovllm.llm import LLM
 from nanovllm.lora_request import LoRARequests
 from nanovllm.outputs import RequestOutput
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+
+
+class _Given:
+    """What `step` has returned of a request by now.
+
+    Attributes:
+        num_tokens: completion tokens of all completions.
+        ends: of each completion the numbers of its tokens and characters, and whether it had ended.
+    """
+
+    def __init__(self, num_completions: int) -> None:
+        self.num_tokens = 0
+        self.ends = [(0, 0, False)] * num_completions
+
+    def new_of(self, output: RequestOutput) -> RequestOutput:
+        """The output without what was returned before: `output_kind` DELTA."""
+        completions = []
+        for completion in output.outputs:
+            start, start_of_text, had_ended = self.ends[completion.index]
+            ended = completion.finished()
+            num_tokens, length = len(completion.token_ids), len(completion.text)
+            self.ends[completion.index] = num_tokens, length, ended
+            if num_tokens > start or (ended and not had_ended):
+                logprobs = completion.logprobs
+                new = replace(
+                    completion,
+                    text=completion.text[start_of_text:],
+                    token_ids=completion.token_ids[start:],
+                    logprobs=None if logprobs is None else logprobs[start:],
+                )
+                completions.append(new)
+        of_prompt = None if self.num_tokens else output.prompt_logprobs
+        attributes = vars(output) | {"outputs": completions, "prompt_logprobs": of_prompt}
+        return RequestOutput(**attributes)
+
+
+def _num_tokens(request: Request) -> int:
+    """Completion tokens of all its completions."""
+    return sum(seq.num_completion_tokens for seq in request.sequences)
 
 
 class LLMEngine:
@@ -24,7 +64,7 @@ class LLMEngine:
     def __init__(self, model: str | None = None, **kwargs: Any) -> None:
         self.llm = LLM(model, **({"enable_chunked_prefill": None} | kwargs))
         self._requests: dict[str, Request] = {}  # unfinished, in the order in which they came
-        self._num_given: dict[str, int] = {}  # completion tokens in the last output of each
+        self._given: dict[str, _Given] = {}
 
     @classmethod
     def from_engine_args(cls, engine_args: Any, *_: Any, **__: Any) -> "LLMEngine":
@@ -81,15 +121,17 @@ class LLMEngine:
             follow_text(request, llm.input_processor.tokenizer)
         llm.queue([request])
         llm.requests.claim({request.request_id})
-        self._requests[request_id], self._num_given[request_id] = request, 0
+        self._requests[request_id] = request
+        self._given[request_id] = _Given(len(request.sequences))
         return request_id
 
     def step(self) -> list[RequestOutput]:
         """Compute one step.
 
         Returns:
-            The outputs of the requests that got tokens or ended in it, with all that they have by
-            now. The last output of a request is `finished`; a request that failed has an `error`.
+            The outputs of the requests that got tokens or ended in it, with what their
+            `output_kind` says. The last output of a request is `finished`; a request that failed
+            has an `error`.
 
         Raises:
             EngineDeadError: a tensor-parallel worker died or the GPU failed.
@@ -100,26 +142,36 @@ class LLMEngine:
             first = request.sequences[0]  # completions are admitted in order
             if not (first.was_admitted or first.is_finished):
                 continue
-            num_tokens = sum(seq.num_completion_tokens for seq in request.sequences)
-            if num_tokens > self._num_given[request_id] or request.is_finished:
-                self._num_given[request_id] = num_tokens
-                output = make_output(request, self.llm.input_processor.tokenizer)
-                output.request_id = request_id
-                outputs.append(output)
-                if request.is_finished:
-                    self._forget(request_id)
+            has_news = _num_tokens(request) > self._given[request_id].num_tokens
+            if request.params.output_kind == RequestOutputKind.FINAL_ONLY:
+                has_news = False
+            if has_news or request.is_finished:
+                outputs.append(self._output(request_id, request))
         return outputs
 
     def abort_request(self, request_ids: str | list[str]) -> None:
         """End requests now; `step` does not return them. Other ids are ignored."""
-        ids = [request_ids] if isinstance(request_ids, str) else request_ids
-        requests = [self._forget(name) for name in dict.fromkeys(ids) if name in self._requests]
+        self.end_requests([request_ids] if isinstance(request_ids, str) else request_ids)
+
+    def end_requests(self, request_ids: list[str]) -> list[RequestOutput]:
+        """`abort_request`; returns the last outputs, with the finish reason "abort"."""
+        ended = {name: self._requests[name] for name in request_ids if name in self._requests}
+        requests = list(ended.values())
         self.llm.abort(requests)
         self.llm.requests.forget(requests)
+        return [self._output(name, request) for name, request in ended.items()]
 
-    def _forget(self, request_id: str) -> Request:
-        del self._num_given[request_id]
-        return self._requests.pop(request_id)
+    def _output(self, request_id: str, request: Request) -> RequestOutput:
+        """What `step` returns of a request; one that has ended is forgotten."""
+        given = self._given[request_id]
+        output = make_output(request, self.llm.input_processor.tokenizer)
+        output.request_id = request_id
+        if request.params.output_kind == RequestOutputKind.DELTA:
+            output = given.new_of(output)
+        given.num_tokens = _num_tokens(request)
+        if request.is_finished:
+            del self._given[request_id], self._requests[request_id]
+        return output
 
     def has_unfinished_requests(self) -> bool:
         """Whether a request has not ended, or its last output was not returned."""

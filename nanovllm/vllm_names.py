@@ -11,10 +11,12 @@ import socket
 import sys
 from collections.abc import Callable, Iterable
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 PACKAGE = __name__.rpartition(".")[0]
 ENGINE_ARGS = {"EngineArgs": "features.engine_args"}
+ASYNC_ARGS = {"AsyncEngineArgs": "features.engine_args:EngineArgs"}
+ASYNC_ENGINE = {"AsyncLLMEngine": "vllm_async:AsyncLLM"}
 PARSER = {"FlexibleArgumentParser": "features.engine_args"}
 PORTS = {"get_open_port": "vllm_names"}
 CLEANUP = {"cleanup_dist_env_and_memory": "vllm_names"}
@@ -39,25 +41,32 @@ MODULES: dict[str, dict[str, str]] = {
         ),
         "features.weight_transfer",
     ),
-    "engine.arg_utils": ENGINE_ARGS,
+    "engine.arg_utils": ENGINE_ARGS | ASYNC_ARGS,
+    "engine.async_llm_engine": ASYNC_ENGINE,
     "entrypoints.chat_utils": {
         "resolve_hf_chat_template": "vllm_names:resolve_chat_template",
     },
     "entrypoints.llm": {"LLM": "llm"},
-    "exceptions": {"VLLMValidationError": "errors:ArgumentError"},
+    "exceptions": dict.fromkeys(
+        ("ProfilerAlreadyActiveError", "VLLMValidationError"), "errors:ArgumentError"
+    ),
     "inputs.data": dict.fromkeys(("PromptType", "TextPrompt", "TokensPrompt"), "inputs"),
     "logger": {"init_logger": "vllm_names"},
     "logits_process": {"LogitsProcessor": "sampling_params:RequestLogitsProcessor"},
     "logprobs": {"Logprob": "outputs"},
     "lora.request": {"LoRARequest": "lora_request"},
+    "platforms": {"current_platform": "vllm_names"},
     "renderers.inputs.preprocess": {"parse_model_prompt": "features.renderer"},
     "renderers.hf": {"resolve_chat_template": "vllm_names"},
+    "tasks": dict.fromkeys(("GenerationTask", "PoolingTask", "SupportedTask"), "vllm_names"),
     "tokenizers": {"get_tokenizer": "inputs.tokenizer"},
     "transformers_utils.tokenizer": {"get_tokenizer": "inputs.tokenizer"},
     "utils": PARSER | PORTS,
     "utils.argparse_utils": PARSER,
     "utils.network_utils": PORTS | {"get_ip": "vllm_names"},
     "utils.print_utils": {"print_embeddings": "vllm_names"},
+    "utils.torch_utils": {"async_tensor_h2d": "vllm_names"},
+    "v1.engine.async_llm": {"AsyncLLM": "vllm_async"},
     "v1.engine.exceptions": {"EngineDeadError": "errors"},
     "v1.engine.llm_engine": {"LLMEngine": "vllm_engine"},
     "v1.metrics.reader": dict.fromkeys(
@@ -92,10 +101,49 @@ PACKAGES = ("engine", "inputs")  # those of `MODULES`' parents that have files
 TOP: dict[str, str] = {
     "LLM": "llm",
     "LLMEngine": "vllm_engine",
+    "AsyncLLM": "vllm_async",
     "BeamSearchOutput": "features.beam_search",
-    "EngineArgs": "features.engine_args",
     "StreamOutput": "features.streaming",
+    **ENGINE_ARGS,
+    **ASYNC_ARGS,
+    **ASYNC_ENGINE,
 }
+
+
+# What a request is for, as vLLM's annotations name it.
+GenerationTask = Literal["generate"]
+PoolingTask = Literal["embed", "classify", "token_embed", "token_classify"]
+SupportedTask = GenerationTask | PoolingTask
+
+
+class _Platform:
+    """vLLM's `current_platform`: which devices this host has, by torch."""
+
+    @property
+    def device_type(self) -> str:
+        """ "cuda" or "cpu"."""
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def is_cuda(self) -> bool:
+        """Whether there is a GPU of NVIDIA."""
+        return self.device_type == "cuda"
+
+    def is_cpu(self) -> bool:
+        """Whether there is none."""
+        return not self.is_cuda()
+
+    is_cuda_alike = is_cuda
+
+    def is_rocm(self) -> bool:
+        """False, as the devices below are not used."""
+        return False
+
+    is_xpu = is_tpu = is_rocm
+
+
+current_platform = _Platform()
 
 
 def found(name: str, target: str) -> Any:
@@ -150,6 +198,20 @@ def cleanup_dist_env_and_memory(shutdown_ray: bool = False) -> None:
         torch.cuda.empty_cache()
 
 
+def async_tensor_h2d(data: Any, device: Any = None, dtype: Any = None) -> Any:
+    """A tensor of a list, an array or a tensor of the host, on a device; no kernel is waited for.
+
+    device: None: the GPU, if there is one.
+    """
+    import torch
+
+    device = torch.device(device or current_platform.device_type)
+    tensor = torch.as_tensor(data, dtype=dtype)
+    if device.type == "cuda" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def get_ip() -> str:
     """This host's address, as others see it: VLLM_HOST_IP, else that of its route outwards."""
     if address := os.environ.get("VLLM_HOST_IP"):
@@ -183,8 +245,8 @@ def resolve_chat_template(
     return tokenizer.get_chat_template(None, tools) if tokenizer.chat_template else None
 
 
-def print_embeddings(embeddings: Iterable[float], prefix: str = "Embeddings") -> None:
-    """Print the first four numbers, and how many there are."""
-    numbers = list(embeddings)
-    shown = ", ".join(f"{number:.4f}" for number in numbers[:4])
-    print(f"{prefix}: [{shown}{', ...' if len(numbers) > 4 else ''}] (size={len(numbers)})")
+def print_embeddings(embeddings: Iterable[Any], prefix: str = "Embeddings") -> None:
+    """Print the first four numbers, or rows of them, and how many there are."""
+    items = list(embeddings)
+    shown = ", ".join(f"{i:.4f}" if isinstance(i, float) else str(i) for i in items[:4])
+    print(f"{prefix}: [{shown}{', ...' if len(items) > 4 else ''}] (size={len(items)})")

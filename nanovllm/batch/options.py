@@ -153,7 +153,8 @@ def _engine_parameters() -> list[Parameter]:
 
 
 def _sampling_parameters() -> list[Parameter]:
-    others = ("seed", "logits_processors")  # has an option of its own; are no text
+    # Has an option of its own; are no text; a batch has whole outputs.
+    others = ("seed", "logits_processors", "output_kind")
     return [p for p in parameters(SamplingParams) if p.name not in others]
 
 

@@ -25,13 +25,14 @@ def chat(
     chat_template_kwargs: dict[str, Any] | None = None,
     tokenization_kwargs: dict[str, Any] | None = None,
     mm_processor_kwargs: None = None,
+    priority: list[int] | None = None,
 ) -> list[RequestOutput]:
     """Answer conversations: `generate` on what the chat template makes of them.
 
     Args:
         messages: a conversation, or a list of them. It is a list of dicts with "role" and
             "content": a string, or a list of {"type": "text", "text": ...}.
-        sampling_params, use_tqdm: as for `generate`.
+        sampling_params, use_tqdm, priority: as for `generate`.
         chat_template: a Jinja template, or the path of a file with one; None: that of `LLM(...,
             chat_template=...)`, else the tokenizer's.
         chat_template_content_format: what the template is given as content: "string" ("auto"),
@@ -65,7 +66,9 @@ def chat(
         tokenization_kwargs,
         mm_processor_kwargs,
     )
-    return llm.generate(prompts, sampling_params, use_tqdm, lora_request=lora_request)
+    return llm.generate(
+        prompts, sampling_params, use_tqdm, lora_request=lora_request, priority=priority
+    )
 
 
 @takes_chat_options

@@ -216,6 +216,7 @@ def vllm_config(llm: LLMEngine) -> Any:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=config.max_model_len,
+            enable_chunked_prefill=config.enable_chunked_prefill,
         ),
     )
 

@@ -18,6 +18,7 @@ PACKAGE = "nanovllm"
 ORDER = [
     "batch estimate warmup",
     "",
+    "vllm_async",
     "vllm_engine",
     "llm",
     "features",

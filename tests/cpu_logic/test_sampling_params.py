@@ -23,7 +23,7 @@ from nanovllm.compat import (
     STRUCTURED_OFF,
 )
 from nanovllm.errors import nearest, shown
-from nanovllm.sampling_params import RepetitionDetectionParams
+from nanovllm.sampling_params import RepetitionDetectionParams, RequestOutputKind
 
 CHOICE = StructuredOutputsParams(choice=["yes", "no"])
 # Every parameter at once.
@@ -57,6 +57,7 @@ FULL = {
     "extra_args": {"own": 1},
     "thinking_token_budget": 5,
     "repetition_detection": RepetitionDetectionParams(2, 1, 3),
+    "output_kind": RequestOutputKind.DELTA,
     "skip_reading_prefix_cache": True,
     "truncate_prompt_tokens": 7,
 }
@@ -128,6 +129,7 @@ def test_defaults_are_those_of_vllm_but_for_max_tokens_and_special_tokens():
         "extra_args": None,
         "thinking_token_budget": None,
         "repetition_detection": None,
+        "output_kind": RequestOutputKind.CUMULATIVE,
         "skip_reading_prefix_cache": None,
         "truncate_prompt_tokens": None,
     }
@@ -180,7 +182,7 @@ def test_only_the_first_three_are_positional():
         SamplingParams(1.0, 64, False, 2)
 
 
-@pytest.mark.parametrize("name", ["best_of", "flat_logprobs", "output_kind", "use_beam_search"])
+@pytest.mark.parametrize("name", ["best_of", "flat_logprobs", "use_beam_search"])
 def test_unknown_parameters_are_named(name):
     with pytest.raises(TypeError, match=name):
         SamplingParams(**{name: 1})

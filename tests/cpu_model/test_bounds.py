@@ -21,7 +21,7 @@ from tiny_models import VOCAB_SIZE
 
 from nanovllm import LLM, ArgumentError, PoolingParams, SamplingParams
 from nanovllm.config import Config
-from nanovllm.sampling_params import RepetitionDetectionParams
+from nanovllm.sampling_params import RepetitionDetectionParams, RequestOutputKind
 
 INT32 = 2**31 - 1
 POWERS = (2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, 10**30, 10**400, 10**5000)
@@ -135,6 +135,7 @@ SAMPLING = {
     "repetition_detection": or_none(
         Row(lambda v: isinstance(v, dict) and not v, lambda _: RepetitionDetectionParams())
     ),
+    "output_kind": Row(lambda value: isinstance(value, RequestOutputKind)),
     "truncate_prompt_tokens": or_none(
         Row(lambda n: is_integer(n) and (n == -1 or n >= 1), clamped)
     ),

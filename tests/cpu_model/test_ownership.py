@@ -100,6 +100,7 @@ CALLS = {
     "step": lambda llm: llm.step(),
     "is_finished": lambda llm: llm.is_finished(),
     "has_unfinished_requests": lambda llm: llm.has_unfinished_requests(),
+    "get_num_unfinished_requests": lambda llm: llm.get_num_unfinished_requests(),
     "collective_rpc": lambda llm: llm.collective_rpc(lambda worker: 0),
     "apply_model": lambda llm: llm.apply_model(lambda model: 0),
     "sleep": lambda llm: llm.sleep(),

@@ -4,8 +4,10 @@ import os
 from dataclasses import asdict
 from importlib import import_module
 from itertools import pairwise
+from typing import get_args
 
 import pytest
+import torch
 from engine_checks import greedy, random_prompts
 from nanovllm.utils.argparse_utils import FlexibleArgumentParser
 from nanovllm.v1.metrics.reader import Counter, Gauge, Histogram
@@ -22,6 +24,7 @@ from nanovllm import (
     TokensPrompt,
 )
 from nanovllm.config import Config
+from nanovllm.sampling_params import RequestOutputKind
 
 PROMPTS = random_prompts([5, 300, 40], seed=3)
 # What the examples import, by the module: it is there, and is what it is elsewhere.
@@ -36,11 +39,12 @@ distributed.parallel_state: cleanup_dist_env_and_memory
 distributed.utils: StatelessProcessGroup
 distributed.weight_transfer.base: WeightTransferInitRequest WeightTransferUpdateRequest
 distributed.weight_transfer.nccl_engine: NCCLTrainerSendWeightsArgs NCCLWeightTransferEngine
-engine.arg_utils: EngineArgs
+engine.arg_utils: AsyncEngineArgs EngineArgs
+engine.async_llm_engine: AsyncLLMEngine
 engine.llm_engine: LLMEngine
 entrypoints.chat_utils: resolve_hf_chat_template
 entrypoints.llm: LLM
-exceptions: VLLMValidationError
+exceptions: ProfilerAlreadyActiveError VLLMValidationError
 inputs: PromptType TextPrompt TokensPrompt
 inputs.data: TokensPrompt
 logger: init_logger
@@ -49,8 +53,10 @@ logprobs: Logprob
 lora.request: LoRARequest
 outputs: CompletionOutput EmbeddingRequestOutput PoolingRequestOutput RequestOutput
 pooling_params: PoolingParams
+platforms: current_platform
 renderers.hf: resolve_chat_template
 renderers.inputs.preprocess: parse_model_prompt
+tasks: GenerationTask PoolingTask SupportedTask
 tokenizers: get_tokenizer
 transformers_utils.tokenizer: get_tokenizer
 sampling_params: BeamSearchParams RepetitionDetectionParams RequestOutputKind SamplingParams
@@ -58,6 +64,8 @@ utils: FlexibleArgumentParser get_open_port
 utils.argparse_utils: FlexibleArgumentParser
 utils.network_utils: get_ip get_open_port
 utils.print_utils: print_embeddings
+utils.torch_utils: async_tensor_h2d
+v1.engine.async_llm: AsyncLLM
 v1.engine.exceptions: EngineDeadError
 v1.engine.llm_engine: LLMEngine
 v1.metrics.reader: Counter Gauge Histogram Metric Vector
@@ -156,6 +164,43 @@ def test_the_engine_loop_gives_outputs_as_they_grow(engine, llm):
     assert engine.step() == [] and engine.get_num_unfinished_requests() == 0
 
 
+def check_same(rows, expected):
+    """Equal token ids, and log probabilities as near as another batch lets them be."""
+    assert len(rows) == len(expected)
+    for row, other in zip(rows, expected, strict=True):
+        values = {i: each.logprob for i, each in other.items()}
+        assert {i: each.logprob for i, each in row.items()} == pytest.approx(values, abs=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_outputs_have_what_their_kind_says(engine, llm, n):
+    values = {"max_tokens": 9, "ignore_eos": True, "n": n, "seed": 5, "logprobs": 1}
+    values["prompt_logprobs"] = 1
+    [whole] = llm.generate(["hello, my name is"], SamplingParams(**values), use_tqdm=False)
+    for kind in RequestOutputKind:
+        engine.add_request(kind.name, whole.prompt, SamplingParams(**values, output_kind=kind))
+    seen: dict[str, list[RequestOutput]] = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            seen.setdefault(output.request_id, []).append(output)
+    assert seen["FINAL_ONLY"] == [whole] and seen["CUMULATIVE"][-1] == whole
+    deltas = seen["DELTA"]
+    assert len(deltas) == len(seen["CUMULATIVE"]) > 3
+    check_same(deltas[0].prompt_logprobs[1:], whole.prompt_logprobs[1:])
+    assert {str(delta.prompt_logprobs) for delta in deltas[1:]} == {"None"}
+    assert [delta.finished for delta in deltas] == [False] * (len(deltas) - 1) + [True]
+    for completion in whole.outputs:
+        parts = [o for delta in deltas for o in delta.outputs if o.index == completion.index]
+        assert "".join(part.text for part in parts) == completion.text
+        assert [i for part in parts for i in part.token_ids] == completion.token_ids
+        rows = [each for part in parts for each in part.logprobs]
+        check_same(rows, completion.logprobs)
+        assert parts[-1].finish_reason == "length"
+        assert {part.finish_reason for part in parts[:-1]} == {None}
+    with pytest.raises(ArgumentError, match="output_kind must be one of RequestOutputKind.CUM"):
+        SamplingParams(output_kind="DELTA")
+
+
 def test_requests_of_the_loop_are_ended_and_refused_by_name(engine, llm):
     engine.add_request("a", "hello", greedy(50))
     engine.add_request("b", TextPrompt(prompt="hello"), SamplingParams(n=2, max_tokens=3))
@@ -173,6 +218,38 @@ def test_requests_of_the_loop_are_ended_and_refused_by_name(engine, llm):
     engine.add_request("a", "hello", greedy(1))  # an id may be used again
     engine.abort_request("a")
     assert not engine.has_unfinished_requests()
+
+
+def answer_with_priorities(llm, engine, traces):
+    conversation = [{"role": "user", "content": "hello"}]
+    expected = llm.chat(conversation, greedy(3), use_tqdm=False)
+    assert llm.chat(conversation, greedy(3), use_tqdm=False, priority=1) == expected
+    both = llm.chat([conversation] * 2, greedy(3), use_tqdm=False, priority=[0, 1])
+    assert both == expected * 2
+    with pytest.raises(ArgumentError, match="priority"):
+        llm.chat([conversation] * 2, greedy(3), priority=[0])
+    assert llm.llm_engine.get_num_unfinished_requests() == 0
+    assert llm.supported_tasks == ("generate", "embed", "token_embed")
+
+
+def choose_by_the_platform(llm, engine, traces):
+    from nanovllm.platforms import current_platform
+    from nanovllm.tasks import PoolingTask
+    from nanovllm.utils.torch_utils import async_tensor_h2d
+
+    assert current_platform.is_cpu() != current_platform.is_cuda_alike()
+    moved = async_tensor_h2d([1.5, 2.5], "cpu", torch.float64)
+    assert moved.tolist() == [1.5, 2.5] and moved.dtype == torch.float64
+    assert not current_platform.is_rocm() and "embed" in get_args(PoolingTask)
+
+
+def extend_the_context(llm, engine, traces):
+    yarn = {"rope_type": "yarn", "factor": 20.0, "original_max_position_embeddings": 2048}
+    overrides = {"rope_parameters": yarn | {"rope_theta": 1e6}, "max_model_len": 40_000}
+    arguments = {"hf_overrides": overrides, "enable_expert_parallel": True}
+    config = Config.from_kwargs(llm.config.model, arguments)
+    assert config.max_model_len == 40_000 > config.max_num_batched_tokens
+    assert config.enable_chunked_prefill is True
 
 
 def reset_the_cache_in_a_loop(llm, engine, traces):
@@ -226,6 +303,7 @@ def print_what_is_embedded(llm, engine, traces):
     for output in llm.embed(["hello", "you"], use_tqdm=False):
         print_embeddings(output.outputs.embedding)
         assert output.outputs.hidden_size == 64
+    print_embeddings([[0.5], [0.25]], prefix="Reward")  # of tokens
 
 
 def search_beams(llm, engine, traces):
@@ -286,6 +364,7 @@ def read_the_configuration(llm, engine, traces):
     config = engine.vllm_config
     assert config.model_config.max_model_len == config.scheduler_config.max_model_len == 1024
     assert config.cache_config.num_gpu_blocks == 64 == llm.config.num_kvcache_blocks
+    assert config.scheduler_config.enable_chunked_prefill is True
     assert config.parallel_config.world_size == llm.get_world_size()
     with pytest.raises(AttributeError, match="no 'lora_config' here, but model_config"):
         config.lora_config  # noqa: B018
@@ -308,6 +387,9 @@ def truncate_prompts(llm, engine, traces):
         render_prompts_by_hand,
         read_the_configuration,
         truncate_prompts,
+        answer_with_priorities,
+        choose_by_the_platform,
+        extend_the_context,
         reset_the_cache_in_a_loop,
         chat_with_parsed_options,
         share_prefixes_then_clean_up,
