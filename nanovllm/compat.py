@@ -139,15 +139,15 @@ VLLM_ABSENT = _absent(
     (
         "structured_outputs_config",
         (),
-        "of its entries `backend` and `disable_fallback` are taken; whitespace is bound by "
-        '"x-guidance" in a schema',
+        "of its entries `backend`, `disable_fallback` and `disable_any_whitespace` are taken",
     ),
     (
-        """guided_decoding_disable_any_whitespace guided_decoding_disable_additional_properties
-        reasoning_parser reasoning_parser_plugin""",
+        """guided_decoding_disable_additional_properties reasoning_parser
+        reasoning_parser_plugin""",
         (),
-        'a grammar counts from the first token; whitespace is bound by "x-guidance" in a schema',
+        "a grammar counts from the first token, and a schema says what it does not allow",
     ),
+    ("guided_decoding_disable_any_whitespace", (), "write disable_any_whitespace"),
     ("attention_config", (), "of its entries `backend` is taken, as `attention_backend`"),
     ("convert", ("auto", "none"), "`architectures` of config.json name the head"),
     (
@@ -243,7 +243,7 @@ RERANKER_OVERRIDES = {
 STRUCTURED_ENTRIES: dict[str, tuple[Any, ...] | None] = {
     "backend": VLLM_ABSENT["guided_decoding_backend"].values,
     "disable_fallback": None,
-    "disable_any_whitespace": (False,),
+    "disable_any_whitespace": (False, True),
     "disable_additional_properties": (False,),
     "reasoning_parser": ("",),
     "reasoning_parser_plugin": ("",),
@@ -550,17 +550,13 @@ SAMPLING_OFF: dict[str, tuple[Any, ...]] = {
 }
 # Those of structured outputs, with what to do instead.
 STRUCTURED_OFF: dict[str, tuple[Any, ...]] = {
-    "disable_any_whitespace": (None, False),
     "disable_additional_properties": (None, False),
     "disable_fallback": (None, False, True),
     "whitespace_pattern": (None,),
     "backend": (None, *(VLLM_ABSENT["guided_decoding_backend"].values or ())),
 }
 STRUCTURED_HINTS = {
-    **dict.fromkeys(
-        "disable_any_whitespace whitespace_pattern".split(),
-        "write {'x-guidance': {'whitespace_flexible': False}} into the schema",
-    ),
+    "whitespace_pattern": "write disable_any_whitespace=True, or 'x-guidance' into the schema",
     "disable_additional_properties": "write 'additionalProperties': False into the schema",
     "disable_fallback": "there is one compiler, llguidance",
     "backend": "there is one compiler, llguidance",
@@ -778,7 +774,9 @@ def _without_objects(given: Mapping[str, Any]) -> dict[str, Any]:
     """The keywords, with what counts in vLLM's configuration objects as keywords of ours."""
     given = dict(given)
     if not _is_false(given.get("structured_outputs_config")):
-        entries("structured_outputs_config", given.pop("structured_outputs_config"))
+        said = entries("structured_outputs_config", given.pop("structured_outputs_config"))
+        if said.get("disable_any_whitespace"):
+            given["disable_any_whitespace"] = True
     if not _is_false(given.get("attention_config")):
         backend = entries("attention_config", given.pop("attention_config")).get("backend")
         if backend is not None and given.setdefault("attention_backend", backend) != backend:

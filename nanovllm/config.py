@@ -379,6 +379,11 @@ class Config:
         clamped(-1),
         "the most `logprobs` and `prompt_logprobs` that a request may ask for; -1 is no limit.",
     )
+    disable_any_whitespace: bool = parameter(
+        False,
+        boolean,
+        "as of `StructuredOutputsParams`, for all requests.",
+    )
     structured_outputs_timeout: float = parameter(
         10.0,
         number("seconds, > 0 and <= 86400", lambda seconds: 0 < seconds <= 86400),

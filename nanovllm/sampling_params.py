@@ -71,6 +71,8 @@ class StructuredOutputsParams:
         choice: strings, one of which the completion is. Kept as a tuple.
         grammar: a context-free grammar in EBNF (`root ::= ...`) or in Lark's form (`start: ...`).
         json_object: True: any JSON object.
+        disable_any_whitespace: no whitespace in JSON but what its strings have; a schema that has
+            "x-guidance" says itself where there is some.
         structural_tag: not offered: ArgumentError.
 
     Raises:
@@ -83,6 +85,7 @@ class StructuredOutputsParams:
     grammar: str | None = None
     json_object: bool | None = None
     structural_tag: str | None = None
+    disable_any_whitespace: bool = False
 
     def __post_init__(self) -> None:
         if self.structural_tag is not None:
@@ -92,6 +95,7 @@ class StructuredOutputsParams:
             )
         if self.json_object is not None:
             check_bool("json_object", self.json_object)
+        check_bool("disable_any_whitespace", self.disable_any_whitespace or False)
         names = ("json", "regex", "choice", "grammar")
         given = [name for name in names if getattr(self, name) is not None]
         given += ["json_object"] if self.json_object else []
@@ -100,8 +104,13 @@ class StructuredOutputsParams:
                 "structured outputs need exactly one of json, regex, choice, grammar and "
                 f"json_object=True, got {' and '.join(given) or 'none'}"
             )
+        if self.disable_any_whitespace and self.json_object:
+            vars(self).update(json={"type": "object"}, json_object=None)
         if self.json is not None:
-            object.__setattr__(self, "json", _json_text(self.json))
+            text = _json_text(self.json)
+            if self.disable_any_whitespace:
+                text = _without_whitespace(text)
+            object.__setattr__(self, "json", text)
         if self.choice is not None:
             choices = _check_strings("choice", self.choice, MAX_CHOICES)
             object.__setattr__(self, "choice", tuple(choices))
@@ -316,6 +325,16 @@ def _json_text(schema: Any) -> str:
     if not isinstance(parsed, (dict, bool)):
         raise ArgumentError(f"json must hold a JSON object or a boolean, got {shown(schema)}")
     return check_unicode("json", text)
+
+
+def _without_whitespace(text: str) -> str:
+    """The text of a schema whose JSON has no whitespace, unless it says itself what there is."""
+    schema = json.loads(text)
+    if schema is True:
+        schema = {}
+    if isinstance(schema, dict):
+        schema.setdefault("x-guidance", {"whitespace_flexible": False})
+    return json.dumps(schema, ensure_ascii=False)
 
 
 SHARE = number("in (0, 1]", lambda share: 0 < share <= 1)

@@ -286,6 +286,8 @@ class InputProcessor:
                 end_token_ids,
                 self.config.structured_outputs_timeout,
             )
+        if self.config.disable_any_whitespace:
+            params = replace(params, disable_any_whitespace=True)
         return self._compiler.compile(params)
 
     def _check_table(self, params: SamplingParams, bad_word_ids: list[list[int]]) -> None:

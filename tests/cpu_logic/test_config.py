@@ -283,8 +283,8 @@ def test_vllms_values_that_mean_something_here(model, tmp_path):
         ),
         ({"attention_config": {"flash_attn_version": 3}}, "flash_attn_version=3 is not supported"),
         (
-            {"structured_outputs_config": {"disable_any_whitespace": True}},
-            "disable_any_whitespace=True is not supported; it takes None or False",
+            {"structured_outputs_config": {"disable_additional_properties": True}},
+            "disable_additional_properties=True is not supported; it takes None or False",
         ),
         ({"profiler_config": {"profiler": "cuda"}}, "profiler='cuda' is not supported; it takes"),
         ({"profiler_config": {"profile": 1}}, "profiler_config: 'profile' is not supported"),

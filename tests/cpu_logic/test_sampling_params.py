@@ -610,6 +610,15 @@ class Schema:
         ({"grammar": 'root ::= "a"'}, 'root ::= "a"'),
         ({"json_object": True}, True),
         ({"json_object": False, "regex": "a"}, "a"),
+        (
+            {"json_object": True, "disable_any_whitespace": True},
+            '{"type": "object", "x-guidance": {"whitespace_flexible": false}}',
+        ),
+        (
+            {"json": {"x-guidance": {}, "title": "é"}, "disable_any_whitespace": True},
+            '{"x-guidance": {}, "title": "é"}',
+        ),
+        ({"regex": "a +", "disable_any_whitespace": True}, "a +"),
     ],
 )
 def test_structured_outputs_are_kept_immutable(given, kept):
@@ -640,6 +649,10 @@ def test_structured_outputs_are_kept_immutable(given, kept):
         ({"choice": []}, "choice must hold at least one string, got none"),
         ({"choice": ["a", ""]}, "choice must hold strings that are not empty, got ''"),
         ({"choice": [1]}, "choice must hold strings that are not empty, got 1"),
+        (
+            {"regex": "a", "disable_any_whitespace": 1},
+            "disable_any_whitespace must be True or False, got 1",
+        ),
         ({"json_object": 1}, "json_object must be True or False, got 1"),
     ],
 )

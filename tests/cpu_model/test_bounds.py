@@ -176,6 +176,7 @@ CONFIG = {
     "fully_sharded_loras": boolean,
     "disable_custom_all_reduce": boolean,
     "worker_timeout": number(lambda seconds: 1 <= seconds <= 86400),
+    "disable_any_whitespace": boolean,
     "structured_outputs_timeout": number(lambda seconds: 0 < seconds <= 86400),
     "enforce_eager": boolean,
     "kvcache_block_size": nothing,

@@ -1,5 +1,7 @@
 """Sampling parameters in the engine: logprobs against transformers, all kinds in one batch."""
 
+import json
+
 import pytest
 import torch
 from engine_checks import check_nothing_is_held, generate, greedy, random_prompts, tiny_engine
@@ -202,3 +204,33 @@ def test_structured_output_among_others(llm):
         assert output["finish_reason"] == "stop"
         [alone] = llm.generate([output.prompt_token_ids], choice, use_tqdm=False)
         assert alone == output
+
+
+def test_json_without_whitespace(tiny_dir, llm):
+    pytest.importorskip("llguidance", reason="the extra structured-outputs is not installed")
+    schema = {
+        "type": "object",
+        "properties": {
+            "few": {"type": "array", "items": {"type": "boolean"}, "minItems": 3, "maxItems": 3},
+            "one": {"enum": ["two words"]},
+        },
+        "required": ["few", "one"],
+        "additionalProperties": False,
+    }
+
+    def texts(engine, **options) -> list[str]:
+        params = SamplingParams(
+            seed=1, max_tokens=300, structured_outputs=StructuredOutputsParams(**options)
+        )
+        return [output["text"] for output in engine.generate(PROMPTS, params, use_tqdm=False)]
+
+    def compact(text: str) -> str:
+        return json.dumps(json.loads(text), separators=(",", ":"))
+
+    found = texts(llm, json=schema)
+    assert any(text != compact(text) for text in found)  # else it would prove nothing
+    found = texts(llm, json=schema, disable_any_whitespace=True)
+    config = {"backend": "xgrammar", "disable_any_whitespace": True}
+    with tiny_engine(tiny_dir, structured_outputs_config=config) as other:
+        found += texts(other, json=schema)
+    assert found == [compact(text) for text in found]
