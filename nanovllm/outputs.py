@@ -27,6 +27,10 @@ class Logprob:
     decoded_token: str | None = None
 
 
+SampleLogprobs = list[dict[int, Logprob]]  # vLLM's names, for annotations
+PromptLogprobs = list[dict[int, Logprob] | None]
+
+
 @dataclass
 class CompletionOutput:
     """One completion of a request.

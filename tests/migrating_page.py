@@ -1,4 +1,4 @@
-"""The tables of docs/migrating.md that are made of compat.py.
+"""The tables of docs/migrating.md that are made of compat.py and vllm_ports.py.
 
 `python tests/migrating_page.py` writes them between their markers.
 """
@@ -6,6 +6,8 @@
 import re
 from pathlib import Path
 from typing import Any
+
+from vllm_ports import examples_table, tests_table
 
 from nanovllm.compat import (
     POOLING_HINTS,
@@ -50,6 +52,8 @@ def requests_table() -> str:
 TABLES = {
     "parameters that are not here": absent_table,
     "parameters of requests that are not here": requests_table,
+    "vLLM's examples": examples_table,
+    "vLLM's tests": tests_table,
 }
 
 

@@ -24,5 +24,6 @@ class TokensPrompt(_Tokens, total=False):
     prompt: str
 
 
+TokensInput = TokensPrompt  # what vLLM's renderer makes of a prompt
 PromptType = str | list[int] | TextPrompt | TokensPrompt
 SingletonPrompt = PromptType

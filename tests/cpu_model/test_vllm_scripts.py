@@ -4,6 +4,7 @@ import os
 from dataclasses import asdict
 from importlib import import_module
 from itertools import pairwise
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from engine_checks import greedy, random_prompts
 from nanovllm.utils.argparse_utils import FlexibleArgumentParser
 from nanovllm.v1.metrics.reader import Counter, Gauge, Histogram
+from vllm_ports import EXAMPLES, OTHERWISE, RUNS
 
 import nanovllm
 from nanovllm import (
@@ -45,11 +47,11 @@ engine.llm_engine: LLMEngine
 entrypoints.chat_utils: resolve_hf_chat_template
 entrypoints.llm: LLM
 exceptions: ProfilerAlreadyActiveError VLLMValidationError
-inputs: PromptType TextPrompt TokensPrompt
+inputs: PromptType TextPrompt TokensInput TokensPrompt
 inputs.data: TokensPrompt
 logger: init_logger
 logits_process: LogitsProcessor
-logprobs: Logprob
+logprobs: Logprob PromptLogprobs SampleLogprobs
 lora.request: LoRARequest
 outputs: CompletionOutput EmbeddingRequestOutput PoolingRequestOutput RequestOutput
 pooling_params: PoolingParams
@@ -100,6 +102,15 @@ def engine(tiny_dir, traces):
 @pytest.fixture
 def llm(engine):
     return engine.llm
+
+
+def test_every_ported_example_has_a_test():
+    assert len({example.path for example in EXAMPLES}) == len(EXAMPLES)
+    for example in EXAMPLES:
+        file, _, name = example.tests.partition("::")
+        assert bool(file) == (example.outcome == RUNS) or example.outcome == OTHERWISE
+        if file:
+            assert f"def {name}(" in (Path(__file__).parents[1] / file).read_text("utf-8")
 
 
 @pytest.mark.parametrize("line", IMPORTS.strip().splitlines())
@@ -220,6 +231,18 @@ def test_requests_of_the_loop_are_ended_and_refused_by_name(engine, llm):
     assert not engine.has_unfinished_requests()
 
 
+def generate_texts(llm, engine, traces):
+    prompts = ["Hello, my name is", "The capital of France is"]
+    params = llm.get_default_sampling_params()
+    params.temperature, params.seed, params.max_tokens = 0.8, 7, 3
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert [output.prompt for output in outputs] == prompts
+    for output in outputs:
+        [completion] = output.outputs
+        assert completion.text == llm.get_tokenizer().decode(completion.token_ids)
+    assert llm.generate(prompts[::-1], params, use_tqdm=False) == outputs[::-1]
+
+
 def answer_with_priorities(llm, engine, traces):
     conversation = [{"role": "user", "content": "hello"}]
     expected = llm.chat(conversation, greedy(3), use_tqdm=False)
@@ -302,7 +325,7 @@ def print_what_is_embedded(llm, engine, traces):
 
     for output in llm.embed(["hello", "you"], use_tqdm=False):
         print_embeddings(output.outputs.embedding)
-        assert output.outputs.hidden_size == 64
+        assert output.outputs.hidden_size == 64 == llm.model_config.embedding_size
     print_embeddings([[0.5], [0.25]], prefix="Reward")  # of tokens
 
 
@@ -387,6 +410,7 @@ def truncate_prompts(llm, engine, traces):
         render_prompts_by_hand,
         read_the_configuration,
         truncate_prompts,
+        generate_texts,
         answer_with_priorities,
         choose_by_the_platform,
         extend_the_context,
