@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels import torch_ops
+from nanovllm.kernels.triton import moe as triton_moe
 from nanovllm.kernels.triton import packed_linear as triton_packed
 from nanovllm.kernels.triton.moe import Tile, Tiles, experts
 from nanovllm.kernels.triton.packed_linear import (
@@ -105,3 +106,20 @@ def test_experts(bits: int, block_m: int, dtype: torch.dtype) -> None:
     product = experts(x, logits, gate_up, down, 2, True, **biases, tiles=Tiles(tile, tile))
     expected = torch_ops.experts(x, logits, gate_up, down, 2, True, **biases)
     check(summed(product), expected, 1e-4 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_experts_of_many_tokens(dtype: torch.dtype, monkeypatch) -> None:
+    """Where each expert has many pairs, they are dequantised first; not for float32."""
+    monkeypatch.setattr(triton_moe, "MAX_PACKED_PAIRS", 1)
+    monkeypatch.setattr(triton_moe, "MAX_PACKED_TOKENS", 2)
+    hidden_size, size, num_experts = 64, 32, 2
+    gate_up = packed_weight(num_experts * 2 * size, hidden_size, 4, 64, True, dtype)
+    down = packed_weight(num_experts * hidden_size, size, 4, 32, False, dtype)
+    x, logits = torch.randn(3, hidden_size).to(dtype), torch.randn(3, num_experts).to(dtype)
+    product = summed(experts(x, logits, gate_up, down, 1, True))
+    expected = torch_ops.experts(x, logits, gate_up, down, 1, True)
+    check(product, expected, 1e-4 if dtype == torch.float32 else 5e-3)
+    plain = [torch_ops.dequantize_packed(weight, dtype) for weight in (gate_up, down)]
+    as_plain = torch.equal(product, summed(experts(x, logits, *plain, 1, True)))
+    assert as_plain == (dtype == torch.float16)

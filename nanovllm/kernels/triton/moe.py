@@ -5,6 +5,7 @@ weight, so that a weight that any token chose comes through memory once. Shapes 
 the blocks of rows are as many as there can be, and programs of those that are empty end at once.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from nanovllm.kernels.triton.packed_linear import (
     MAX_BLOCK_COLUMNS,
     added_to,
     as_int16,
+    dequantize,
     load_groups,
     multiply_blocks,
     uses_assembly,
@@ -83,6 +85,12 @@ PACKED_TILES = {
     float("inf"): Tiles(Tile(128, 64, 128, 8, 3), Tile(128, 128, 128, 8, 3)),
 }
 MAX_PAIRS_IN_TENSOR_MEMORY = 80  # packed weights in the larger tiles ask for more than there is
+# Packed weights of more pairs per expert, in the mean, and of more tokens are dequantised for the
+# product: each of the two as a whole, if it has no more elements than that. Graphs of decode steps
+# would hold the buffer once more.
+MAX_PACKED_PAIRS = 80
+MAX_PACKED_TOKENS = 1024
+MAX_DEQUANTIZED = 2**30
 FLOAT32_TILES = Tiles(Tile(16, 32, 32, 4, 3), Tile(16, 64, 32, 4, 3))
 
 
@@ -97,6 +105,19 @@ def choose_tiles(
         mean_pairs = min(mean_pairs, MAX_PAIRS_IN_TENSOR_MEMORY)
     table = {FP8_DTYPE: FP8_TILES, torch.uint8: PACKED_TILES}.get(dtype, TILES)
     return next(tiles for most, tiles in table.items() if mean_pairs <= most)
+
+
+def is_dequantized(
+    weights: tuple[torch.Tensor | PackedWeight, ...], x: torch.Tensor, mean_pairs: float
+) -> bool:
+    """Whether all experts' weights are dequantised for their products with x and what follows."""
+    has_many = len(x) > MAX_PACKED_TOKENS and mean_pairs > MAX_PACKED_PAIRS
+    if not has_many or x.dtype == torch.float32:
+        return False
+    return all(
+        isinstance(weight, PackedWeight) and math.prod(weight.shape) <= MAX_DEQUANTIZED
+        for weight in weights
+    )
 
 
 def dtype_of(weight: torch.Tensor | PackedWeight) -> torch.dtype:
@@ -515,9 +536,16 @@ def _multiply(
     num_experts: int,
     num_experts_per_tok: int,
     tile: Tile,
+    dequantizes: bool,
     swiglu: ClampedSwiGLU | None = None,
 ) -> None:
-    """`_experts_kernel` over all blocks; out's width tells which product it is."""
+    """`_experts_kernel` over all blocks; out's width tells which product it is.
+
+    dequantizes: whether the kernel gets a dequantised copy of the packed weight.
+    """
+    if dequantizes:
+        assert isinstance(weight, PackedWeight)
+        weight = dequantize(weight, x.dtype)
     width = out.shape[-1]
     x_scales = None
     by_blocks = scales is not None and scales.dim() == 2
@@ -588,22 +616,25 @@ def experts(
     num_pairs = num_tokens * num_experts_per_tok
     if tiles is None and x.dtype == torch.float32:
         tiles = FLOAT32_TILES
+    weights = gate_up_weight, down_weight
+    dequantizes = tiles is None and is_dequantized(weights, x, num_pairs / num_experts)
     if tiles is None:
-        limits = device_limits(x.device)
-        tiles = choose_tiles(num_pairs, num_experts, dtype_of(gate_up_weight), limits)
+        dtype = x.dtype if dequantizes else dtype_of(gate_up_weight)
+        tiles = choose_tiles(num_pairs, num_experts, dtype, device_limits(x.device))
     routing = route(router_logits, num_experts_per_tok, norm_topk_prob, tiles.gate_up.block_m)
     rest = routing, num_experts, num_experts_per_tok
     size = gate_up_weight.shape[0] // num_experts // 2
     activations = torch.empty(num_pairs, size, dtype=x.dtype, device=x.device)
     gate_up = gate_up_weight, gate_up_scales, gate_up_bias
-    _multiply(activations, x, *gate_up, *rest, tiles.gate_up, swiglu)
+    _multiply(activations, x, *gate_up, *rest, tiles.gate_up, dequantizes, swiglu)
     in_parts = num_tokens <= MAX_TOKENS_IN_PARTS
     if in_parts:
         shape = num_experts_per_tok, num_tokens, hidden_size
         products = torch.empty(shape, dtype=torch.float32, device=x.device)
     else:
         products = torch.empty(num_pairs, hidden_size, dtype=x.dtype, device=x.device)
-    _multiply(products, activations, down_weight, down_scales, down_bias, *rest, tiles.down)
+    down = down_weight, down_scales, down_bias
+    _multiply(products, activations, *down, *rest, tiles.down, dequantizes)
     if in_parts:
         return PartialSums(products, x.dtype)
     out = torch.empty_like(x)

@@ -52,12 +52,12 @@ TILES = {
     16: PackedTile(16, 128, 2, 4, 3, 3, 4),
     32: PackedTile(32, 128, 2, 8, 3, 2, 4),
     64: PackedTile(64, 256, 1, 8, 3, 1),
-    256: PackedTile(64, 128, 1, 8, 4, 1),
+    128: PackedTile(64, 128, 1, 8, 4, 1),
 }
 # Unpacked numbers lie in tensor memory, where there is one. With zeros Triton 3.6 fills all of it.
 MAX_ROWS_IN_TENSOR_MEMORY = 64
 MAX_WORKSPACE = 2**26  # elements of a weight that are dequantised at a time
-DEQUANTIZE_ROWS, DEQUANTIZE_COLUMNS = 16, 512  # of a program
+DEQUANTIZE_ROWS, DEQUANTIZE_COLUMNS = 4, 1024  # of a program
 LINE = tl.constexpr(64)  # int16 that are fetched at a time
 
 
@@ -473,6 +473,64 @@ def multiply(
 # Many tokens
 
 
+def _dequantizing_assembly(bits: int, is_bfloat16: bool) -> str:
+    """PTX of `dequantized` for two numbers: (number + added - base) * scale, see `_assembly`."""
+    kind = "bf16x2" if is_bfloat16 else "f16x2"
+    lines = [".reg .b32 shift, bits, high, one, minus;", "and.b32 shift, $2, 31;"]
+    lines += ["shr.u32 bits, $1, shift;"]
+    if not is_bfloat16:
+        mask = "0x000F000F" if bits == 4 else "0x00FF00FF"
+        lines.append(f"lop3.b32 bits, bits, {mask}, 0x64006400, 0xEA;")
+    elif bits == 4:
+        lines.append("lop3.b32 bits, bits, 0x000F000F, 0x43004300, 0xEA;")
+    else:
+        lines.append("lop3.b32 high, bits, 0x00800080, 0x43004300, 0xEA;")
+        lines.append("lop3.b32 bits, bits, 0x007F007F, 0x43004300, 0xEA;")
+        lines.append("mov.b32 minus, 0xC3C0C3C0;")  # -384
+        lines.append("mov.b32 one, 0x3F803F80;")
+        lines.append("fma.rn.bf16x2 bits, bits, one, minus;")
+        lines.append("fma.rn.bf16x2 bits, bits, one, high;")
+    if is_bfloat16:
+        lines.append("mov.b32 minus, 0xBF80BF80;")
+        lines.append("fma.rn.bf16x2 bits, $3, minus, bits;")
+    else:
+        lines.append("sub.rn.f16x2 bits, bits, $3;")
+    lines.append(f"mul.rn.{kind} $0, bits, $4;")
+    return "{" + "\n".join(lines) + "}"
+
+
+DEQUANTIZE_4_BF16 = tl.constexpr(_dequantizing_assembly(4, is_bfloat16=True))
+DEQUANTIZE_4_FP16 = tl.constexpr(_dequantizing_assembly(4, is_bfloat16=False))
+DEQUANTIZE_8_BF16 = tl.constexpr(_dequantizing_assembly(8, is_bfloat16=True))
+DEQUANTIZE_8_FP16 = tl.constexpr(_dequantizing_assembly(8, is_bfloat16=False))
+
+
+@jit
+def dequantized(packed, shift, zero, scale, BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """(number - zero) * scale in scale's dtype; the number is in int16 `packed` above `shift`.
+
+    shift, zero and scale have one value for each row. In half precision the difference is exact.
+    """
+    dtype: tl.constexpr = scale.dtype
+    if not ASSEMBLY:
+        number = (packed.to(tl.int32) >> shift) & (2**BITS - 1)
+        return ((number - zero).to(tl.float32) * scale.to(tl.float32)).to(dtype)
+    ADDED: tl.constexpr = 1024 if dtype == tl.float16 else 128 if BITS == 4 else -128
+    IN_FP16: tl.constexpr = DEQUANTIZE_4_FP16 if BITS == 4 else DEQUANTIZE_8_FP16
+    IN_BF16: tl.constexpr = DEQUANTIZE_4_BF16 if BITS == 4 else DEQUANTIZE_8_BF16
+    shift = tl.broadcast_to(shift.to(tl.int16), packed.shape)
+    base = tl.broadcast_to((zero + ADDED).to(tl.float32).to(dtype), packed.shape)
+    scale = tl.broadcast_to(scale, packed.shape)
+    return tl.inline_asm_elementwise(
+        IN_FP16 if dtype == tl.float16 else IN_BF16,
+        "=r,r,r,r,r",
+        [packed, shift, base, scale],
+        dtype=scale.dtype,
+        is_pure=True,
+        pack=2,
+    )
+
+
 @jit
 def _dequantize_kernel(
     out,  # [N, K]
@@ -485,40 +543,42 @@ def _dequantize_kernel(
     BITS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PART: tl.constexpr,  # columns that have one scale; it divides GROUP and COLUMNS
     ASSEMBLY: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    """A thread takes runs of 8 columns: one shift and one scale, 16 bytes read, 16 written.
+
+    The runs of a chunk, side by side, read the same bytes.
+    """
     await_previous(OVERLAP)
     RUN: tl.constexpr = 8
     PLANES: tl.constexpr = 16 // BITS
-    MIDDLE: tl.constexpr = 2 ** (BITS - 1)
-    WIDTH: tl.constexpr = COLUMNS // PLANES
-    PARTS: tl.constexpr = COLUMNS // PART
-    dtype: tl.constexpr = out.dtype.element_ty
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
-    place = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
-    mask = (row < N) & (place < K // PLANES)
-    packed = tl.load(numbers + row * (K // PLANES) + place, mask=mask, other=0)
-    if BITS == 4:
-        a, b, c, d = unpack_4(packed, dtype, -MIDDLE, ASSEMBLY)
-        planes = tl.join(tl.join(a, c), tl.join(b, d))
-    else:
-        a, b = unpack_8(packed, dtype, ASSEMBLY)
-        planes = tl.join(a, b)
-    in_order = planes.reshape(ROWS, WIDTH // RUN, RUN, PLANES).permute(0, 1, 3, 2)
-    values = in_order.reshape(ROWS, PARTS, PART).to(tl.float32)
-    first_column = tl.program_id(1) * COLUMNS
-    group = (first_column + tl.arange(0, PARTS)[None, :] * PART) // GROUP
-    group_mask = (row < N) & (group < K // GROUP)
-    scale = tl.load(scales + row * (K // GROUP) + group, mask=group_mask, other=0.0)
+    RUNS: tl.constexpr = COLUMNS // RUN
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    index = tl.arange(0, ROWS * RUNS)
+    row = index // RUNS
+    run = tl.program_id(1) * RUNS + index % RUNS
+    column = tl.arange(0, RUN)[None, :]
+    is_run = (first_row + row < N) & (run < K // RUN)
+    place = (row * (K // PLANES) + run // PLANES * RUN)[:, None] + column
+    packed = tl.load(numbers + first_row * (K // PLANES) + place, mask=is_run[:, None], other=0)
+    group = first_row * (K // GROUP) + row * (K // GROUP) + run // (GROUP // RUN)
+    scale = tl.load(scales + group, mask=is_run, other=0.0)
     if zeros is not None:
-        zero = tl.load(zeros + row * (K // GROUP) + group, mask=group_mask, other=0)
-        values += MIDDLE - zero.to(tl.float32)[:, :, None]
-    values = (values * scale.to(tl.float32)[:, :, None]).to(dtype)
-    column = first_column + tl.arange(0, COLUMNS)[None, :]
-    pointers = out + row * K + column
-    tl.store(pointers, values.reshape(ROWS, COLUMNS), mask=(row < N) & (column < K))
+        zero = tl.load(zeros + group, mask=is_run, other=0).to(tl.int32)
+    else:
+        zero = tl.full([ROWS * RUNS], 2 ** (BITS - 1), tl.int32)
+    shift = run % PLANES * BITS
+    values = dequantized(
+        packed,
+        shift[:, None],
+        zero[:, None],
+        scale.to(out.dtype.element_ty)[:, None],
+        BITS,
+        ASSEMBLY,
+    )
+    pointers = out + first_row * K + (row * K + run * RUN)[:, None] + column
+    tl.store(pointers, values, mask=is_run[:, None])
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
@@ -538,7 +598,6 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
         BITS=weight.bits,
         ROWS=DEQUANTIZE_ROWS,
         COLUMNS=columns,
-        PART=math.gcd(weight.group_size, columns),
         ASSEMBLY=uses_assembly(out),
         num_warps=4,
         **overlap_options(out.device),
