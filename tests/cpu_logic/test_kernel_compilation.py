@@ -42,6 +42,7 @@ PLAN = {
         (launches.prefill, Shape(softcap=50.0)),
         (launches.products, launches.SHAPE),
         (launches.fp8_products, launches.SHAPE),
+        (launches.packed_products, launches.SHAPE),
         (launches.experts, FP8_BLOCKS),
     ],
     (10, 0): [*ATTENTION, (launches.experts, launches.SHAPE)],

@@ -8,6 +8,9 @@ import torch.nn.functional as F
 
 from nanovllm.kernels import torch_ops
 from nanovllm.kernels.device import device_limits
+from nanovllm.kernels.triton import hopper_packed
+from nanovllm.kernels.triton.hopper_packed import FewTile, ManyTile
+from nanovllm.kernels.triton.launch import is_hopper
 from nanovllm.kernels.triton.moe import experts
 from nanovllm.kernels.triton.packed_linear import (
     TILES,
@@ -80,12 +83,49 @@ def test_product_equals_float64(n, k, group_size, has_zeros, bits, dtype) -> Non
         torch.testing.assert_close(product, expected.to(dtype), rtol=1e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize(
+    ("n", "k", "group_size", "has_zeros", "dtype"),
+    [
+        (6144, 4096, 128, False, torch.bfloat16),
+        (4096, 12288, 128, False, torch.bfloat16),
+        (1040, 2560, 256, True, torch.bfloat16),
+        (1040, 2560, 128, False, torch.float16),
+        (112, 11008, 11008, True, torch.float16),
+        (16, 256, 128, True, torch.bfloat16),
+    ],
+)
+def test_hopper_product_equals_float64(n, k, group_size, has_zeros, dtype) -> None:
+    """In every tile that holds so many tokens, which rows and tokens do not fill."""
+    if not is_hopper(torch.device("cuda")):
+        pytest.skip("kernels for Hopper")
+    weight = packed_weight(n, k, 4, group_size, has_zeros, dtype)
+    values = torch_ops.dequantize_packed(weight, dtype).double()
+    bias = randn(n, dtype=dtype)
+    for num_tokens in (1, 3, 8, 16, 33, 100, 300):
+        x = randn(num_tokens, k, dtype=dtype)
+        expected = exact(x, weight, bias)
+        rounded = F.linear(x.double(), values, bias.double())
+        products = [
+            (
+                hopper_packed.hopper_packed_linear(x, weight, bias, tile),
+                expected if isinstance(tile, FewTile) else rounded,
+            )
+            for tile in (FewTile(16, 1, 1, 3, 12), *hopper_packed.TILES.values())
+            if tile and (num_tokens <= tile.tokens or isinstance(tile, ManyTile))
+        ]
+        for product, right in products:
+            if isinstance(product, PartialSums):
+                sums = product.parts.double().sum(0)
+                torch.testing.assert_close(sums, right, rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(summed(product), right.to(dtype), rtol=1e-2, atol=2e-3)
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
 def test_choice_and_order(dtype: torch.dtype, monkeypatch) -> None:
     weight = packed_weight(1024, 512, 4, 128, True, dtype)
     weight = replace(weight, order=torch.randperm(512, device="cuda").int())
     monkeypatch.setattr("nanovllm.kernels.triton.packed_linear.MAX_WORKSPACE", 512 * 300)
-    for num_tokens in (0, 1, 16, 65, 257, 1000):
+    for num_tokens in (0, 1, 16, 65, 257, 1100):
         x = randn(num_tokens, 512, dtype=dtype)
         for bias in (None, randn(1024, dtype=dtype)):
             product = summed(packed_linear(x, weight, bias))
@@ -105,6 +145,10 @@ def test_every_element_is_written() -> None:
         poison = torch.full((4, 33, 1008), float("nan"), device="cuda")
         del poison  # the allocator hands the same memory out again
         assert summed(multiply(x, weight, None, tile)).isfinite().all()
+    for num_tokens in (3, 33, 100):  # as it is chosen
+        poison = torch.full((4, num_tokens, 1008), float("nan"), device="cuda")
+        del poison
+        assert summed(packed_linear(randn(num_tokens, 1024), weight)).isfinite().all()
 
 
 def test_offsets_beyond_int32() -> None:
@@ -123,7 +167,7 @@ def test_offsets_beyond_int32() -> None:
 def test_graph_equals_eager(bits: int) -> None:
     """Products whose launches overlap, replayed with changing inputs; the same every time."""
     first, second = (packed_weight(2048, 2048, bits, 128, True, torch.bfloat16) for _ in range(2))
-    for num_tokens in (1, 16, 300):
+    for num_tokens in (1, 16, 40, 300, 1100):
         x = randn(num_tokens, 2048)
 
         def forward(x=x) -> torch.Tensor:

@@ -7,7 +7,7 @@ one operand, which meets every fourth or second run of 8 columns of x (see `Pack
 second ones the next. A block lies in one group, so a scale multiplies its product. Scales are
 loaded a step ahead, as the products would wait for them. Where K is split, the parts are left
 unsummed, as those of kernels/triton/linear.py. For many tokens the weight is dequantised once, and
-cuBLAS multiplies.
+cuBLAS multiplies. Hopper has more kernels for 4 bits, in hopper_packed.py.
 """
 
 import math
@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels.device import DeviceLimits, device_limits
+from nanovllm.kernels.triton import hopper_packed
 from nanovllm.kernels.triton.launch import (
     await_previous,
     is_gpu,
@@ -645,6 +646,8 @@ def packed_linear(
         x = x.index_select(1, weight.order)
     if len(x) == 0:
         return x.new_empty(0, weight.shape[0])
+    if hopper_tile := hopper_packed.choose_tile(x, weight):
+        return hopper_packed.hopper_packed_linear(x, weight, bias, hopper_tile)
     if tile := choose_tile(len(x), x.dtype, device_limits(x.device)):
         return multiply(x, weight, bias, tile)
     return multiply_dequantized(x, weight, bias)
