@@ -7,7 +7,7 @@ than the L2 cache holds: packed in groups of 128, bfloat16 and fp8, as the layer
 bandwidth of the packed weights, in % of what an H200 reads. Then all products of a layer with the
 kernels that read them. `--many` compares the kernel with the product of a dequantised weight,
 `--sweep` tiles, before it reports with the best ones: `TILES` in kernels/triton/packed_linear.py
-follows from these.
+and in hopper_packed.py follow from these.
 """
 
 import argparse
@@ -20,9 +20,12 @@ import triton
 from graph_timing import microseconds
 
 from nanovllm.kernels.torch_ops import quantize
+from nanovllm.kernels.triton import hopper_packed
 from nanovllm.kernels.triton import packed_linear as triton_packed
 from nanovllm.kernels.triton.activation import silu_and_mul
 from nanovllm.kernels.triton.fp8_linear import fp8_linear
+from nanovllm.kernels.triton.hopper_packed import FewTile, ManyTile, hopper_packed_linear
+from nanovllm.kernels.triton.launch import is_hopper
 from nanovllm.kernels.triton.linear import linear
 from nanovllm.kernels.triton.norm import add_rms_norm
 from nanovllm.kernels.triton.packed_linear import PackedTile, multiply, multiply_dequantized
@@ -54,7 +57,21 @@ CANDIDATES = {
         *((128, 1, 4, 3, 2, 0), (64, 2, 4, 3, 2, 0), (256, 1, 8, 3, 1, 0)),
     ),
 }
+# On Hopper with 4 bits these as well: block_m -> tiles.
+HOPPER_CANDIDATES = {
+    8: (
+        *(FewTile(8, 2, 2, 4, 6), FewTile(8, 2, 1, 4, 12), FewTile(8, 1, 4, 4, 6)),
+        *(FewTile(8, 2, 4, 3, 3), FewTile(8, 2, 2, 3, 8)),
+    ),
+    16: (FewTile(16, 2, 1, 4, 12), FewTile(16, 2, 4, 3, 3), ManyTile(64, 4)),
+    32: (ManyTile(64, 4),),
+    64: (ManyTile(64, 4), ManyTile(128, 3)),
+}
+HOPPER_MANY = ManyTile(64, 4), ManyTile(128, 3), ManyTile(256, 2)
 MANY = ((64, 2, 4, 3, 1, 0), (128, 2, 8, 3, 1, 0), (128, 1, 8, 4, 1, 0), (128, 1, 8, 3, 2, 0))
+
+
+Tile = PackedTile | FewTile | ManyTile
 
 
 def packed_weight(n: int, k: int, bits: int, has_zeros: bool) -> PackedWeight:
@@ -108,8 +125,10 @@ def attempt(product: Callable[..., LinearOutput], weights: Sequence) -> float:
         return math.inf
 
 
-def in_tile(x: torch.Tensor, tile: PackedTile) -> Callable[[PackedWeight], LinearOutput]:
-    return lambda weight: multiply(x, weight, None, tile)
+def in_tile(x: torch.Tensor, tile: Tile) -> Callable[[PackedWeight], LinearOutput]:
+    if isinstance(tile, PackedTile):
+        return lambda weight: multiply(x, weight, None, tile)
+    return lambda weight: hopper_packed_linear(x, weight, None, tile)
 
 
 # As the layers choose
@@ -178,15 +197,17 @@ def report_chains(tokens: Sequence[int], has_zeros: bool) -> None:
 # Comparisons
 
 
-def tiles_of(
-    num_tokens: int, candidates: Sequence[tuple[int, ...]] | None = None
-) -> list[PackedTile]:
-    """Tiles for so many tokens; without `candidates` those of CANDIDATES."""
+def tiles_of(num_tokens: int, bits: int, is_many: bool = False) -> list[Tile]:
+    """Tiles for so many tokens: of CANDIDATES, or of MANY, and those for this GPU."""
     block_m = min(64, max(8, 1 << (num_tokens - 1).bit_length()))
-    return [PackedTile(block_m, *rest) for rest in candidates or CANDIDATES[block_m]]
+    candidates = MANY if is_many else CANDIDATES[block_m]
+    tiles: list[Tile] = [PackedTile(block_m, *rest) for rest in candidates]
+    if bits == 4 and is_hopper(torch.device("cuda")):
+        tiles += HOPPER_MANY if is_many else HOPPER_CANDIDATES[block_m]
+    return tiles
 
 
-def build(work: tuple[list[tuple[int, PackedTile]], int, bool]) -> None:
+def build(work: tuple[list[tuple[int, Tile]], int, bool]) -> None:
     """Compiles kernels into the cache on disk."""
     tiles, bits, has_zeros = work
     for n, k in SHAPES.values():
@@ -195,26 +216,26 @@ def build(work: tuple[list[tuple[int, PackedTile]], int, bool]) -> None:
             attempt(in_tile(inputs(num_tokens, k), tile), [weight])
 
 
-def build_all(tiles: list[tuple[int, PackedTile]], bits: int, has_zeros: bool) -> None:
+def build_all(tiles: list[tuple[int, Tile]], bits: int, has_zeros: bool) -> None:
     num_processes = 14
     with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
         pool.map(build, [(tiles[i::num_processes], bits, has_zeros) for i in range(num_processes)])
 
 
-def short(tile: PackedTile) -> str:
+def short(tile: Tile) -> str:
     return ",".join(map(str, tile))
 
 
 def sweep(tokens: Sequence[int], bits: int, has_zeros: bool) -> None:
     """The best tiles of each shape, and the best for all of them, which become `TILES`."""
-    build_all([(t, tile) for t in tokens for tile in tiles_of(t)], bits, has_zeros)
-    totals: dict[int, dict[PackedTile, float]] = {t: {} for t in tokens}
+    build_all([(t, tile) for t in tokens for tile in tiles_of(t, bits)], bits, has_zeros)
+    totals: dict[int, dict[Tile, float]] = {t: {} for t in tokens}
     for name, (_, k) in SHAPES.items():
         weights = packed_weights(name, bits, has_zeros)
         least = num_bytes(weights[0]) / BANDWIDTH
         for num_tokens in tokens:
             x = inputs(num_tokens, k)
-            tiles = tiles_of(num_tokens)
+            tiles = tiles_of(num_tokens, bits)
             times = sorted((attempt(in_tile(x, tile), weights), tile) for tile in tiles)
             for us, tile in times:
                 totals[num_tokens][tile] = totals[num_tokens].get(tile, 0) + us / least
@@ -223,18 +244,32 @@ def sweep(tokens: Sequence[int], bits: int, has_zeros: bool) -> None:
     for num_tokens, total in totals.items():
         ranked = sorted((4 / ratio, tile) for tile, ratio in total.items())[::-1]
         print(f"all T={num_tokens}", *(f"{share:.0%} ({short(tile)})" for share, tile in ranked))
-        triton_packed.TILES[ranked[0][1].block_m] = ranked[0][1]
+        use(max(8, num_tokens), ranked[0][1])
+
+
+def use(most_tokens: int, tile: Tile) -> None:
+    """From now on the tile for so many tokens."""
+    for_hopper = None if isinstance(tile, PackedTile) else tile
+    if isinstance(tile, PackedTile):
+        triton_packed.TILES[most_tokens] = tile
+    hopper_packed.TILES = dict(sorted((hopper_packed.TILES | {most_tokens: for_hopper}).items()))
 
 
 def compare_many(tokens: Sequence[int], bits: int, has_zeros: bool) -> None:
     """The kernel with some tiles, and dequantised weights."""
-    build_all([(t, tile) for t in tokens for tile in tiles_of(t, MANY)], bits, has_zeros)
-    print("us in tiles of", *(short(tile) for tile in tiles_of(64, MANY)), "dequantised, bf16")
+    build_all(
+        [(t, tile) for t in tokens for tile in tiles_of(t, bits, is_many=True)], bits, has_zeros
+    )
+    print(
+        "us in tiles of", *(short(tile) for tile in tiles_of(64, bits, True)), "dequantised, bf16"
+    )
     for name, (_, k) in SHAPES.items():
         weights, plain = packed_weights(name, bits, has_zeros)[:4], plain_weights(name)[:4]
         for num_tokens in tokens:
             x = inputs(num_tokens, k)
-            times = [attempt(in_tile(x, tile), weights) for tile in tiles_of(num_tokens, MANY)]
+            times = [
+                attempt(in_tile(x, tile), weights) for tile in tiles_of(num_tokens, bits, True)
+            ]
             times.append(time_products(lambda w, x=x: multiply_dequantized(x, w, None), weights))
             times.append(time_products(lambda w, x=x: linear(x, w), plain))
             line = f"{name:<7} {num_tokens:<5}"
@@ -255,7 +290,7 @@ def main() -> None:
     if args.many:
         compare_many(args.tokens or (64, 128, 256, 512, 1024, 4096), args.bits, args.zeros)
     else:
-        tokens = args.tokens or (1, 4, 8, 16, 32, 64, 256)
+        tokens = args.tokens or (1, 4, 8, 16, 32, 64, 128, 256, 512)
         report_products(tokens, args.zeros)
         report_chains([t for t in tokens if t <= 64], args.zeros)
 
