@@ -153,8 +153,18 @@ def other_activations(ops: Ops, shape: Shape) -> None:
 
 def products(ops: Ops, shape: Shape) -> None:
     """Few tokens: K of the small model is split, that of the large one is not."""
+    for rows in (16, 64):
+        for size in (shape.hidden_size, 8 * shape.hidden_size):
+            x = empty(rows, size, dtype=shape.dtype)
+            ops.linear(x, empty(4096, size, dtype=shape.dtype), None)
+
+
+def gated_products(ops: Ops, shape: Shape) -> None:
+    """In one kernel, where the GPU has it; of the larger model in two."""
     for size in (shape.hidden_size, 8 * shape.hidden_size):
-        ops.linear(empty(16, size, dtype=shape.dtype), empty(4096, size, dtype=shape.dtype), None)
+        for rows in (1, 32):
+            x = empty(rows, size, dtype=shape.dtype)
+            ops.gated_linear(x, empty(6 * shape.hidden_size, size, dtype=shape.dtype))
 
 
 def scales_of(shape: Shape, n: int, k: int) -> torch.Tensor:
@@ -302,6 +312,7 @@ ALL = (
     norms,
     activations,
     products,
+    gated_products,
     fp8_products,
     experts,
     packed_products,

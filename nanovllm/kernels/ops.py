@@ -60,6 +60,9 @@ class Ops(Protocol):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> LinearOutput:
         """x [T, K], weight [N, K], bias [N] -> x weight^T + bias [T, N]."""
 
+    def gated_linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`silu_and_mul` of x weight^T: x [T, K], weight [2I, K], gate's rows first -> [T, I]."""
+
     def vocab_linear(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
         """x [B, H], weight [V, H] -> x weight^T [B, V], in `out` if it is given."""
 

@@ -767,3 +767,7 @@ class TorchOps:
         self.sample: Callable[..., tuple[torch.Tensor, torch.Tensor]] = partial(
             sample, scores_part=_compiled(gumbel_scores, compiles)
         )
+
+    def gated_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """See `Ops.gated_linear`."""
+        return self.silu_and_mul(self.linear(x, weight))

@@ -23,6 +23,7 @@ class LinearWeight(nn.Module):
         shards: what fills it, in rows and columns of the weight, however it is kept.
         weight: a parameter, in the model's dtype or fp8; or parameters in a `PackedWeight`.
         weight_scale: of an fp8 weight.
+        has_adapters: whether a hook adds the terms of adapters to the product.
     """
 
     weight: Parameter | PackedWeight
@@ -33,6 +34,7 @@ class LinearWeight(nn.Module):
     ) -> None:
         super().__init__()
         self.ops, self.shards, self._context = context.ops, shards, context
+        self.has_adapters = False
         self.same_kind = [self]  # those whose kind changes together
         group_size = None if is_plain else packed_group_size(shards, context)
         if group_size is None:

@@ -132,6 +132,7 @@ class AdapterLayer:
         targets = [shard.target[0] for shard in linear.shards.values()]
         rows = tuple((part.start, part.stop) for part in targets)
         self.weights = new_weights(step.num_slots, rank, num_columns, rows, context)
+        linear.has_adapters = True
         linear.register_forward_hook(self._add)
 
     def _add(

@@ -14,7 +14,7 @@ from nanovllm.layers.embedding import VocabParallelEmbedding
 from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.weights import Heads
-from nanovllm.models.extras import activation
+from nanovllm.models.extras import activation, gated_linear
 from nanovllm.models.model_config import ModelConfig
 
 
@@ -150,4 +150,4 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Unreduced:
         """x [T, hidden_size] -> [T, hidden_size]."""
-        return self.down_proj(self.activate(self.gate_up_proj(x)))
+        return self.down_proj(gated_linear(self.gate_up_proj, self.activate, x))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nanovllm.kernels.ops import Ops
 from nanovllm.kernels.types import LinearOutput, Unreduced, summed
+from nanovllm.layers.linear import ColumnParallelLinear
 from nanovllm.layers.rotary import cos_sin_table
 from nanovllm.models.model_config import ModelConfig
 
@@ -19,6 +20,21 @@ def activation(config: ModelConfig, ops: Ops) -> Callable[[LinearOutput], Tensor
     if config.hidden_act == "silu":
         return ops.silu_and_mul
     return partial(ops.gelu_and_mul, is_tanh=GELU_IS_TANH[config.hidden_act])
+
+
+def gated_linear(
+    linear: ColumnParallelLinear, activate: Callable[[LinearOutput], Tensor], x: Tensor
+) -> Tensor:
+    """activate(linear(x)): x [T, K] -> [T, I], where `linear` is gate and up and has 2I rows.
+
+    One operation, if the activation is SiLU and nothing is added to the product of a weight in the
+    model's dtype: no bias and no adapters.
+    """
+    weight, is_silu = linear.weight, activate == linear.ops.silu_and_mul
+    is_alone = linear.weight_scale is None and linear.bias is None and not linear.has_adapters
+    if is_silu and is_alone and isinstance(weight, Tensor):
+        return linear.ops.gated_linear(x, weight)
+    return activate(linear(x))
 
 
 def finish_logits(config: ModelConfig) -> Callable[[Tensor], Tensor] | None:

@@ -1,9 +1,10 @@
 """Micro-benchmark of the linear layers, run by hand: python tests/benchmarks/bench_linear.py
 
 One decode step's products in bfloat16, layers of distinct weights in a CUDA graph, each with the
-kernel that reads its result: cuBLAS, `split_linear`, `tiled_linear`. Then the whole chain of a
-layer without its attention. `MAX_PROGRAMS` and `choose_tile` in kernels/triton/linear.py follow
-from this table; `--tiles` compares tiles of `tiled_linear`.
+kernel that reads its result: cuBLAS, `hopper_linear` or `split_linear`, `tiled_linear`. Then the
+whole chain of a layer without its attention, at last with SiLU in the product of gate and up where
+that has a kernel. `MAX_PROGRAMS` and `choose_tile` in kernels/triton/linear.py follow from this
+table; `--tiles` compares tiles of `tiled_linear`.
 """
 
 import argparse
@@ -16,7 +17,8 @@ import triton
 from graph_timing import microseconds
 
 from nanovllm.kernels.triton import linear as triton_linear
-from nanovllm.kernels.triton.activation import silu_and_mul
+from nanovllm.kernels.triton.activation import gated_linear, silu_and_mul
+from nanovllm.kernels.triton.hopper_linear import hopper_linear
 from nanovllm.kernels.triton.norm import add_rms_norm
 from nanovllm.kernels.triton.rope import qk_norm_rope_store
 from nanovllm.kernels.triton.tiled_linear import LinearTile, tiled_linear
@@ -100,12 +102,17 @@ class Layers:
 
         return microseconds(run, self.num_layers)
 
-    def time_chain(self, linears: dict[str, Linear]) -> float:
+    def time_chain(self, linear: Linear, gated: Linear | None = None) -> float:
+        """gated: computes SiLU as well."""
+
         def run() -> None:
             x = self.inputs["qkv"]
             for layer in range(self.num_layers):
                 for name, weights in self.weights.items():
-                    x = self.read(name, linears[name](x.flatten(1), weights[layer]))
+                    if name == "gate_up" and gated is not None:
+                        x = gated(x, weights[layer])
+                    else:
+                        x = self.read(name, linear(x.flatten(1), weights[layer]))
 
         return microseconds(run, self.num_layers)
 
@@ -120,15 +127,17 @@ def main() -> None:
     layers = Layers(args.model, num_layers, max(args.tokens))
     print(torch.cuda.get_device_name(), "us per layer, with what reads it")
     if not args.tiles:
-        print("cuBLAS, split (programs), tiled; chain: cuBLAS, as chosen")
+        print("cuBLAS, split (programs), tiled; chain: cuBLAS, as chosen, with SiLU in the product")
     for num_tokens in args.tokens:
         layers.set_tokens(num_tokens)
-        block_m = max(16, 1 << (num_tokens - 1).bit_length())
+        block_m = max(8, 1 << (num_tokens - 1).bit_length())
         if args.tiles:
             compare_tiles(layers, num_tokens, block_m)
             continue
 
         def split(x: torch.Tensor, weight: torch.Tensor, block_m: int = block_m) -> LinearOutput:
+            if block_m <= triton_linear.MAX_HOPPER_TOKENS:
+                return hopper_linear(x, weight, None, block_m)
             return triton_linear.split_linear(x, weight, None, block_m)
 
         line = f"T={num_tokens:<4}"
@@ -140,11 +149,12 @@ def main() -> None:
             tile = triton_linear.choose_tile(num_tokens, n, k, DTYPE)
             if tile:
                 line += f" {layers.time_product(name, in_tiles(tile)):6.2f}"
-        chains = [
-            layers.time_chain(dict.fromkeys(layers.shapes, linear))
-            for linear in (F.linear, triton_linear.linear)
-        ]
-        print(f"{line}  chain {chains[0]:7.2f} {chains[1]:7.2f}", flush=True)
+        chains = (
+            layers.time_chain(F.linear),
+            layers.time_chain(triton_linear.linear),
+            layers.time_chain(triton_linear.linear, gated_linear),
+        )
+        print(f"{line}  chain", *(f"{time:7.2f}" for time in chains), flush=True)
 
 
 def in_tiles(tile: LinearTile) -> Linear:
@@ -156,7 +166,7 @@ def compare_tiles(layers: Layers, num_tokens: int, block_m: int) -> None:
     for name in layers.shapes:
         times = []
         for rest in CANDIDATES:
-            tile = LinearTile(min(block_m, 128), *rest)
+            tile = LinearTile(max(16, min(block_m, 128)), *rest)
             with contextlib.suppress(triton.runtime.errors.OutOfResources):
                 times.append((layers.time_product(name, in_tiles(tile)), tuple(tile)))
         best = [f"{time:.2f} {tile}".replace(", ", ",") for time, tile in sorted(times)]

@@ -41,6 +41,7 @@ PLAN = {
         *ATTENTION,
         (launches.prefill, Shape(softcap=50.0)),
         (launches.products, launches.SHAPE),
+        (launches.gated_products, launches.SHAPE),
         (launches.fp8_products, launches.SHAPE),
         (launches.packed_products, launches.SHAPE),
         (launches.experts, FP8_BLOCKS),

@@ -38,6 +38,7 @@ KERNEL_GROUPS = {
     "_sum_experts_kernel": "experts",
     "_split_linear_kernel": LINEARS,
     "_tiled_linear_kernel": LINEARS,
+    "_hopper_linear_kernel": LINEARS,
     "_quantize_kernel": "quantization",
     GEMM: LINEARS,
     "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize64x64x64_cublas": LINEARS,

@@ -16,6 +16,7 @@ from sockets import are_on_the_loopback, listeners
 from tiny_models import VOCAB_SIZE, edit_config, reference_greedy, save_model
 
 from nanovllm import LLM, EngineDeadError, SamplingParams
+from nanovllm.kernels.triton import activation, hopper_linear
 
 MAX_TOKENS = 24
 LENGTHS = (1, 2, 15, 16, 17, 31, 64, 255, 256, 257, 300, 511, 512, 513)
@@ -420,3 +421,33 @@ def test_old_and_new_rope_settings_agree(tmp_path):
     edit_config(model_dir, rope_parameters=None, rope_theta=5e5)
     with small_engine(model_dir) as llm:
         assert token_ids(llm.generate(prompts, greedy(8), use_tqdm=False)) == expected
+
+
+def test_gated_products_do_not_depend_on_the_batch(tmp_path, monkeypatch):
+    """Up to 32 rows one kernel computes gate, up and SiLU, beyond them two kernels."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the kernel is Hopper's")
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 64}
+    path = save_model(tmp_path / "model", **sizes)
+    prompts = random_prompts([1 + i % 40 for i in range(40)], seed=4)
+    launched, outputs = [], []
+    product = activation.hopper_gated_linear
+
+    def counting(x, *args):
+        launched.append(len(x))
+        return product(x, *args)
+
+    monkeypatch.setattr(activation, "hopper_gated_linear", counting)
+    for most in (hopper_linear.MAX_GATED_TOKENS, 0):
+        monkeypatch.setattr(hopper_linear, "MAX_GATED_TOKENS", most)
+        with small_engine(path, dtype="bfloat16", max_num_seqs=40) as llm:
+            outputs.append(
+                [
+                    token_ids(llm.generate(prompts[:n], greedy(8), use_tqdm=False))
+                    for n in (1, 9, 40)
+                ]
+            )
+        assert bool(launched) == bool(most)
+        assert max(launched, default=0) <= most
+        launched.clear()
+    assert outputs[0] == outputs[1]

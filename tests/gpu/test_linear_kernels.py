@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels import torch_ops
-from nanovllm.kernels.triton.activation import silu_and_mul
+from nanovllm.kernels.triton.activation import gated_linear, silu_and_mul
+from nanovllm.kernels.triton.hopper_linear import hopper_linear, takes_gated
 from nanovllm.kernels.triton.linear import choose_block_m, choose_tile, linear, split_linear
 from nanovllm.kernels.triton.norm import add_rms_norm
 from nanovllm.kernels.triton.rope import qk_norm_rope_store
@@ -51,6 +52,46 @@ def test_product_in_tiles_equals_float64(n, k, num_tokens, dtype) -> None:
         torch.testing.assert_close(product, exact.to(dtype), rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_tokens", [1, 2, 8, 9, 17, 32, 64])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_hopper_product_equals_split_linear(n, k, num_tokens, dtype) -> None:
+    """The same bits: the number of tokens decides which of the two computes a step."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the kernel is Hopper's")
+    x, weight = randn(num_tokens, k, dtype=dtype), randn(n, k, dtype=dtype) / k**0.5
+    for bias in (None, randn(n, dtype=dtype)):
+        expected = split_linear(x, weight, bias, block_m(num_tokens))
+        rows = max(8, 1 << (num_tokens - 1).bit_length())
+        assert torch.equal(summed(hopper_linear(x, weight, bias, rows)), summed(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 8, 9, 16, 17, 31, 32])
+@pytest.mark.parametrize(("size", "k"), [(3072, 1024), (8, 1024), (1000, 1024), (4096, 512)])
+def test_gated_product_equals_two_kernels(size, k, num_tokens, dtype) -> None:
+    """The same bits: which of the two computes a step may depend on its number of tokens."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the kernel is Hopper's")
+    x, weight = randn(num_tokens, k, dtype=dtype), randn(2 * size, k, dtype=dtype) / k**0.5
+    assert choose_block_m(num_tokens, 2 * size, k, dtype) and takes_gated(num_tokens, 2 * size, k)
+    poison = torch.full((num_tokens, size), float("nan"), device="cuda", dtype=dtype)
+    del poison  # the allocator hands the same memory out again
+    got = gated_linear(x, weight)
+    assert got.shape == (num_tokens, size) and got.is_contiguous()
+    assert torch.equal(got, silu_and_mul(linear(x, weight)))
+    gate, up = (x.double() @ weight.double().T).chunk(2, dim=-1)
+    torch.testing.assert_close(got, (F.silu(gate) * up).to(dtype), rtol=2e-2, atol=2e-3)
+
+
+def test_gated_product_of_other_sizes() -> None:
+    """What the kernel does not take is computed by two."""
+    for num_tokens, size, k in ((0, 64, 512), (33, 3072, 1024), (3, 100, 512), (2, 64, 2048)):
+        assert num_tokens == 0 or not takes_gated(num_tokens, 2 * size, k)
+        x, weight = randn(num_tokens, k), randn(2 * size, k) / k**0.5
+        assert torch.equal(gated_linear(x, weight), silu_and_mul(linear(x, weight)))
+
+
 def test_every_element_is_written() -> None:
     """Memory full of NaN before the product: what it leaves out would show."""
     x, weight = randn(33, 1024), randn(1000, 1024)
@@ -90,38 +131,41 @@ def test_ops_add_up_parts(num_parts: int) -> None:
     assert torch.equal(*queries) and torch.equal(*caches)
 
 
-def test_chain_in_a_graph_equals_eager() -> None:
+@pytest.mark.parametrize("num_tokens", [1, 8, 32])
+def test_chain_in_a_graph_equals_eager(num_tokens: int) -> None:
     """Layers whose launches overlap, replayed with changing inputs."""
-    hidden, intermediate, num_tokens = 1024, 3072, 8
+    hidden, intermediate = 1024, 3072
     layers = [
         (randn(2 * intermediate, hidden) / 32, randn(hidden, intermediate) / 55, randn(hidden))
         for _ in range(4)
     ]
     x, residual = randn(num_tokens, hidden), randn(num_tokens, hidden)
 
-    def forward(linear) -> torch.Tensor:
+    def forward(linear, gated_linear) -> torch.Tensor:
         y, total = x, residual.clone()
         for gate_up, down, norm in layers:
-            y, total = add_rms_norm(
-                linear(silu_and_mul(linear(y, gate_up)), down), total, norm, EPS
-            )
+            y, total = add_rms_norm(linear(gated_linear(y, gate_up), down), total, norm, EPS)
         return y
 
-    forward(linear)
+    def in_two_kernels(linear) -> torch.Tensor:
+        return forward(linear, lambda y, gate_up: silu_and_mul(linear(y, gate_up)))
+
+    forward(linear, gated_linear)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = forward(linear)
+        out = forward(linear, gated_linear)
     for _ in range(50):
         x.copy_(randn(num_tokens, hidden))
         residual.copy_(randn(num_tokens, hidden))
         graph.replay()
-        assert torch.equal(out, forward(linear))
-    error = (out.float() - forward(F.linear).float()).norm() / out.float().norm()
+        assert torch.equal(out, forward(linear, gated_linear))
+        assert torch.equal(out, in_two_kernels(linear))
+    error = (out.float() - in_two_kernels(F.linear).float()).norm() / out.float().norm()
     assert error < 2e-2
 
 
 def test_choice() -> None:
-    assert choose_block_m(1, 4096, 1024, torch.bfloat16) == 16
+    assert choose_block_m(1, 4096, 1024, torch.bfloat16) == 8
     assert choose_block_m(17, 4096, 1024, torch.bfloat16) == 32
     assert choose_block_m(16384, 4096, 1024, torch.bfloat16) is None
     assert choose_block_m(1, 4096, 1024, torch.float32) is None

@@ -1,7 +1,8 @@
 """Gated activations as one Triton kernel: gate_up [T, 2I] -> act(gate) * up [T, I].
 
 A program handles one block of columns of one row. The activation is computed in float32 and rounded
-to the dtype before the product, like `torch_ops`.
+to the dtype before the product, like `torch_ops`. Products of few tokens may compute SiLU
+themselves.
 """
 
 import math
@@ -9,8 +10,9 @@ import math
 import torch
 import triton.language as tl
 
-from nanovllm.kernels.triton.launch import await_previous, cdiv, jit, overlap_options
-from nanovllm.kernels.triton.linear import load_summed, parts_of
+from nanovllm.kernels.triton.hopper_linear import hopper_gated_linear, takes_gated
+from nanovllm.kernels.triton.launch import await_previous, cdiv, is_hopper, jit, overlap_options
+from nanovllm.kernels.triton.linear import choose_block_m, linear, load_summed, parts_of
 from nanovllm.kernels.types import LinearOutput
 
 BLOCK = 1024
@@ -60,6 +62,16 @@ def silu_and_mul(gate_up: LinearOutput) -> torch.Tensor:
 def gelu_and_mul(gate_up: LinearOutput, is_tanh: bool) -> torch.Tensor:
     """gate_up [T, 2I], gate first -> gelu(gate) * up [T, I]."""
     return _act_and_mul(gate_up, GELU_TANH if is_tanh else GELU)
+
+
+def gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [T, K], weight [2I, K] -> [T, I]; see `Ops.gated_linear`. One kernel where K is split."""
+    num_tokens, k = x.shape
+    n = weight.shape[0]
+    block_m = choose_block_m(num_tokens, n, k, weight.dtype)
+    if block_m and num_tokens and is_hopper(x.device) and takes_gated(num_tokens, n, k):
+        return hopper_gated_linear(x, weight, block_m)
+    return silu_and_mul(linear(x, weight))
 
 
 def _act_and_mul(gate_up: LinearOutput, activation: int) -> torch.Tensor:

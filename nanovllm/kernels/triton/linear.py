@@ -11,9 +11,11 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nanovllm.kernels.triton.hopper_linear import BLOCK_K, BLOCK_N, hopper_linear
 from nanovllm.kernels.triton.launch import (
     await_previous,
     has_bulk_copies,
+    is_hopper,
     jit,
     overlap_options,
     release_next,
@@ -21,13 +23,12 @@ from nanovllm.kernels.triton.launch import (
 from nanovllm.kernels.triton.tiled_linear import LinearTile, tiled_linear
 from nanovllm.kernels.types import LinearOutput, PartialSums
 
-BLOCK_N = 64  # weight rows of a program: the rows of Hopper's smallest matrix instruction
-BLOCK_K = 512  # weight columns of a program: with BLOCK_N 64 KiB, so two programs share an SM
 NUM_WARPS = 4
-# Tokens -> the most programs with which this kernel wins over cuBLAS and over `tiled_linear`,
+# Tokens -> the most programs with which these kernels win over cuBLAS and over `tiled_linear`,
 # measured on an H200: Qwen3-0.6B has 96 for down, 128 for QKV, 192 for gate and up, larger models
 # 256 and more; see tests/benchmarks/bench_linear.py.
-MAX_PROGRAMS = {16: 264, 32: 264, 64: 132, 128: 96}
+MAX_PROGRAMS = {8: 264, 16: 264, 32: 264, 64: 132, 128: 96}
+MAX_HOPPER_TOKENS = 32  # from there on `hopper_linear` has not been measured
 # Other weights are multiplied in tiles of a loop, for so many tokens and rows at most.
 MAX_TILED_TOKENS = 32
 MAX_TILED_ROWS = 32768
@@ -115,6 +116,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if num_tokens == 0 or not has_bulk_copies(x.device):
         return F.linear(x, weight, bias)
     if block_m := choose_block_m(num_tokens, n, k, weight.dtype):
+        if block_m <= MAX_HOPPER_TOKENS and is_hopper(x.device):
+            return hopper_linear(x, weight, bias, block_m)
         return split_linear(x, weight, bias, block_m)
     if tile := choose_tile(num_tokens, n, k, weight.dtype):
         return tiled_linear(x, weight, bias, tile, x.dtype, len(x))

@@ -3,7 +3,7 @@
 import torch
 
 from nanovllm.kernels.torch_ops import vocab_linear
-from nanovllm.kernels.triton.activation import gelu_and_mul, silu_and_mul
+from nanovllm.kernels.triton.activation import gated_linear, gelu_and_mul, silu_and_mul
 from nanovllm.kernels.triton.copy_units import copy_units
 from nanovllm.kernels.triton.decode_attention import decode_attention, plan_decode
 from nanovllm.kernels.triton.filters import filter_thresholds
@@ -56,6 +56,7 @@ class TritonKernels:
     silu_and_mul = staticmethod(silu_and_mul)
     gelu_and_mul = staticmethod(gelu_and_mul)
     linear = staticmethod(linear)
+    gated_linear = staticmethod(gated_linear)
     vocab_linear = staticmethod(vocab_linear)
     fp8_linear = staticmethod(fp8_linear)
     packed_linear = staticmethod(packed_linear)
