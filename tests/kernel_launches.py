@@ -157,6 +157,8 @@ def products(ops: Ops, shape: Shape) -> None:
         for size in (shape.hidden_size, 8 * shape.hidden_size):
             x = empty(rows, size, dtype=shape.dtype)
             ops.linear(x, empty(4096, size, dtype=shape.dtype), None)
+    size = shape.hidden_size
+    ops.linear(empty(112, size, dtype=shape.dtype), empty(4 * size, size, dtype=shape.dtype), None)
 
 
 def gated_products(ops: Ops, shape: Shape) -> None:

@@ -7,10 +7,18 @@ import torch.nn.functional as F
 from nanovllm.kernels import torch_ops
 from nanovllm.kernels.triton.activation import gated_linear, silu_and_mul
 from nanovllm.kernels.triton.hopper_linear import hopper_linear, takes_gated
-from nanovllm.kernels.triton.linear import choose_block_m, choose_tile, linear, split_linear
+from nanovllm.kernels.triton.launch import is_hopper
+from nanovllm.kernels.triton.linear import (
+    choose_block_m,
+    choose_num_parts,
+    choose_tile,
+    linear,
+    split_linear,
+)
 from nanovllm.kernels.triton.norm import add_rms_norm
 from nanovllm.kernels.triton.rope import qk_norm_rope_store
 from nanovllm.kernels.triton.tiled_linear import tiled_linear
+from nanovllm.kernels.triton.wide_linear import wide_linear
 from nanovllm.kernels.types import KVCache, PartialSums, summed
 
 SHAPES = ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (100, 512), (64, 12288))
@@ -92,6 +100,23 @@ def test_gated_product_of_other_sizes() -> None:
         assert torch.equal(gated_linear(x, weight), silu_and_mul(linear(x, weight)))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_tokens", [1, 65, 100, 127, 128])
+@pytest.mark.parametrize(("n", "k"), [*SHAPES[:4], (1000, 448), (64, 64)])
+def test_product_of_wide_tiles_equals_float64(n, k, num_tokens, dtype) -> None:
+    if not is_hopper(torch.device("cuda", 0)):
+        pytest.skip("needs Hopper")
+    x, weight = randn(num_tokens, k, dtype=dtype), randn(n, k, dtype=dtype) / k**0.5
+    for num_parts in (1, 3, 4):
+        for bias in (None, randn(n, dtype=dtype)):
+            exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+            product = wide_linear(x, weight, bias, num_parts)
+            if isinstance(product, PartialSums):
+                sums = product.parts.double().sum(0)
+                torch.testing.assert_close(sums, exact, rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(summed(product), exact.to(dtype), rtol=1e-2, atol=1e-3)
+
+
 def test_every_element_is_written() -> None:
     """Memory full of NaN before the product: what it leaves out would show."""
     x, weight = randn(33, 1024), randn(1000, 1024)
@@ -131,7 +156,7 @@ def test_ops_add_up_parts(num_parts: int) -> None:
     assert torch.equal(*queries) and torch.equal(*caches)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 8, 32])
+@pytest.mark.parametrize("num_tokens", [1, 8, 32, 112])
 def test_chain_in_a_graph_equals_eager(num_tokens: int) -> None:
     """Layers whose launches overlap, replayed with changing inputs."""
     hidden, intermediate = 1024, 3072
@@ -171,6 +196,14 @@ def test_choice() -> None:
     assert choose_block_m(1, 4096, 1024, torch.float32) is None
     assert choose_block_m(1, 4096, 1000, torch.bfloat16) is None
     assert choose_block_m(1, 24576, 4096, torch.bfloat16) is None
+    assert choose_num_parts(64, 4096, 1024, torch.bfloat16) is None
+    assert choose_num_parts(65, 4096, 1024, torch.bfloat16) == 1
+    assert choose_num_parts(128, 6144, 1024, torch.bfloat16) == 1
+    assert choose_num_parts(128, 1024, 2048, torch.bfloat16) == 4
+    assert choose_num_parts(128, 1024, 3072, torch.bfloat16) == 6
+    assert choose_num_parts(129, 4096, 1024, torch.bfloat16) is None
+    assert choose_num_parts(128, 4096, 1024, torch.float32) is None
+    assert choose_num_parts(128, 6144, 4096, torch.bfloat16) is None
     assert choose_tile(1, 24576, 4096, torch.bfloat16) is not None
     assert choose_tile(1, 24576, 4096, torch.float32) is None
     assert choose_tile(64, 24576, 4096, torch.bfloat16) is None

@@ -21,6 +21,7 @@ from nanovllm.kernels.triton.launch import (
     release_next,
 )
 from nanovllm.kernels.triton.tiled_linear import LinearTile, tiled_linear
+from nanovllm.kernels.triton.wide_linear import BLOCK_T, ROWS, wide_linear
 from nanovllm.kernels.types import LinearOutput, PartialSums
 
 NUM_WARPS = 4
@@ -32,6 +33,11 @@ MAX_HOPPER_TOKENS = 32  # from there on `hopper_linear` has not been measured
 # Other weights are multiplied in tiles of a loop, for so many tokens and rows at most.
 MAX_TILED_TOKENS = 32
 MAX_TILED_ROWS = 32768
+# So many tokens, up to BLOCK_T, are multiplied by `wide_linear` where so many programs of so many
+# columns are enough. It wins for all products of Qwen3-0.6B; others were not measured.
+MIN_WIDE_TOKENS = 65
+MAX_WIDE_PROGRAMS = 96
+MAX_WIDE_COLUMNS = 1024
 SPLIT_LINEAR = True  # off for an ablation
 
 
@@ -98,6 +104,18 @@ def choose_block_m(num_tokens: int, n: int, k: int, dtype: torch.dtype) -> int |
     return None
 
 
+def choose_num_parts(num_tokens: int, n: int, k: int, dtype: torch.dtype) -> int | None:
+    """In how many parts of K `wide_linear` multiplies; None: another kernel does.
+
+    The number depends on the weight alone.
+    """
+    is_few = MIN_WIDE_TOKENS <= num_tokens <= BLOCK_T
+    if not SPLIT_LINEAR or dtype == torch.float32 or k % BLOCK_K or n % ROWS or not is_few:
+        return None
+    num_parts = min(MAX_WIDE_PROGRAMS // (n // ROWS), k // BLOCK_K)
+    return num_parts if k <= num_parts * MAX_WIDE_COLUMNS else None
+
+
 def choose_tile(num_tokens: int, n: int, k: int, dtype: torch.dtype) -> LinearTile | None:
     """The tile for `tiled_linear`, or None: leave it to cuBLAS."""
     too_large = num_tokens > MAX_TILED_TOKENS or n > MAX_TILED_ROWS
@@ -115,6 +133,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     n = weight.shape[0]
     if num_tokens == 0 or not has_bulk_copies(x.device):
         return F.linear(x, weight, bias)
+    num_parts = choose_num_parts(num_tokens, n, k, weight.dtype)
+    if num_parts is not None and is_hopper(x.device):
+        return wide_linear(x, weight, bias, num_parts)
     if block_m := choose_block_m(num_tokens, n, k, weight.dtype):
         if block_m <= MAX_HOPPER_TOKENS and is_hopper(x.device):
             return hopper_linear(x, weight, bias, block_m)
