@@ -71,6 +71,7 @@ CASES = {
         ADA,
         {"quantization": "int4", "enable_lora": True, "max_loras": 3, "max_lora_rank": 100},
     ),
+    "4 bits, Hopper": (DENSE, HOPPER, {"quantization": "int4"}),
     "fp8": (DENSE, HOPPER, {"quantization": "fp8"}),
 }
 Keys = set[tuple[str, str]]

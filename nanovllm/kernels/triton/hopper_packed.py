@@ -229,11 +229,30 @@ def _few_tokens_linear_kernel(
     ROWS: gl.constexpr,
     BLOCKS: gl.constexpr,
     STAGES: gl.constexpr,
-    words_layout: gl.constexpr,  # of [ROWS, WORDS]
-    x_layout: gl.constexpr,  # of [TOKENS, COLUMNS]
     OVERLAP: gl.constexpr,
 ):
     dtype: gl.constexpr = x.dtype.element_ty
+    WARPS: gl.constexpr = gl.num_warps()  # 1, 2 or 4
+    # A thread of a warp holds a chunk's words of rows g and g + 8, as fragments have them.
+    further_rows: gl.constexpr = [] if ROWS == 16 * WARPS else [[16 * WARPS, 0]]
+    row_warps: gl.constexpr = [] if WARPS == 1 else [[16, 0]] if WARPS == 2 else [[16, 0], [32, 0]]
+    words_layout: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [8, 0]] + further_rows,  # noqa: RUF005 (no unpacking in kernels)
+        [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
+        row_warps,
+        [],
+        [ROWS, 16],
+    )
+    # And a chunk of a token; every warp has all of x.
+    further_tokens: gl.constexpr = [] if TOKENS == 8 else [[8, 0]]
+    same_warps: gl.constexpr = [] if WARPS == 1 else [[0, 0]] if WARPS == 2 else [[0, 0], [0, 0]]
+    x_layout: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16]] + further_tokens,  # noqa: RUF005
+        [[0, 32], [0, 64], [1, 0], [2, 0], [4, 0]],
+        same_warps,
+        [],
+        [TOKENS, 128],
+    )
     layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [gl.num_warps(), 1], [16, 8])
     weight_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     first_row = gl.program_id(0) * ROWS
@@ -401,7 +420,6 @@ def _multiply_half(
     K: gl.constexpr,
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
-    words_layout: gl.constexpr,
 ):
     """A computing warpgroup: its 64 rows of the weight times x.
 
@@ -415,6 +433,14 @@ def _multiply_half(
     TOKENS: gl.constexpr = x_ring.shape[1]
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     weight_layout: gl.constexpr = gl.DotOperandLayout(0, sums_layout, 2)
+    # A thread holds one word of each chunk of rows g and g + 8.
+    words_layout: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 4], [0, 8], [8, 0]],
+        [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
+        [[16, 0], [32, 0]],
+        [],
+        [64, 16],
+    )
     rows_layout: gl.constexpr = gl.SliceLayout(1, words_layout)
     first_row += HALF * 64
     row = gl.minimum(first_row + gl.arange(0, 64, rows_layout), N - 1)
@@ -484,7 +510,6 @@ def _many_tokens_linear_kernel(
     K: gl.constexpr,
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
-    words_layout: gl.constexpr,  # of [64, WORDS]
     COMPUTING_REGISTERS: gl.constexpr,
     COPYING_REGISTERS: gl.constexpr,
     OVERLAP: gl.constexpr,
@@ -525,7 +550,6 @@ def _many_tokens_linear_kernel(
                     K,
                     GROUP,
                     STAGES,
-                    words_layout,
                 ),
             ),
             (
@@ -542,7 +566,6 @@ def _many_tokens_linear_kernel(
                     K,
                     GROUP,
                     STAGES,
-                    words_layout,
                 ),
             ),
             (_copy_tiles, ((x_tiles, word_tiles), ring, place, STAGES, OVERLAP)),
@@ -555,50 +578,9 @@ def _many_tokens_linear_kernel(
 # Launches
 
 
-def _doublings(first: int, count: int) -> list[list[int]]:
-    """The bases of a layout whose rows go on in steps of `first`, up to `count` times as many."""
-    return [[first << i, 0] for i in range(count.bit_length() - 1)]
-
-
-@cache
-def _words_layout(row_tiles: int, num_warps: int) -> Any:
-    """A thread of a warp holds a chunk's words of rows g and g + 8, as fragments have them."""
-    return gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [8, 0], *_doublings(16 * num_warps, row_tiles)],
-        [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
-        _doublings(16, num_warps),
-        [],
-        [16 * row_tiles * num_warps, WORDS.value],
-    )
-
-
-@cache
-def _x_layout(tokens: int, num_warps: int) -> Any:
-    """A thread holds a chunk of a token; every warp has all of it."""
-    return gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16], *_doublings(8, tokens // 8)],
-        [[0, 32], [0, 64], [1, 0], [2, 0], [4, 0]],
-        [[0, 0]] * (num_warps.bit_length() - 1),
-        [],
-        [tokens, COLUMNS.value],
-    )
-
-
 @cache
 def _shared_layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
     return gl.NVMMASharedLayout.get_default_for([rows, columns], DTYPES[dtype])
-
-
-@cache
-def _word_layout() -> Any:
-    """A thread of a warpgroup holds one word of each chunk of rows g and g + 8."""
-    return gl.DistributedLinearLayout(
-        [[0, 4], [0, 8], [8, 0]],
-        [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
-        [[16, 0], [32, 0]],
-        [],
-        [64, WORDS.value],
-    )
 
 
 def choose_tile(x: torch.Tensor, weight: PackedWeight) -> FewTile | ManyTile | None:
@@ -657,8 +639,6 @@ def few_tokens_linear(
         ROWS=rows,
         BLOCKS=FEW_BLOCKS,
         STAGES=tile.num_stages,
-        words_layout=_words_layout(tile.row_tiles, tile.num_warps),
-        x_layout=_x_layout(tile.tokens, tile.num_warps),
         num_warps=tile.num_warps,
         **overlap_options(x.device),
     )
@@ -697,7 +677,6 @@ def many_tokens_linear(
         K=k,
         GROUP=weight.group_size,
         STAGES=tile.num_stages,
-        words_layout=_word_layout(),
         COMPUTING_REGISTERS=COMPUTING_REGISTERS,
         COPYING_REGISTERS=COPYING_REGISTERS,
         num_warps=4,
