@@ -17,6 +17,7 @@ from nanovllm.kernels.triton.peer_memory import PeerMemory, num_memory_bytes
 from nanovllm.kernels.types import (
     FP8_DTYPE,
     DecodeMetadata,
+    HeadInputs,
     KVCache,
     LinearOutput,
     LoRAWeights,
@@ -97,6 +98,20 @@ def decode(ops: Ops, shape: Shape) -> None:
     metadata = DecodeMetadata(empty(rows, dtype=INT64), tables, lengths, plan)
     query = empty(rows, shape.num_heads, shape.head_dim, dtype=shape.dtype)
     ops.attend(query, cache, metadata, 0.1, **extras_of(shape))
+
+
+def attention_of_new_tokens(ops: Ops, shape: Shape) -> None:
+    """A decode step of one row."""
+    cache, rows = cache_of(shape), 1
+    tables, lengths = empty(rows, TABLE_WIDTH, dtype=INT32), empty(rows, dtype=INT32)
+    plan = ops.plan_decode(cache, tables, lengths, None, shape.window)
+    metadata = DecodeMetadata(empty(rows, dtype=INT64), tables, lengths, plan)
+    weight = empty(shape.head_dim, dtype=shape.dtype)
+    width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    cos_sin = empty(4096, shape.head_dim, dtype=FLOAT32)
+    qkv, positions = product(shape, rows, width), empty(rows, dtype=INT32)
+    heads = HeadInputs(qkv, weight, weight, 1e-6, cos_sin, positions)
+    ops.attention(heads, cache, metadata, 0.1, **extras_of(shape))
 
 
 def prefill_metadata(shape: Shape) -> PrefillMetadata:
@@ -308,6 +323,7 @@ SHAPE = Shape()
 FEW = replace(SHAPE, rows=8, num_parts=2)
 ALL = (
     decode,
+    attention_of_new_tokens,
     prefill,
     rope,
     copies,

@@ -8,6 +8,7 @@ from nanovllm.kernels.types import (
     AttentionMetadata,
     ClampedSwiGLU,
     DecodeInputs,
+    HeadInputs,
     KVCache,
     LinearOutput,
     LoRAWeights,
@@ -211,6 +212,29 @@ class Ops(Protocol):
 
         Returns:
             [T, Hq, D].
+        """
+
+    def attention(
+        self,
+        heads: HeadInputs,
+        cache: KVCache,
+        metadata: AttentionMetadata,
+        scale: float,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """`qk_norm_rope_store`, `copy_units` and `attend`, for the queries at `logits_indices`.
+
+        Args:
+            heads: of the T new tokens.
+            cache: of the layer; gets their K/V.
+            metadata: of the layer's cache group.
+            scale: as in `attend`, and so are the others.
+
+        Returns:
+            [T, Hq, D], or as many rows as there are `logits_indices`.
         """
 
     def sigmoid_gate(self, x: Tensor, gate: LinearOutput) -> Tensor:

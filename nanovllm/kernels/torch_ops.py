@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels import row_state, torch_delta_rule, torch_lora
+from nanovllm.kernels.attention_steps import AttentionInSteps
 from nanovllm.kernels.cache_units import COPY_UNIT
 from nanovllm.kernels.types import (
     ATTENTION_EXTRAS,
@@ -730,7 +731,7 @@ def _compiled(function: Callable[Inputs, Output], compiles: bool) -> Callable[In
     return torch.compile(function, dynamic=True) if compiles else function
 
 
-class TorchOps:
+class TorchOps(AttentionInSteps):
     """`Ops` in plain PyTorch; the elementwise parts go through torch.compile if `compiles`."""
 
     has_fp8_products = False

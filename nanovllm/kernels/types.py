@@ -123,6 +123,20 @@ class Unreduced:
     term: LinearOutput  # [T, N]
 
 
+class HeadInputs(NamedTuple):
+    """What a layer makes the queries, keys and values of its new tokens of.
+
+    As in `Ops.qk_norm_rope_store`.
+    """
+
+    qkv: LinearOutput
+    q_norm_weight: Tensor | None
+    k_norm_weight: Tensor | None
+    eps: float
+    cos_sin: Tensor
+    positions: Tensor
+
+
 class KVCacheSpec(NamedTuple):
     """An attention layer's memory of each token, on one rank."""
 

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from nanovllm.kernels.select import check_attention_extras
-from nanovllm.kernels.types import AttentionMetadata, KVCache, KVCacheSpec, LinearOutput
+from nanovllm.kernels.types import AttentionMetadata, HeadInputs, KVCache, KVCacheSpec, LinearOutput
 from nanovllm.layers.context import ModelContext
 
 
@@ -58,16 +58,11 @@ class Attention(nn.Module):
         """
         if self.cache_group:
             metadata = metadata.further_groups[self.cache_group - 1]
-        slots = metadata.slot_mapping
-        query = self.ops.qk_norm_rope_store(
-            qkv, q_norm_weight, k_norm_weight, eps, self.cos_sin, positions, self.cache, slots
-        )
-        if metadata.copies is not None:
-            self.ops.copy_units(self.cache, metadata.copies)
-        query = at_logits_indices(query, metadata)
+        norms = q_norm_weight, k_norm_weight, eps
+        heads = HeadInputs(qkv, *norms, self.cos_sin, positions)
         window, cap, sinks = self.window, self.cap, self.sinks
-        return self.ops.attend(
-            query, self.cache, metadata, self.scale, window=window, softcap=cap, sinks=sinks
+        return self.ops.attention(
+            heads, self.cache, metadata, self.scale, window=window, softcap=cap, sinks=sinks
         ).flatten(1)
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from new_tokens import new_tokens
 from triton_interpreter_checks import (
     DTYPES,
     HEADS,
@@ -18,8 +19,10 @@ from triton_interpreter_checks import (
 )
 
 from nanovllm.kernels import torch_ops
+from nanovllm.kernels.attention_steps import AttentionInSteps
 from nanovllm.kernels.triton import common_prefix as triton_common_prefix
 from nanovllm.kernels.triton import decode_attention as decode
+from nanovllm.kernels.triton.fused_decode import MAX_ROWS, fuses
 from nanovllm.kernels.types import FP8_DTYPE, DecodeMetadata, KVCache
 
 
@@ -235,3 +238,52 @@ def test_fp8_cache(dtype, heads):
             rtol=4 * eps,
             atol=8 * eps * expected.abs().max(),
         )
+
+
+FUSED = (
+    # heads, norms of q and k, parts of the QKV product, extras of attention
+    ((4, 2, 64), True, 2, {}),
+    ((3, 1, 128), False, 1, {"window": 40}),
+    ((2, 2, 64), True, 1, {"softcap": 2.0, "window": 20}),
+    ((4, 2, 64), False, 2, {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])}),
+)
+
+
+@pytest.mark.parametrize(("heads", "has_norms", "num_parts", "extras"), FUSED)
+def test_heads_are_made_in_decode_attention(heads, has_norms, num_parts, extras):
+    """Bit for bit as by the two kernels, K/V included."""
+    sizes = {"has_norms": has_norms, "num_parts": num_parts}
+    args = new_tokens([1, 0, 70], heads, DTYPES[1], torch.device("cpu"), **sizes)
+    inputs, cache, metadata, scale = args
+    live, window = metadata.context_lens > 0, extras.get("window")
+    caches = [KVCache(*(x.clone() for x in cache[:2])) for _ in range(3)]
+    expected = torch_ops.TorchOps().attention(inputs, caches[0], metadata, scale, **extras)
+    tables, lens = metadata.block_tables, metadata.context_lens
+    plan = decode.plan_decode(
+        cache, tables, lens, None, window, tile=16, programs_per_sm=50, min_split=32
+    )
+    planned = replace(metadata, plan=plan)
+    assert fuses(inputs, cache, planned, window)
+    in_steps = AttentionInSteps.attention(OPS, inputs, caches[1], planned, scale, **extras)
+    fused = OPS.attention(inputs, caches[2], planned, scale, **extras)
+    assert torch.equal(fused[live], in_steps[live]) and (fused[~live] == 0).all()
+    assert_close(fused[live], expected[live])
+    for ours, other in zip(caches[1][:2], caches[2][:2], strict=True):
+        assert torch.equal(ours.nan_to_num(), other.nan_to_num())
+
+
+def test_what_decode_attention_leaves_to_kernels_of_their_own():
+    args = new_tokens([1, 33], (4, 2, 64), DTYPES[1], torch.device("cpu"))
+    inputs, cache, metadata, _ = args
+    tables, lens = metadata.block_tables, metadata.context_lens
+    plan = decode.plan_decode(cache, tables, lens)
+    planned = replace(metadata, plan=plan)
+    assert fuses(inputs, cache, planned, None)
+    assert not fuses(inputs, cache, metadata, None), "the last layer of a prefill"
+    assert not fuses(inputs, cache, replace(planned, logits_indices=ints([0, 1])), None)
+    shared = replace(metadata, plan=decode.plan_decode(cache, tables, lens, ints([0])))
+    assert not fuses(inputs, cache, shared, None) and fuses(inputs, cache, shared, 8)
+    assert not fuses(inputs._replace(q_norm_weight=None), cache, planned, None)
+    assert not fuses(inputs, cache._replace(key_scales=torch.ones(1)), planned, None)
+    slots = torch.zeros(MAX_ROWS + 1, dtype=torch.int64)
+    assert not fuses(inputs, cache, replace(planned, slot_mapping=slots), None)

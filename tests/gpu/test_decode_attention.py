@@ -6,25 +6,32 @@ times the error of the torch op in the inputs' own dtype, plus a rounding of the
 
 from collections.abc import Iterator
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
+from new_tokens import new_tokens
 from test_engine_gpu import greedy, random_prompts, small_engine, token_ids
 from tiny_models import reference_greedy, save_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanovllm.engine import common_prefix
 from nanovllm.engine.step_plan import PlanBuilder
-from nanovllm.kernels import torch_ops
+from nanovllm.kernels import row_state, torch_ops
+from nanovllm.kernels.attention_steps import AttentionInSteps
+from nanovllm.kernels.select import select_ops
 from nanovllm.kernels.types import FP8_DTYPE, FP8_MIN_CAPABILITY, DecodeMetadata, KVCache
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
 from nanovllm.kernels.triton import common_prefix as triton_common_prefix
+from nanovllm.kernels.triton import launch
 from nanovllm.kernels.triton.decode_attention import decode_attention, plan_decode
+from nanovllm.kernels.triton.fused_decode import MAX_ROWS, fuses
 
 DEVICE = torch.device("cuda", torch.cuda.current_device())
+OPS = select_ops("triton", DEVICE, torch.bfloat16, 128, compile_torch_ops=False)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCK_SIZE = 256
 NO_SLOTS = torch.empty(0, dtype=torch.int64)  # attention only reads the cache
@@ -290,3 +297,89 @@ def test_engine_reads_a_common_prefix_once_with_the_same_tokens(tmp_path, monkey
             assert has_common == (min_spared < 10**9)
             if "enforce_eager" not in settings:
                 assert (len(sizes) > 1) == has_common
+
+
+NEW_TOKENS = (
+    # heads, norms of q and k, parts of the QKV product, extras of attention
+    ((16, 8, 128), True, 2, {}),
+    ((16, 8, 128), False, 1, {"window": 300}),
+    ((28, 4, 64), True, 3, {"softcap": 20.0}),
+    ((4, 4, 256), True, 1, {"window": 64}),
+    ((7, 1, 128), False, 2, {"sinks": 7}),
+)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize(("heads", "has_norms", "num_parts", "extras"), NEW_TOKENS)
+@pytest.mark.parametrize("lens", ([640], [1, 17, 0, 256, 257, 1100, 32], [384] * MAX_ROWS))
+def test_heads_are_made_in_decode_attention(heads, has_norms, num_parts, extras, dtype, lens):
+    """Bit for bit as by the two kernels, K/V included: no result depends on the batch's size."""
+    sizes = {"block_size": BLOCK_SIZE, "has_norms": has_norms, "num_parts": num_parts}
+    inputs, cache, metadata, scale = new_tokens(lens, heads, dtype, DEVICE, **sizes)
+    if "sinks" in extras:
+        extras = {"sinks": randn(extras["sinks"], dtype=dtype)}
+    live, window = metadata.context_lens > 0, extras.get("window")
+    caches = [KVCache(*(x.clone() for x in cache[:2])) for _ in range(3)]
+    plan = plan_decode(cache, metadata.block_tables, metadata.context_lens, None, window)
+    planned = replace(metadata, plan=plan)
+    assert fuses(inputs, cache, planned, window)
+    in_steps = AttentionInSteps.attention(OPS, inputs, caches[0], planned, scale, **extras)
+    expected = torch_ops.TorchOps().attention(inputs, caches[1], metadata, scale, **extras)
+    for _ in range(5):
+        fused = OPS.attention(inputs, caches[2], planned, scale, **extras)
+        assert torch.equal(fused[live], in_steps[live]) and (fused[~live] == 0).all()
+        for ours, other in zip(caches[0][:2], caches[2][:2], strict=True):
+            assert torch.equal(ours.nan_to_num(), other.nan_to_num())
+    tolerance = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(fused[live], expected[live], rtol=tolerance, atol=tolerance)
+
+
+def test_steps_that_follow_each_other_see_all_earlier_tokens():
+    """Keys and values are read before the kernel ahead has ended; the same with no overlap."""
+    heads, rows, num_steps = (16, 8, 128), 8, 40
+    lens = [250 + 5 * row for row in range(rows)]
+    inputs, cache, metadata, scale = new_tokens(
+        [length + num_steps for length in lens], heads, torch.bfloat16, DEVICE, block_size=256
+    )
+    table = torch.zeros(rows + 1, row_state.BLOCK_TABLE + metadata.block_tables.shape[1])
+    table = table.int().to(DEVICE)
+    table[:rows, row_state.BLOCK_TABLE :] = metadata.block_tables
+    weight = randn(32 * 128, 16 * 128).div_(45)
+    hidden = randn(rows, 16 * 128)
+
+    def run() -> torch.Tensor:
+        table[:rows, row_state.LENGTH] = ints(lens)
+        own = KVCache(*(x.nan_to_num(0).clone() for x in cache[:2]))
+
+        def step() -> torch.Tensor:
+            state = OPS.gather_decode_inputs(table, torch.arange(rows, device=DEVICE).int(), 256)
+            plan = OPS.plan_decode(own, state.block_tables, state.context_lens)
+            planned = DecodeMetadata(
+                state.slot_mapping, state.block_tables, state.context_lens, plan
+            )
+            x = hidden
+            for _ in range(4):
+                qkv = OPS.linear(x, weight)
+                heads = inputs._replace(qkv=qkv, positions=state.positions)
+                x = OPS.attention(heads, own, planned, scale).flatten(1)
+            OPS.write_back(
+                table, torch.arange(rows, device=DEVICE).int(), state.input_ids, state.positions
+            )
+            return x
+
+        step()
+        table[:rows, row_state.LENGTH] = ints(lens)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = step()
+        results = []
+        for _ in range(num_steps):
+            graph.replay()
+            results.append(out.clone())
+        return torch.stack(results)
+
+    overlapped = run()
+    with mock.patch.object(launch, "OVERLAP_LAUNCHES", False):
+        assert torch.equal(overlapped, run())
+    assert len({tuple(x[0, :8].tolist()) for x in overlapped}) == num_steps

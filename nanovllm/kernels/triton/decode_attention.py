@@ -32,6 +32,8 @@ from nanovllm.kernels.types import FP8_DTYPE, DecodeMetadata, KVCache
 
 TILE = 64  # tokens per iteration; lies within one page
 SMALL_BATCH_TILE = 32
+ONE_ROW_TILE = 128  # in half precision, where the keys and values of two tiles fit
+ONE_ROW = 8  # row-heads up to which it wins: one row of Qwen3-0.6B
 FP8_TILE_FACTOR = 2  # a tile of an fp8 cache has as many bytes
 SMALL_BATCH = 256  # row-heads (rows times KV heads) up to which the smaller tile wins
 NUM_WARPS = 2
@@ -43,6 +45,7 @@ PROGRAMS_PER_SM = {128: 6, 2**31: 3}
 MIN_SPLIT_TOKENS = (128, 512)
 MERGE_ELEMENTS = 4096  # of partial outputs that a program merges at a time
 MIN_TILE = 16  # what a matrix product needs
+TWO_TILES_ROOM = 16384  # bytes of shared memory beside two tiles
 OTHER_SHARED_BYTES = 512  # block ids, and what warps exchange for a maximum
 
 FP8_MAX = tl.constexpr(types.FP8_MAX)
@@ -129,7 +132,7 @@ def _plan_kernel(
 
 
 @jit
-def _merge_splits(
+def merge_splits(
     out,  # [B, Hq, D]
     partial,
     partial_lse,
@@ -331,7 +334,7 @@ def _decode_kernel(
             arrivals + row * num_kv_heads + kv_head, 1, sem="acq_rel", scope="gpu"
         )
         if (arrived + 1) % num_splits == 0:
-            _merge_splits(
+            merge_splits(
                 out,
                 partial,
                 partial_lse,
@@ -350,7 +353,7 @@ def _decode_kernel(
             )
 
 
-def _cutting(window: int | None, block_tables: torch.Tensor, block_size: int) -> int | None:
+def cutting_window(window: int | None, block_tables: torch.Tensor, block_size: int) -> int | None:
     """The window, or None where no sequence of these tables is longer."""
     return None if window is None or window >= block_tables.shape[1] * block_size else window
 
@@ -372,18 +375,22 @@ def plan_decode(
     """
     (batch_size,) = context_lens.shape
     key_cache = cache.key
-    block_size, num_kv_heads = key_cache.shape[1:3]
+    block_size, num_kv_heads, head_dim = key_cache.shape[1:]
+    row_heads = batch_size * num_kv_heads
     if tile is None:
-        tile = SMALL_BATCH_TILE if batch_size * num_kv_heads <= SMALL_BATCH else TILE
+        tile = SMALL_BATCH_TILE if row_heads <= SMALL_BATCH else TILE
         tile *= FP8_TILE_FACTOR if key_cache.dtype == FP8_DTYPE else 1
+        two_tiles = 4 * ONE_ROW_TILE * triton.next_power_of_2(head_dim) * key_cache.element_size()
+        has_room = two_tiles + TWO_TILES_ROOM <= device_limits(key_cache.device).shared_memory
+        if row_heads <= ONE_ROW and key_cache.element_size() == 2 and has_room:
+            tile = ONE_ROW_TILE
     tile = min(tile, block_size)
     assert tile >= MIN_TILE and block_size % tile == 0
-    row_heads = batch_size * num_kv_heads
     if min_split is None:
         shortest, longest = MIN_SPLIT_TOKENS
         min_split = max(shortest, min(2 * row_heads, longest))
     min_tiles = max(1, min_split // tile)
-    window = _cutting(window, block_tables, block_size)
+    window = cutting_window(window, block_tables, block_size)
     if programs_per_sm is None:
         programs_per_sm = next(n for most, n in PROGRAMS_PER_SM.items() if row_heads <= most)
     num_programs = programs_per_sm * num_multiprocessors(key_cache.device)
@@ -465,7 +472,7 @@ def choose_tile_and_stages(
         tile //= 2
 
 
-def _plan_of_layer(cache: KVCache, metadata: DecodeMetadata, window: int | None) -> DecodePlan:
+def plan_of_layer(cache: KVCache, metadata: DecodeMetadata, window: int | None) -> DecodePlan:
     """The step's plan for a layer's number of KV heads and window; makes it if there is none."""
     tables, context_lens = metadata.block_tables, metadata.context_lens
     if metadata.plan is None:
@@ -507,8 +514,8 @@ def decode_attention(
     assert key_cache.stride() == value_cache.stride()
     check_sinks(sinks, num_heads)
     scale_log2, tanh_scale = score_scales(scale, softcap)
-    window = _cutting(window, block_tables, block_size)
-    plan = _plan_of_layer(cache, metadata, window)
+    window = cutting_window(window, block_tables, block_size)
+    plan = plan_of_layer(cache, metadata, window)
     num_common_blocks = plan.num_common_blocks if window is None else None
     num_items, tile = len(plan.items), plan.tile
     group = num_heads // num_kv_heads

@@ -2,12 +2,14 @@
 
 import torch
 
+from nanovllm.kernels.attention_steps import AttentionInSteps
 from nanovllm.kernels.torch_ops import vocab_linear
 from nanovllm.kernels.triton.activation import gated_linear, gelu_and_mul, silu_and_mul
 from nanovllm.kernels.triton.copy_units import copy_units
 from nanovllm.kernels.triton.decode_attention import decode_attention, plan_decode
 from nanovllm.kernels.triton.filters import filter_thresholds
 from nanovllm.kernels.triton.fp8_linear import fp8_linear
+from nanovllm.kernels.triton.fused_decode import fused_decode, fuses
 from nanovllm.kernels.triton.gated_delta_net import (
     causal_conv1d,
     gated_delta_rule,
@@ -23,7 +25,14 @@ from nanovllm.kernels.triton.prefill_attention import prefill_attention
 from nanovllm.kernels.triton.rope import qk_norm_rope_store
 from nanovllm.kernels.triton.row_state import gather_decode_inputs, write_back
 from nanovllm.kernels.triton.sampling import sample
-from nanovllm.kernels.types import ATTENTION_EXTRAS, AttentionMetadata, KVCache, PrefillMetadata
+from nanovllm.kernels.types import (
+    ATTENTION_EXTRAS,
+    AttentionMetadata,
+    DecodeMetadata,
+    HeadInputs,
+    KVCache,
+    PrefillMetadata,
+)
 
 
 def attend(
@@ -46,7 +55,7 @@ def attend(
     )
 
 
-class TritonKernels:
+class TritonKernels(AttentionInSteps):
     """All of `Ops` but attention."""
 
     supports_cuda_graphs = True
@@ -86,3 +95,23 @@ class TritonOps(TritonKernels):
 
     attend = staticmethod(attend)
     plan_decode = staticmethod(plan_decode)
+
+    def attention(
+        self,
+        heads: HeadInputs,
+        cache: KVCache,
+        metadata: AttentionMetadata,
+        scale: float,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `Ops.attention`."""
+        if isinstance(metadata, DecodeMetadata) and fuses(heads, cache, metadata, window):
+            return fused_decode(
+                heads, cache, metadata, scale, window=window, softcap=softcap, sinks=sinks
+            )
+        return super().attention(
+            heads, cache, metadata, scale, window=window, softcap=softcap, sinks=sinks
+        )

@@ -31,9 +31,19 @@ NUM_WARPS = 4
 
 
 @jit
-def _finite(x):
+def finite(x):
     """x, with 0 for NaN and infinities."""
     return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0).to(x.dtype)
+
+
+@jit
+def sum_of_squares(x1, x2):
+    """x1^2 + x2^2 summed over the columns, float32 [ROWS, 1].
+
+    In float64, where the order of summands does not show: other kernels get the same.
+    """
+    x = (x1 * x1).to(tl.float64) + (x2 * x2).to(tl.float64)
+    return tl.sum(x, axis=1, keep_dims=True).to(tl.float32)
 
 
 # Per-token inputs may be slices of one packed buffer: no recompilation for their alignment.
@@ -61,6 +71,7 @@ def _qk_norm_rope_store_kernel(
     PADDED_HALF: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEADS: tl.constexpr,
+    EXACT: tl.constexpr,  # whether sums do not depend on their order
     OVERLAP: tl.constexpr,
 ):
     release_next(OVERLAP)
@@ -94,7 +105,10 @@ def _qk_norm_rope_store_kernel(
     # Norm; a kind without a weight is left as it is.
     x1 = raw1.to(tl.float32)
     x2 = raw2.to(tl.float32)
-    mean_square = tl.sum(x1 * x1 + x2 * x2, axis=1, keep_dims=True) / HEAD_DIM
+    if EXACT:
+        mean_square = sum_of_squares(x1, x2) / HEAD_DIM
+    else:
+        mean_square = tl.sum(x1 * x1 + x2 * x2, axis=1, keep_dims=True) / HEAD_DIM
     inverse_rms = tl.rsqrt(mean_square + eps)
     normed1 = x1 * inverse_rms
     normed2 = x2 * inverse_rms
@@ -129,8 +143,8 @@ def _qk_norm_rope_store_kernel(
         k_head = head - NUM_Q_HEADS
         v_head = k_head - NUM_KV_HEADS
         # Values are kept finite: attention may multiply those that it masks by 0.
-        kv1 = tl.where(is_k, rotated1, _finite(raw1))
-        kv2 = tl.where(is_k, rotated2, _finite(raw2))
+        kv1 = tl.where(is_k, rotated1, finite(raw1))
+        kv2 = tl.where(is_k, rotated2, finite(raw2))
         if key_scales is not None:
             kv1 = kv1.to(tl.float32)
             kv2 = kv2.to(tl.float32)
@@ -200,6 +214,7 @@ def qk_norm_rope_store(
         PADDED_HALF=padded_half,
         BLOCK_SIZE=block_size,
         HEADS=heads,
+        EXACT=num_tokens < MANY_TOKENS,
         num_warps=NUM_WARPS,
         **overlap_options(qkv.device),
     )
