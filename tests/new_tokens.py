@@ -13,7 +13,6 @@ def new_tokens(
     *,
     block_size: int = 32,
     num_parts: int = 1,
-    has_norms: bool = True,
 ) -> tuple[HeadInputs, KVCache, DecodeMetadata, float]:
     """Heads (query, KV, dimension) of rows with so many tokens, the new one included.
 
@@ -32,7 +31,7 @@ def new_tokens(
         caches.flatten(1, 2)[:, own[:-1]] = torch.randn(2, len(own[:-1]), *heads[1:]).to(dtype)
         slots[row] = own[-1] if length else -1
     parts = torch.randn(num_parts, len(lens), (num_heads + 2 * num_kv_heads) * head_dim)
-    norms = (torch.rand(2, head_dim) + 0.5).to(dtype).to(device) if has_norms else (None, None)
+    norms = (torch.rand(2, head_dim) + 0.5).to(dtype).to(device)
     inputs = HeadInputs(
         PartialSums(parts.to(device), dtype) if num_parts > 1 else parts[0].to(dtype).to(device),
         *norms,

@@ -241,19 +241,18 @@ def test_fp8_cache(dtype, heads):
 
 
 FUSED = (
-    # heads, norms of q and k, parts of the QKV product, extras of attention
-    ((4, 2, 64), True, 2, {}),
-    ((3, 1, 128), False, 1, {"window": 40}),
-    ((2, 2, 64), True, 1, {"softcap": 2.0, "window": 20}),
-    ((4, 2, 64), False, 2, {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])}),
+    # heads, parts of the QKV product, extras of attention
+    ((4, 2, 64), 2, {}),
+    ((3, 1, 128), 1, {"window": 40}),
+    ((2, 2, 64), 1, {"softcap": 2.0, "window": 20}),
+    ((4, 2, 64), 2, {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])}),
 )
 
 
-@pytest.mark.parametrize(("heads", "has_norms", "num_parts", "extras"), FUSED)
-def test_heads_are_made_in_decode_attention(heads, has_norms, num_parts, extras):
+@pytest.mark.parametrize(("heads", "num_parts", "extras"), FUSED)
+def test_heads_are_made_in_decode_attention(heads, num_parts, extras):
     """Bit for bit as by the two kernels, K/V included."""
-    sizes = {"has_norms": has_norms, "num_parts": num_parts}
-    args = new_tokens([1, 0, 70], heads, DTYPES[1], torch.device("cpu"), **sizes)
+    args = new_tokens([1, 0, 70], heads, DTYPES[1], torch.device("cpu"), num_parts=num_parts)
     inputs, cache, metadata, scale = args
     live, window = metadata.context_lens > 0, extras.get("window")
     caches = [KVCache(*(x.clone() for x in cache[:2])) for _ in range(3)]
@@ -283,7 +282,9 @@ def test_what_decode_attention_leaves_to_kernels_of_their_own():
     assert not fuses(inputs, cache, replace(planned, logits_indices=ints([0, 1])), None)
     shared = replace(metadata, plan=decode.plan_decode(cache, tables, lens, ints([0])))
     assert not fuses(inputs, cache, shared, None) and fuses(inputs, cache, shared, 8)
-    assert not fuses(inputs._replace(q_norm_weight=None), cache, planned, None)
+    for norms in ((None, None), (None, inputs.k_norm_weight), [torch.ones(64)] * 2):
+        without = inputs._replace(q_norm_weight=norms[0], k_norm_weight=norms[1])
+        assert not fuses(without, cache, planned, None)
     assert not fuses(inputs, cache._replace(key_scales=torch.ones(1)), planned, None)
     slots = torch.zeros(MAX_ROWS + 1, dtype=torch.int64)
     assert not fuses(inputs, cache, replace(planned, slot_mapping=slots), None)

@@ -300,21 +300,21 @@ def test_engine_reads_a_common_prefix_once_with_the_same_tokens(tmp_path, monkey
 
 
 NEW_TOKENS = (
-    # heads, norms of q and k, parts of the QKV product, extras of attention
-    ((16, 8, 128), True, 2, {}),
-    ((16, 8, 128), False, 1, {"window": 300}),
-    ((28, 4, 64), True, 3, {"softcap": 20.0}),
-    ((4, 4, 256), True, 1, {"window": 64}),
-    ((7, 1, 128), False, 2, {"sinks": 7}),
+    # heads, parts of the QKV product, extras of attention
+    ((16, 8, 128), 2, {}),
+    ((16, 8, 128), 1, {"window": 300}),
+    ((28, 4, 64), 3, {"softcap": 20.0}),
+    ((4, 4, 256), 1, {"window": 64}),
+    ((7, 1, 128), 2, {"sinks": 7}),
 )
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-@pytest.mark.parametrize(("heads", "has_norms", "num_parts", "extras"), NEW_TOKENS)
+@pytest.mark.parametrize(("heads", "num_parts", "extras"), NEW_TOKENS)
 @pytest.mark.parametrize("lens", ([640], [1, 17, 0, 256, 257, 1100, 32], [384] * MAX_ROWS))
-def test_heads_are_made_in_decode_attention(heads, has_norms, num_parts, extras, dtype, lens):
+def test_heads_are_made_in_decode_attention(heads, num_parts, extras, dtype, lens):
     """Bit for bit as by the two kernels, K/V included: no result depends on the batch's size."""
-    sizes = {"block_size": BLOCK_SIZE, "has_norms": has_norms, "num_parts": num_parts}
+    sizes = {"block_size": BLOCK_SIZE, "num_parts": num_parts}
     inputs, cache, metadata, scale = new_tokens(lens, heads, dtype, DEVICE, **sizes)
     if "sinks" in extras:
         extras = {"sinks": randn(extras["sinks"], dtype=dtype)}

@@ -47,21 +47,20 @@ MATRIX_ROWS = 16  # of a matrix product's operand
 def _rotated(x, paired, weight, paired_weight, cos, sin, is_first_half, eps, WIDTH: tl.constexpr):
     """Norm and rotation of heads x [ROWS, WIDTH], as `_qk_norm_rope_store_kernel` has them.
 
-    paired: of each element the one that the rotation pairs it with; its weight likewise.
+    paired: of each element the one that the rotation pairs it with; its weight likewise. Weights
+    are of x's dtype.
     """
     dtype: tl.constexpr = x.dtype
     x = x.to(tl.float32)
     paired = paired.to(tl.float32)
-    if weight is not None:
-        squares = tl.sum((x * x).to(tl.float64), axis=1, keep_dims=True).to(tl.float32)
-        inverse_rms = tl.rsqrt(squares / WIDTH + eps)
-        x *= inverse_rms
-        paired *= inverse_rms
-        if weight.dtype == dtype:
-            x = x.to(dtype).to(tl.float32)
-            paired = paired.to(dtype).to(tl.float32)
-        x = (x * weight.to(tl.float32)).to(dtype).to(tl.float32)
-        paired = (paired * paired_weight.to(tl.float32)).to(dtype).to(tl.float32)
+    squares = tl.sum((x * x).to(tl.float64), axis=1, keep_dims=True).to(tl.float32)
+    inverse_rms = tl.rsqrt(squares / WIDTH + eps)
+    x *= inverse_rms
+    paired *= inverse_rms
+    x = x.to(dtype).to(tl.float32)
+    paired = paired.to(dtype).to(tl.float32)
+    x = (x * weight.to(tl.float32)).to(dtype).to(tl.float32)
+    paired = (paired * paired_weight.to(tl.float32)).to(dtype).to(tl.float32)
     x_cos = (x * cos.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
     paired_sin = (paired * sin.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
     return tl.where(is_first_half, x_cos - paired_sin, x_cos + paired_sin).to(dtype)
@@ -102,7 +101,7 @@ def _fused_decode_kernel(
     arrivals,
     items,
     qkv,  # [B, (Hq + 2 Hkv) * D]
-    q_norm_weight,  # [D], and that of k too, or both None
+    q_norm_weight,  # [D], and that of k too
     k_norm_weight,
     cos_sin,  # [max_position, D] float32
     positions,  # [B] int32
@@ -185,12 +184,9 @@ def _fused_decode_kernel(
     # The group's query heads, then its key head, then padding.
     x_row = tl.arange(0, X_ROWS)
     is_key = (x_row == GROUP)[:, None]
-    weight = None
-    paired_weight = None
-    if q_norm_weight is not None:
-        norm_weight = tl.where(is_key, k_norm_weight, q_norm_weight)
-        weight = tl.load(norm_weight + dim[None, :], cache_modifier=".cg")
-        paired_weight = tl.load(norm_weight + paired_dim[None, :], cache_modifier=".cg")
+    norm_weight = tl.where(is_key, k_norm_weight, q_norm_weight)
+    weight = tl.load(norm_weight + dim[None, :], cache_modifier=".cg")
+    paired_weight = tl.load(norm_weight + paired_dim[None, :], cache_modifier=".cg")
     k_head = num_kv_heads * GROUP + kv_head
     x_head = tl.where(is_key, k_head, (kv_head * GROUP + x_row)[:, None])
     x_pointers = qkv + row * stride_qkv + x_head * HEAD_DIM + dim[None, :]
@@ -264,11 +260,15 @@ def _fused_decode_kernel(
             )  # fmt: skip
 
 
-def _is_pair(q_norm_weight: torch.Tensor | None, k_norm_weight: torch.Tensor | None) -> bool:
-    """Whether both are norm weights of one dtype, or none."""
-    if q_norm_weight is None or k_norm_weight is None:
-        return q_norm_weight is k_norm_weight
-    return q_norm_weight.dtype == k_norm_weight.dtype
+def _has_norms(heads: HeadInputs) -> bool:
+    """Whether q and k have norm weights, of the dtype of what they multiply.
+
+    Otherwise the compiler fuses other multiplications into sums than in the kernel of `rope`, and
+    the last bits may differ.
+    """
+    dtype = parts_of(heads.qkv)[3]
+    norms = heads.q_norm_weight, heads.k_norm_weight
+    return all(weight is not None and weight.dtype == dtype for weight in norms)
 
 
 def fuses(heads: HeadInputs, cache: KVCache, metadata: DecodeMetadata, window: int | None) -> bool:
@@ -292,7 +292,7 @@ def fuses(heads: HeadInputs, cache: KVCache, metadata: DecodeMetadata, window: i
         and cache.key_scales is None
         and cache.key.dtype != torch.float32
         and head_dim == triton.next_power_of_2(head_dim)
-        and _is_pair(heads.q_norm_weight, heads.k_norm_weight)
+        and _has_norms(heads)
     )
 
 
