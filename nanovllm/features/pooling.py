@@ -237,15 +237,22 @@ def reward(
 
 
 def tasks_of(llm: LLMEngine) -> tuple[str, ...]:
-    """What the model answers, of TASKS."""
+    """What the engine answers, of TASKS: what the model can, or the one task it was made for."""
+    if (task := llm.config.pooling.task) is not None:
+        return (task,)
     head = llm.config.model_config.head
     return EMBEDDING_TASKS if head is None else head.tasks
 
 
 def check_task(llm: LLMEngine, task: str) -> None:
-    """ArgumentError if the model does not answer a task."""
+    """ArgumentError if the engine does not answer a task."""
     check_choice("pooling_task", task, TASKS)
-    tasks = tasks_of(llm)
+    only, tasks = llm.config.pooling.task, tasks_of(llm)
+    if only is not None and task != only:
+        raise ArgumentError(
+            f"{task!r} is not answered with pooler_config=PoolerConfig(task={only!r}): try "
+            f"PoolerConfig(task={task!r}), or None for all tasks of the model"
+        )
     if task not in tasks:
         raise ArgumentError(
             f"{llm.config.model!r} does not answer {task!r}: a model of "

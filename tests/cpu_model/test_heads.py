@@ -358,6 +358,10 @@ def test_late_interaction(tiny_dir):
         assert [o.prompt_token_ids for o in outputs] == [ids[0] + rest for rest in ids[1:]]
         [encoded] = llm.encode(query, use_tqdm=False)  # the task is said already
         check_close([encoded.outputs.data], [ours])
+        assert [task for task in llm.supported_tasks if task != "generate"] == ["token_embed"]
+        for call in (llm.embed, lambda prompt: llm.encode(prompt, pooling_task="embed")):
+            with pytest.raises(ArgumentError, match=r"try PoolerConfig\(task='embed'\)"):
+                call(query)
         with pytest.raises(ArgumentError, match="chat_template"):
             llm.score(query, documents, chat_template="{{ messages }}")
 
