@@ -4,8 +4,9 @@ A `RequestOutput` is nano-vLLM's dict of "text" and "token_ids" and carries vLLM
 that scripts written for either read it.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterable, Iterator, MutableSequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, NoReturn, overload
 
 from nanovllm.lora_request import LoRARequest
 
@@ -27,8 +28,103 @@ class Logprob:
     decoded_token: str | None = None
 
 
-SampleLogprobs = list[dict[int, Logprob]]  # vLLM's names, for annotations
-PromptLogprobs = list[dict[int, Logprob] | None]
+@dataclass
+class FlatLogprobs(MutableSequence[dict[int, Logprob]]):
+    """Log probabilities of many positions without an object for each entry; vLLM's class.
+
+    It reads as a list of dicts: an index makes the position's `{token id: Logprob}`, a slice is
+    another FlatLogprobs. A prompt's first position is {}, where a list has None. Positions are
+    added at its end only.
+
+    Args:
+        start_indices: where each position begins in the lists below.
+        end_indices: where it ends, exclusive.
+        token_ids: of each entry. A position has its own token first, then the most probable ones,
+            so its own may be there twice; the later entry counts.
+        logprobs: as `Logprob.logprob`.
+        ranks: as `Logprob.rank`.
+        decoded_tokens: as `Logprob.decoded_token`.
+    """
+
+    start_indices: list[int] = field(default_factory=list)
+    end_indices: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    ranks: list[int | None] = field(default_factory=list)
+    decoded_tokens: list[str | None] = field(default_factory=list)
+
+    def append(self, value: dict[int, Logprob] | None) -> None:
+        """Add one position; None has no entries."""
+        entries = (value or {}).values()
+        self.append_fast(
+            value or {},
+            [entry.logprob for entry in entries],
+            [entry.rank for entry in entries],
+            [entry.decoded_token for entry in entries],
+        )
+
+    def append_fast(
+        self,
+        token_ids: Iterable[int],
+        logprobs: Iterable[float],
+        ranks: Iterable[int | None],
+        decoded_tokens: Iterable[str | None],
+    ) -> None:
+        """Add one position of as many entries as each of these has; ValueError if they differ."""
+        entries = list(zip(token_ids, logprobs, ranks, decoded_tokens, strict=True))
+        self.start_indices.append(len(self.token_ids))
+        self.token_ids += (entry[0] for entry in entries)
+        self.logprobs += (entry[1] for entry in entries)
+        self.ranks += (entry[2] for entry in entries)
+        self.decoded_tokens += (entry[3] for entry in entries)
+        self.end_indices.append(len(self.token_ids))
+
+    def extend(self, values: Iterable[dict[int, Logprob] | None]) -> None:
+        """Add positions; those of another FlatLogprobs as they are."""
+        if isinstance(values, FlatLogprobs):
+            for position in range(len(values)):
+                self.append_fast(*values._columns(position))
+        else:
+            for value in values:
+                self.append(value)
+
+    def __len__(self) -> int:
+        return len(self.start_indices)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[int, Logprob]: ...
+    @overload
+    def __getitem__(self, index: slice) -> "FlatLogprobs": ...
+    def __getitem__(self, index: int | slice) -> "dict[int, Logprob] | FlatLogprobs":
+        if isinstance(index, slice):
+            selected = FlatLogprobs()
+            for position in range(len(self))[index]:
+                selected.append_fast(*self._columns(position))
+            return selected
+        token_ids, *values = self._columns(index)
+        return dict(zip(token_ids, map(Logprob, *values), strict=True))
+
+    def _columns(self, position: int) -> tuple[list[Any], ...]:
+        part = slice(self.start_indices[position], self.end_indices[position])
+        columns = (self.token_ids, self.logprobs, self.ranks, self.decoded_tokens)
+        return tuple(column[part] for column in columns)
+
+    def __iter__(self) -> Iterator[dict[int, Logprob]]:
+        return (self[position] for position in range(len(self)))
+
+    def __setitem__(self, index: Any, value: Any) -> NoReturn:
+        raise TypeError("a position of FlatLogprobs cannot be set, only appended")
+
+    def __delitem__(self, index: Any) -> NoReturn:
+        raise TypeError("a position of FlatLogprobs cannot be deleted")
+
+    def insert(self, index: int, value: Any) -> NoReturn:
+        """Refused with a TypeError, as in vLLM."""
+        raise TypeError("a position of FlatLogprobs cannot be inserted, only appended")
+
+
+SampleLogprobs = FlatLogprobs | list[dict[int, Logprob]]  # vLLM's names, for annotations
+PromptLogprobs = FlatLogprobs | list[dict[int, Logprob] | None]
 
 
 @dataclass
@@ -43,6 +139,7 @@ class CompletionOutput:
         token_ids: all ids of the completion, never cut.
         cumulative_logprob: sum of the sampled tokens' log probabilities; None unless `logprobs`.
         logprobs: for each token a dict of token ids: the sampled one first, then the most probable.
+            FlatLogprobs if `flat_logprobs`.
         finish_reason: "stop", "length", "repetition" or "abort"; None while it runs.
         stop_reason: the stop string or stop token id that ended it, or why it failed; None for EOS
             and all else.
@@ -53,7 +150,7 @@ class CompletionOutput:
     text: str
     token_ids: list[int]
     cumulative_logprob: float | None = None
-    logprobs: list[dict[int, Logprob]] | None = None
+    logprobs: SampleLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     lora_request: LoRARequest | None = None
@@ -244,7 +341,7 @@ class RequestOutput(dict[str, Any]):
         prompt: its text; None if token ids were given.
         prompt_token_ids: its token ids.
         prompt_logprobs: for each prompt token a dict as in `CompletionOutput.logprobs`, for the
-            first None; None unless asked for.
+            first None; None unless asked for. FlatLogprobs if `flat_logprobs`.
         outputs: its completions by index, one at least.
         finished: whether all of them have ended.
         metrics: its times.
@@ -267,7 +364,7 @@ class RequestOutput(dict[str, Any]):
         request_id: str,
         prompt: str | None,
         prompt_token_ids: list[int],
-        prompt_logprobs: list[dict[int, Logprob] | None] | None,
+        prompt_logprobs: PromptLogprobs | None,
         outputs: list[CompletionOutput],
         finished: bool,
         metrics: RequestMetrics | None = None,
@@ -315,5 +412,5 @@ def _as_plain(value: Any) -> Any:
         return {key: _as_plain(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_as_plain(item) for item in value]
-    is_record = isinstance(value, (CompletionOutput, Logprob, LoRARequest, RequestMetrics))
-    return asdict(value) if is_record else value
+    records = (CompletionOutput, FlatLogprobs, Logprob, LoRARequest, RequestMetrics)
+    return asdict(value) if isinstance(value, records) else value

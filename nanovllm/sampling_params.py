@@ -456,6 +456,11 @@ class SamplingParams:
         "log probabilities of the sampled token and of these at each position, instead of the most "
         "probable ones: `logprobs` is None or their number. Their `rank` is None.",
     )
+    flat_logprobs: bool = parameter(
+        False,
+        boolean,
+        "give log probabilities as `FlatLogprobs`, which reads as the list of dicts.",
+    )
     detokenize: bool = parameter(True, boolean, 'decode the completion. False leaves the text "".')
     skip_special_tokens: bool = parameter(False, boolean, "leave special tokens out of the text.")
     spaces_between_special_tokens: bool = parameter(

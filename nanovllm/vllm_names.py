@@ -53,7 +53,9 @@ MODULES: dict[str, dict[str, str]] = {
     "inputs.data": dict.fromkeys(("PromptType", "TextPrompt", "TokensPrompt"), "inputs"),
     "logger": {"init_logger": "vllm_names"},
     "logits_process": {"LogitsProcessor": "sampling_params:RequestLogitsProcessor"},
-    "logprobs": dict.fromkeys(("Logprob", "PromptLogprobs", "SampleLogprobs"), "outputs"),
+    "logprobs": dict.fromkeys(
+        ("FlatLogprobs", "Logprob", "PromptLogprobs", "SampleLogprobs"), "outputs"
+    ),
     "lora.request": {"LoRARequest": "lora_request"},
     "platforms": {"current_platform": "vllm_names"},
     "renderers.inputs.preprocess": {"parse_model_prompt": "features.renderer"},

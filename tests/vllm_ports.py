@@ -264,8 +264,7 @@ TESTS = [
     ),
     Checks(
         "samplers/test_logprobs.py",
-        (),
-        (("test_ranks", "`flat_logprobs=True`; its other half passes"),),
+        ("test_ranks",),
     ),
     Checks("samplers/test_ignore_eos.py", ("test_ignore_eos",)),
     Checks(

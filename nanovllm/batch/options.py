@@ -153,8 +153,8 @@ def _engine_parameters() -> list[Parameter]:
 
 
 def _sampling_parameters() -> list[Parameter]:
-    # Has an option of its own; are no text; a batch has whole outputs.
-    others = ("seed", "logits_processors", "output_kind")
+    # Has an option of its own; are no text; a batch has whole outputs, and writes JSON.
+    others = ("seed", "logits_processors", "output_kind", "flat_logprobs")
     return [p for p in parameters(SamplingParams) if p.name not in others]
 
 

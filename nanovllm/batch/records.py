@@ -206,8 +206,8 @@ def _offsets(
 
 
 def _candidates(items: dict[int, Logprob] | None) -> dict[str, Any] | None:
-    """One prompt position, as in `prompt_logprobs`; None for the first."""
-    if items is None:
+    """One prompt position, as in `prompt_logprobs`; None for the first, which has none."""
+    if not items:
         return None
     return {
         str(token_id): {

@@ -10,7 +10,13 @@ from nanovllm.engine.sequence_errors import note_error
 from nanovllm.errors import RequestError, describe, is_fault
 from nanovllm.inputs.detokenizer import decode, output_text_of
 from nanovllm.inputs.tokenizer import Tokenizer
-from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
+from nanovllm.outputs import (
+    CompletionOutput,
+    FlatLogprobs,
+    PromptLogprobs,
+    RequestOutput,
+    SampleLogprobs,
+)
 from nanovllm.sampling.state import LogprobRow, cumulative_logprob
 from nanovllm.sampling_params import SamplingParams
 
@@ -74,10 +80,12 @@ def _output(
     request: Request, tokenizer: Tokenizer | None, error: BaseException | None
 ) -> RequestOutput:
     first = request.sequences[0]
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
     if request.params.prompt_logprobs is not None:
         rows = first.features.prompt_logprobs
-        prompt_logprobs = [None, *_logprobs(rows, request.params, tokenizer)]
+        prompt_logprobs = FlatLogprobs() if request.params.flat_logprobs else []
+        prompt_logprobs.append(None)
+        prompt_logprobs.extend(_logprobs(rows, request.params, tokenizer))
     return RequestOutput(
         str(request.request_id),
         request.prompt,
@@ -134,10 +142,11 @@ def _logprobs(
     params: SamplingParams,
     tokenizer: Tokenizer | None,
     are_best: bool = True,
-) -> list[dict[int, Logprob]]:
-    from nanovllm.sampling.logprobs import to_logprobs
+) -> SampleLogprobs:
+    from nanovllm.sampling.logprobs import to_flat_logprobs, to_logprobs
 
-    return to_logprobs(rows, tokenizer if params.detokenize else None, are_best)
+    make = to_flat_logprobs if params.flat_logprobs else to_logprobs
+    return make(rows, tokenizer if params.detokenize else None, are_best)
 
 
 def _text(seq: Sequence, token_ids: list[int], tokenizer: Tokenizer | None) -> str:

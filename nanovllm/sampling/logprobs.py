@@ -3,13 +3,14 @@
 They are those of the model alone, from its raw logits in float32, whatever sampling does to these.
 """
 
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 
 from nanovllm.inputs.detokenizer import token_texts
 from nanovllm.kernels.copies import Download
-from nanovllm.outputs import Logprob
+from nanovllm.outputs import FlatLogprobs, Logprob
 from nanovllm.sampling.state import LogprobRow
 
 MAX_FLOAT32_LOGITS = 2**24  # in float32 at a time
@@ -105,10 +106,7 @@ def to_logprobs(
     are_best: the other tokens are the k best. Else they were asked for by id and have no ranks.
     """
     lists = [(row.token_ids.tolist(), row.logprobs.tolist()) for row in rows]
-    texts: dict[int, str] = {}
-    if tokenizer is not None:
-        distinct = dict.fromkeys(token_id for token_ids, _ in lists for token_id in token_ids)
-        texts = token_texts(tokenizer, distinct)
+    texts = _texts([token_ids for token_ids, _ in lists], tokenizer)
     positions = []
     for row, (token_ids, logprobs) in zip(rows, lists, strict=True):
         own_id, *best_ids = token_ids
@@ -122,3 +120,27 @@ def to_logprobs(
                 position[token_id] = Logprob(logprob, None, texts.get(token_id))
         positions.append(position)
     return positions
+
+
+def to_flat_logprobs(
+    rows: list[LogprobRow], tokenizer: Any = None, are_best: bool = True
+) -> FlatLogprobs:
+    """`to_logprobs` in flat lists; each position has its own token and then all k others."""
+    id_lists = [row.token_ids.tolist() for row in rows]
+    texts = _texts(id_lists, tokenizer)
+    flat = FlatLogprobs()
+    for row, token_ids in zip(rows, id_lists, strict=True):
+        own_id, *other_ids = token_ids
+        ranks: list[int | None] = [row.rank]
+        if are_best:
+            ranks += range(1, len(token_ids))
+        else:
+            ranks += [row.rank if token_id == own_id else None for token_id in other_ids]
+        flat.append_fast(token_ids, row.logprobs.tolist(), ranks, map(texts.get, token_ids))
+    return flat
+
+
+def _texts(id_lists: list[list[int]], tokenizer: Any) -> dict[int, str]:
+    if tokenizer is None:
+        return {}
+    return token_texts(tokenizer, dict.fromkeys(chain.from_iterable(id_lists)))

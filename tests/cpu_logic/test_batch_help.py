@@ -15,7 +15,7 @@ from nanovllm.sampling_params import SamplingParams
 # The library keeps special tokens; a batch leaves them out, as OpenAI's does.
 DEFAULTS = {p.name: p.default for p in (*parameters(Config), *parameters(SamplingParams))}
 DEFAULTS |= {"skip_special_tokens": True, "return_token_ids": False, "no_progress": False}
-del DEFAULTS["model"], DEFAULTS["output_kind"]
+del DEFAULTS["model"], DEFAULTS["output_kind"], DEFAULTS["flat_logprobs"]
 DEFAULTS["seed"] = 0
 
 

@@ -2,11 +2,12 @@
 
 import copy
 import json
+import operator
 import pickle
 
 import pytest
 
-from nanovllm import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from nanovllm import CompletionOutput, FlatLogprobs, Logprob, RequestMetrics, RequestOutput
 
 TWO_KEYS = {"text": " b", "token_ids": [5, 6]}
 
@@ -165,3 +166,40 @@ def test_repr_shows_the_attributes(output):
     assert shown.startswith("RequestOutput(request_id='3', prompt='a', prompt_token_ids=[1, 2], ")
     assert "CompletionOutput(index=1, text=' c', token_ids=[7]" in shown
     assert "Logprob(logprob=-0.5, rank=1, decoded_token=' b')" in shown
+
+
+def test_flat_logprobs_read_as_a_list_of_dicts():
+    positions = [None, {5: Logprob(-0.5, 1, "a"), 6: Logprob(-1.5, 2)}, {7: Logprob(-0.25)}]
+    flat = FlatLogprobs()
+    flat.append(positions[0])
+    flat.extend(positions[1:])
+    dicts = [{}, *positions[1:]]
+    assert (flat.start_indices, flat.end_indices) == ([0, 0, 2], [0, 2, 3])
+    assert (flat.token_ids, flat.logprobs) == ([5, 6, 7], [-0.5, -1.5, -0.25])
+    assert (flat.ranks, flat.decoded_tokens) == ([1, 2, None], ["a", None, None])
+    assert list(flat) == dicts and list(reversed(flat)) == dicts[::-1]
+    assert (len(flat), flat[-1], positions[1] in flat) == (3, dicts[-1], True)
+    for part in (slice(1, 3), slice(None, None, -1), slice(0, None, 2), slice(3, None)):
+        assert isinstance(flat[part], FlatLogprobs) and list(flat[part]) == dicts[part]
+    assert flat[:2] == FlatLogprobs([0, 0], [0, 2], [5, 6], [-0.5, -1.5], [1, 2], ["a", None])
+    twice = FlatLogprobs([0], [2], [5, 5], [-0.5, -0.5], [2, 1], [None, None])
+    twice += twice
+    assert (twice.end_indices, twice[1]) == ([2, 4], {5: Logprob(-0.5, 1)})
+    with pytest.raises(IndexError):
+        flat[3]
+
+
+def test_positions_of_flat_logprobs_are_only_appended():
+    flat = FlatLogprobs()
+    flat += [{5: Logprob(-0.5)}]
+    for change in (
+        lambda: flat.insert(0, {}),
+        lambda: flat.pop(),
+        lambda: operator.setitem(flat, 0, {}),
+        lambda: operator.delitem(flat, 0),
+    ):
+        with pytest.raises(TypeError, match="FlatLogprobs"):
+            change()
+    with pytest.raises(ValueError, match="shorter"):
+        flat.append_fast([1, 2], [-0.5], [1, 2], [None, None])
+    assert flat == FlatLogprobs([0], [1], [5], [-0.5], [None], [None])

@@ -49,6 +49,7 @@ FULL = {
     "logprobs": 2,
     "prompt_logprobs": 0,
     "logprob_token_ids": [7, 8],
+    "flat_logprobs": True,
     "detokenize": True,
     "skip_special_tokens": True,
     "spaces_between_special_tokens": False,
@@ -120,6 +121,7 @@ def test_defaults_are_those_of_vllm_but_for_max_tokens_and_special_tokens():
         "bad_words": [],
         "logprobs": None,
         "prompt_logprobs": None,
+        "flat_logprobs": False,
         "detokenize": True,
         "skip_special_tokens": False,
         "spaces_between_special_tokens": True,
@@ -182,7 +184,7 @@ def test_only_the_first_three_are_positional():
         SamplingParams(1.0, 64, False, 2)
 
 
-@pytest.mark.parametrize("name", ["best_of", "flat_logprobs", "use_beam_search"])
+@pytest.mark.parametrize("name", ["best_of", "use_beam_search"])
 def test_unknown_parameters_are_named(name):
     with pytest.raises(TypeError, match=name):
         SamplingParams(**{name: 1})
@@ -467,6 +469,7 @@ NAN, INF = math.nan, math.inf
         ("logprobs", ">= -1", [-2, 1.0, "5", True, False]),
         ("prompt_logprobs", ">= -1", [-2, 1.0, "5", True, False]),
         ("include_stop_str_in_output", "True or False", [0, None, "yes"]),
+        ("flat_logprobs", "True or False", [1, None]),
         ("detokenize", "True or False", [1, None]),
         ("skip_special_tokens", "True or False", [1, None]),
         ("spaces_between_special_tokens", "True or False", [1, None]),

@@ -123,6 +123,7 @@ SAMPLING = {
     "logprobs": or_none(integer(-1, INT32)),
     "prompt_logprobs": or_none(integer(-1, INT32)),
     "logprob_token_ids": or_none(Row(is_list, lambda v: as_ints(v) or None)),
+    "flat_logprobs": boolean,
     "detokenize": boolean,
     "skip_special_tokens": boolean,
     "spaces_between_special_tokens": boolean,

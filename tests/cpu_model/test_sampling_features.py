@@ -1,6 +1,7 @@
 """Sampling parameters in the engine: logprobs against transformers, all kinds in one batch."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from engine_checks import check_nothing_is_held, generate, greedy, random_prompt
 from tiny_models import VOCAB_SIZE
 from transformers import Qwen3ForCausalLM
 
-from nanovllm import SamplingParams, StructuredOutputsParams
+from nanovllm import FlatLogprobs, SamplingParams, StructuredOutputsParams
 
 MAX_TOKENS = 12
 PROMPTS = random_prompts([3, 40, 300, 513, 1, 600], seed=11)
@@ -92,6 +93,29 @@ def test_prompt_logprobs_are_those_of_transformers(tiny_dir, llm, hf_model, chun
         truth = log_softmax(hf_model, prompt)
         for i, position in enumerate(output.prompt_logprobs[1:]):
             check_position(position, prompt[i + 1], 2, truth[i])
+
+
+@pytest.mark.parametrize("chosen", [{"logprobs": 2}, {"logprob_token_ids": [5, 6, 7]}])
+def test_flat_logprobs_are_those_of_the_dicts(llm, chosen):
+    params = SamplingParams(1.0, 5, ignore_eos=True, n=2, seed=3, prompt_logprobs=1, **chosen)
+    flat = replace(params, flat_logprobs=True)
+    expected = llm.generate(PROMPTS[:2], params, use_tqdm=False)
+    found = llm.generate(PROMPTS[:2], flat, use_tqdm=False)
+    items = llm.generate_stream(PROMPTS[:2], flat)
+    found += sorted((i.output for i in items if i.finished), key=lambda o: int(o.request_id))
+    for output, plain in zip(found, 2 * expected, strict=True):
+        assert isinstance(output.prompt_logprobs, FlatLogprobs)
+        assert list(output.prompt_logprobs) == [{}, *plain.prompt_logprobs[1:]]
+        num_others = len(output.prompt_token_ids) - 1
+        assert output.prompt_logprobs.end_indices == list(range(0, 2 * num_others + 1, 2))
+        for completion, dicts in zip(output.outputs, plain.outputs, strict=True):
+            assert isinstance(completion.logprobs, FlatLogprobs)
+            assert list(completion.logprobs) == dicts.logprobs
+            assert completion.cumulative_logprob == dicts.cumulative_logprob
+            width = len(chosen.get("logprob_token_ids", "12")) + 1  # the sampled token is kept
+            assert completion.logprobs.start_indices == list(range(0, 5 * width, width))
+            assert completion.logprobs.token_ids[::width] == completion.token_ids
+        assert json.loads(json.dumps(output.to_dict())) == output.to_dict()
 
 
 def test_logprobs_of_the_whole_vocabulary(llm, hf_model):

@@ -51,7 +51,7 @@ inputs: PromptType TextPrompt TokensInput TokensPrompt
 inputs.data: TokensPrompt
 logger: init_logger
 logits_process: LogitsProcessor
-logprobs: Logprob PromptLogprobs SampleLogprobs
+logprobs: FlatLogprobs Logprob PromptLogprobs SampleLogprobs
 lora.request: LoRARequest
 outputs: CompletionOutput EmbeddingRequestOutput PoolingRequestOutput RequestOutput
 pooling_params: PoolingParams
@@ -186,7 +186,7 @@ def check_same(rows, expected):
 @pytest.mark.parametrize("n", [1, 2])
 def test_outputs_have_what_their_kind_says(engine, llm, n):
     values = {"max_tokens": 9, "ignore_eos": True, "n": n, "seed": 5, "logprobs": 1}
-    values["prompt_logprobs"] = 1
+    values |= {"prompt_logprobs": 1, "flat_logprobs": n == 2}
     [whole] = llm.generate(["hello, my name is"], SamplingParams(**values), use_tqdm=False)
     for kind in RequestOutputKind:
         engine.add_request(kind.name, whole.prompt, SamplingParams(**values, output_kind=kind))
