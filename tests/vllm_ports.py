@@ -217,15 +217,7 @@ TESTS = [
     ),
     Checks(
         "entrypoints/llm/test_struct_output_generate.py",
-        ("json", "json_object", "ebnf", "lark"),
-        (
-            (
-                "regex",
-                "an address that could go on, such as 1.2.3.4, ends with an EOS token, which the "
-                "text keeps unless `skip_special_tokens=True` (other addresses pass)",
-            ),
-            ("choice", "the same for Java, as JavaScript is a choice too (the others pass)"),
-        ),
+        ("json", "json_object", "ebnf", "lark", "regex", "choice"),
     ),
     Checks(
         "entrypoints/llm/offline_mode/test_offline_mode.py",

@@ -47,7 +47,9 @@ def follow_text(request: Request, tokenizer: Tokenizer | None) -> None:
     """Let the texts of the completions grow with their tokens, and end at stop strings."""
     for seq in request.sequences:
         if output_text_of(seq.finish_rules) is None:
-            seq.finish_rules.append(OutputText(tokenizer, request.params, seq.prompt_token_ids))
+            silent = seq.features.ids_without_text
+            text = OutputText(tokenizer, request.params, seq.prompt_token_ids, silent)
+            seq.finish_rules.append(text)
 
 
 class InputProcessor:
@@ -183,6 +185,9 @@ class InputProcessor:
     def _prepare(self, request: Request) -> None:
         """Set up the sequences of a new request."""
         params = request.params
+        if params.structured_outputs is not None and not params.include_stop_str_in_output:
+            for seq in request.sequences:
+                seq.features.ids_without_text = self.config.eos_token_ids
         if params.stop:
             self._need_tokenizer("stop")
             follow_text(request, self.tokenizer)

@@ -152,5 +152,7 @@ def _logprobs(
 def _text(seq: Sequence, token_ids: list[int], tokenizer: Tokenizer | None) -> str:
     output_text = output_text_of(seq.finish_rules)
     if output_text is None or tokenizer is None:
+        if silent := seq.features.ids_without_text:
+            token_ids = [token_id for token_id in token_ids if token_id not in silent]
         return decode(tokenizer, token_ids, seq.sampling_params, seq.prompt_token_ids)
     return output_text.final_text() if seq.is_finished else output_text.text

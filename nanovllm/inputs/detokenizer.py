@@ -278,10 +278,15 @@ class OutputText:
         tokenizer: turns ids into text.
         params: `stop`, `min_tokens` and the options of the text.
         prompt_token_ids: what the completion goes on from; no stop string is looked for in it.
+        ids_without_text: tokens that add nothing to the text.
     """
 
     def __init__(
-        self, tokenizer: Any, params: SamplingParams, prompt_token_ids: Sequence[int] = ()
+        self,
+        tokenizer: Any,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int] = (),
+        ids_without_text: frozenset[int] = frozenset(),
     ) -> None:
         self.stop_string: str | None = None  # the one that was hit
         self._detokenizer = incremental_detokenizer(
@@ -290,6 +295,7 @@ class OutputText:
             params.spaces_between_special_tokens,
             prompt_token_ids,
         )
+        self._ids_without_text = ids_without_text
         self._stop = params.stop or []
         self._is_stop_included = params.include_stop_str_in_output
         self._num_tokens_before_stop = params.min_tokens
@@ -310,6 +316,8 @@ class OutputText:
         if self.stop_string is not None:
             return
         self._num_tokens_before_stop -= 1
+        if token_id in self._ids_without_text:
+            return
         new_text = self._detokenizer.append((token_id,))
         if new_text:
             self._add(new_text)

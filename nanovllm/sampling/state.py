@@ -36,6 +36,7 @@ class FeatureState:
 
     Args:
         grammar: has accepted the confirmed tokens.
+        ids_without_text: tokens that end a text of structured outputs and are no part of it.
         output_token_ids: of the completion, as logits processors see them.
         processors: logits processors of the request's own.
         may_be_forced: whether `forced_token` is ever set.
@@ -53,6 +54,7 @@ class FeatureState:
     """
 
     grammar: "Grammar | None" = None
+    ids_without_text: frozenset[int] = frozenset()
     output_token_ids: list[int] | None = None
     processors: "RequestProcessors | None" = None
     may_be_forced: bool = False

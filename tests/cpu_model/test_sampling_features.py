@@ -223,11 +223,33 @@ def test_structured_output_among_others(llm):
     outputs = llm.generate(PROMPTS, [plain] * 3 + [choice] * 3, use_tqdm=False)
     assert [output["token_ids"] for output in outputs[:3]] == expected
     for output in outputs[3:]:
-        text = llm.tokenizer.decode(output["token_ids"], skip_special_tokens=True)
-        assert text in choices
+        assert output["text"] in choices
         assert output["finish_reason"] == "stop"
         [alone] = llm.generate([output.prompt_token_ids], choice, use_tqdm=False)
         assert alone == output
+
+
+def test_an_eos_token_is_no_part_of_a_structured_text(llm):
+    """The grammar could go on where the model ends it."""
+    pytest.importorskip("llguidance", reason="the extra structured-outputs is not installed")
+    digits = SamplingParams(
+        max_tokens=5,
+        temperature=0,
+        logit_bias={EOS: 100.0},
+        structured_outputs=StructuredOutputsParams(regex="[0-9]{1,9}"),
+    )
+    marked = replace(digits, include_stop_str_in_output=True)
+    eos = llm.tokenizer.decode([EOS])
+    assert eos
+    for stop in (None, ["never there"]):
+        for params, end in ((replace(digits, stop=stop), ""), (replace(marked, stop=stop), eos)):
+            [output] = llm.generate([PROMPTS[1]], params, use_tqdm=False)
+            *token_ids, last = output["token_ids"]
+            assert last == EOS and output["finish_reason"] == "stop"
+            assert output["text"] == llm.tokenizer.decode(token_ids) + end
+            assert output["text"].removesuffix(eos).isdigit()
+            pieces = [item.text for item in llm.generate_stream([PROMPTS[1]], params)]
+            assert "".join(pieces) == output["text"]
 
 
 def test_json_without_whitespace(tiny_dir, llm):
