@@ -112,8 +112,8 @@ class PoolerConfig:
     task: str | None = parameter(
         None,
         choice(*TASKS),
-        "the one task that the engine answers, and what `encode` does without a `pooling_task`; "
-        '`None`: all tasks of the model. With "token_embed" `score` takes '
+        "the one task that the engine answers, which `encode` then does without a `pooling_task`. "
+        'With none all tasks of the model are answered. With "token_embed" `score` takes '
         '`method="late-interaction"`.',
     )
     pooling_type: str | None = parameter(
