@@ -106,13 +106,13 @@ class Compilation:
     """
 
     def __init__(self, variants: Iterable[Variant], device: torch.device | None = None) -> None:
-        ordered = sorted(variants, key=lambda variant: -len(variant.kernel.src))
+        self._variants = sorted(variants, key=lambda variant: -len(variant.kernel.src))
         self._device = device
         self._pool = ThreadPoolExecutor(
-            max(1, min(num_cores(), len(ordered))), "nanovllm-compiler", self._begin
+            max(1, min(num_cores(), len(self._variants))), "nanovllm-compiler", self._begin
         )
         self._tasks: list[Future[None]] = [
-            self._pool.submit(self._compile, variant) for variant in ordered
+            self._pool.submit(self._compile, variant) for variant in self._variants
         ]
 
     def _begin(self) -> None:
@@ -130,9 +130,22 @@ class Compilation:
         Whoever launches such a kernel gets the error.
         """
         try:
-            return [error for task in self._tasks if (error := task.exception()) is not None]
+            errors = [task.exception() for task in self._tasks]
+            for index, error in enumerate(errors):
+                # Python 3.11 counts the depth of syntax trees for all threads together. Where two
+                # make one at a time it may fail (its issue 106905), and not when all is quiet.
+                if isinstance(error, SystemError):
+                    errors[index] = self._error_of(self._variants[index])
+            return [error for error in errors if error is not None]
         finally:
             self.close()
+
+    def _error_of(self, variant: Variant) -> BaseException | None:
+        try:
+            self._compile(variant)
+        except Exception as error:
+            return error
+        return None
 
     def close(self) -> None:
         """Compile no more than what has begun."""
