@@ -12,7 +12,6 @@ plan and the tables are. A decode step may write to no other slot than that of a
 """
 
 import torch
-import triton
 import triton.language as tl
 
 from nanovllm.kernels.device import device_limits
@@ -33,7 +32,13 @@ from nanovllm.kernels.triton.decode_attention import (
     merge_splits,
     plan_of_layer,
 )
-from nanovllm.kernels.triton.launch import await_previous, jit, overlap_options, release_next
+from nanovllm.kernels.triton.launch import (
+    await_previous,
+    jit,
+    next_power_of_2,
+    overlap_options,
+    release_next,
+)
 from nanovllm.kernels.triton.linear import load_summed, parts_of
 from nanovllm.kernels.triton.rope import finite
 from nanovllm.kernels.types import DecodeMetadata, HeadInputs, KVCache
@@ -291,7 +296,7 @@ def fuses(heads: HeadInputs, cache: KVCache, metadata: DecodeMetadata, window: i
         and group <= MAX_GROUP
         and cache.key_scales is None
         and cache.key.dtype != torch.float32
-        and head_dim == triton.next_power_of_2(head_dim)
+        and head_dim == next_power_of_2(head_dim)
         and _has_norms(heads)
     )
 
@@ -336,7 +341,7 @@ def fused_decode(
     shape = (num_items, num_heads)
     partial = torch.empty((*shape, head_dim), dtype=torch.float32, device=qkv.device)
     partial_lse = torch.empty(shape, dtype=torch.float32, device=qkv.device)
-    merge_group = triton.next_power_of_2(group)
+    merge_group = next_power_of_2(group)
     _fused_decode_kernel[(num_kv_heads, num_items)](
         out,
         partial,
@@ -365,7 +370,7 @@ def fused_decode(
         block_tables.stride(0),
         NUM_PARTS=num_parts,
         GROUP=group,
-        X_ROWS=triton.next_power_of_2(group + 1),
+        X_ROWS=next_power_of_2(group + 1),
         PADDED_GROUP=padded_group,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,

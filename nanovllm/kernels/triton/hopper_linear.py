@@ -13,7 +13,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -26,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nanovllm.kernels.triton.hopper_prefill import start_copy
-from nanovllm.kernels.triton.launch import overlap_options, with_dry_runs
+from nanovllm.kernels.triton.launch import cdiv, overlap_options, with_dry_runs
 from nanovllm.kernels.types import LinearOutput, PartialSums
 
 BLOCK_N = 64  # weight rows of a program: the rows of Hopper's smallest matrix instruction
@@ -216,7 +215,7 @@ def _launch(
     (num_tokens, k), n = x.shape, weight.shape[0]
     assert x.is_contiguous() and weight.is_contiguous()
     assert num_tokens <= block_m and k % BLOCK_K == 0
-    _hopper_linear_kernel[(triton.cdiv(n, BLOCK_N), num_parts)](
+    _hopper_linear_kernel[(cdiv(n, BLOCK_N), num_parts)](
         out,
         x,
         _tiles(weight, is_gated),

@@ -18,7 +18,6 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
@@ -35,6 +34,7 @@ from nanovllm.kernels.triton.hopper_prefill import (
     start_copy,
 )
 from nanovllm.kernels.triton.launch import (
+    cdiv,
     is_hopper,
     num_multiprocessors,
     overlap_options,
@@ -613,12 +613,12 @@ def few_tokens_linear(
     assert num_tokens <= tile.tokens and k % (FEW_BLOCKS * COLUMNS.value) == 0
     assert x.is_contiguous() and weight.numbers.is_contiguous() and weight.scales.is_contiguous()
     rows = 16 * tile.row_tiles * tile.num_warps
-    num_tiles = triton.cdiv(n, rows)
+    num_tiles = cdiv(n, rows)
     num_steps = k // (FEW_BLOCKS * COLUMNS.value)
     num_programs = tile.programs_per_sm * num_multiprocessors(x.device)
     num_parts = max(1, min(num_steps // 2, round(num_programs / num_tiles)))
-    steps_per_part = triton.cdiv(num_steps, num_parts)
-    num_parts = triton.cdiv(num_steps, steps_per_part)
+    steps_per_part = cdiv(num_steps, num_parts)
+    num_parts = cdiv(num_steps, steps_per_part)
     if num_parts == 1:
         out = torch.empty(num_tokens, n, dtype=x.dtype, device=x.device)
     else:
@@ -653,11 +653,11 @@ def many_tokens_linear(
     n = weight.shape[0]
     assert x.is_contiguous() and weight.numbers.is_contiguous() and weight.scales.is_contiguous()
     num_blocks = k // COLUMNS.value
-    num_tiles = triton.cdiv(num_tokens, tile.tokens) * triton.cdiv(n, MANY_ROWS.value)
+    num_tiles = cdiv(num_tokens, tile.tokens) * cdiv(n, MANY_ROWS.value)
     most_parts = min(num_multiprocessors(x.device) // num_tiles, num_blocks // MIN_BLOCKS)
     num_parts = max(1, most_parts)
-    blocks_per_part = triton.cdiv(num_blocks, num_parts)
-    num_parts = triton.cdiv(num_blocks, blocks_per_part)
+    blocks_per_part = cdiv(num_blocks, num_parts)
+    num_parts = cdiv(num_blocks, blocks_per_part)
     if num_parts == 1:
         out = torch.empty(num_tokens, n, dtype=x.dtype, device=x.device)
     else:

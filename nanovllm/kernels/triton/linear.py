@@ -7,13 +7,13 @@ parts of a split K are left unsummed: the next kernel adds them up as it reads (
 
 import torch
 import torch.nn.functional as F
-import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanovllm.kernels.triton.hopper_linear import BLOCK_K, BLOCK_N, hopper_linear
 from nanovllm.kernels.triton.launch import (
     await_previous,
+    cdiv,
     has_bulk_copies,
     is_hopper,
     jit,
@@ -97,7 +97,7 @@ def choose_block_m(num_tokens: int, n: int, k: int, dtype: torch.dtype) -> int |
     """
     if not SPLIT_LINEAR or dtype == torch.float32 or k % BLOCK_K:
         return None
-    num_programs = triton.cdiv(n, BLOCK_N) * (k // BLOCK_K)
+    num_programs = cdiv(n, BLOCK_N) * (k // BLOCK_K)
     for block_m, most in MAX_PROGRAMS.items():
         if num_tokens <= block_m:
             return block_m if num_programs <= most else None
@@ -158,7 +158,7 @@ def split_linear(
         out = torch.empty(num_tokens, n, dtype=x.dtype, device=x.device)
     else:
         out = torch.empty(num_parts, num_tokens, n, dtype=torch.float32, device=x.device)
-    _split_linear_kernel[(triton.cdiv(n, BLOCK_N), num_parts)](
+    _split_linear_kernel[(cdiv(n, BLOCK_N), num_parts)](
         out,
         TensorDescriptor.from_tensor(x, [block_m, BLOCK_K]),
         TensorDescriptor.from_tensor(weight, [BLOCK_N, BLOCK_K]),
