@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from engine_options import add_engine_options, engine_settings
 from safetensors.torch import save_file
-from workloads import ROWS, workloads
+from workloads import ONE_CALL_ROWS, ROWS, workloads
 
 from nanovllm import LLM
 from nanovllm.lora_request import LoRARequest
@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num-adapters", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--rows", nargs="+", default=["bench"], choices=[row.name for row in ROWS])
+    parser.add_argument("--rows", nargs="+", default=["bench"], choices=ONE_CALL_ROWS)
     return parser.parse_args()
 
 

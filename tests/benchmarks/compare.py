@@ -124,9 +124,9 @@ def serve(model: str, settings: dict[str, Any], rows: list[dict[str, Any]]) -> N
             workload = next(draws[name])
             params = workload.sampling_params
             start = time.perf_counter()
-            outputs = llm.generate(workload.prompts, params, use_tqdm=False)
+            completions = workload.generate(llm, params)
             seconds = time.perf_counter() - start
-            if [len(output["token_ids"]) for output in outputs] != workload.output_lens:
+            if list(map(len, completions)) != workload.output_lens:
                 raise RuntimeError("a request ended before its max_tokens")
             num_tokens = workload.num_counted_tokens(units[name])
             print(json.dumps([seconds, num_tokens]), file=reply, flush=True)

@@ -123,31 +123,30 @@ def count_decode_contexts(workload: Workload) -> int:
     preemption turns one such step into a second prefill, which is not counted.
     """
     return sum(
-        sum_of_range(len(prompt) + 1, len(prompt) + output_len - 1)
-        for prompt, output_len in zip(workload.prompts, workload.output_lens, strict=True)
+        sum_of_range(prompt_len + 1, prompt_len + output_len - 1)
+        for prompt_len, output_len in zip(workload.prompt_lens, workload.output_lens, strict=True)
     )
 
 
 def count_distinct_contexts(workload: Workload, num_decode_steps: int) -> int:
     """`count_decode_contexts`, but a decode step reads the shared prefix only once."""
-    num_decode_tokens = workload.num_output_tokens - len(workload.prompts)
+    num_decode_tokens = workload.num_output_tokens - len(workload.output_lens)
     repeated_reads = num_decode_tokens - num_decode_steps
     return count_decode_contexts(workload) - workload.shared_prefix_len * repeated_reads
 
 
 def count_prefill_tokens(workload: Workload) -> int:
-    """Prompt tokens, those of the shared prefix only once."""
-    return workload.num_prompt_tokens - workload.shared_prefix_len * (len(workload.prompts) - 1)
+    """Prompt tokens, but none that was computed before."""
+    return workload.num_prompt_tokens - sum(workload.known_lens)
 
 
 def count_prefill_flops(workload: Workload, cost: ModelCost) -> int:
-    """2 per weight and token, causal attention, the LM head for last tokens; the prefix once."""
-    prefix_len = workload.shared_prefix_len
-    num_pairs = sum_of_range(1, prefix_len) + sum(
-        sum_of_range(prefix_len + 1, len(prompt)) for prompt in workload.prompts
-    )
+    """2 per weight and token, causal attention, the LM head for last tokens; nothing twice."""
+    lengths = zip(workload.known_lens, workload.prompt_lens, strict=True)
+    num_pairs = sum(sum_of_range(known_len + 1, length) for known_len, length in lengths)
     layer_flops = 2 * cost.layer_params * count_prefill_tokens(workload)
-    return layer_flops + 2 * cost.head_params * len(workload.prompts) + cost.pair_flops * num_pairs
+    head_flops = 2 * cost.head_params * len(workload.output_lens)
+    return layer_flops + head_flops + cost.pair_flops * num_pairs
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,8 @@ def limit_seconds(
     KV and weights that the decode steps read (of `decode_batches` rows each, as the engine made
     them) at the measured bandwidth, then the prefill's operations at the measured matrix rates: the
     linear layers with fp8 weights at that of fp8. A shared prefix is computed once and read once a
-    step. Decode arithmetic could hide behind the reads: not counted.
+    step, earlier turns are not computed again. Decode arithmetic could hide behind the reads: not
+    counted.
     """
     kv_bytes = cost.kv_bytes * count_distinct_contexts(workload, len(decode_batches))
     read_bytes = kv_bytes + sum(map(cost.decode_weight_bytes, decode_batches))

@@ -23,7 +23,7 @@ from unittest.mock import patch
 import torch
 from engine_options import add_engine_options, engine_settings
 from timing import check_empty
-from workloads import ROWS, Row, Workload, check_fits, workloads
+from workloads import ROW_NAMES, ROWS, Row, Workload, check_fits, workloads
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import request_output
@@ -187,11 +187,11 @@ def recording(llm: LLM) -> Iterator[Recorder]:
 
 
 def record_call(llm: LLM, workload: Workload) -> Recorder:
-    """Generate `workload` and see where the time goes."""
+    """Generate `workload` and see where the time goes; between turns to the next step."""
     params = workload.sampling_params
     with recording(llm) as recorder:
         recorder.start()
-        llm.generate(workload.prompts, params, use_tqdm=False)
+        workload.generate(llm, params)
         recorder.end()
     check_empty(llm)
     return recorder
@@ -241,9 +241,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_engine_options(parser)
-    names = [row.name for row in ROWS]
-    parser.add_argument("--rows", nargs="+", choices=names, default=["bench", "1x512"],
-                        metavar="NAME", help=f"rows to run, of {', '.join(names)}")  # fmt: skip
+    parser.add_argument("--rows", nargs="+", choices=ROW_NAMES, default=["bench", "1x512"],
+                        metavar="NAME", help=f"rows to run, of {', '.join(ROW_NAMES)}")  # fmt: skip
     parser.add_argument("--repeat", type=int, default=2, help="repetitions; the last one counts")
     parser.add_argument(
         "--scale", type=float, default=1.0, help="factor on numbers of requests and lengths"
@@ -260,8 +259,8 @@ def show_row(llm: LLM, row: Row, repeat: int) -> None:
         workload = next(draws)
         recorder = record_call(llm, workload)
     title = (
-        f"{row.name}: {len(workload.prompts)} requests, {workload.num_prompt_tokens:,} tokens in, "
-        f"{workload.num_output_tokens:,} out"
+        f"{row.name}: {len(workload.output_lens)} requests, "
+        f"{workload.num_prompt_tokens:,} tokens in, {workload.num_output_tokens:,} out"
     )
     print(format_table(title, recorder), flush=True)
 

@@ -92,11 +92,11 @@ def time_workload(llm: LLM, workload: Workload) -> Run:
     preemptions_before = llm.scheduler.num_preemptions
     with recorded_steps(llm) as steps:
         start = time.perf_counter()
-        outputs = llm.generate(workload.prompts, params, use_tqdm=False)
+        completions = workload.generate(llm, params)
         seconds = time.perf_counter() - start
     num_preemptions = llm.scheduler.num_preemptions - preemptions_before
     run = Run(workload, seconds, steps, num_preemptions)
-    check_run(run, [len(output["token_ids"]) for output in outputs])
+    check_run(run, list(map(len, completions)))
     check_empty(llm)
     return run
 
@@ -107,7 +107,7 @@ def check_run(run: Run, output_lens: list[int]) -> None:
         raise RuntimeError("a request ended before its max_tokens")
     computed = sum(step.num_tokens for step in run.steps if step.num_tokens > 0)
     expected = run.workload.num_prompt_tokens
-    if computed != expected and not run.workload.shared_prefix_len and not run.num_preemptions:
+    if computed != expected and not any(run.workload.known_lens) and not run.num_preemptions:
         raise RuntimeError(f"{computed} prompt tokens were computed, not {expected}")
 
 

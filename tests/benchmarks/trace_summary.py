@@ -22,7 +22,7 @@ from engine_options import add_engine_options, engine_settings
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from variants import constants_set
-from workloads import ROWS, check_fits, workloads
+from workloads import ONE_CALL_ROWS, ROWS, check_fits, workloads
 
 from nanovllm import LLM, SamplingParams
 
@@ -352,9 +352,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_engine_options(parser)
     parser.add_argument("--decode", nargs="*", default=DECODE_SHAPES, metavar="BATCHxCONTEXT")
     parser.add_argument("--prefill", nargs="*", default=PREFILL_SHAPES, metavar="PROMPTSxTOKENS")
-    names = [row.name for row in ROWS]
-    parser.add_argument("--rows", nargs="*", default=["bench"], choices=names, metavar="ROW",
-                        help=f"rows of bench_suite.py, of {', '.join(names)}")  # fmt: skip
+    parser.add_argument("--rows", nargs="*", default=["bench"], choices=ONE_CALL_ROWS,
+                        metavar="ROW",
+                        help=f"rows of bench_suite.py, of {', '.join(ONE_CALL_ROWS)}")  # fmt: skip
     parser.add_argument("--steps", type=int, default=60, help="decode steps of a window")
     parser.add_argument("--top", type=int, default=12, help="kernels listed for each window")
     args = parser.parse_args(argv)

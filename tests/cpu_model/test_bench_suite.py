@@ -22,7 +22,7 @@ from limits import Hardware, ModelCost
 from safetensors.torch import load_file
 from tiny_models import FAMILIES, save_family, save_model
 from variants import VARIANTS, Variant, constants_set, settings_of
-from workloads import ROWS, Row, Workload, check_fits, workloads
+from workloads import DEFAULT_ROWS, ROWS, Row, Workload, check_fits, workloads
 
 from nanovllm.config import Config
 from nanovllm.kernels.select import select_ops
@@ -58,7 +58,7 @@ def test_all_rows_and_the_json_line(tiny_dir, capsys):
     assert all(0 < summary["hardware"][k] < math.inf for k in ("bandwidth", "matrix_rate"))
 
     rows = {row["name"]: row for row in summary["rows"]}
-    names = ["start-cold", "start-warm", *(row.name for row in ROWS)]
+    names = ["start-cold", "start-warm", *DEFAULT_ROWS]
     assert list(rows) == names
     assert [line.split()[0] for line in table[1:]] == names
     for name, row in rows.items():
@@ -124,6 +124,37 @@ def test_contexts_equal_those_of_the_sequences(tiny_dir):
         llm.executor.launch = counting_launch
         step_counts(llm, workload)
     assert limits.count_decode_contexts(workload) == contexts > 0
+
+
+def test_conversations_go_on_from_what_was_said(tiny_dir):
+    row = Row("small", 3, (3, 20), (2, 9), seed=3, num_turns=3, added_len=(1, 7))
+    workload = next(workloads(row, vocab_size=384))
+    prompts, contexts = [], 0
+    with tiny_engine(tiny_dir, enforce_eager=True) as llm:
+        process, launch = llm.input_processor.process, llm.executor.launch
+
+        def noting_process(given, *args):
+            prompts.append(given)
+            return process(given, *args)
+
+        def counting_launch(seqs, is_prefill):
+            nonlocal contexts
+            contexts += 0 if is_prefill else sum(seq.num_computed_tokens for seq in seqs)
+            return launch(seqs, is_prefill)
+
+        llm.input_processor.process, llm.executor.launch = noting_process, counting_launch
+        completions = workload.generate(llm, workload.sampling_params)
+    assert list(map(len, completions)) == workload.output_lens
+    expected = [workload.prompts]
+    for turn, added in enumerate(workload.added):
+        said = completions[3 * turn : 3 * turn + 3]
+        expected.append([a + b + c for a, b, c in zip(expected[-1], said, added, strict=True)])
+    assert prompts == expected and len(prompts) == 3
+    assert workload.prompt_lens == [len(prompt) for turn in prompts for prompt in turn]
+    assert max(map(len, prompts[-1])) < row.max_len == 20 + 3 * 9 + 2 * 7
+    assert limits.count_decode_contexts(workload) == contexts
+    said = [a + b for a, b in zip(prompts[0] + prompts[1], completions[:6], strict=True)]
+    assert workload.known_lens == [0, 0, 0, *(len(ids) - 1 for ids in said)]
 
 
 # ---- what a model costs -------------------------------------------------------------------------
