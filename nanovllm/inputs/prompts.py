@@ -1,5 +1,6 @@
 """Turns what users pass as prompts and sampling parameters into checked ones."""
 
+import marshal
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
@@ -19,6 +20,7 @@ PROMPT_KEYS = ("prompt", "prompt_token_ids")
 MESSAGES_ARE_FOR_CHAT = (
     "messages are no prompts: llm.chat(messages, sampling_params) applies the chat template to them"
 )
+NUM_SEEN_TOGETHER = 256  # prompts that `_are_plain_ids` looks at in one go
 TRUNCATIONS = ("longest_first", "only_first", "do_not_truncate")
 TOKENIZATION_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "add_special_tokens": check_bool,
@@ -204,6 +206,11 @@ def encode_prompts(
             its index is named if there are several. A keyword is wrong.
     """
     kwargs = check_tokenization_kwargs(tokenization_kwargs)
+    if not kwargs and _are_plain_ids(prompts, vocab_size):
+        return [
+            EncodedPrompt(None, list(ids) if limit is None else ids[-limit:])
+            for ids, limit in zip(prompts, limits or [None] * len(prompts), strict=True)
+        ]
     parts = check_each("prompts", _split_prompt, prompts)
     texts = [text for text, token_ids in parts if text is not None and token_ids is None]
     encoded = iter(_tokenize(texts, tokenizer, kwargs))
@@ -225,6 +232,37 @@ def encode_prompts(
         return EncodedPrompt(text, token_ids)
 
     return check_each("prompts", check, [(*part, n) for part, n in zip(parts, kept, strict=True)])
+
+
+# What marshal's version 2 writes of a list of lists of ints: a letter, and a length or an int.
+MARSHALLED = np.dtype([("letter", "S1"), ("number", "<u4")])
+
+
+def _are_plain_ids(prompts: Sequence[Any], vocab_size: int) -> bool:
+    """Whether all prompts are lists of ints from 0 to vocab_size - 1, and none of them is empty.
+
+    Nothing is done token by token in Python, as many prompts pass here: marshal is the fastest that
+    tells types apart. False may also mean that only a closer look can tell.
+    """
+    for start in range(0, len(prompts), NUM_SEEN_TOGETHER):
+        some = list(prompts[start : start + NUM_SEEN_TOGETHER])
+        if set(map(type, some)) != {list}:
+            return False
+        lengths = np.array(list(map(len, some)))
+        try:
+            data = marshal.dumps(some, 2)
+        except ValueError:  # something that it does not know
+            return False
+        num_written = 1 + len(some) + int(lengths.sum())
+        if len(data) != num_written * MARSHALLED.itemsize or not lengths.all():
+            return False
+        written = np.frombuffer(data, dtype=MARSHALLED)
+        # The first that is no int would begin with another letter than the one expected there.
+        letters = np.full(num_written, b"i")
+        letters[0] = letters[1 + np.cumsum(lengths + 1) - (lengths + 1)] = b"["
+        if (written["letter"] != letters).any() or (written["number"] >= vocab_size).any():
+            return False  # a negative number is a large one here
+    return True
 
 
 def _are_messages(prompts: Any) -> bool:

@@ -1,5 +1,8 @@
 """What counts as a prompt, and what is refused before anything is queued."""
 
+from enum import IntEnum
+from numbers import Integral
+
 import numpy as np
 import pytest
 import torch
@@ -231,6 +234,45 @@ def test_text_is_kept_where_there_is_one():
 def test_the_wrong_one_of_several_prompts_is_named(prompts, message):
     with pytest.raises(ArgumentError, match=message):
         encode_prompts(prompts, ByteTokenizer(), VOCAB_SIZE)
+
+
+class Id(IntEnum):
+    SEVEN = 7
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        *(True, False, 1.0, None, b"i", (), [], [5], -1, 100, 2**31, -(2**31), 2**32, 2**63),
+        *(np.bool_(True), np.float32(5), np.int8(-1), np.uint64(2**63), object(), 5j),
+        # As the way that looks at many prompts together sees it, this one holds an id itself.
+        *("i\x01\x00\x00\x00", "[\x01\x00\x00\x00i\x01\x00\x00\x00", "i" * 5, "N"),
+        *(np.int8(7), np.int64(99), np.uint8(0), Id.SEVEN, 0, 99),
+    ],
+)
+@pytest.mark.parametrize("place", [(0, 0), (0, 3), (299, 0), (299, 3)])
+def test_one_odd_id_among_many(odd, place):
+    prompts = [[index % VOCAB_SIZE, 2, 3, 4] for index in range(300)]
+    prompts[place[0]][place[1]] = odd
+    is_id = isinstance(odd, Integral) and not isinstance(odd, bool) and 0 <= odd < VOCAB_SIZE
+    if not is_id:
+        what = "token id .* is out of" if isinstance(odd, Integral) else "ids must be integers"
+        if isinstance(odd, bool):
+            what = "ids must be integers"
+        with pytest.raises(ArgumentError, match=rf"^prompts\[{place[0]}\]: .*{what}"):
+            encode_prompts(prompts, None, VOCAB_SIZE)
+        return
+    encoded = encode_prompts(prompts, None, VOCAB_SIZE)
+    assert [prompt.token_ids for prompt in encoded] == prompts
+    assert {type(token) for prompt in encoded for token in prompt.token_ids} == {int}
+
+
+def test_prompts_of_ids_are_cut_at_their_own_limits():
+    prompts = [[1, 2, 3], [4, 5], [6]]
+    encoded = encode_prompts(prompts, None, VOCAB_SIZE, None, [2, None, 5])
+    assert encoded == [(None, [2, 3]), (None, [4, 5]), (None, [6])]
+    prompts[1].append(7)
+    assert encoded[1].token_ids == [4, 5]
 
 
 def test_a_text_beyond_any_context_is_refused_before_it_is_tokenized():
