@@ -106,7 +106,8 @@ class InputProcessor:
         priorities = as_priority_list(priority, len(prompts))
         adapters = as_lora_list(lora_request, len(prompts))
         # Usually one object serves all prompts: checked, and copied, once.
-        checked = {id(params): check_params(params) for params in params_list}
+        distinct = {id(params): params for params in params_list}
+        checked = {key: check_params(params) for key, params in distinct.items()}
         encoded = encode_prompts(
             prompts,
             self.tokenizer,
