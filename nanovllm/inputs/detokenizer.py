@@ -1,8 +1,9 @@
 """Token ids into text: whole, or token by token with stop strings looked for on the way.
 
 There is one way from ids to text, so that a stream's pieces are the text that `generate` returns.
-Only requests that are streamed or have stop strings carry an `OutputText`; the others go this way
-once, at their end. The cost of a token does not depend on how many came before.
+Requests that are streamed or have stop strings carry an `OutputText`, which follows each token. The
+others have a `CompletionText`, which takes as many at a time as there are: all at the end, or parts
+of them while the device works. The cost of a token does not depend on how many came before.
 """
 
 from codecs import utf_8_decode
@@ -18,11 +19,51 @@ PROMPT_WINDOW = 8  # prompt tokens that are decoded along with a completion, as 
 MAX_SILENT_TOKENS = 8  # that have no text so far, but may have one with the next token
 
 
+class CompletionText:
+    """The text that a completion adds to its prompt, made of its ids in parts.
+
+    Args:
+        tokenizer: turns ids into text.
+        params: the options of the text.
+        prompt_token_ids: what the completion goes on from.
+        ids_without_text: tokens that add nothing to the text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int] = (),
+        ids_without_text: frozenset[int] = frozenset(),
+    ) -> None:
+        self.num_tokens = 0  # that were appended
+        self._detokenizer = incremental_detokenizer(
+            tokenizer,
+            params.skip_special_tokens,
+            params.spaces_between_special_tokens,
+            prompt_token_ids,
+        )
+        self._ids_without_text = ids_without_text
+        self._pieces: list[str] = []
+
+    def append(self, token_ids: list[int]) -> None:
+        """Add the next tokens."""
+        self.num_tokens += len(token_ids)
+        if silent := self._ids_without_text:
+            token_ids = [token_id for token_id in token_ids if token_id not in silent]
+        self._pieces.append(self._detokenizer.append(token_ids))
+
+    def finish(self) -> str:
+        """The whole text, once the last token is appended."""
+        return "".join(self._pieces) + self._detokenizer.finish()
+
+
 def decode(
     tokenizer: Any,
     token_ids: list[int],
     params: SamplingParams,
     prompt_token_ids: Sequence[int] = (),
+    ids_without_text: frozenset[int] = frozenset(),
 ) -> str:
     """The text that a whole completion adds to its prompt, as `incremental_detokenizer` has it.
 
@@ -30,13 +71,9 @@ def decode(
     """
     if tokenizer is None or not params.detokenize:
         return ""
-    detokenizer = incremental_detokenizer(
-        tokenizer,
-        params.skip_special_tokens,
-        params.spaces_between_special_tokens,
-        prompt_token_ids,
-    )
-    return detokenizer.append(token_ids) + detokenizer.finish()
+    text = CompletionText(tokenizer, params, prompt_token_ids, ids_without_text)
+    text.append(token_ids)
+    return text.finish()
 
 
 class IncrementalDetokenizer(Protocol):

@@ -9,6 +9,7 @@ import codecs
 import copy
 import json
 import re
+from codecs import charmap_encode
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -49,6 +50,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 BYTE_ALPHABET = _byte_alphabet()
 ALPHABET_OF_BYTES = {byte: character for character, byte in BYTE_ALPHABET.items()}
+CHARACTER_MAP = {ord(character): byte for character, byte in BYTE_ALPHABET.items()}
 
 
 class TokenBytes(dict[int, bytes]):
@@ -96,8 +98,8 @@ class TokenBytes(dict[int, bytes]):
     def _bytes_of(self, token: str) -> bytes:
         if self.is_byte_level:
             try:
-                return bytes([BYTE_ALPHABET[character] for character in token])
-            except KeyError:  # an added token, written as it is
+                return charmap_encode(token, "strict", CHARACTER_MAP)[0]
+            except UnicodeEncodeError:  # an added token, written as it is
                 return token.encode()
         if byte := BYTE_PIECE.fullmatch(token):
             return bytes.fromhex(byte[1])

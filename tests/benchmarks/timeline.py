@@ -177,6 +177,7 @@ def recording(llm: LLM) -> Iterator[Recorder]:
         (llm.executor, "wait", lambda method: recorder.timed("wait", method)),
         (llm, "_commit", recorder.commit),
         (request_output, "make_output", lambda method: recorder.timed("in, out", method)),
+        (request_output.Outputs, "make_during", lambda method: recorder.timed("in, out", method)),
     ]
     if llm.model_runner.is_cuda:
         wrapped.append((llm.model_runner, "execute", recorder.execute))

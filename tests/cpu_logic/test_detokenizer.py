@@ -8,6 +8,7 @@ import gc
 import random
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -20,6 +21,7 @@ import nanovllm
 from nanovllm import SamplingParams
 from nanovllm.inputs.detokenizer import (
     BytesDetokenizer,
+    CompletionText,
     OutputText,
     WindowDetokenizer,
     decode,
@@ -220,6 +222,26 @@ def test_decoding_a_whole_completion(tokenizers):
     assert decode(tokenizer, token_ids, SamplingParams(skip_special_tokens=True)) == "the fox"
     assert decode(tokenizer, token_ids, SamplingParams(detokenize=False)) == ""
     assert decode(None, token_ids, SamplingParams()) == ""
+
+
+@pytest.mark.parametrize("name", [*BYTE_LEVEL, "window"])
+def test_a_text_made_in_parts_is_that_of_the_whole(tokenizers, name):
+    tokenizer = take(tokenizers, "tiny" if name == "window" else name)
+    rng = random.Random(name)
+    token_ids = [rng.randrange(len(tokenizer) + 50) for _ in range(200)]
+    if name == "window":  # a tokenizer of no known kind
+        token_ids = tokenizer.encode(TEXTS[0] * 3)
+        decode_whole = tokenizer.decode
+        tokenizer = SimpleNamespace(decode=lambda ids, **options: decode_whole(ids, **options))
+    for skip, silent in ((False, frozenset()), (True, frozenset(token_ids[::7]))):
+        text = CompletionText(
+            tokenizer, SamplingParams(skip_special_tokens=skip), (), ids_without_text=silent
+        )
+        while text.num_tokens < len(token_ids):
+            number = rng.choice((0, 1, 1, 2, 30))
+            text.append(token_ids[text.num_tokens : text.num_tokens + number])
+        heard = [token_id for token_id in token_ids if token_id not in silent]
+        assert text.finish() == tokenizer.decode(heard, skip_special_tokens=skip)
 
 
 # ---- stop strings --------------------------------------------------------------------------------

@@ -135,9 +135,9 @@ def test_a_signal_while_an_output_is_made(tiny_dir, reference, monkeypatch):
     """The first output of the call, while other requests run."""
     make_output = request_output.make_output
 
-    def interrupted(request, tokenizer):
+    def interrupted(request, *args):
         os.kill(os.getpid(), signal.SIGINT)
-        return make_output(request, tokenizer)
+        return make_output(request, *args)
 
     with tiny_engine(tiny_dir) as llm:
         llm.add_request(PROMPTS[0], greedy(MAX_TOKENS))

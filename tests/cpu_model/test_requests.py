@@ -18,6 +18,7 @@ from nanovllm import SamplingParams
 from nanovllm.engine import request_output
 from nanovllm.engine.launched_step import LaunchedStep
 from nanovllm.errors import ArgumentError
+from nanovllm.inputs.detokenizer import CompletionText
 
 PROMPTS = random_prompts([5, 300, 40, 7], seed=3)
 
@@ -229,13 +230,21 @@ def test_outputs_are_made_while_the_device_works(llm, monkeypatch, is_busy):
         events.append("wait")
         return wait(step)
 
-    def recorded_output(request, tokenizer):
+    def recorded_output(request, *args):
         events.append(request.request_id)
-        return make_output(request, tokenizer)
+        return make_output(request, *args)
 
     monkeypatch.setattr(LaunchedStep, "is_done", lambda step: not is_busy)
     monkeypatch.setattr(llm.executor, "wait", recorded_wait)
     monkeypatch.setattr(request_output, "make_output", recorded_output)
+    parts = []
+
+    def recorded_append(text, token_ids):
+        parts.append(len(token_ids))
+        return append(text, token_ids)
+
+    append = CompletionText.append
+    monkeypatch.setattr(CompletionText, "append", recorded_append)
     outputs = llm.generate(PROMPTS, params, use_tqdm=False)
     assert [dict(output) for output in outputs] == [dict(output) for output in expected]
     assert all(output.finished for output in outputs)
@@ -243,8 +252,10 @@ def test_outputs_are_made_while_the_device_works(llm, monkeypatch, is_busy):
     waits = ["wait"] * 9
     if is_busy:
         assert events == [*waits[:2], first, "wait", fourth, *waits[:2], third, *waits[:4], second]
+        assert max(parts) == 1  # the texts grow too
     else:
         assert events == [*waits, first, second, third, fourth]
+        assert parts == [2, 9, 5, 3]
 
 
 def test_cached_tokens(llm):
