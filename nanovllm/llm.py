@@ -27,6 +27,7 @@ from nanovllm.features import (
 )
 from nanovllm.features.data_parallel import start_any_executor
 from nanovllm.features.estimate import estimate as estimate_memory
+from nanovllm.guards.garbage import rare_collections
 from nanovllm.guards.ownership import one_thread_at_a_time
 from nanovllm.inputs.plain_tokenizer import in_full
 from nanovllm.sampling_params import SAMPLING_FIELDS, SamplingParams
@@ -52,7 +53,7 @@ class LLM(LLMEngine):
         if not self.config.disable_log_stats:
             self.stat_loggers.append(metrics.RequestHistograms(self.config.max_model_len))
 
-    generate = explained(LLMEngine.generate)
+    generate = explained(rare_collections()(LLMEngine.generate))
     generate_stream = explained(streaming.generate_stream)
     chat = explained(chats.chat)
     beam_search = beams.beam_search

@@ -16,6 +16,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.request import Request
 from nanovllm.engine.request_output import raise_failed
 from nanovllm.errors import ArgumentError, shown
+from nanovllm.guards.garbage import rare_collections
 from nanovllm.inputs.prompts import (
     as_lora_list,
     as_priority_list,
@@ -367,6 +368,7 @@ def new_pooling(llm: LLMEngine, task: str, params: PoolingParams, files: Pooling
     return Pooling(pooling_type, pooler, params.skip_reading_prefix_cache, step_tag_id)
 
 
+@rare_collections()
 def pool(
     llm: LLMEngine,
     prompts: list[Any],
