@@ -178,7 +178,7 @@ class Config:
         f"tokens that one step computes at most, None: {DEFAULT_MAX_NUM_BATCHED_TOKENS}. At least "
         "`max_model_len` unless chunked prefill is on; None follows a `max_model_len` of None.",
     )
-    max_num_seqs: int = parameter(512, at_least(1), "sequences in flight at most.")
+    max_num_seqs: int = parameter(1024, at_least(1), "sequences in flight at most.")
     max_model_len: int = parameter(
         4096,
         Check("integer >= 2 or None", _check_max_model_len),

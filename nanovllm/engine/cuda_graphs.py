@@ -8,9 +8,12 @@ import torch
 
 
 def batch_sizes(max_num_seqs: int) -> list[int]:
-    """Captured sizes, ascending: 1, 2, 4, 8, then multiples of 16; `max_num_seqs` always last."""
-    sizes = [1, 2, 4, 8, *range(16, max_num_seqs, 16), max_num_seqs]
-    return sorted({size for size in sizes if size <= max_num_seqs})
+    """Captured sizes, ascending: 1, 2, 4, 8, then multiples of 16; `max_num_seqs` always last.
+
+    From 256 on they are multiples of 32, from 512 on of 128.
+    """
+    sizes = [1, 2, 4, 8, *range(16, 256, 16), *range(256, 512, 32), *range(512, max_num_seqs, 128)]
+    return sorted({size for size in (*sizes, max_num_seqs) if size <= max_num_seqs})
 
 
 class DecodeGraphs:

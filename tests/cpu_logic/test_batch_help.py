@@ -44,7 +44,7 @@ def test_every_option_has_words_and_its_default(monkeypatch, capsys):
         words = re.sub(r"^(--[\w-]+,? )?(--[\w-]+ )?([A-Z]+ )?", "", words)
         assert len(words.split()) >= 2, name
     assert found["model"] == "DIR model directory, or with --download a name on the hub"
-    assert "sequences in flight at most; integer >= 1 (default: 512)" in found["max_num_seqs"]
+    assert "sequences in flight at most; integer >= 1 (default: 1024)" in found["max_num_seqs"]
     assert "divides the logits" in found["temperature"]
     assert "may be given several times" in found["stop"]
     assert all("`" not in text for text in found.values())

@@ -121,7 +121,7 @@ def test_wrong_value_is_refused_before_the_directory_is_read():
 def test_defaults(model):
     config = Config.from_kwargs(model, {})
     assert config.max_num_batched_tokens == 16384
-    assert config.max_num_seqs == 512
+    assert config.max_num_seqs == 1024
     assert config.max_model_len == 4096
     assert config.gpu_memory_utilization == 0.9
     assert config.tensor_parallel_size == 1

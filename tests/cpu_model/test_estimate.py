@@ -164,7 +164,7 @@ def test_advice_names_parameters_and_what_they_bring(dense):
     found = LLM.estimate(dense, "8GiB", compute_capability="8.9")
     assert found.fits and found.longest_context == 2048
     assert found.largest_batch(1 << 20) == found.num_kvcache_blocks // 4096
-    assert found.largest_batch(256) == 512
+    assert found.largest_batch(256) == 1024
     names = set()
     for advice in found.advice:
         words, tokens = re.fullmatch(
