@@ -123,6 +123,7 @@ def prefill_metadata(shape: Shape) -> PrefillMetadata:
         max_seqlen_q=shape.tokens,
         max_seqlen_k=shape.tokens,
         rows=empty(4, dtype=INT32),
+        bounds=empty(3, dtype=INT32),
     )
 
 

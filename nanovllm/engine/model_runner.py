@@ -11,12 +11,13 @@ from nanovllm.engine.cuda_graphs import DecodeGraphs
 from nanovllm.engine.graph_capture import new_graphs
 from nanovllm.engine.group_metadata import decode_metadata, prefill_metadata
 from nanovllm.engine.launched_step import LaunchedStep
-from nanovllm.engine.prefill_inputs import prefill_inputs
+from nanovllm.engine.prefill_graphs import PrefillGraphs
+from nanovllm.engine.prefill_inputs import PrefillInputs, prefill_arrays
 from nanovllm.engine.rank_state import RankState
 from nanovllm.engine.sampler import Sampler
 from nanovllm.engine.sequence import Sequence, Wants
 from nanovllm.engine.step_plan import NONE, StepPlan
-from nanovllm.kernels.copies import upload
+from nanovllm.kernels.copies import upload, upload_one
 from nanovllm.kernels.ops import Ops
 from nanovllm.kernels.types import DecodeMetadata, PrefillMetadata
 from nanovllm.parallel.tensor_parallel import TensorParallel
@@ -38,6 +39,7 @@ class ModelRunner(RankState):
         self.sampler = Sampler(ops, tp, self.model.lm_head, self.row_table)
         self.consumers = new_consumers(self)
         self.graphs: DecodeGraphs | None = None
+        self.prefill_graphs: PrefillGraphs | None = None
         self._uploaded_batch = NONE  # what `decode_batch` holds
 
     @torch.inference_mode()
@@ -64,32 +66,17 @@ class ModelRunner(RankState):
 
     def _execute_prefill(self, step: LaunchedStep) -> None:
         """Compute several tokens of each sequence, and sample where a prompt is complete."""
-        plan = step.plan
-        num_groups = len(self.group_layers)
-        inputs = prefill_inputs(plan, self.sent_rows, self.block_size, self.device, num_groups)
-        self._update_row_table(inputs.row_updates)
+        plan, num_groups = step.plan, len(self.group_layers)
+        arrays = prefill_arrays(plan, self.sent_rows, self.block_size, num_groups)
+        self._update_row_table(upload_one(plan.updates, self.device))
+        if self.prefill_graphs and (size := self.prefill_graphs.size_of(plan)):
+            logits = self.prefill_graphs.replay(size, step, arrays)
+            if step.token_ids is not None:
+                self._give(Wants.LOGITS, step, logits)
+            return
+        inputs = PrefillInputs(*upload(arrays.values(), self.device))
         wants_all = plan.has(Wants.PROMPT | Wants.STATES)
-        last_tokens = DecodeMetadata(
-            slot_mapping=inputs.slot_mappings[0],
-            block_tables=inputs.last_block_tables,
-            context_lens=inputs.last_lengths,
-            logits_indices=inputs.last_tokens,
-            copies=inputs.copies,
-        )
-        metadata = PrefillMetadata(
-            slot_mapping=inputs.slot_mappings[0],
-            block_tables=inputs.block_tables,
-            cu_seqlens_q=inputs.cu_seqlens_q,
-            cu_seqlens_k=inputs.cu_seqlens_k,
-            max_seqlen_q=int(plan.lengths.max()),
-            max_seqlen_k=int((plan.starts + plan.lengths).max()),
-            rows=inputs.seq_rows,
-            last_tokens=None if wants_all else last_tokens,
-            copies=inputs.copies,
-        )
-        if num_groups > 1:
-            metadata = prefill_metadata(metadata, inputs.slot_mappings.unbind())
-        hidden_states = self.model.model(inputs.token_ids, inputs.positions, metadata)
+        hidden_states = self.prefill(inputs, arrays["bounds"][1:].tolist(), wants_all)
         if wants_all:
             self._give(Wants.PROMPT, step, hidden_states)
             self._give(Wants.STATES, step, hidden_states)
@@ -100,12 +87,45 @@ class ModelRunner(RankState):
         if plan.all_want(Wants.POOLING):
             step.token_ids = inputs.rows  # any numbers: nobody reads them
             return
-        logits = self.model.lm_head(hidden_states)
         step.positions = inputs.last_positions
-        step.token_ids = self.sampler(
-            logits, inputs.rows, inputs.temperatures, inputs.seeds, step.positions
-        )
+        step.token_ids, logits = self.sample_last_tokens(hidden_states, inputs)
         self._give(Wants.LOGITS, step, logits)
+
+    def prefill(
+        self, inputs: PrefillInputs, max_seqlens: list[int], of_all: bool = False
+    ) -> torch.Tensor:
+        """The last hidden states of a prefill step [N, hidden_size], or of all tokens.
+
+        max_seqlens: of queries and of keys, as in `PrefillMetadata`.
+        """
+        slots, tables, copies = inputs.slot_mappings[0], inputs.block_tables, inputs.copies
+        tables_and_lengths = inputs.last_block_tables, inputs.last_lengths
+        last_tokens = DecodeMetadata(
+            slots, *tables_and_lengths, logits_indices=inputs.last_tokens, copies=copies
+        )
+        metadata = PrefillMetadata(
+            slot_mapping=slots,
+            block_tables=tables,
+            cu_seqlens_q=inputs.cu_seqlens_q,
+            cu_seqlens_k=inputs.cu_seqlens_k,
+            max_seqlen_q=max_seqlens[0],
+            max_seqlen_k=max_seqlens[1],
+            rows=inputs.seq_rows,
+            last_tokens=None if of_all else last_tokens,
+            copies=copies,
+            bounds=inputs.bounds,
+        )
+        if len(self.group_layers) > 1:
+            metadata = prefill_metadata(metadata, inputs.slot_mappings.unbind())
+        return self.model.model(inputs.token_ids, inputs.positions, metadata)
+
+    def sample_last_tokens(
+        self, hidden_states: torch.Tensor, inputs: PrefillInputs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden_states [N, hidden_size] -> the token ids that follow [N] int32, logits [N, V]."""
+        logits = self.model.lm_head(hidden_states)
+        temperatures, seeds, positions = inputs.temperatures, inputs.seeds, inputs.last_positions
+        return self.sampler(logits, inputs.rows, temperatures, seeds, positions), logits
 
     def _execute_decode(self, step: LaunchedStep) -> None:
         """Compute and sample one token of each sequence; its inputs are in the row table."""
@@ -156,7 +176,7 @@ class ModelRunner(RankState):
             self.row_table.view(-1)[indices] = values
 
     def capture_graphs(self) -> None:
-        """Capture the decode steps, where CUDA graphs are used; on all ranks together.
+        """Capture steps, where CUDA graphs are used; on all ranks together.
 
         Graphs hold the addresses of weights and cache. No sequence may have a row.
         """
@@ -169,10 +189,11 @@ class ModelRunner(RankState):
                 self.graphs = new_graphs(
                     self.model, config.max_num_seqs, self.decode_rows, self.decode
                 )
+                self.prefill_graphs = PrefillGraphs(self, self.prefill, self.sample_last_tokens)
 
     def drop_graphs(self) -> None:
         """Run without CUDA graphs from now on."""
-        self.graphs = None
+        self.graphs = self.prefill_graphs = None
 
     def close(self) -> None:
         """Drop the graphs, the cache and the weights."""

@@ -7,16 +7,11 @@ import torch
 
 from nanovllm.engine.step_plan import StepPlan
 from nanovllm.kernels import row_state
-from nanovllm.kernels.copies import upload
 
 
 class PrefillInputs(NamedTuple):
-    """T tokens of S sequences, one sequence after another; N of them are sampled or pooled.
+    """T tokens of S sequences, one sequence after another; N of them are sampled or pooled."""
 
-    `row_updates` are (flat index, value) pairs for the row table, U of them.
-    """
-
-    row_updates: torch.Tensor  # [U, 2] int32
     token_ids: torch.Tensor  # [T] int32
     positions: torch.Tensor  # [T] int32, index of each token in its sequence
     slot_mappings: torch.Tensor  # [G, T] int64, slots of the tokens' K/V by cache group; -1: none
@@ -32,22 +27,18 @@ class PrefillInputs(NamedTuple):
     temperatures: torch.Tensor  # [N] float32
     seeds: torch.Tensor  # [N, 2] int32
     copies: torch.Tensor  # [C, 2] int32, as in `PrefillMetadata`
+    bounds: torch.Tensor  # [3] int32, as in `PrefillMetadata`
 
 
-def prefill_inputs(
-    plan: StepPlan,
-    row_table: np.ndarray,
-    block_size: int,
-    device: torch.device,
-    num_groups: int = 1,
-) -> PrefillInputs:
-    """The inputs of a prefill plan, on the device.
+def prefill_arrays(
+    plan: StepPlan, row_table: np.ndarray, block_size: int, num_groups: int = 1
+) -> dict[str, np.ndarray]:
+    """The inputs of a prefill plan on the host, by their names in `PrefillInputs` and in its order.
 
     Args:
         plan: the step.
         row_table: int32, the host's copy of the row table, the plan's updates included.
         block_size: tokens per KV block.
-        device: where to.
         num_groups: cache groups, whose block tables stand side by side in a row.
     """
     cu_seqlens_q = _cumulative(plan.lengths)
@@ -61,27 +52,26 @@ def prefill_inputs(
     blocks = block_tables[seq_of_token, first_columns + positions // block_size].astype(np.int64)
     slots = blocks * block_size + positions % block_size
     is_shared = positions < np.repeat(plan.shared, plan.lengths)
-    is_last = plan.is_last != 0
+    ends, is_last = plan.starts + plan.lengths, plan.is_last != 0
     states = row_table[plan.rows[is_last]]
-    arrays = {
-        "row_updates": plan.updates,
+    return {
         "token_ids": plan.token_ids,
         "positions": positions,
         "slot_mappings": np.where(is_shared, -1, slots),
         "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": _cumulative(plan.starts + plan.lengths),
+        "cu_seqlens_k": _cumulative(ends),
         "block_tables": block_tables,
         "last_tokens": cu_seqlens_q[1:][is_last] - 1,
-        "last_positions": (plan.starts + plan.lengths)[is_last] - 1,
-        "last_lengths": (plan.starts + plan.lengths)[is_last],
+        "last_positions": ends[is_last] - 1,
+        "last_lengths": ends[is_last],
         "last_block_tables": block_tables[is_last],
         "seq_rows": plan.rows,
         "rows": plan.rows[is_last],
         "temperatures": states[:, row_state.TEMPERATURE].copy().view(np.float32),
         "seeds": states[:, row_state.SEED : row_state.SEED + 2],
         "copies": plan.copies,
+        "bounds": np.array([len(plan.rows), plan.lengths.max(), ends.max()], dtype=np.int32),
     }
-    return PrefillInputs(**dict(zip(arrays, upload(arrays.values(), device), strict=True)))
 
 
 def _cumulative(lengths: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,12 @@ from nanovllm.engine.cache_groups import num_group_blocks
 from nanovllm.engine.cuda_graphs import batch_sizes
 from nanovllm.engine.dry_runner import META, DryRunner
 from nanovllm.engine.kv_cache import group_block_bytes
+from nanovllm.engine.prefill_graphs import (
+    PaddedSize,
+    captured_sizes,
+    new_padded_inputs,
+    run_padded,
+)
 from nanovllm.engine.startup import (
     cache_bytes,
     decide_num_blocks,
@@ -73,7 +80,7 @@ class MemoryEstimate:
         states: recurrent states of `max_num_seqs` sequences.
         prefill_activations: the most that a prefill step of `max_num_batched_tokens` tokens holds.
         decode_activations: the same of a decode step of `max_num_seqs` sequences.
-        graphs: CUDA graphs of decode steps.
+        graphs: CUDA graphs of decode steps and of small prefill steps.
         context: CUDA itself, and what libraries hold: kernels and workspaces.
         num_kvcache_blocks: KV blocks of the first cache group; 0: not one fits.
         block_size: tokens of a block.
@@ -318,20 +325,24 @@ def dry_run(config: Config, gpu_memory: int, capability: tuple[int, int]) -> Mem
         runner.allocate_kv_cache(num_blocks=1)
         held = live.bytes
         peaks = []
-        for run in (run_largest_prefill, run_largest_decode):
+        sizes = [] if config.enforce_eager else captured_sizes(runner)
+        for run in (run_largest_prefill, run_largest_decode, partial(_run_padded, sizes[-1:])):
             live.peak = live.bytes
             run(runner)
             peaks.append(live.peak - held)
         specs = [attention.cache_spec for attention in runner.attentions]
-    prefill, decode = peaks
+    prefill, decode, padded = peaks
     workspace = WORKSPACE_BYTES[capability >= (9, 0)]
     libraries = LIBRARY_BYTES + workspace
     if config.tensor_parallel_size > 1:
         libraries += NCCL_BYTES
     graphs = 0
     if not config.enforce_eager:
-        sizes, layers = batch_sizes(config.max_num_seqs), config.model_config.num_hidden_layers
-        graphs = decode + workspace + len(sizes) * layers * GRAPH_LAYER_BYTES
+        number, layers = (
+            len(batch_sizes(config.max_num_seqs)),
+            config.model_config.num_hidden_layers,
+        )
+        graphs = decode + padded + workspace + (number + len(sizes)) * layers * GRAPH_LAYER_BYTES
     utilization, free = config.gpu_memory_utilization, gpu_memory - CONTEXT_BYTES
     left = cache_bytes(gpu_memory, utilization, free, held + libraries, max(peaks) + workspace)
     per_block = group_block_bytes(specs, config)
@@ -366,6 +377,14 @@ def dry_run(config: Config, gpu_memory: int, capability: tuple[int, int]) -> Mem
         problem = f"it would take {over:.2f} GiB more than there are"
         result = replace(result, problem=problem)
     return result
+
+
+@torch.inference_mode()
+def _run_padded(sizes: Sequence[PaddedSize], runner: DryRunner) -> None:
+    """The prefill steps of CUDA graphs of these sizes."""
+    for size in sizes:
+        inputs = new_padded_inputs(runner, size).inputs
+        run_padded(size, inputs, runner.prefill, runner.sample_last_tokens)
 
 
 def _weights(model: torch.nn.Module) -> dict[str, int]:

@@ -179,7 +179,7 @@ class Ops(Protocol):
         Args:
             cache: of the layer; its block size is a multiple of COPY_UNIT.
             copies: [C, 2] int32, (target, source); unit u has the slots from u * COPY_UNIT on. No
-                target is a source or another target.
+                target is a source or another target. A pair of one and the same unit does nothing.
         """
 
     def attend(

@@ -210,6 +210,9 @@ class PrefillMetadata:
     rows: Tensor | None = None  # [S] int32, in the row table; None: no layer has a `StateSpec`
     last_tokens: DecodeMetadata | None = None  # for the last layer; None: all tokens matter after
     copies: Tensor | None = None  # [C, 2] int32, of `Ops.copy_units`, once the tokens are stored
+    # [3] int32: S, max_seqlen_q and max_seqlen_k, where the shapes and numbers here are only bounds
+    # of them and the other sequences are empty; None: they are not.
+    bounds: Tensor | None = None
     further_groups: "tuple[PrefillMetadata, ...]" = ()  # as in `DecodeMetadata`
     logits_indices: ClassVar[None] = None
 

@@ -5,27 +5,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanovllm.engine.prefill_inputs import PrefillInputs, prefill_inputs
+from nanovllm.engine.prefill_inputs import PrefillInputs, prefill_arrays
 from nanovllm.engine.step_plan import StepPlan
 from nanovllm.kernels import row_state
+from nanovllm.kernels.copies import upload
 
 NUM_ROWS = 8
 NUM_BLOCKS = 5  # of a block table
 NUM_GROUPS = 3
-CPU = torch.device("cpu")
 ROW_WIDTH = row_state.BLOCK_TABLE + NUM_GROUPS * NUM_BLOCKS
-NO_UPDATES = np.empty((0, 2), dtype=np.int32)
 
 
 def int32(numbers) -> np.ndarray:
     return np.array(numbers, dtype=np.int32)
 
 
-def make_plan(rows, starts, lengths, shared, is_last, updates=NO_UPDATES) -> StepPlan:
+def make_plan(rows, starts, lengths, shared, is_last) -> StepPlan:
     return StepPlan(
         True,
         int32(rows),
-        updates,
+        np.empty((0, 2), dtype=np.int32),
         token_ids=np.arange(100, 100 + sum(lengths), dtype=np.int32),
         starts=int32(starts),
         lengths=int32(lengths),
@@ -33,6 +32,12 @@ def make_plan(rows, starts, lengths, shared, is_last, updates=NO_UPDATES) -> Ste
         is_last=int32(is_last),
         copies=int32([[3, 1], [7, 2]]),
     )
+
+
+def inputs_of(plan, row_table, block_size, num_groups=1) -> PrefillInputs:
+    arrays = prefill_arrays(plan, row_table, block_size, num_groups)
+    assert tuple(arrays) == PrefillInputs._fields
+    return PrefillInputs(*upload(arrays.values(), torch.device("cpu")))
 
 
 @st.composite
@@ -58,7 +63,7 @@ def prefills(draw) -> tuple[StepPlan, np.ndarray, int, int]:
 @given(prefills())
 def test_inputs_are_those_of_a_loop_over_the_tokens(prefill):
     plan, row_table, block_size, num_groups = prefill
-    inputs = prefill_inputs(plan, row_table, block_size, CPU, num_groups)
+    inputs = inputs_of(plan, row_table, block_size, num_groups)
     slots: list[list[int]] = [[] for _ in range(num_groups)]
     positions, ends_q, ends_k = [], [0], [0]
     last_tokens, last_positions, rows, seeds, temperature_bits = [], [], [], [], []
@@ -82,7 +87,6 @@ def test_inputs_are_those_of_a_loop_over_the_tokens(prefill):
             seeds.append(state[row_state.SEED : row_state.SEED + 2])
             temperature_bits.append(state[row_state.TEMPERATURE])
     expected = PrefillInputs(
-        row_updates=torch.from_numpy(plan.updates),
         token_ids=torch.from_numpy(plan.token_ids),
         positions=torch.from_numpy(int32(positions)),
         slot_mappings=torch.tensor(slots),
@@ -98,6 +102,9 @@ def test_inputs_are_those_of_a_loop_over_the_tokens(prefill):
         temperatures=torch.from_numpy(int32(temperature_bits).view(np.float32)),
         seeds=torch.from_numpy(int32(seeds).reshape(-1, 2)),
         copies=torch.from_numpy(plan.copies),
+        bounds=torch.from_numpy(
+            int32([len(plan.rows), max(plan.lengths), max(plan.starts + plan.lengths)])
+        ),
     )
     for name, tensor, wanted in zip(PrefillInputs._fields, inputs, expected, strict=True):
         assert tensor.is_contiguous(), name
@@ -108,15 +115,14 @@ def test_inputs_are_those_of_a_loop_over_the_tokens(prefill):
 def test_slots_beyond_32_bits_are_right():
     row_table = np.zeros((1, ROW_WIDTH), dtype=np.int32)
     row_table[0, row_state.BLOCK_TABLE] = 2**31 - 1
-    inputs = prefill_inputs(make_plan([0], [254], [2], [0], [1]), row_table, 256, CPU)
+    inputs = inputs_of(make_plan([0], [254], [2], [0], [1]), row_table, 256)
     assert inputs.slot_mappings.tolist() == [[256 * (2**31 - 1) + 254, 256 * (2**31 - 1) + 255]]
 
 
 def test_inputs_are_copies():
     """A plan may lie in memory that another process writes to."""
-    plan = make_plan([0], [0], [3], [0], [1], updates=int32([[0, 1]]))
-    inputs = prefill_inputs(plan, np.zeros((1, ROW_WIDTH), dtype=np.int32), 4, CPU)
-    plan.token_ids[:] = plan.rows[:] = plan.updates[:] = -5
+    plan = make_plan([0], [0], [3], [0], [1])
+    inputs = inputs_of(plan, np.zeros((1, ROW_WIDTH), dtype=np.int32), 4)
+    plan.token_ids[:] = plan.rows[:] = -5
     assert inputs.token_ids.tolist() == [100, 101, 102]
     assert inputs.rows.tolist() == [0]
-    assert inputs.row_updates.tolist() == [[0, 1]]

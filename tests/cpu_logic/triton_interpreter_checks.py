@@ -146,7 +146,7 @@ def test_copy_units(dtype, is_fp8):
         memory = torch.randn(2, 4, 128, num_kv_heads, head_dim)
         scales = torch.randn(2, 4, num_kv_heads, 128) if is_fp8 else ()
         memory = memory.to(FP8_DTYPE if is_fp8 else dtype)
-        copies = torch.tensor([(1, 6), (5, 0), (2, 6)], dtype=torch.int32)
+        copies = torch.tensor([(1, 6), (5, 0), (2, 6), (6, 6), (6, 6)], dtype=torch.int32)
         expected = KVCache(*memory.clone(), *(scales.clone() if is_fp8 else ()))
         torch_ops.copy_units(expected, copies)
         cache = KVCache(*memory, *scales)

@@ -4,6 +4,8 @@ The reference is the torch op in float32 on the same inputs. A kernel's error ma
 times the error of the torch op in the inputs' own dtype, plus a rounding of the largest result.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -235,6 +237,18 @@ def test_prefill_attention_in_three_roles(heads, dtype, monkeypatch):
     assert all(torch.equal(result, results[0]) for result in results)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(results[0], expected, rtol=2 * eps, atol=eps)
+    # As in a CUDA graph, whose numbers are only bounds of those of a step.
+    query, cache, metadata, scale = args
+    ends_q, ends_k, tables = metadata.cu_seqlens_q, metadata.cu_seqlens_k, metadata.block_tables
+    padded = replace(
+        metadata,
+        cu_seqlens_q=torch.cat([ends_q, ends_q[-1:].expand(5)]),
+        cu_seqlens_k=torch.cat([ends_k, ends_k[-1:].expand(5)]),
+        block_tables=torch.cat([tables, 0 * tables[:5]]),
+        max_seqlen_q=sum(LENS_Q),
+        bounds=ints([len(LENS_Q), max(LENS_Q), max(LENS_K)]),
+    )
+    assert torch.equal(OPS.attend(query, cache, padded, scale), results[0])
 
 
 def test_flash_attn_agrees():

@@ -30,8 +30,9 @@ def test_copy_units(dtype, heads):
     memory = torch.randn(2, 200, 256, num_heads, head_dim, device=DEVICE).to(dtype)
     scales = torch.randn(2, 200, num_heads, 256, device=DEVICE) if is_fp8 else ()
     units = torch.randperm(800, device=DEVICE).int()
-    # Many copies of few units; no target is a source.
+    # Many copies of few units; no target is a source, but for units that stay what they are.
     copies = torch.stack([units[:600], units[600 + torch.arange(600, device=DEVICE) % 7]], 1)
+    copies = torch.cat([copies, copies[:9, 1:].expand(-1, 2)])
     expected = KVCache(*memory.clone(), *(scales.clone() if is_fp8 else ()))
     torch_ops.copy_units(expected, copies)
     cache = KVCache(*memory, *scales)

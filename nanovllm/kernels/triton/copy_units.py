@@ -24,6 +24,8 @@ def _copy_units_kernel(
     await_previous(OVERLAP)
     target = tl.load(copies + 2 * tl.program_id(0)).to(tl.int64)
     source = tl.load(copies + 2 * tl.program_id(0) + 1).to(tl.int64)
+    if target == source:
+        return
     word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     in_unit = word < UNIT_WORDS
     keys = tl.load(key + source * UNIT_WORDS + word, mask=in_unit)

@@ -287,7 +287,7 @@ def _compute(
 @with_dry_runs
 @gluon.jit(
     do_not_specialize=["num_seqs", "most_items", "stride_table"],
-    do_not_specialize_on_alignment=["block_tables", "cu_seqlens_q", "cu_seqlens_k"],
+    do_not_specialize_on_alignment=["block_tables", "cu_seqlens_q", "cu_seqlens_k", "bounds"],
 )
 def _hopper_prefill_kernel(
     out,  # [T, NUM_HEADS, HEAD_DIM]
@@ -297,6 +297,7 @@ def _hopper_prefill_kernel(
     block_tables,  # [num_seqs, W] int32
     cu_seqlens_q,  # [num_seqs + 1] int32
     cu_seqlens_k,
+    bounds,  # [3] int32 or None: see `PrefillMetadata`
     num_seqs,
     most_items,
     scale_log2,  # of `score_scales`
@@ -330,6 +331,9 @@ def _hopper_prefill_kernel(
         mbarrier.init(key_free.index(stage), count=2)  # both warpgroups read each tile
         mbarrier.init(value_full.index(stage), count=1)
         mbarrier.init(value_free.index(stage), count=2)
+    if bounds is not None:
+        num_seqs = gl.load(bounds)
+        most_items = gl.cdiv(gl.load(bounds + 1), 2 * BLOCK_M)
     ring = (keys, key_full, key_free, values, value_full, value_free)
     work = (cu_seqlens_q, cu_seqlens_k, num_seqs, most_items)
     first_half = (queries.index(0), query_full.index(0), query_free.index(0))
@@ -415,6 +419,7 @@ def hopper_prefill(
         metadata.block_tables,
         metadata.cu_seqlens_q,
         metadata.cu_seqlens_k,
+        metadata.bounds,
         num_seqs,
         most_items,
         scale_log2,
