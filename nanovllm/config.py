@@ -258,7 +258,7 @@ class Config:
     enable_prefix_caching: bool = parameter(
         None,
         boolean,
-        "share equal prefixes of whole KV blocks; without sliding windows, units of 64 tokens of "
+        "share equal prefixes of whole KV blocks; without sliding windows, units of 8 tokens of "
         "the next block are copied as well. None: with every model but those with recurrent "
         "states, which cannot share them.",
     )

@@ -4,13 +4,13 @@ A block is held (ref_count > 0) or free. A free block keeps its content, and its
 cache, until it is taken for something else; free blocks are taken oldest first.
 """
 
-import struct
 from collections import OrderedDict
 from collections.abc import Iterable
 from itertools import count
 
 import xxhash
 
+from nanovllm.engine.packed_tokens import pack_tokens
 from nanovllm.engine.sequence import Sequence
 
 ROOT = 0  # the prefix id of "no block before", unless the sequence has another one
@@ -24,13 +24,13 @@ class Block:
     only if their whole prefixes are equal, whatever the hash says.
     """
 
-    __slots__ = ("block_id", "hash", "parent_prefix_id", "prefix_id", "ref_count", "token_ids")
+    __slots__ = ("block_id", "hash", "parent_prefix_id", "prefix_id", "ref_count", "tokens")
 
     def __init__(self, block_id: int) -> None:
         self.block_id = block_id
         self.ref_count = 0
         self.hash: int | None = None
-        self.token_ids: list[int] = []
+        self.tokens = b""  # of `pack_tokens`
         self.prefix_id = ROOT
         self.parent_prefix_id = ROOT
 
@@ -55,8 +55,6 @@ class BlockManager:
         # Several blocks may hold equal content; each is listed under the hash.
         self.hash_to_block_ids: dict[int, list[int]] = {}
         self._new_prefix_id = count(ROOT + 1)
-        # By depth: the newest hashed block's parent hash, tokens and hash.
-        self._newest: dict[int, tuple[int | None, list[int], int]] = {}
 
     @property
     def num_free_blocks(self) -> int:
@@ -64,12 +62,12 @@ class BlockManager:
         return len(self.free_block_ids)
 
     @staticmethod
-    def compute_hash(token_ids: list[int], prefix: int | None = None) -> int:
+    def compute_hash(tokens: bytes, prefix: int | None = None) -> int:
         """xxh64 over the parent's hash (8 bytes, little endian; absent for None) and int64 ids."""
         digest = xxhash.xxh64()
         if prefix is not None:
             digest.update(prefix.to_bytes(8, "little"))
-        digest.update(struct.pack(f"<{len(token_ids)}q", *token_ids))
+        digest.update(tokens)
         return digest.intdigest()
 
     def begin_step(self, running: Iterable[Sequence]) -> None:
@@ -82,8 +80,7 @@ class BlockManager:
             return matched
         prefix_id = seq.features.prefix_root
         for index in range(seq.num_tokens // self.block_size):
-            token_ids = self._block_tokens(seq, index)
-            block = self._find(self._block_hash(seq, index), token_ids, prefix_id)
+            block = self._find(*self._block_key(seq, index), prefix_id)
             if block is None:
                 break
             matched.append(block.block_id)
@@ -144,11 +141,11 @@ class BlockManager:
         for index in range(seq.num_hashed_blocks, num_computed_tokens // self.block_size):
             parent = self.blocks[seq.block_table[index - 1]].prefix_id if index else root
             block = self.blocks[seq.block_table[index]]
-            block_hash, token_ids = self._block_hash(seq, index), self._block_tokens(seq, index)
-            twin = self._find(block_hash, token_ids, parent)
+            block_hash, tokens = self._block_key(seq, index)
+            twin = self._find(block_hash, tokens, parent)
             block.prefix_id = twin.prefix_id if twin else next(self._new_prefix_id)
             block.parent_prefix_id = parent
-            block.hash, block.token_ids = block_hash, token_ids
+            block.hash, block.tokens = block_hash, tokens
             self.hash_to_block_ids.setdefault(block_hash, []).append(block.block_id)
             seq.num_hashed_blocks = index + 1
 
@@ -156,23 +153,18 @@ class BlockManager:
         """Blocks that `num_tokens` tokens take."""
         return -(-num_tokens // self.block_size)
 
-    def _block_tokens(self, seq: Sequence, index: int) -> list[int]:
-        return seq.token_ids[index * self.block_size : (index + 1) * self.block_size]
+    def _block_key(self, seq: Sequence, index: int) -> tuple[int, bytes]:
+        keys, root = seq.block_keys, seq.features.prefix_root or None
+        while (depth := len(keys)) <= index:
+            start = depth * self.block_size
+            tokens = pack_tokens(seq.token_ids[start : start + self.block_size])
+            keys.append((self.compute_hash(tokens, keys[-1][0] if keys else root), tokens))
+        return keys[index]
 
-    def _block_hash(self, seq: Sequence, index: int) -> int:
-        hashes, root = seq.block_hashes, seq.features.prefix_root or None
-        while (depth := len(hashes)) <= index:
-            parent, token_ids = hashes[-1] if hashes else root, self._block_tokens(seq, depth)
-            # Prompts that come together often begin alike: comparing is cheaper than hashing.
-            if self._newest.get(depth, ())[:2] != (parent, token_ids):
-                self._newest[depth] = parent, token_ids, self.compute_hash(token_ids, parent)
-            hashes.append(self._newest[depth][2])
-        return hashes[index]
-
-    def _find(self, block_hash: int, token_ids: list[int], parent_prefix_id: int) -> Block | None:
+    def _find(self, block_hash: int, tokens: bytes, parent_prefix_id: int) -> Block | None:
         for block_id in self.hash_to_block_ids.get(block_hash, ()):
             block = self.blocks[block_id]
-            if block.parent_prefix_id == parent_prefix_id and block.token_ids == token_ids:
+            if block.parent_prefix_id == parent_prefix_id and block.tokens == tokens:
                 return block
         return None
 
@@ -194,4 +186,4 @@ class BlockManager:
         block_ids.remove(block.block_id)
         if not block_ids:
             del self.hash_to_block_ids[block.hash]
-        block.hash, block.token_ids, block.prefix_id = None, [], ROOT
+        block.hash, block.tokens, block.prefix_id = None, b"", ROOT

@@ -21,7 +21,7 @@ from nanovllm.engine.block_manager import Block, BlockManager
 from nanovllm.engine.prefix_units import UnitBlockManager
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels import row_state
-from nanovllm.kernels.cache_units import COPY_UNIT
+from nanovllm.kernels.cache_units import COPY_UNIT, MIN_COPIED_TOKENS
 
 NO_BLOCK = 0  # in a table where no block was ever held: any valid id, as nothing reads it
 
@@ -80,7 +80,8 @@ def new_block_manager(config: Config) -> BlockManager:
     assert num_blocks is not None
     args = num_blocks, config.kvcache_block_size, config.enable_prefix_caching
     if windows == (None,):
-        has_units = config.kvcache_block_size % COPY_UNIT == 0
+        block_size = config.kvcache_block_size
+        has_units = block_size % COPY_UNIT == 0 and block_size > MIN_COPIED_TOKENS
         return UnitBlockManager(*args, COPY_UNIT) if has_units else BlockManager(*args)
     sizes = num_group_blocks(config, num_blocks)[1:]
     pools = [
@@ -282,13 +283,13 @@ class WindowedBlockManager(BlockManager):
         del seq.block_table[:num_released]
         super().deallocate(seq)
 
-    def _find(self, block_hash: int, token_ids: list[int], parent_prefix_id: int) -> Block | None:
+    def _find(self, block_hash: int, tokens: bytes, parent_prefix_id: int) -> Block | None:
         """As in `BlockManager`; of equal blocks one that as few groups as possible lack."""
         found = (self.blocks[block_id] for block_id in self.hash_to_block_ids.get(block_hash, ()))
         equal = (
             block
             for block in found
-            if block.parent_prefix_id == parent_prefix_id and block.token_ids == token_ids
+            if block.parent_prefix_id == parent_prefix_id and block.tokens == tokens
         )
         return min(equal, key=self._num_lacking, default=None)
 

@@ -7,13 +7,15 @@ step's tokens and before its attention reads. So the other block may be one that
 computes: of prompts that come together the first one computes what all have in common.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable
 
-from nanovllm.engine.block_manager import Block, BlockManager
-from nanovllm.engine.sequence import Sequence
+import numpy as np
 
-# The prefix id before a block, and the tokens that it begins with: a number of units.
-Beginning = tuple[int, tuple[int, ...]]
+from nanovllm.engine.block_manager import Block, BlockManager
+from nanovllm.engine.packed_tokens import TOKEN_BYTES, count_equal, pack_tokens
+from nanovllm.engine.sequence import Sequence
+from nanovllm.kernels.cache_units import MIN_COPIED_TOKENS
 
 
 class UnitBlockManager(BlockManager):
@@ -33,61 +35,74 @@ class UnitBlockManager(BlockManager):
     ) -> None:
         super().__init__(num_blocks, block_size, enable_prefix_caching)
         self.unit = unit
-        self._block_ids: dict[Beginning, dict[int, None]] = {}  # as ordered sets
-        self._beginnings: dict[int, list[Beginning]] = {}  # of each block, the shortest first
-        # Of the step that is scheduled: what it copies from, and the units, from target to source.
-        self._sources: set[int] = set()
-        self._copies: dict[int, int] = {}
+        # By the prefix id before them: the tokens and ids of blocks, sorted. So the block with most
+        # in common with some tokens is one of the two beside their place.
+        self._following: dict[int, list[tuple[bytes, int]]] = {}
+        self._beginnings: dict[int, tuple[int, bytes]] = {}  # of each such block
+        # Of the step that is scheduled: free blocks that it copies from, and by block that it
+        # copies into, the units' sources one after another: (first unit, number of units).
+        self._free_sources: set[int] = set()
+        self._sources: dict[int, list[tuple[int, int]]] = {}
 
     def begin_step(self, running: Iterable[Sequence]) -> None:
         """See `BlockManager.begin_step`. Who takes a block from here on writes after the copies."""
+        self._free_sources.clear()
         self._sources.clear()
-        self._copies.clear()
 
     def can_allocate(self, seq: Sequence, matched: list[int], num_reserved: int = 0) -> bool:
         """See `BlockManager.can_allocate`; what the step copies from is not taken."""
-        sources = (self._sources & self.free_block_ids.keys()).difference(matched)
-        return super().can_allocate(seq, matched, num_reserved + len(sources))
+        num_sources = len(self._free_sources.difference(matched)) if self._free_sources else 0
+        return super().can_allocate(seq, matched, num_reserved + num_sources)
 
     def allocate(self, seq: Sequence, matched: list[int]) -> None:
         """As `BlockManager.allocate`; says what is copied into the block after the matched ones."""
-        seq.copies, seq.num_copied_tokens = [], 0
-        source, num_units = self._find_source(seq, matched)
-        if source is None:
-            super().allocate(seq, matched)
-            return
-        if source.ref_count == 0:
+        source, seq.copied_tokens = self._find_source(seq, matched)
+        if source is not None and source.ref_count == 0:
             self.free_block_ids.move_to_end(source.block_id)  # the last one to be taken
-        self._sources.add(source.block_id)
+            self._free_sources.add(source.block_id)
         super().allocate(seq, matched)
+        seq.copies, seq.num_copied_tokens = [], len(seq.copied_tokens) // TOKEN_BYTES
+        if source is None:
+            return
         per_block = self.block_size // self.unit
-        first = seq.block_table[len(matched)] * per_block
-        for index in range(num_units):
-            unit = source.block_id * per_block + index
-            # All copies of a step are made at once: none may read what another writes.
-            self._copies[first + index] = unit = self._copies.get(unit, unit)
-            seq.copies.append((first + index, unit))
-        seq.num_copied_tokens = num_units * self.unit
+        block_id, num_done = seq.block_table[len(matched)], 0
+        # All copies of a step are made at once: none may read what another writes.
+        runs = [*self._sources.get(source.block_id, ())]
+        num_resolved = sum(number for _, number in runs)
+        runs.append((source.block_id * per_block + num_resolved, per_block))
+        self._sources[block_id] = own_runs = []
+        for first, most in runs:
+            if number := min(most, seq.num_copied_tokens // self.unit - num_done):
+                seq.copies.append((block_id * per_block + num_done, first, number))
+                own_runs.append((first, number))
+                num_done += number
 
-    def _find_source(self, seq: Sequence, matched: list[int]) -> tuple[Block | None, int]:
-        """The block with most in common behind the matched ones, and how many units these are."""
+    def _find_source(self, seq: Sequence, matched: list[int]) -> tuple[Block | None, bytes]:
+        """The block with most in common behind the matched ones, and the tokens of these units."""
         if not self.enable_prefix_caching or not seq.may_read_prefix_cache:
-            return None, 0
-        start = len(matched) * self.block_size
-        # The last token is computed in any case, as its logits are needed.
-        most = min(self.block_size - self.unit, seq.num_tokens - 1 - start) // self.unit
+            return None, b""
         prefix_id = self.blocks[matched[-1]].prefix_id if matched else seq.features.prefix_root
-        for num_units in range(most, 0, -1):
-            tokens = tuple(seq.token_ids[start : start + num_units * self.unit])
-            block_ids = self._block_ids.get((prefix_id, tokens))
-            if block_ids is None:
+        if (following := self._following.get(prefix_id)) is None:
+            return None, b""
+        index, keys = len(matched), seq.block_keys
+        start = index * self.block_size
+        tokens = keys[index][1] if index < len(keys) else pack_tokens(seq.token_ids[start:])
+        # The last token is computed in any case, as its logits are needed.
+        most = min(self.block_size - self.unit, seq.num_tokens - 1 - start)
+        tokens = tokens[: most // self.unit * self.unit * TOKEN_BYTES]
+        source, copied = None, b""
+        more = -(-MIN_COPIED_TOKENS // self.unit) * self.unit * TOKEN_BYTES
+        place = bisect_left(following, (tokens,))
+        for others, block_id in following[max(0, place - 1) : place + 1]:
+            if len(tokens) < more or tokens[:more] != others[:more]:
                 continue
+            block = self.blocks[block_id]
             # A free block that is copied from is one less for the sequence.
-            has_room = self.can_allocate(seq, matched, 1)
-            blocks = map(self.blocks.__getitem__, block_ids)
-            source = next((block for block in blocks if has_room or block.ref_count), None)
-            return source, num_units
-        return None, 0
+            if block.ref_count or self.can_allocate(seq, matched, 1):
+                num_units = count_equal(tokens, others, self.unit)
+                source, copied = block, tokens[: num_units * self.unit * TOKEN_BYTES]
+                more = len(copied) + self.unit * TOKEN_BYTES
+        return source, copied
 
     def cache_blocks(self, seq: Sequence, num_computed_tokens: int) -> None:
         """See `BlockManager.cache_blocks`; the last block need not be full."""
@@ -96,28 +111,42 @@ class UnitBlockManager(BlockManager):
         if not self.enable_prefix_caching:
             return
         for index in range(first, self.num_blocks_for(num_computed_tokens)):
+            block = self.blocks[seq.block_table[index]]
             parent = self.blocks[seq.block_table[index - 1]] if index else None
             prefix_id = parent.prefix_id if parent else seq.features.prefix_root
-            beginnings = self._beginnings.setdefault(seq.block_table[index], [])
             start = index * self.block_size
-            num_tokens = min(self.block_size - self.unit, num_computed_tokens - start)
-            for num_units in range(len(beginnings) + 1, num_tokens // self.unit + 1):
-                tokens = tuple(seq.token_ids[start : start + num_units * self.unit])
-                beginnings.append((prefix_id, tokens))
-                self._block_ids.setdefault(beginnings[-1], {})[seq.block_table[index]] = None
+            tokens = block.tokens or pack_tokens(seq.token_ids[start:num_computed_tokens])
+            self._forget_beginning(block)
+            self._beginnings[block.block_id] = prefix_id, tokens
+            insort(self._following.setdefault(prefix_id, []), (tokens, block.block_id))
+
+    def _hold(self, block: Block) -> None:
+        super()._hold(block)
+        self._free_sources.discard(block.block_id)
 
     def _release(self, block: Block) -> None:
         super()._release(block)
         if block.ref_count == 0 and block.hash is None:
-            self._forget_beginnings(block)
+            self._forget_beginning(block)
 
     def _forget(self, block: Block) -> None:
-        self._forget_beginnings(block)
+        self._forget_beginning(block)
         super()._forget(block)
 
-    def _forget_beginnings(self, block: Block) -> None:
-        for beginning in self._beginnings.pop(block.block_id, ()):
-            block_ids = self._block_ids[beginning]
-            del block_ids[block.block_id]
-            if not block_ids:
-                del self._block_ids[beginning]
+    def _forget_beginning(self, block: Block) -> None:
+        if block.block_id not in self._beginnings:
+            return
+        prefix_id, tokens = self._beginnings.pop(block.block_id)
+        following = self._following[prefix_id]
+        del following[bisect_left(following, (tokens, block.block_id))]
+        if not following:
+            del self._following[prefix_id]
+
+
+def copied_units(copies: list[tuple[int, int, int]]) -> np.ndarray:
+    """`Sequence.copies` as the [C, 2] int32 pairs of units that `PrefillMetadata` has."""
+    runs = np.array(copies, dtype=np.int32).reshape(-1, 3)
+    lengths = runs[:, 2]
+    within = np.arange(lengths.sum(), dtype=np.int32)
+    within -= np.repeat(np.cumsum(lengths, dtype=np.int32) - lengths, lengths)
+    return np.repeat(runs[:, :2], lengths, axis=0) + within[:, None]

@@ -70,7 +70,8 @@ class Sequence:
                 raise ValueError("max_length is required when max_tokens is None")
             max_length = self.num_prompt_tokens + params.max_tokens
         self.max_length = max_length
-        self.block_hashes: list[int] = []  # chain hashes of the leading full blocks, computed once
+        # Of the leading full blocks: chain hash and packed tokens, made once.
+        self.block_keys: list[tuple[int, bytes]] = []
         self.num_cached_tokens = 0  # tokens that the prefix cache spared at the last admission
         self.num_cached_prompt_tokens = 0  # the same at the first one, when there is only a prompt
         self.was_admitted = False  # once at least
@@ -84,8 +85,10 @@ class Sequence:
         self.further_tables: list[list[int]] = []  # of other cache groups than the first
         self.num_hashed_blocks = 0  # leading blocks of block_table that are in the prefix cache
         self.num_shared_tokens = 0  # tokens in blocks found in the cache: never written again
-        self.copies: list[tuple[int, int]] = []  # K/V of its first block that is not shared
+        # K/V of its first block that is not shared: (target unit, source unit, number of units).
+        self.copies: list[tuple[int, int, int]] = []
         self.num_copied_tokens = 0  # by `copies`
+        self.copied_tokens = b""  # these, packed
         self.num_prefill_tokens = len(self.token_ids)  # to compute before decoding (again)
         self.num_computed_tokens = 0
         self.num_scheduled_tokens = 0  # tokens that the newest scheduled step computes

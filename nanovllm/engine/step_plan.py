@@ -12,6 +12,7 @@ import numpy as np
 
 from nanovllm.engine.cache_groups import SentTables
 from nanovllm.engine.common_prefix import num_common_blocks
+from nanovllm.engine.prefix_units import copied_units
 from nanovllm.engine.sequence import Sequence, Wants
 from nanovllm.kernels import row_state
 
@@ -103,8 +104,7 @@ class PlanBuilder:
             for seq in seqs
         ]
         copies = [c for seq in seqs if _start(seq) == seq.num_cached_tokens for c in seq.copies]
-        pairs = np.array(copies, dtype=np.int32).reshape(-1, 2)
-        arrays = [*np.array(numbers, dtype=np.int32).T, pairs]
+        arrays = [*np.array(numbers, dtype=np.int32).T, copied_units(copies)]
         return StepPlan(True, rows, update_array, _wants(seqs), 0, token_ids, *arrays)
 
     def _note_decode_batch(self, seqs: list[Sequence], rows: np.ndarray) -> None:

@@ -12,6 +12,7 @@ from typing import Protocol, cast
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.packed_tokens import pack_tokens
 from nanovllm.engine.priority_queue import PriorityQueue
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.scheduler_stats import SchedulerStats
@@ -203,7 +204,8 @@ class Router(Scheduler):
         hashes: list[int] = []
         for start in range(0, num_blocks * size, size):
             parent = hashes[-1] if hashes else None
-            hashes.append(BlockManager.compute_hash(seq.token_ids[start : start + size], parent))
+            tokens = pack_tokens(seq.token_ids[start : start + size])
+            hashes.append(BlockManager.compute_hash(tokens, parent))
         return hashes
 
     def _move(self, place: Place, home: int) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from nanovllm.engine import common_prefix
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.cache_groups import WindowedBlockManager
+from nanovllm.engine.packed_tokens import pack_tokens
 from nanovllm.engine.recovery import restart
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
@@ -352,17 +353,17 @@ class FakeDevice:
         pools = manager.pools if isinstance(manager, WindowedBlockManager) else []
         for block in manager.blocks:
             if block.hash is not None:
-                self._check_block(self.caches[0], block.block_id, block.token_ids)
+                self._check_block(self.caches[0], block.block_id, block.tokens)
                 for cache, pool in zip(self.caches[1:], pools, strict=True):
                     if block.block_id in pool.block_ids:
-                        self._check_block(cache, pool.block_ids[block.block_id], block.token_ids)
+                        self._check_block(cache, pool.block_ids[block.block_id], block.tokens)
 
     def _check_block(
-        self, cache: dict[int, tuple[int, int]], block_id: int, token_ids: list[int]
+        self, cache: dict[int, tuple[int, int]], block_id: int, tokens: bytes
     ) -> None:
         first = block_id * self.block_size
         held = [cache[slot][0] for slot in range(first, first + self.block_size)]
-        assert held == token_ids
+        assert pack_tokens(held) == tokens
 
 
 class FakeEngine:

@@ -14,6 +14,7 @@ from scheduling_helpers import (
 )
 
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.packed_tokens import pack_tokens
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 
@@ -160,7 +161,7 @@ def test_hashed_block_that_is_reused_for_a_partial_prompt_loses_its_hash():
     second, _ = admit(manager, [5] * 10)
     assert second.block_table == [0]
     assert manager.blocks[0].hash is None
-    assert manager.blocks[0].token_ids == []
+    assert manager.blocks[0].tokens == b""
     assert manager.hash_to_block_ids == {}
 
 
@@ -221,7 +222,7 @@ def test_refused_request_changes_no_reference_count():
     ],
 )
 def test_chain_hash_values(token_ids, prefix, expected):
-    assert BlockManager.compute_hash(token_ids, prefix) == expected
+    assert BlockManager.compute_hash(pack_tokens(token_ids), prefix) == expected
 
 
 def test_hashes_are_those_of_each_prompts_own_chain_whichever_came_before():
@@ -236,9 +237,10 @@ def test_hashes_are_those_of_each_prompts_own_chain_whichever_came_before():
             manager.cache_blocks(seq, 6)
             parent, hashes = root or None, []
             for start in (0, 2, 4):
-                parent = BlockManager.compute_hash(list(token_ids[start : start + 2]), parent)
+                tokens = pack_tokens(list(token_ids[start : start + 2]))
+                parent = BlockManager.compute_hash(tokens, parent)
                 hashes.append(parent)
-            assert seq.block_hashes == hashes
+            assert [block_hash for block_hash, _ in seq.block_keys] == hashes
 
 
 def test_equal_block_after_another_prefix_does_not_hit(manager):
@@ -322,7 +324,7 @@ def test_prefix_cache_is_reset_when_no_block_is_in_use(manager):
     manager.deallocate(seq)
     assert manager.reset_prefix_cache() is True
     assert manager.hash_to_block_ids == {}
-    assert all(block.hash is None and not block.token_ids for block in manager.blocks)
+    assert all(block.hash is None and not block.tokens for block in manager.blocks)
     again, num_matched = admit(manager, PREFIX + [7] * 7)
     assert num_matched == 0
     manager.deallocate(again)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scheduling_helpers import check_all_released, drain, make_scheduler, make_seq, step
 
-from nanovllm.engine import cache_groups
-from nanovllm.engine.prefix_units import UnitBlockManager
+from nanovllm.engine import cache_groups, prefix_units
+from nanovllm.engine.prefix_units import UnitBlockManager, copied_units
 from nanovllm.kernels.cache_units import COPY_UNIT
 
 RUNS = settings(deadline=None, derandomize=True, database=None)
@@ -19,7 +19,11 @@ def run(workload: properties.Workload, unit: int) -> int:
     """All completions come out right, and invariants hold; the number of copied units."""
     workload.block_size *= unit
     workload.max_model_len = min(workload.max_model_len, 24)
-    with patch.object(cache_groups, "COPY_UNIT", unit):
+    with (
+        patch.object(cache_groups, "COPY_UNIT", unit),
+        patch.object(cache_groups, "MIN_COPIED_TOKENS", 0),
+        patch.object(prefix_units, "MIN_COPIED_TOKENS", 1),
+    ):
         engine = properties.run(workload)
         assert isinstance(engine.scheduler.block_manager, UnitBlockManager)
     return engine.device.num_copies
@@ -61,20 +65,19 @@ def own_prompt(number: int, num_shared: int = 1000, num_own: int = 30) -> list[i
 
 
 def test_prompts_that_come_together_compute_a_common_prefix_once():
-    """3 blocks are shared, 3 units of 64 copied from the first prompt's fourth block."""
+    """3 blocks are shared, 29 units of 8 copied from the first prompt's fourth block."""
     scheduler = scheduler_of()
     seqs = [make_seq(own_prompt(i), max_tokens=1, request_id=i) for i in range(4)]
     for seq in seqs:
         scheduler.add(seq)
     scheduled, num_tokens = step(scheduler)
     assert scheduled == seqs
-    assert [seq.num_cached_tokens for seq in seqs] == [0, 960, 960, 960]
-    assert num_tokens == 1030 + 3 * 70
+    assert [seq.num_cached_tokens for seq in seqs] == [0, 1000, 1000, 1000]
+    assert num_tokens == 1030 + 3 * 30
     assert {seq.num_shared_tokens for seq in seqs[1:]} == {768}
-    # The source is the first prompt's fourth block, 3, whose units are 12, 13, 14.
+    # The source is the first prompt's fourth block, 3, whose first unit is 96.
     assert seqs[0].copies == []
-    for seq in seqs[1:]:
-        assert [source for _, source in seq.copies] == [12, 13, 14]
+    assert [seq.copies for seq in seqs[1:]] == [[(32 * block, 96, 29)] for block in (5, 7, 9)]
     drain(scheduler)
     check_all_released(scheduler)
 
@@ -85,8 +88,8 @@ def test_a_cached_block_that_nobody_holds_is_a_source():
     drain(scheduler)
     seq = make_seq(own_prompt(1, num_shared=900), max_tokens=1, request_id=1)
     scheduler.add(seq)
-    assert drain(scheduler) == [930 - 768 - 128]
-    assert seq.num_cached_tokens == 768 + 128
+    assert drain(scheduler) == [930 - 896]
+    assert seq.num_cached_tokens == 896
     check_all_released(scheduler)
 
 
@@ -100,12 +103,14 @@ def test_a_block_that_is_not_full_is_a_source_while_its_sequence_runs(is_running
     seq = make_seq(STEM[:600], max_tokens=1, request_id=1)
     scheduler.add(seq)
     step(scheduler)
-    assert seq.num_cached_tokens == (576 if is_running else 512)
+    assert seq.num_cached_tokens == (592 if is_running else 512)
     drain(scheduler)
     check_all_released(scheduler)
 
 
-@pytest.mark.parametrize(("length", "num_cached"), [(64, 0), (65, 64), (128, 64), (129, 128)])
+@pytest.mark.parametrize(
+    ("length", "num_cached"), [(16, 0), (17, 16), (24, 16), (25, 24), (200, 192)]
+)
 def test_the_last_token_is_always_computed(length, num_cached):
     scheduler = scheduler_of()
     scheduler.add(make_seq(STEM[:200], max_tokens=9))
@@ -124,8 +129,8 @@ def test_chunks_are_copied_with_the_first_one_alone():
     seq = make_seq(own_prompt(1, num_shared=190, num_own=150), max_tokens=1, request_id=1)
     scheduler.add(seq)
     numbers = [step(scheduler)[1] for _ in range(40)]
-    assert [number for number in numbers if number > 0] == [100, 100, 340 - 128 - 200]
-    assert seq.num_cached_tokens == 128
+    assert [number for number in numbers if number > 0] == [100, 340 - 184 - 100]
+    assert seq.num_cached_tokens == 184
 
 
 @pytest.mark.parametrize("is_caching", [True, False])
@@ -148,13 +153,18 @@ def test_no_copy_of_a_step_reads_what_another_one_writes():
         scheduler.add(seq)
     step(scheduler)
     assert [seq.block_table for seq in seqs] == [[0, 1], [2], [3]]
-    assert [seq.copies for seq in seqs] == [[], [(8, 0), (9, 1)], [(12, 0), (13, 1), (14, 10)]]
-    assert [seq.num_cached_tokens for seq in seqs] == [0, 128, 192]
+    third = [(3 * 32, 0, 18), (3 * 32 + 18, 2 * 32 + 18, 10)]
+    assert [seq.copies for seq in seqs] == [[], [(2 * 32, 0, 18)], third]
+    assert [seq.num_cached_tokens for seq in seqs] == [0, 144, 224]
+    units = copied_units([copy for seq in seqs for copy in seq.copies])
+    assert units.dtype == "int32"
+    sources = [*range(18), *range(18), *range(2 * 32 + 18, 2 * 32 + 28)]
+    assert units.T.tolist() == [[*range(64, 82), *range(96, 124)], sources]
 
 
 def test_a_source_is_not_taken_for_the_sequence_that_copies_it():
     """Of 4 blocks the prompt needs all, or 3 beside the source's."""
-    for num_blocks, num_cached in ((5, 192), (4, 0)):
+    for num_blocks, num_cached in ((5, 200), (4, 0)):
         scheduler = scheduler_of(num_blocks)
         scheduler.add(make_seq(STEM[:256], max_tokens=1))
         drain(scheduler)
@@ -173,8 +183,8 @@ def test_a_source_is_not_taken_for_another_sequence_of_the_step():
     second = make_seq([9] * 300, max_tokens=1, request_id=2)
     scheduler.add(first)
     scheduler.add(second)
-    assert step(scheduler) == ([first], 230 - 192)
-    assert first.copies == [(4 + i, i) for i in range(3)]
+    assert step(scheduler) == ([first], 30)
+    assert first.copies == [(32, 0, 25)]
     assert step(scheduler) == ([second], 300)
     check_all_released(scheduler)
 

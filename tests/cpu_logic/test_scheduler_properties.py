@@ -213,15 +213,15 @@ def cache_one_token_too_early(
     original(manager, seq, min(num_computed_tokens + 1, most))
 
 
-def find_without_comparing_prefixes(manager, block_hash, token_ids, parent_prefix_id):
+def find_without_comparing_prefixes(manager, block_hash, tokens, parent_prefix_id):
     for block_id in manager.hash_to_block_ids.get(block_hash, ()):
-        if manager.blocks[block_id].token_ids == token_ids:
+        if manager.blocks[block_id].tokens == tokens:
             return manager.blocks[block_id]
     return None
 
 
-def hash_without_parent(token_ids, prefix=None):
-    return hash(tuple(token_ids))
+def hash_without_parent(tokens, prefix=None):
+    return hash(tokens)
 
 
 def use_a_block_twice(manager, seq, original=BlockManager.may_append):

@@ -86,7 +86,7 @@ def test_max_packed_size_bounds_every_plan(data):
         seq = make_seq([1] * num_tokens, request_id=i)
         seq.row = i
         seq.block_table = list(range(num_blocks))
-        seq.copies = [(i, 9)] * max_copies
+        seq.copies = [(i, 9, 1)] * max_copies
         seq.num_scheduled_tokens = seq.num_computed_tokens = num_tokens
         sequences.append(seq)
     plan = builder.build(sequences, is_prefill)

@@ -11,6 +11,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
 from nanovllm.kernels import row_state, select, torch_ops
+from nanovllm.kernels.cache_units import COPY_UNIT
 from nanovllm.kernels.cpu_ops import CpuOps
 from nanovllm.kernels.device import DeviceLimits
 from nanovllm.kernels.select import select_ops
@@ -254,15 +255,15 @@ def test_qk_norm_rope_store_into_an_fp8_cache(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP8_DTYPE])
 def test_copies_of_units_touch_nothing_else(dtype, monkeypatch):
-    """Two units of 64 slots a block: unit 1 is the second half of block 0."""
-    monkeypatch.setattr(torch_ops, "MAX_GATHER_ELEMENTS", 2 * 64 * 3 * 8)
-    memory = torch.randn(2, 5, 128, 3, 8).to(dtype)
-    scales = torch.randn(2, 5, 3, 128) if dtype == FP8_DTYPE else None
+    """Two units of 8 slots a block: unit 1 is the second half of block 0."""
+    monkeypatch.setattr(torch_ops, "MAX_GATHER_ELEMENTS", 2 * COPY_UNIT * 3 * 8)
+    memory = torch.randn(2, 5, 16, 3, 8).to(dtype)
+    scales = torch.randn(2, 5, 3, 16) if dtype == FP8_DTYPE else None
     expected = memory.float(), None if scales is None else scales.clone()
     copies = [(1, 6), (5, 0), (2, 6)]
     for target, source in copies:
-        block, half = target // 2, slice(target % 2 * 64, target % 2 * 64 + 64)
-        from_block, from_half = source // 2, slice(source % 2 * 64, source % 2 * 64 + 64)
+        block, half = target // 2, slice(target % 2 * 8, target % 2 * 8 + 8)
+        from_block, from_half = source // 2, slice(source % 2 * 8, source % 2 * 8 + 8)
         expected[0][:, block, half] = expected[0][:, from_block, from_half]
         if scales is not None:
             expected[1][:, block, :, half] = expected[1][:, from_block, :, from_half]

@@ -205,10 +205,10 @@ def prefilled_tokens(llm, prompt, max_tokens):
         (600, 600, 88),
         (513, 513, 1),
         (512, 512, 1),  # all blocks are found: the last token is computed all the same
-        (511, 511, 63),  # the second block became full: 3 of its units are copied
+        (511, 511, 7),  # the second block became full: 31 of its units are copied
         (257, 257, 1),
         (256, 256, 1),
-        (255, 255, 63),
+        (255, 255, 7),
     ],
 )
 def test_a_repeated_prompt_computes_what_is_not_cached(tiny_dir, length, cold, warm, overlap):
@@ -251,8 +251,8 @@ def test_equal_prompts_of_one_step_share_their_blocks(tiny_dir):
         for _ in range(4):
             llm.add_request(prompt, greedy(8))
         completions, counts = drain(llm)
-        # 2 blocks are shared, and one unit of 64 tokens is copied.
-        assert counts[0] == 600 + 3 * 24
+        # 2 blocks are shared, and 10 units of 8 tokens are copied, but not the last token.
+        assert counts[0] == 600 + 3 * 8
         assert list(completions.values()) == [reference] * 4
         check_nothing_is_held(llm)
 
