@@ -45,7 +45,9 @@ class Executor:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.cause_of_death: str | None = None
         self._is_device_lost = False
-        self.plan_builder = PlanBuilder(config.max_num_seqs, config.row_width)
+        self.plan_builder = PlanBuilder(
+            config.max_num_seqs, config.row_width, config.kvcache_block_size
+        )
         self.model_runner = self._start_model_runner(config, device)
         self.model_runner.run = self.run
 

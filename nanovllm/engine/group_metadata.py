@@ -45,7 +45,7 @@ def decode_metadata(
     inputs: DecodeInputs,
     rows: torch.Tensor,
     block_size: int,
-    num_common_blocks: torch.Tensor | None,
+    num_common_tokens: torch.Tensor | None,
 ) -> DecodeMetadata:
     """The first group's metadata of a decode step, with those of the others in `further_groups`.
 
@@ -57,7 +57,7 @@ def decode_metadata(
         inputs: of the step, with the block tables of all groups and the first group's slots.
         rows: [B] int32, in the row table.
         block_size: tokens per block.
-        num_common_blocks: as of `Ops.plan_decode`, of the first group; None if it has a window.
+        num_common_tokens: as of `Ops.plan_decode`, of the first group; None if it has a window.
     """
     slot_mappings = [inputs.slot_mapping, *_further_slots(inputs, block_size, len(layers))]
     tables = inputs.block_tables.split(inputs.block_tables.shape[1] // len(layers), 1)
@@ -70,7 +70,7 @@ def decode_metadata(
                 layer.cache,
                 table,
                 inputs.context_lens,
-                None if group else num_common_blocks,
+                None if group else num_common_tokens,
                 window=layer.window,
             ),
             rows=rows,

@@ -132,9 +132,9 @@ class ModelRunner(RankState):
         plan = step.plan
         num_seqs = len(plan.rows)
         batch_size = self.graphs.padded_size(num_seqs) if self.graphs else num_seqs
-        num_common_blocks = plan.num_common_blocks if self.reads_common_blocks_once else 0
+        num_common_tokens = plan.num_common_tokens if self.reads_common_blocks_once else 0
         batch = np.full(1 + batch_size, self.config.max_num_seqs, dtype=np.int32)
-        batch[0] = num_common_blocks
+        batch[0] = num_common_tokens
         batch[1 : 1 + num_seqs] = plan.rows
         is_same_batch = np.array_equal(batch, self._uploaded_batch)
         if not is_same_batch or len(plan.updates):
@@ -143,9 +143,9 @@ class ModelRunner(RankState):
             self.decode_batch[: len(batch)].copy_(new_batch)
             self._uploaded_batch = batch
         if self.graphs:
-            token_ids = self.graphs.replay(batch_size, num_common_blocks > 0)
+            token_ids = self.graphs.replay(batch_size, num_common_tokens > 0)
         else:
-            token_ids = self.decode(self.decode_rows[:batch_size], num_common_blocks > 0)
+            token_ids = self.decode(self.decode_rows[:batch_size], num_common_tokens > 0)
         step.token_ids = token_ids[:num_seqs]
         self._give(Wants.LOGITS, step, self.decode_logits[:num_seqs])
 
@@ -154,17 +154,17 @@ class ModelRunner(RankState):
 
         The logits are left in `decode_logits`.
 
-        has_common_blocks: read the rows' `num_common_blocks` leading blocks once for all.
+        has_common_blocks: read the rows' `num_common_tokens` leading tokens once for all.
         """
         inputs = self.ops.gather_decode_inputs(self.row_table, rows, self.block_size)
-        num_common_blocks = self.decode_batch[:1] if has_common_blocks else None
+        num_common_tokens = self.decode_batch[:1] if has_common_blocks else None
         if self.has_windows:
             metadata = decode_metadata(
-                self.ops, self.group_layers, inputs, rows, self.block_size, num_common_blocks
+                self.ops, self.group_layers, inputs, rows, self.block_size, num_common_tokens
             )
         else:
             tables, lens = inputs.block_tables, inputs.context_lens
-            plan = self.ops.plan_decode(self.attentions[0].cache, tables, lens, num_common_blocks)
+            plan = self.ops.plan_decode(self.attentions[0].cache, tables, lens, num_common_tokens)
             metadata = DecodeMetadata(inputs.slot_mapping, tables, lens, plan, rows=rows)
         hidden_states = self.model.model(inputs.input_ids, inputs.positions, metadata)
         logits = self.model.lm_head(hidden_states, out=self.decode_logits[: len(rows)])

@@ -41,8 +41,8 @@ class RankState:
         attentions: the attention layers.
         group_layers: one of them for each cache group.
         has_windows: whether any has a window that a sequence can exceed.
-        reads_common_blocks_once: whether decode steps read common leading blocks once for all.
-        decode_batch: the number of leading blocks that a decode batch has in common, then its rows;
+        reads_common_blocks_once: whether decode steps read common leading tokens once for all.
+        decode_batch: the number of leading tokens that a decode batch has in common, then its rows;
             CUDA graphs read them here.
         decode_rows: the rows of it.
         decode_logits: [max_num_seqs, V] where decode steps leave their logits.
@@ -119,7 +119,7 @@ class RankState:
         )
         # The host's copy of what plans have sent: never the token or the length, which steps write.
         self.sent_rows = np.zeros(self.row_table.shape, dtype=np.int32)
-        # The number of leading blocks that the decode batch has in common, then its rows; graphs
+        # The number of leading tokens that the decode batch has in common, then its rows; graphs
         # read them here. Every row starts as padding.
         self.decode_batch = torch.full(
             (1 + config.max_num_seqs,), config.max_num_seqs, dtype=torch.int32, device=self.device

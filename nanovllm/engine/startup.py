@@ -147,7 +147,7 @@ def run_largest_prefill(runner: ModelRunner) -> None:
 
 @torch.inference_mode()
 def run_largest_decode(runner: ModelRunner) -> None:
-    """Decode steps of `max_num_seqs` rows: without common blocks, then with them."""
+    """Decode steps of `max_num_seqs` rows: without common tokens, then with them."""
     runner.decode(runner.decode_rows)
     if runner.reads_common_blocks_once:
         runner.decode(runner.decode_rows, has_common_blocks=True)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nanovllm.engine.cache_groups import SentTables
-from nanovllm.engine.common_prefix import num_common_blocks
+from nanovllm.engine.common_prefix import num_common_tokens
 from nanovllm.engine.prefix_units import copied_units
 from nanovllm.engine.sequence import Sequence, Wants
 from nanovllm.kernels import row_state
@@ -30,7 +30,7 @@ class StepPlan(NamedTuple):
     rows: np.ndarray  # [S] row of each sequence
     updates: np.ndarray  # [U, 2]
     wants: np.ndarray = NONE  # [S] `Sequence.wants`; empty: nobody wants anything
-    num_common_blocks: int = 0  # leading blocks that a decode step reads once for all its rows
+    num_common_tokens: int = 0  # the first ones, which a decode step reads once for all its rows
     token_ids: np.ndarray = NONE  # [T] tokens to compute, sequence after sequence
     starts: np.ndarray = NONE  # [S] position of the first token to compute
     lengths: np.ndarray = NONE  # [S] tokens to compute
@@ -63,15 +63,16 @@ class PlanBuilder:
     Args:
         num_rows: rows, without the padding row.
         row_width: int32 words of a row in the row table.
+        block_size: tokens per KV block.
     """
 
-    def __init__(self, num_rows: int, row_width: int) -> None:
-        self.row_width = row_width
+    def __init__(self, num_rows: int, row_width: int, block_size: int) -> None:
+        self.row_width, self.block_size = row_width, block_size
         self.num_sent_blocks = [0] * num_rows
         self._further_tables = SentTables()
         # Of the newest decode batch; None: a prefill has given a row another sequence since.
         self._decode_rows: np.ndarray | None = None
-        self._num_common_blocks = 0
+        self._num_common_tokens = 0
         self._decode_wants = NONE
 
     def build(self, seqs: list[Sequence], is_prefill: bool) -> StepPlan:
@@ -95,7 +96,7 @@ class PlanBuilder:
         update_array = np.fromiter(chain.from_iterable(updates), dtype=np.int32).reshape(-1, 2)
         if not is_prefill:
             self._note_decode_batch(seqs, rows)
-            return StepPlan(False, rows, update_array, self._decode_wants, self._num_common_blocks)
+            return StepPlan(False, rows, update_array, self._decode_wants, self._num_common_tokens)
         self._decode_rows = None
         chunks = (seq.token_ids[_start(seq) : seq.num_computed_tokens] for seq in seqs)
         token_ids = np.fromiter(chain.from_iterable(chunks), dtype=np.int32)
@@ -110,7 +111,7 @@ class PlanBuilder:
     def _note_decode_batch(self, seqs: list[Sequence], rows: np.ndarray) -> None:
         # While the batch stays, decoding only appends blocks of each sequence's own.
         if self._decode_rows is None or not np.array_equal(rows, self._decode_rows):
-            self._num_common_blocks = num_common_blocks([seq.block_table for seq in seqs])
+            self._num_common_tokens = num_common_tokens(seqs, self.block_size)
             self._decode_wants = _wants(seqs)
             self._decode_rows = rows
 

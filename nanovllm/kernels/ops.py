@@ -26,7 +26,7 @@ class Ops(Protocol):
             that are multiples of 16. Else weights are better kept in the model's dtype.
         supports_cuda_graphs: whether decode steps can be captured in a CUDA graph: no shape depends
             on device values.
-        reads_common_blocks_once: whether `plan_decode` makes use of num_common_blocks.
+        reads_common_blocks_once: whether `plan_decode` makes use of num_common_tokens.
         attention_extras: which of ATTENTION_EXTRAS `attend` takes. `Attention` refuses the others.
     """
 
@@ -299,7 +299,7 @@ class Ops(Protocol):
         cache: KVCache,
         block_tables: Tensor,
         context_lens: Tensor,
-        num_common_blocks: Tensor | None = None,
+        num_common_tokens: Tensor | None = None,
         window: int | None = None,
     ) -> object:
         """How the work of a decode step is divided, made once for all layers of one shape.
@@ -311,10 +311,10 @@ class Ops(Protocol):
             cache: of any layer.
             block_tables: [B, W] int32.
             context_lens: [B] int32.
-            num_common_blocks: [1] int32 or None. The tables of all rows that are not empty begin
-                with so many equal, full blocks, fewer than any of these rows has. They are read
-                once for the batch. Prefixes that only some rows share are not. Layers with a window
-                read no block once.
+            num_common_tokens: [1] int32 or None. All rows that are not empty begin with so many
+                tokens of equal K/V, fewer than any of these rows has. They are read once for the
+                batch, from the first row's blocks. Prefixes that only some rows share are not.
+                Layers with a window read no token once.
             window: of the layers, as in `attend`.
         """
 

@@ -553,7 +553,7 @@ def plan_decode(
     cache: KVCache,
     block_tables: torch.Tensor,
     context_lens: torch.Tensor,
-    num_common_blocks: torch.Tensor | None = None,
+    num_common_tokens: torch.Tensor | None = None,
     window: int | None = None,
 ) -> None:
     """None: `decode_attention` divides the work itself."""

@@ -32,7 +32,7 @@ NO_SLOTS = torch.empty(0, dtype=torch.int64)  # attention only reads the cache
 PREFILL_LENGTHS = ((4096,) * 4, (2117, 3861, 2946, 3990, 3433), (512,) * 32)
 DECODE_SHAPES = (
     *("1x128", "1x1100", "8x300", "8x1100", "16x1100", "32x128", "32x400", "64x1100", "128x1100"),
-    *("256x850", "64x2000r", "128x2000r", "256x1600r", "8x32768", "256x1048c3"),
+    *("256x850", "64x2000r", "128x2000r", "256x1600r", "8x32768", "256x1048c1000"),
 )
 
 
@@ -70,18 +70,18 @@ def seconds_per_call(calls: list[partial], use_graph: bool = True) -> float:
 class DecodeShape(NamedTuple):
     """A decode batch.
 
-    Ragged: contexts from 1 to `length`, the longest first, as in the engine. With common blocks all
-    tables begin with the same ones, and every context is `length`.
+    Ragged: contexts from 1 to `length`, the longest first, as in the engine. With common tokens
+    all tables begin with the same blocks, and every context is `length`.
     """
 
     batch_size: int
     length: int
     is_ragged: bool
-    num_common_blocks: int
+    num_common_tokens: int
 
     @classmethod
     def parse(cls, text: str) -> "DecodeShape":
-        """64x1100; 64x2000r: ragged; 256x1048c3: with three common blocks."""
+        """64x1100; 64x2000r: ragged; 256x1048c1000: with 1,000 common tokens."""
         match = re.fullmatch(r"(\d+)x(\d+)(r?)(?:c(\d+))?", text)
         if match is None:
             raise argparse.ArgumentTypeError(f"{text!r} is no shape")
@@ -93,7 +93,7 @@ class DecodeShape(NamedTuple):
         return torch.linspace(self.length, first, self.batch_size, device="cuda").int()
 
     def __str__(self) -> str:
-        common = f" ({self.num_common_blocks} common blocks)" if self.num_common_blocks else ""
+        common = f" ({self.num_common_tokens} common tokens)" if self.num_common_tokens else ""
         return f"{self.batch_size} x {'<=' if self.is_ragged else ''}{self.length}{common}"
 
 
@@ -125,12 +125,13 @@ def bench_decode(
     width = max(used, options.max_model_len // BLOCK_SIZE)
     tables = torch.zeros(batch_size, width, dtype=torch.int32, device="cuda")
     tables[:, :used] = torch.randperm(num_blocks, device="cuda").view(batch_size, used)
-    tables[:, : shape.num_common_blocks] = tables[:1, : shape.num_common_blocks].clone()
-    num_common_blocks = torch.tensor([shape.num_common_blocks], device="cuda", dtype=torch.int32)
+    num_shared = shape.num_common_tokens // BLOCK_SIZE
+    tables[:, :num_shared] = tables[:1, :num_shared].clone()
+    num_common_tokens = torch.tensor([shape.num_common_tokens], device="cuda", dtype=torch.int32)
     lens = shape.context_lens()
     layers = [KVCache(*caches[i % num_caches], *scales) for i in range(NUM_LAYERS)]
     query = randn(batch_size, num_heads, HEAD_DIM)
-    num_spared = (batch_size - 1) * shape.num_common_blocks * BLOCK_SIZE
+    num_spared = (batch_size - 1) * shape.num_common_tokens
     num_bytes = (int(lens.sum()) - num_spared) * token_bytes
 
     def report(
@@ -154,7 +155,7 @@ def bench_decode(
     plan_names = ("tile", "programs_per_sm", "min_split")
     launch_names = ("num_warps", "num_stages")
     sweep = itertools.product(
-        [None, num_common_blocks] if shape.num_common_blocks else [None],
+        [None, num_common_tokens] if shape.num_common_tokens else [None],
         options.tile,
         options.programs_per_sm,
         options.min_split,
@@ -282,7 +283,7 @@ def main() -> None:
         "--decode-shapes",
         nargs="+",
         default=DECODE_SHAPES,
-        help="64x1100; ragged: 64x2000r; with 3 common blocks: 256x1048c3",
+        help="64x1100; ragged: 64x2000r; with common tokens: 256x1048c1000",
     )
     parser.add_argument(
         "--heads", nargs=2, type=int, default=(NUM_HEADS, NUM_KV_HEADS), metavar=("Q", "KV")

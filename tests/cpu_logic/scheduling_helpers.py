@@ -204,7 +204,7 @@ class FakeDevice:
         self.windows = scheduler.config.cache_windows
         self.num_columns = max_blocks_per_seq
         width = row_state.BLOCK_TABLE + len(self.windows) * max_blocks_per_seq
-        self.plan_builder = PlanBuilder(scheduler.max_num_seqs, width)
+        self.plan_builder = PlanBuilder(scheduler.max_num_seqs, width, self.block_size)
         self.unit = getattr(scheduler.block_manager, "unit", self.block_size)
         self.capacity = max_packed_size(
             scheduler.max_num_seqs,
@@ -217,9 +217,10 @@ class FakeDevice:
         self.caches: list[dict[int, tuple[int, int]]] = [{} for _ in self.windows]
         self.sampled: dict[int, list[int]] = {}  # request_id -> all that was sampled for it
         self.num_copies = 0
+        self.num_common_copied = 0  # tokens behind common blocks, in all decode steps
 
     def launch(self, seqs: list[Sequence], is_prefill: bool) -> Launched:
-        with patch.object(common_prefix, "MIN_SPARED_BLOCK_READS", 1):
+        with patch.object(common_prefix, "MIN_SPARED_TOKENS", 1):
             packed = pack(self.plan_builder.build(seqs, is_prefill))
         assert packed.dtype == np.int32
         assert len(packed) <= self.capacity
@@ -273,7 +274,7 @@ class FakeDevice:
         self.num_copies += len(targets)
 
     def _decode(self, plan: StepPlan, seqs: list[Sequence]) -> list[int | None]:
-        self._check_common_blocks(plan)
+        self._check_common_tokens(plan)
         token_ids: list[int | None] = []
         for seq, row in zip(seqs, plan.rows.tolist(), strict=True):
             token = int(self.row_table[row, row_state.LAST_TOKEN])
@@ -284,8 +285,8 @@ class FakeDevice:
             token_ids.append(self._sample(seq, row, position))
         return token_ids
 
-    def _check_common_blocks(self, plan: StepPlan) -> None:
-        """They are all that the rows share, and full: no row writes into them in this step."""
+    def _check_common_tokens(self, plan: StepPlan) -> None:
+        """The rows hold the same K/V, of all blocks that they share at least; nobody writes it."""
         if self.windows[0] is not None:  # the runner does without them
             return
         tables = self.row_table[plan.rows, row_state.BLOCK_TABLE :][:, : self.num_columns]
@@ -293,8 +294,12 @@ class FakeDevice:
         is_used = np.arange(tables.shape[1]) < -(-lengths.min() // self.block_size)
         is_shared = (tables == tables[0]).all(axis=0) & is_used
         num_shared = int(np.cumprod(is_shared).sum()) if len(plan.rows) > 1 else 0
-        assert plan.num_common_blocks == num_shared
-        assert num_shared * self.block_size < lengths.min()
+        num_common = plan.num_common_tokens
+        assert num_shared * self.block_size <= num_common < lengths.min()
+        for position in range(num_common):
+            contents = {self.caches[0][self._slot(row, position)] for row in plan.rows.tolist()}
+            assert len(contents) == 1
+        self.num_common_copied += num_common - num_shared * self.block_size
 
     def _slot(self, row: int, position: int, group: int = 0) -> int:
         column = group * self.num_columns + position // self.block_size
@@ -358,9 +363,7 @@ class FakeDevice:
                     if block.block_id in pool.block_ids:
                         self._check_block(cache, pool.block_ids[block.block_id], block.tokens)
 
-    def _check_block(
-        self, cache: dict[int, tuple[int, int]], block_id: int, tokens: bytes
-    ) -> None:
+    def _check_block(self, cache: dict[int, tuple[int, int]], block_id: int, tokens: bytes) -> None:
         first = block_id * self.block_size
         held = [cache[slot][0] for slot in range(first, first + self.block_size)]
         assert pack_tokens(held) == tokens

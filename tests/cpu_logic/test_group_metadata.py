@@ -16,8 +16,8 @@ NUM_COLUMNS = 5  # of one group's table
 class RecordingOps(torch_ops.TorchOps):
     """What `plan_decode` is called with takes the plan's place."""
 
-    def plan_decode(self, cache, block_tables, context_lens, num_common_blocks=None, window=None):
-        return cache, block_tables.tolist(), num_common_blocks, window
+    def plan_decode(self, cache, block_tables, context_lens, num_common_tokens=None, window=None):
+        return cache, block_tables.tolist(), num_common_tokens, window
 
 
 def layers_with(windows: list[int | None]) -> list[SimpleNamespace]:

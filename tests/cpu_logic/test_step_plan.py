@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scheduling_helpers import make_scheduler, make_seq, seed_words, temperature_bits
 
-from nanovllm.engine.common_prefix import MIN_SPARED_BLOCK_READS, count_common_blocks
+from nanovllm.engine import common_prefix
+from nanovllm.engine.common_prefix import MIN_SPARED_TOKENS, count_common, num_common_tokens
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_plan import PlanBuilder, StepPlan
 from nanovllm.kernels import row_state
@@ -60,7 +61,7 @@ def test_unpacking_gives_the_plan_back(plan, num_stale_words):
     # A slot of the ring may hold the end of a longer, older plan.
     unpacked = unpack(np.concatenate([packed, np.full(num_stale_words, 99, np.int32)]))
     assert unpacked.is_prefill is plan.is_prefill
-    assert unpacked.num_common_blocks == plan.num_common_blocks
+    assert unpacked.num_common_tokens == plan.num_common_tokens
     for name in FIELDS:
         field, expected = getattr(unpacked, name), getattr(plan, name)
         assert field.shape == expected.shape, name
@@ -76,7 +77,7 @@ def test_max_packed_size_bounds_every_plan(data):
     budget = data.draw(st.integers(1, 30))
     max_copies = data.draw(st.integers(0, 3))
     num_seqs = data.draw(st.integers(1, min(max_num_seqs, budget)))
-    builder = PlanBuilder(max_num_seqs, row_state.BLOCK_TABLE + num_blocks)
+    builder = PlanBuilder(max_num_seqs, row_state.BLOCK_TABLE + num_blocks, budget)
     is_prefill = data.draw(st.booleans())
     sequences = []
     num_left = budget
@@ -123,7 +124,7 @@ class Steps:
 
     def __init__(self, **overrides) -> None:
         self.scheduler = make_scheduler(kvcache_block_size=4, **overrides)
-        self.builder = PlanBuilder(self.scheduler.max_num_seqs, ROW_WIDTH)
+        self.builder = PlanBuilder(self.scheduler.max_num_seqs, ROW_WIDTH, block_size=4)
 
     def next(self, token: int = 7) -> StepPlan:
         seqs, is_prefill = self.scheduler.schedule()
@@ -239,14 +240,15 @@ def test_seed_is_sent_as_two_words(seed):
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.lists(st.integers(0, 2), max_size=4), min_size=1, max_size=5))
-def test_common_blocks_are_the_longest_prefix_of_all_tables(tables):
+def test_what_lists_share_is_their_longest_common_prefix(tables):
     shortest = min(map(len, tables))
     lengths = [n for n in range(shortest + 1) if all(t[:n] == tables[0][:n] for t in tables)]
-    assert count_common_blocks(tables) == max(lengths)
+    assert count_common(tables) == max(lengths)
 
 
-def test_common_blocks_follow_the_batch():
-    num_seqs = MIN_SPARED_BLOCK_READS // 2 + 1
+def test_common_blocks_follow_the_batch(monkeypatch):
+    num_seqs = 9
+    monkeypatch.setattr(common_prefix, "MIN_SPARED_TOKENS", (num_seqs - 1) * 8)
     prefix = [3, 1, 4, 1, 5, 9, 2, 6]  # two blocks
 
     def decode_plan() -> StepPlan:
@@ -259,27 +261,86 @@ def test_common_blocks_follow_the_batch():
         # The last sequence ends after its third token.
         max_tokens = 3 if i == num_seqs - 1 else 20
         steps.scheduler.add(new_seq([*prefix, i], i, max_tokens=max_tokens))
-    assert steps.next().num_common_blocks == 0  # a prefill
+    assert steps.next().num_common_tokens == 0  # a prefill
     whole_batch = decode_plan()
-    assert whole_batch.num_common_blocks == 2
+    assert whole_batch.num_common_tokens == 8
     # With the row that the last sequence leaves, another prefix joins the same rows.
     stranger = new_seq([0, *prefix], num_seqs)
     steps.scheduler.add(stranger)
-    assert steps.next().num_common_blocks == 2
+    assert steps.next().num_common_tokens == 8
     plan = decode_plan()
     assert plan.rows.tolist() == whole_batch.rows.tolist()
-    assert plan.num_common_blocks == 0
+    assert plan.num_common_tokens == 0
     steps.scheduler.abort([stranger])
     plan = decode_plan()
     assert len(plan.rows) == num_seqs - 1
-    assert plan.num_common_blocks == 0, "fewer reads are spared than are worth a kernel"
+    assert plan.num_common_tokens == 0, "fewer reads are spared than are worth a kernel"
     steps.scheduler.add(new_seq([*prefix, 99], num_seqs + 1))
     plans = [decode_plan() for _ in range(3)]
-    assert plans[-1].num_common_blocks == 2
+    assert plans[-1].num_common_tokens == 8
 
 
-def test_a_single_sequence_has_no_common_blocks():
-    steps = Steps(num_kvcache_blocks=200)
-    steps.scheduler.add(new_seq(list(range(4 * MIN_SPARED_BLOCK_READS + 1)), 0))
+def test_a_single_sequence_has_no_common_tokens():
+    steps = Steps(num_kvcache_blocks=2100)
+    steps.scheduler.add(new_seq(list(range(MIN_SPARED_TOKENS + 1)), 0))
     steps.next()
-    assert steps.next().num_common_blocks == 0
+    assert steps.next().num_common_tokens == 0
+
+
+# ---- common tokens behind common blocks ---------------------------------------------------------
+
+STEM = list(range(100, 150))  # a block of 32 tokens, and 18 of the next one
+
+
+def running(prompts: list[list[int]], roots: list[int] | None = None) -> list[Sequence]:
+    """Sequences that have been prefilled in one step, as the scheduler shows them in a decode."""
+    scheduler = make_scheduler(kvcache_block_size=32, num_kvcache_blocks=200)
+    for number, prompt in enumerate(prompts):
+        seq = new_seq(prompt, number)
+        seq.features.prefix_root = roots[number] if roots else 0
+        scheduler.add(seq)
+    seqs, is_prefill = scheduler.schedule()
+    assert is_prefill and len(seqs) == len(prompts)
+    scheduler.postprocess(seqs, [7] * len(seqs))
+    return scheduler.schedule()[0]
+
+
+@pytest.fixture
+def without_threshold(monkeypatch):
+    monkeypatch.setattr(common_prefix, "MIN_SPARED_TOKENS", 1)
+
+
+@pytest.mark.parametrize(
+    ("num_shared", "expected"),
+    [
+        ([50, 50, 50], 32 + 16),  # of 18 tokens two units of 8 are copied
+        ([50, 48, 50], 32 + 16),
+        ([50, 50, 40], 40),  # 8 tokens, too few for a copy, were computed twice
+        ([30, 30, 30], 24),  # no block is shared
+        ([10, 50, 50], 10),
+        ([50], 0),
+    ],
+)
+@pytest.mark.usefixtures("without_threshold")
+def test_copied_tokens_are_common_ones(num_shared, expected):
+    seqs = running([STEM[:n] + [900 + i] * 5 for i, n in enumerate(num_shared)])
+    assert num_common_tokens(seqs, 32) == expected
+
+
+@pytest.mark.usefixtures("without_threshold")
+def test_nothing_is_common_to_different_adapters():
+    prompts = [[*STEM[:30], 900 + i] for i in range(4)]
+    assert num_common_tokens(running(prompts, [5, 5, 5, 5]), 32) == 24
+    seqs = running(prompts, [5, 5, 6, 6])
+    assert [seq.num_copied_tokens for seq in sorted(seqs, key=lambda seq: seq.request_id)] == [
+        *(0, 24, 0, 24)
+    ]
+    assert num_common_tokens(seqs, 32) == 0
+
+
+@pytest.mark.usefixtures("without_threshold")
+def test_no_sequence_finds_its_newest_token_among_the_common_ones():
+    seqs = running([STEM[:30], [*STEM[:30], 8, 9]])
+    shortest = min(seqs, key=len)
+    shortest.num_computed_tokens = 20
+    assert num_common_tokens(seqs, 32) == 19

@@ -114,7 +114,8 @@ def test_decode(case):
             assert_close(got, expected)
 
 
-def test_a_windowed_layer_reads_no_common_blocks():
+@pytest.mark.parametrize("num_common", (64, 50))
+def test_a_windowed_layer_reads_no_common_tokens(num_common):
     """Nor does it spoil the plan for the layers that do."""
     lens, window = [80, 75, 97, 0], 40
     cache, tables = paged_inputs(lens, BLOCK_SIZE, (4, 2, 32), torch.float32)
@@ -123,7 +124,7 @@ def test_a_windowed_layer_reads_no_common_blocks():
     query = torch.randn(len(lens), 4, 32)
     is_live = ints(lens) > 0
     for window_of_plan in (None, window):
-        plan = OPS.plan_decode(cache, tables, ints(lens), ints([2]), window_of_plan)
+        plan = OPS.plan_decode(cache, tables, ints(lens), ints([num_common]), window_of_plan)
         metadata = DecodeMetadata(NO_SLOTS, tables, ints(lens), plan)
         for extras in (
             {"window": window, "sinks": extreme_sinks(4)},

@@ -43,7 +43,7 @@ def columns_of(plan: decode.DecodePlan) -> list[list[int]]:
     return plan.items[:num_used].tolist()
 
 
-# (context lengths, programs per multiprocessor, shortest split, common blocks of 16 tokens)
+# (context lengths, programs per multiprocessor, shortest split, common tokens)
 PLANS = (
     ([1], 1, 16, 0),
     ([300], 1, 16, 0),
@@ -52,7 +52,8 @@ PLANS = (
     ([0, 0], 4, 16, 0),
     ([1000, 3, 16, 17, 0, 255, 0], 8, 16, 0),
     ([200] * 40, 8, 32, 0),
-    ([80, 33, 0, 49], 4, 16, 2),
+    ([80, 33, 0, 49], 4, 16, 32),
+    ([80, 44, 0, 49], 4, 16, 43),
     (list(range(1, 600, 4)), 64, 64, 0),  # more rows than one chunk of the items
 )
 
@@ -77,7 +78,8 @@ def test_a_plan_covers_every_token_once_in_splits_of_one_size(
     assert (plan.arrivals == 0).all() and plan.arrivals.shape == (len(lens), 2)
     items = columns_of(plan)
     assert [item[0] for item in items] == sorted(item[0] for item in items)
-    num_own_tiles = [-(-max(0, length - 16 * num_common) // tile) for length in lens]
+    first_token = num_common // tile * tile
+    num_own_tiles = [-(-max(0, length - first_token) // tile) for length in lens]
     target = max(1, programs_per_sm // 2)  # the interpreter has one multiprocessor
     longest = max(-(-sum(num_own_tiles) // target), min_split // tile) * tile
     for row, length in enumerate(lens):
@@ -85,13 +87,13 @@ def test_a_plan_covers_every_token_once_in_splits_of_one_size(
         first = items.index(splits[0])
         assert all(item[3:] == [first, len(splits)] for item in splits)
         assert [item[1] for item in splits[1:]] == [item[2] for item in splits[:-1]]
-        assert splits[0][1] == 16 * num_common
+        assert splits[0][1] == num_common
         if num_own_tiles[row] == 0:
             assert len(splits) == 1 and splits[0][2] <= splits[0][1]
             continue
         assert splits[-1][2] == length
-        sizes = [-(-(end - begin) // tile) for _, begin, end, _, _ in splits]
-        assert all(item[1] % tile == 0 for item in splits)
+        sizes = [-(-end // tile) - begin // tile for _, begin, end, _, _ in splits]
+        assert all(item[1] % tile == 0 for item in splits[1:])
         assert min(sizes) >= 1 and max(sizes) - min(sizes) <= 1
         assert max(sizes) * tile <= longest and len(splits) == -(
             -num_own_tiles[row] * tile // longest
@@ -99,9 +101,15 @@ def test_a_plan_covers_every_token_once_in_splits_of_one_size(
 
 
 def decode_inputs(lens: list[int], num_common: int, block_size: int, heads, dtype: torch.dtype):
-    """Arguments of `decode_attention`, with the first rows' leading blocks in all tables."""
+    """Arguments of `decode_attention`, with the first row's leading tokens in all rows.
+
+    Whole blocks are shared, of the next one each row has a copy.
+    """
     cache, tables = paged_inputs(lens, block_size, heads, dtype)
-    tables[:, :num_common] = tables[:1, :num_common].clone()
+    num_blocks, num_copied = divmod(num_common, block_size)
+    tables[:, :num_blocks] = tables[:1, :num_blocks].clone()
+    for memory in cache[:2]:
+        memory[tables[1:, num_blocks], :num_copied] = memory[tables[0, num_blocks], :num_copied]
     query = torch.randn(len(lens), heads[0], heads[2]).to(dtype)
     return query, cache, DecodeMetadata(NO_SLOTS, tables, ints(lens)), heads[2] ** -0.5
 
@@ -159,13 +167,15 @@ def test_decode_attention_of_no_rows():
 @pytest.mark.parametrize(
     ("heads", "dtype", "lens", "num_common", "num_prefix_splits"),
     (
-        (*HEADS_AND_DTYPES[2], [50, 33, 145, 65, 0, 0], 1, 4),  # splits without a token
-        (*HEADS_AND_DTYPES[1], [65, 75, *22 * [70]], 2, 1),  # more queries than one program takes
+        (*HEADS_AND_DTYPES[2], [50, 33, 145, 65, 0, 0], 32, 4),  # splits without a token
+        (*HEADS_AND_DTYPES[1], [65, 75, *22 * [70]], 64, 1),  # more queries than one program takes
         (*HEADS_AND_DTYPES[2], [35, 45], 0, 2),
-        (*HEADS_AND_DTYPES[1], [161], 5, 4),
+        (*HEADS_AND_DTYPES[1], [161], 160, 4),
+        (*HEADS_AND_DTYPES[2], [90, 64, 0, 59], 56, 2),
+        (*HEADS_AND_DTYPES[1], [35, 8, 100], 7, 2),
     ),
 )
-def test_common_blocks_are_read_once_with_the_same_result(
+def test_common_tokens_are_read_once_with_the_same_result(
     dtype, heads, lens, num_common, num_prefix_splits, monkeypatch
 ):
     monkeypatch.setattr(decode, "choose_prefix_splits", lambda *args: num_prefix_splits)
@@ -173,6 +183,9 @@ def test_common_blocks_are_read_once_with_the_same_result(
     _, cache, metadata, _ = args
     is_live = metadata.context_lens > 0
     expected = torch_ops.attend(*args)[is_live]
+    num_blocks, num_copied = divmod(num_common, 32)
+    for memory in cache[:2]:  # only the first row's are read
+        memory[metadata.block_tables[1:, num_blocks], :num_copied] = torch.nan
     for programs_per_sm in (1, 50):
         plan = decode.plan_decode(
             cache,
@@ -189,20 +202,22 @@ def test_common_blocks_are_read_once_with_the_same_result(
             assert_close(got[is_live], expected)
 
 
-def test_the_common_prefix_reads_only_common_blocks():
-    """Every other block holds NaN; the table's later entries are out of range."""
+@pytest.mark.parametrize("num_common", (32, 27, 17))
+def test_the_common_prefix_reads_only_common_tokens(num_common):
+    """All other ones are NaN; the table's later entries are out of range."""
     caches = torch.full((2, 3, 16, 2, 32), torch.nan)
-    caches[:, 1:] = torch.randn(2, 2, 16, 2, 32)
+    caches[:, 2] = torch.randn(2, 16, 2, 32)
+    caches[:, 1, : num_common - 16] = torch.randn(2, num_common - 16, 2, 32)
     cache = KVCache(*caches)
     query = torch.randn(5, 4, 32)
     partial, partial_lse = torch.full((3, 5, 4, 32), torch.nan), torch.full((3, 5, 4), torch.nan)
     table = ints([2, 1, 2**30])
     triton_common_prefix.attend_to_common_prefix(
-        partial, partial_lse, query, cache, table, ints([2]), 0.5
+        partial, partial_lse, query, cache, table, ints([num_common]), 0.5
     )
     weights = torch.exp2(partial_lse - partial_lse.amax(0))
     got = (partial * weights.unsqueeze(-1)).sum(0) / weights.sum(0).unsqueeze(-1)
-    lens = torch.full((5,), 32, dtype=torch.int32)
+    lens = torch.full((5,), num_common, dtype=torch.int32)
     metadata = DecodeMetadata(NO_SLOTS, table[:2].expand(5, 2), lens)
     expected = torch_ops.attend(query, cache, metadata, 0.5)
     assert_close(got, expected)
@@ -225,7 +240,7 @@ def test_fp8_cache(dtype, heads):
     cache, metadata = KVCache(*caches, *scales), DecodeMetadata(NO_SLOTS, tables, ints(lens))
     args = query, cache, metadata, head_dim**-0.5
     expected = torch_ops.attend(query.float(), *args[1:])
-    for common in (None, ints([1])):
+    for common in (None, ints([64]), ints([41])):
         plan = decode.plan_decode(
             cache, tables, ints(lens), common, programs_per_sm=10, min_split=32
         )

@@ -216,8 +216,8 @@ def test_fp8_cache(case, heads, dtype):
         check(OPS.attend, args, extras_of(case, heads[0], dtype))
 
 
-@pytest.mark.parametrize("has_common_blocks", (False, True))
-def test_one_graph_serves_layers_of_all_kinds(has_common_blocks):
+@pytest.mark.parametrize("has_common_tokens", (False, True))
+def test_one_graph_serves_layers_of_all_kinds(has_common_tokens):
     """One plan and layers with several windows, captured once; replayed with other lengths."""
     torch.use_deterministic_algorithms(False)  # no fills between the kernels, as in the engine
     batch_size, width, block_size = 48, 8, 256
@@ -238,7 +238,7 @@ def test_one_graph_serves_layers_of_all_kinds(has_common_blocks):
     lens, num_common = torch.zeros_like(tables[:, 0]), ints([0])
 
     def step() -> list[torch.Tensor]:
-        common = num_common if has_common_blocks else None
+        common = num_common if has_common_tokens else None
         plan = OPS.plan_decode(caches[0], tables, lens, common)
         metadata = DecodeMetadata(NO_SLOTS, tables, lens, plan)
         results, x = [], query
@@ -253,14 +253,15 @@ def test_one_graph_serves_layers_of_all_kinds(has_common_blocks):
     with torch.cuda.graph(graph):
         captured = step()
     for _ in range(20):
-        num_shared = int(torch.randint(0, 5, ())) if has_common_blocks else 0
+        num_shared = int(torch.randint(0, 5, ())) if has_common_tokens else 0
         num_live = int(torch.randint(1, batch_size + 1, ()))
         new_lens = torch.randint(num_shared * block_size + 1, width * block_size + 1, (batch_size,))
         new_lens[num_live:] = 0
         lens.copy_(new_lens)
         tables.copy_(torch.randperm(num_blocks, device=DEVICE).view(batch_size, width))
         tables[:, :num_shared] = tables[:1, :num_shared].clone()
-        num_common.fill_(num_shared)
+        # A row's own part may begin within a block that all rows share.
+        num_common.fill_(num_shared and num_shared * block_size - int(torch.randint(0, 9, ())))
         graph.replay()
         eager = step()
         is_live = lens > 0

@@ -69,7 +69,11 @@ def decode_args(
     num_common: int = 0,
     block_size: int = BLOCK_SIZE,
 ) -> tuple:
-    """Arguments of `attend`; NaN outside the sequences' own slots, shuffled tables."""
+    """Arguments of `attend`; NaN outside the sequences' own slots, shuffled tables.
+
+    The rows begin with `num_common` equal tokens: whole blocks are shared, of the next one each row
+    has a copy.
+    """
     num_heads, num_kv_heads, head_dim = heads
     width = -(-max(lens) // block_size) + 1
     num_blocks = width * len(lens)
@@ -77,11 +81,14 @@ def decode_args(
         (2, num_blocks, block_size, num_kv_heads, head_dim), torch.nan, device=DEVICE, dtype=dtype
     )
     tables = torch.randperm(num_blocks, device=DEVICE).view(len(lens), width).int()
-    tables[:, :num_common] = tables[:1, :num_common].clone()
+    num_blocks, num_copied = divmod(num_common, block_size)
+    tables[:, :num_blocks] = tables[:1, :num_blocks].clone()
     position = torch.arange(width * block_size, device=DEVICE)
     slots = tables[:, position // block_size].long() * block_size + position % block_size
     slots = slots[position < ints(lens).unsqueeze(1)]
     caches.flatten(1, 2)[:, slots] = randn(2, len(slots), num_kv_heads, head_dim, dtype=dtype)
+    copied = tables[: sum(length > 0 for length in lens), num_blocks].long()
+    caches[:, copied, :num_copied] = caches[:, copied[:1], :num_copied].clone()
     query = randn(len(lens), num_heads, head_dim, dtype=dtype)
     metadata = DecodeMetadata(NO_SLOTS, tables, ints(lens))
     return query, KVCache(*caches), metadata, head_dim**-0.5
@@ -103,10 +110,10 @@ def exact_result(args: tuple) -> torch.Tensor:
         return torch_ops.attend(query.double(), KVCache(key, value), metadata, scale)
 
 
-def plan_of(args: tuple, num_common_blocks: torch.Tensor | None = None, **tunables: int):
+def plan_of(args: tuple, num_common_tokens: torch.Tensor | None = None, **tunables: int):
     _, cache, metadata, _ = args
     return plan_decode(
-        cache, metadata.block_tables, metadata.context_lens, num_common_blocks, **tunables
+        cache, metadata.block_tables, metadata.context_lens, num_common_tokens, **tunables
     )
 
 
@@ -170,21 +177,26 @@ def test_every_division_of_the_work(programs_per_sm, tile, num_warps):
 
 
 COMMON = (
-    ([257, 300], 1),
-    ([700, 513, 2000, 514, 0, 0, 0], 2),
-    ([4000] * 33, 15),
-    ([1000 + row % 70 for row in range(256)], 3),
+    ([257, 300], 256),
+    ([700, 513, 2000, 514, 0, 0, 0], 512),
+    ([700, 584, 2000, 577, 0, 0, 0], 576),
+    ([4000] * 33, 15 * 256 + 1),
+    ([1020 + row % 70 for row in range(256)], 1000),
 )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize(("lens", "num_common"), COMMON)
-def test_common_blocks(dtype, heads, lens, num_common):
+def test_common_tokens(dtype, heads, lens, num_common):
     args = decode_args(lens, heads, dtype, num_common)
     plan = plan_of(args, ints([num_common]))
     results = [attend(args, plan) for _ in range(10)]
     check(results[0], args)
+    copied = args[2].block_tables[1:, num_common // BLOCK_SIZE].long()
+    for memory in args[1][:2]:  # only the first row's copies are read
+        memory[copied, : num_common % BLOCK_SIZE] = torch.nan
+    results.append(attend(args, plan))
     assert all(torch.equal(results[0], result) for result in results), "a race"
 
 
@@ -205,10 +217,12 @@ def test_common_prefix_in_other_tiles(block_m, programs_per_sm, monkeypatch):
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("num_common", (0, 2))
+@pytest.mark.parametrize("num_common", (0, 512, 300))
 def test_fp8_cache(dtype, heads, num_common):
     lens = [700, 513, 2000, 514, 0, 1025] if num_common else list(EDGE_LENS)
-    query, cache, metadata, scale = decode_args(lens, heads, dtype, num_common)
+    query, cache, metadata, scale = decode_args(
+        lens, heads, dtype, num_common // BLOCK_SIZE * BLOCK_SIZE
+    )
     shape = cache.key.shape[0], heads[1], BLOCK_SIZE
     scales = torch.rand(2, *shape, device=DEVICE) * 10 ** torch.linspace(-5, 1, BLOCK_SIZE).cuda()
     cache = KVCache(cache.key.to(FP8_DTYPE), cache.value.to(FP8_DTYPE), *scales)
@@ -216,8 +230,8 @@ def test_fp8_cache(dtype, heads, num_common):
     check(attend(args, plan_of(args, ints([num_common]) if num_common else None)), args)
 
 
-@pytest.mark.parametrize("has_common_blocks", (False, True))
-def test_one_graph_serves_every_step(has_common_blocks):
+@pytest.mark.parametrize("has_common_tokens", (False, True))
+def test_one_graph_serves_every_step(has_common_tokens):
     """A plan and three layers, captured once; replayed with other lengths, tables and prefixes."""
     torch.use_deterministic_algorithms(False)  # no fills between the kernels, as in the engine
     batch_size, width, num_layers = 48, 8, 3
@@ -228,7 +242,7 @@ def test_one_graph_serves_every_step(has_common_blocks):
     lens, num_common = torch.zeros_like(tables[:, 0]), ints([0])
 
     def step() -> list[torch.Tensor]:
-        plan = plan_decode(caches[0], tables, lens, num_common if has_common_blocks else None)
+        plan = plan_decode(caches[0], tables, lens, num_common if has_common_tokens else None)
         metadata = DecodeMetadata(NO_SLOTS, tables, lens, plan)
         results, x = [], query
         for cache in caches:
@@ -242,14 +256,15 @@ def test_one_graph_serves_every_step(has_common_blocks):
     with torch.cuda.graph(graph):
         captured = step()
     for _ in range(30):
-        num_shared = int(torch.randint(0, 5, ())) if has_common_blocks else 0
+        num_shared = int(torch.randint(0, 5, ())) if has_common_tokens else 0
         num_live = int(torch.randint(1, batch_size + 1, ()))
         new_lens = torch.randint(num_shared * BLOCK_SIZE + 1, width * BLOCK_SIZE + 1, (batch_size,))
         new_lens[num_live:] = 0
         lens.copy_(new_lens)
         tables.copy_(torch.randperm(num_blocks, device=DEVICE).view(batch_size, width))
         tables[:, :num_shared] = tables[:1, :num_shared].clone()
-        num_common.fill_(num_shared)
+        # A row's own part may begin within a block that all rows share.
+        num_common.fill_(num_shared and num_shared * BLOCK_SIZE - int(torch.randint(0, 99, ())))
         graph.replay()
         eager = step()
         is_live = lens > 0
@@ -268,7 +283,7 @@ def test_one_graph_serves_every_step(has_common_blocks):
 
 def test_engine_reads_a_common_prefix_once_with_the_same_tokens(tmp_path, monkeypatch):
     model_dir = save_model(tmp_path / "tiny")
-    prefix = random_prompts([520], seed=4)[0]
+    prefix = random_prompts([540], seed=4)[0]
     own = random_prompts(range(1, 41), seed=5)
     prompts = [[*prefix, *tail] for tail in own]
     limits = [8 + i % 17 for i in range(len(prompts))]  # the batch shrinks, through several sizes
@@ -283,8 +298,8 @@ def test_engine_reads_a_common_prefix_once_with_the_same_tokens(tmp_path, monkey
         return plans[-1]
 
     monkeypatch.setattr(PlanBuilder, "build", recording_build)
-    for min_spared in (common_prefix.MIN_SPARED_BLOCK_READS, 1, 10**9):
-        monkeypatch.setattr(common_prefix, "MIN_SPARED_BLOCK_READS", min_spared)
+    for min_spared in (common_prefix.MIN_SPARED_TOKENS, 1, 10**9):
+        monkeypatch.setattr(common_prefix, "MIN_SPARED_TOKENS", min_spared)
         for settings in ({}, {"async_scheduling": False}, {"enforce_eager": True}):
             plans.clear()
             with small_engine(model_dir, max_num_seqs=48, **settings) as llm:
@@ -293,7 +308,7 @@ def test_engine_reads_a_common_prefix_once_with_the_same_tokens(tmp_path, monkey
                     assert token_ids(outputs) == reference
                 graphs = llm.model_runner.graphs
                 sizes = {size for size, has_common in graphs.graphs if has_common} if graphs else ()
-            has_common = any(plan.num_common_blocks == 2 for plan in plans)
+            has_common = any(plan.num_common_tokens == 536 for plan in plans)
             assert has_common == (min_spared < 10**9)
             if "enforce_eager" not in settings:
                 assert (len(sizes) > 1) == has_common

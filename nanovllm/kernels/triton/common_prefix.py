@@ -1,4 +1,4 @@
-"""Attention of a whole decode batch to the leading blocks that all its rows share, in Triton.
+"""Attention of a whole decode batch to the leading tokens that all its rows share, in Triton.
 
 The queries of all rows and of a KV head's group stand together in the tiles of a matrix product, so
 the shared keys and values are read once for BLOCK_M queries instead of once for each row. The
@@ -11,14 +11,22 @@ import triton.language as tl
 
 from nanovllm.kernels import types
 from nanovllm.kernels.triton.attention_scores import score_scales, tanh
-from nanovllm.kernels.triton.launch import await_previous, jit, num_multiprocessors, overlap_options
+from nanovllm.kernels.triton.launch import (
+    await_previous_alone,
+    is_hopper,
+    jit,
+    num_multiprocessors,
+    overlap_options,
+    release_next,
+)
 from nanovllm.kernels.types import KVCache
 
 BLOCK_M = 64  # queries of a program
 TILE = 64  # tokens per iteration
 NUM_WARPS = 4
 NUM_STAGES = 4
-PROGRAMS_PER_SM = 2  # the prefix is split over the keys until there are about as many programs
+HOPPER_TILE, HOPPER_STAGES = 128, 2  # of a cache in half precision
+PROGRAMS_PER_SM = 1  # the prefix is split over the keys while there are not more programs
 MAX_SPLITS = 8
 
 FP8_MAX = tl.constexpr(types.FP8_MAX)
@@ -37,7 +45,7 @@ def _common_prefix_kernel(
     key_scales,  # [num_blocks, Hkv, BLOCK_SIZE] float32 if the caches are fp8, else None
     value_scales,
     block_table,  # [W] int32, of any row
-    num_common_blocks,  # [1] int32
+    num_common_tokens,  # [1] int32
     scale_log2,  # of `score_scales`
     tanh_scale,
     num_queries,  # B * GROUP
@@ -54,14 +62,17 @@ def _common_prefix_kernel(
     TILE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    await_previous(OVERLAP)
+    # The decode kernel comes when all programs are past this: it reads before it waits itself.
+    await_previous_alone(OVERLAP)
+    release_next(OVERLAP)
     kv_head = tl.program_id(0)
     num_kv_heads = tl.num_programs(0)
     split = tl.program_id(2)
     num_splits = tl.num_programs(2)
-    num_tiles = tl.load(num_common_blocks) * (BLOCK_SIZE // TILE)
+    num_tokens = tl.load(num_common_tokens)
+    num_tiles = tl.cdiv(num_tokens, TILE)
     begin = num_tiles * split // num_splits * TILE
-    end = num_tiles * (split + 1) // num_splits * TILE
+    end = tl.minimum(num_tiles * (split + 1) // num_splits * TILE, num_tokens)
 
     # Queries in the order (row, member of the group).
     index = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -83,25 +94,28 @@ def _common_prefix_kernel(
     for start in tl.range(begin, end, TILE):
         block = tl.load(block_table + start // BLOCK_SIZE).to(tl.int64)
         base = block * stride_block + (start % BLOCK_SIZE) * stride_slot
-        # Shared blocks are full: only a padded head_dim needs the mask.
-        k = tl.load(key_cache + base + tile_offsets, mask=in_dim[None, :], other=0.0).to(q.dtype)
-        v = tl.load(value_cache + base + tile_offsets, mask=in_dim[None, :], other=0.0).to(q.dtype)
+        in_prefix = token < end - start  # the last tile may reach past it
+        kv_mask = in_prefix[:, None] & in_dim[None, :]
+        k = tl.load(key_cache + base + tile_offsets, mask=kv_mask, other=0.0).to(q.dtype)
+        v = tl.load(value_cache + base + tile_offsets, mask=kv_mask, other=0.0).to(q.dtype)
         product_scale = scale_log2 if tanh_scale is None else tanh_scale
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * product_scale  # [BLOCK_M, TILE]
         if key_scales is not None:
             scale_offsets = (
                 (block * num_kv_heads + kv_head) * BLOCK_SIZE + start % BLOCK_SIZE + token
             )
-            scores *= tl.load(key_scales + scale_offsets)[None, :]
+            scores *= tl.load(key_scales + scale_offsets, mask=in_prefix, other=0.0)[None, :]
         if tanh_scale is not None:
             scores = tanh(scores) * scale_log2
+        scores = tl.where(in_prefix[None, :], scores, float("-inf"))
         new_max = tl.maximum(running_max, tl.max(scores, axis=1))
         correction = tl.exp2(running_max - new_max)
         p = tl.exp2(scores - new_max[:, None])
         running_sum = running_sum * correction + tl.sum(p, axis=1)
         if key_scales is not None:
             # FP8_MAX, divided out at the end, keeps a half-precision p clear of the subnormals.
-            p *= (tl.load(value_scales + scale_offsets) * FP8_MAX)[None, :]
+            value_scale = tl.load(value_scales + scale_offsets, mask=in_prefix, other=0.0)
+            p *= (value_scale * FP8_MAX)[None, :]
         acc = acc * correction[:, None]
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
         running_max = new_max
@@ -133,13 +147,13 @@ def attend_to_common_prefix(
     query: torch.Tensor,
     cache: KVCache,
     block_table: torch.Tensor,
-    num_common_blocks: torch.Tensor,
+    num_common_tokens: torch.Tensor,
     scale: float,
     softcap: float | None = None,
 ) -> None:
-    """Attention of query [B, Hq, D] to the first num_common_blocks [1] int32 blocks of block_table.
+    """Attention of query [B, Hq, D] to the first num_common_tokens [1] int32 of block_table.
 
-    Writes, for each of S splits of these blocks' tokens, the normalised outputs to `partial`
+    Writes, for each of S splits of these tokens, the normalised outputs to `partial`
     [S, B, Hq, D] and the base-2 logarithm of the softmax's denominator to `partial_lse` [S, B, Hq]
     (-inf for a split without tokens), both float32 and contiguous. Scale and softcap as in
     `Ops.attend`; sinks are counted by whoever merges.
@@ -151,7 +165,10 @@ def attend_to_common_prefix(
     assert query.stride(2) == 1 and key_cache.stride(3) == 1
     assert key_cache.stride() == value_cache.stride()
     group = num_heads // num_kv_heads
-    block_m, tile, num_stages = BLOCK_M, min(TILE, block_size), NUM_STAGES
+    block_m, tile, num_stages = BLOCK_M, TILE, NUM_STAGES
+    if is_hopper(query.device) and key_scales is None:
+        tile, num_stages = HOPPER_TILE, HOPPER_STAGES
+    tile = min(tile, block_size)
     if head_dim > 128:
         tile, num_stages = min(32, block_size), 2
     if query.dtype == torch.float32:  # exact multiply-adds: small tiles stay in registers
@@ -168,7 +185,7 @@ def attend_to_common_prefix(
         key_scales,
         value_scales,
         block_table,
-        num_common_blocks,
+        num_common_tokens,
         scale_log2,
         tanh_scale,
         num_queries,

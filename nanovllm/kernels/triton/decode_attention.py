@@ -31,7 +31,7 @@ from nanovllm.kernels.triton.launch import (
 from nanovllm.kernels.types import FP8_DTYPE, DecodeMetadata, KVCache
 
 TILE = 64  # tokens per iteration; lies within one page
-SMALL_BATCH_TILE = 32
+SMALL_BATCH_TILE = 32  # also behind a common prefix, where most rows have few tokens
 ONE_ROW_TILE = 128  # in half precision, where the keys and values of two tiles fit
 ONE_ROW = 8  # row-heads up to which it wins: one row of Qwen3-0.6B
 FP8_TILE_FACTOR = 2  # a tile of an fp8 cache has as many bytes
@@ -66,8 +66,8 @@ class DecodePlan(NamedTuple):
 
     items: torch.Tensor  # [P, ITEM_SIZE] int32
     arrivals: torch.Tensor  # [B, Hkv] int32, splits finished; a multiple of NUM_SPLITS in between
-    num_common_blocks: torch.Tensor | None  # [1] int32, see `Ops.plan_decode`
-    tile: int  # tokens; splits begin at multiples, but for a row's first one in a window
+    num_common_tokens: torch.Tensor | None  # [1] int32, see `Ops.plan_decode`
+    tile: int  # tokens; splits begin at multiples, but for a row's first one
     window: int | None
     others: "dict[tuple[int, int | None], DecodePlan]"  # by (KV heads, window)
 
@@ -80,14 +80,13 @@ def _plan_kernel(
     items,  # [num_items, ITEM_SIZE] int32
     arrivals,  # [batch_size, num_kv_heads] int32
     context_lens,  # [batch_size] int32
-    num_common_blocks,  # [1] int32 or None
+    num_common_tokens,  # [1] int32 or None
     batch_size,
     num_items,
     target,  # splits that a long batch is cut into, apart from each row's rounding
     num_kv_heads,
     min_tiles,  # of a split, in a row that has several
     window,  # int or None: see `Ops.attend`
-    BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     PADDED_BATCH: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -96,12 +95,12 @@ def _plan_kernel(
     row = tl.arange(0, PADDED_BATCH)
     in_batch = row < batch_size
     length = tl.load(context_lens + row, mask=in_batch, other=0)
-    first_token = 0
-    if num_common_blocks is not None:
-        first_token = tl.load(num_common_blocks) * BLOCK_SIZE
+    own_begin = 0  # the first token that the row reads by itself
+    if num_common_tokens is not None:
+        own_begin = tl.load(num_common_tokens)
     if window is not None:
-        first_visible = tl.maximum(length - window, 0)
-        first_token = first_visible // TILE * TILE
+        own_begin = tl.maximum(length - window, 0)
+    first_token = own_begin // TILE * TILE
     num_tiles = tl.cdiv(tl.maximum(length - first_token, 0), TILE)
     tiles_per_split = tl.maximum(tl.cdiv(tl.sum(num_tiles, axis=0), target), min_tiles)
     # At least one, so that a row of length 0 gets its zeros; no split is without a tile else.
@@ -113,8 +112,7 @@ def _plan_kernel(
         divisor = tl.maximum(num_splits, 1)
         begin = first_token + num_tiles * split // divisor * TILE
         end = tl.minimum(first_token + num_tiles * (split + 1) // divisor * TILE, length)
-        if window is not None:
-            begin = tl.maximum(begin, first_visible)
+        begin = tl.maximum(begin, own_begin)
         tl.store(item + ROW, row, mask=exists)
         tl.store(item + BEGIN, begin, mask=exists)
         tl.store(item + END, end, mask=exists)
@@ -187,6 +185,40 @@ def merge_splits(
     tl.store(out_pointers, result.to(out.dtype.element_ty), mask=in_head)
 
 
+@jit
+def add_prefix(
+    acc,
+    running_max,
+    running_sum,
+    partial,
+    partial_lse,
+    index,  # of the first part's rows
+    stride_part,
+    num_parts,
+    in_group,
+    dim,
+    HEAD_DIM: tl.constexpr,
+):
+    """A row's only split goes on with the partial outputs of the common prefix."""
+    running_max = tl.maximum(running_max, -1e30)  # finite, so that no weight is NaN
+    for part in range(num_parts):
+        item = index + part * stride_part
+        lse = tl.load(partial_lse + item, mask=in_group, other=float("-inf"), cache_modifier=".cg")
+        values = tl.load(
+            partial + item[:, None] * HEAD_DIM + dim[None, :],
+            mask=in_group[:, None] & (dim < HEAD_DIM)[None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        new_max = tl.maximum(running_max, lse)
+        correction = tl.exp2(running_max - new_max)
+        weight = tl.exp2(lse - new_max)
+        running_sum = running_sum * correction + weight
+        acc = acc * correction[:, None] + values * weight[:, None]
+        running_max = new_max
+    return acc, running_max, running_sum
+
+
 # Tables may be slices of one packed buffer: no recompilation for their alignment.
 @jit(
     do_not_specialize=["batch_size", "num_prefix_splits", "stride_table"],
@@ -224,7 +256,10 @@ def _decode_kernel(
     MERGE_GROUP: tl.constexpr,
     MERGE_PARTS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
-    WINDOWED: tl.constexpr,  # whether splits may begin within a tile
+    BEGINS_IN_TILE: tl.constexpr,  # whether splits may begin within a tile
+    # Whether the kernel ahead is the common prefix's. It let this one come when it had waited, so
+    # that queries, keys and values are there; its own results are read when this one has waited.
+    AFTER_PREFIX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     release_next(OVERLAP)
@@ -242,8 +277,11 @@ def _decode_kernel(
     first_item = tl.load(item + FIRST_ITEM, cache_modifier=".cg")
     num_splits = tl.load(item + NUM_SPLITS, cache_modifier=".cg")
     table = block_tables + row * stride_table
-    await_previous(OVERLAP)
+    if not AFTER_PREFIX:
+        await_previous(OVERLAP)
     if num_splits == 0:
+        if AFTER_PREFIX:
+            await_previous(OVERLAP)
         return
 
     # The group of query heads that share this KV head, padded to the 16 rows tl.dot needs.
@@ -254,7 +292,8 @@ def _decode_kernel(
     head = kv_head * GROUP + member
     q_mask = (member < GROUP)[:, None] & in_dim[None, :]
     q_offsets = head[:, None] * stride_head + dim[None, :]
-    q = tl.load(query + row * stride_query + q_offsets, mask=q_mask, other=0.0)
+    q_pointers = query + row * stride_query + q_offsets
+    q = tl.load(q_pointers, mask=q_mask, other=0.0, cache_modifier=".cg" if AFTER_PREFIX else "")
     if IS_FP8 and q.dtype == tl.bfloat16:
         q = q.to(tl.float16)  # fp8 converts to float16 in one instruction
 
@@ -274,14 +313,14 @@ def _decode_kernel(
         running_max = tl.where(is_first, load_sinks(sinks, head, member < GROUP), running_max)
         running_sum = tl.where(is_first, 1.0, running_sum)
     first_token = begin
-    if WINDOWED:
+    if BEGINS_IN_TILE:
         begin = begin // TILE * TILE
     for start in tl.range(begin, end, TILE):
         # begin and TILE keep a tile within one page: one block id, one int64 base address.
         block = tl.load(table + start // BLOCK_SIZE).to(tl.int64)
         base = block * stride_block + (start % BLOCK_SIZE) * stride_slot
         in_context = token < end - start
-        if WINDOWED:
+        if BEGINS_IN_TILE:
             in_context &= token >= first_token - start
         k_mask = in_context[:, None] & in_dim[None, :]
         v_mask = in_context[:, None] & in_value_dim[None, :]
@@ -316,10 +355,26 @@ def _decode_kernel(
     if IS_FP8:
         acc = tl.interleave(acc, acc_odd) / FP8_MAX
 
+    num_heads = num_kv_heads * GROUP
+    if AFTER_PREFIX:
+        await_previous(OVERLAP)
+        if num_splits == 1:
+            acc, running_max, running_sum = add_prefix(
+                acc,
+                running_max,
+                running_sum,
+                partial,
+                partial_lse,
+                (tl.num_programs(1) + row) * num_heads + head,
+                batch_size * num_heads,
+                num_prefix_splits,
+                member < GROUP,
+                dim,
+                HEAD_DIM,
+            )
     # A row of length 0 gives zeros.
     acc = acc / tl.where(running_sum == 0, 1.0, running_sum)[:, None]
-    num_heads = num_kv_heads * GROUP
-    if num_splits + num_prefix_splits == 1:
+    if num_splits == 1:
         out_offsets = (row * num_heads + head)[:, None] * HEAD_DIM + dim[None, :]
         tl.store(out + out_offsets, acc.to(out.dtype.element_ty), mask=q_mask)
     else:
@@ -362,7 +417,7 @@ def plan_decode(
     cache: KVCache,
     block_tables: torch.Tensor,
     context_lens: torch.Tensor,
-    num_common_blocks: torch.Tensor | None = None,
+    num_common_tokens: torch.Tensor | None = None,
     window: int | None = None,
     *,
     tile: int | None = None,
@@ -378,7 +433,8 @@ def plan_decode(
     block_size, num_kv_heads, head_dim = key_cache.shape[1:]
     row_heads = batch_size * num_kv_heads
     if tile is None:
-        tile = SMALL_BATCH_TILE if row_heads <= SMALL_BATCH else TILE
+        has_prefix = num_common_tokens is not None and window is None
+        tile = SMALL_BATCH_TILE if has_prefix or row_heads <= SMALL_BATCH else TILE
         tile *= FP8_TILE_FACTOR if key_cache.dtype == FP8_DTYPE else 1
         two_tiles = 4 * ONE_ROW_TILE * triton.next_power_of_2(head_dim) * key_cache.element_size()
         has_room = two_tiles + TWO_TILES_ROOM <= device_limits(key_cache.device).shared_memory
@@ -409,20 +465,19 @@ def plan_decode(
             items,
             arrivals,
             context_lens,
-            num_common_blocks if window is None else None,
+            num_common_tokens if window is None else None,
             batch_size,
             num_items,
             target,
             num_kv_heads,
             min_tiles,
             window,
-            BLOCK_SIZE=block_size,
             TILE=tile,
             PADDED_BATCH=max(128, triton.next_power_of_2(batch_size)),
             num_warps=4,
             **overlap_options(device),
         )
-    return DecodePlan(items, arrivals, num_common_blocks, tile, window, {})
+    return DecodePlan(items, arrivals, num_common_tokens, tile, window, {})
 
 
 def shared_bytes(
@@ -482,7 +537,7 @@ def plan_of_layer(cache: KVCache, metadata: DecodeMetadata, window: int | None) 
     if (plan.arrivals.shape[1], plan.window) == (num_kv_heads, window):
         return plan
     if (num_kv_heads, window) not in plan.others:
-        other = plan_decode(cache, tables, context_lens, plan.num_common_blocks, window)
+        other = plan_decode(cache, tables, context_lens, plan.num_common_tokens, window)
         plan.others[num_kv_heads, window] = other
     return plan.others[num_kv_heads, window]
 
@@ -516,7 +571,7 @@ def decode_attention(
     scale_log2, tanh_scale = score_scales(scale, softcap)
     window = cutting_window(window, block_tables, block_size)
     plan = plan_of_layer(cache, metadata, window)
-    num_common_blocks = plan.num_common_blocks if window is None else None
+    num_common_tokens = plan.num_common_tokens if window is None else None
     num_items, tile = len(plan.items), plan.tile
     group = num_heads // num_kv_heads
     # A product has at least 16 columns; with fp8 it has half of the head's.
@@ -535,19 +590,19 @@ def decode_attention(
             device_limits(query.device).shared_memory,
         )
     num_prefix_splits = 0
-    if num_common_blocks is not None:
+    if num_common_tokens is not None:
         num_prefix_splits = choose_prefix_splits(batch_size, num_heads, num_kv_heads, query.device)
     shape = (num_items + num_prefix_splits * batch_size, num_heads)
     partial = torch.empty((*shape, head_dim), dtype=torch.float32, device=query.device)
     partial_lse = torch.empty(shape, dtype=torch.float32, device=query.device)
-    if num_common_blocks is not None:
+    if num_common_tokens is not None:
         attend_to_common_prefix(
             partial[num_items:].view(num_prefix_splits, *query.shape),
             partial_lse[num_items:].view(num_prefix_splits, *query.shape[:2]),
             query,
             cache,
             block_tables[0],
-            num_common_blocks,
+            num_common_tokens,
             scale,
             softcap,
         )
@@ -583,7 +638,8 @@ def decode_attention(
         MERGE_GROUP=merge_group,
         MERGE_PARTS=merge_parts,
         ASSEMBLY=is_gpu(query.device),
-        WINDOWED=window is not None,
+        BEGINS_IN_TILE=window is not None or num_common_tokens is not None,
+        AFTER_PREFIX=num_common_tokens is not None,
         num_warps=num_warps or (NUM_WARPS if tile <= TILE else 2 * NUM_WARPS),
         num_stages=num_stages,
         **overlap_options(query.device),

@@ -280,7 +280,7 @@ def fuses(heads: HeadInputs, cache: KVCache, metadata: DecodeMetadata, window: i
     """Whether `fused_decode` takes the place of the separate kernels.
 
     Not in the last layer of a prefill, whose K/V are those of many tokens, and not where common
-    blocks are read once for all rows.
+    tokens are read once for all rows.
     """
     plan = metadata.plan
     num_kv_heads, head_dim = cache.key.shape[2:]
@@ -290,7 +290,7 @@ def fuses(heads: HeadInputs, cache: KVCache, metadata: DecodeMetadata, window: i
         and metadata.logits_indices is None
         and isinstance(plan, DecodePlan)
         and (
-            plan.num_common_blocks is None
+            plan.num_common_tokens is None
             or cutting_window(window, metadata.block_tables, cache.key.shape[1]) is not None
         )
         and group <= MAX_GROUP
