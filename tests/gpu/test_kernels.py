@@ -174,6 +174,9 @@ def prefill_args(
 # Whole prompts, cached prefixes, single new tokens; around pages and tiles of queries.
 LENS_Q = [1, 15, 17, 255, 256, 257, 128, 1, 1, 100, 700]
 LENS_K = [1, 15, 17, 255, 256, 257, 384, 2, 700, 613, 700]
+# Few new tokens for the most part.
+SHORT_LENS_Q = [1, 15, 17, 64, 65, 30, 129, 1, 30]
+SHORT_LENS_K = [1, 15, 17, 64, 65, 1030, 384, 700, 286]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -214,14 +217,15 @@ def test_prefill_attention_other_shapes(block_size, heads, lens):
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("heads", ((16, 8, 128), (4, 4, 64), (24, 2, 128)))
-def test_prefill_attention_in_three_roles(heads, dtype, monkeypatch):
+@pytest.mark.parametrize("lens", ((LENS_Q, LENS_K), (SHORT_LENS_Q, SHORT_LENS_K)))
+def test_prefill_attention_in_three_roles(lens, heads, dtype, monkeypatch):
     """The kernel with a copying warp computes what the other one does, each time the same.
 
     A lost or early barrier would show as a difference in one of the repetitions.
     """
     if torch.cuda.get_device_capability(DEVICE)[0] != 9:
         pytest.skip("needs compute capability 9.0")
-    args = prefill_args(LENS_Q, LENS_K, 256, heads, dtype)
+    args = prefill_args(*lens, 256, heads, dtype)
     expected = triton_prefill_attention.prefill_attention(*args, use_tensor_descriptors=True)
     hopper_prefill = triton_prefill_attention.hopper_prefill
     calls = []

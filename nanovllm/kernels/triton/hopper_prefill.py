@@ -2,10 +2,11 @@
 
 FlashAttention-3 (Shah et al. 2024) with pages. As many programs as there are multiprocessors take
 items of work in turn. An item is 128 consecutive queries of one head of one sequence, 64 for each
-warpgroup. The copying warp brings the item's queries, then tile after tile of keys and values, by
-bulk tensor copies into a ring of shared memory, and runs ahead into the next item. A warpgroup
-starts the product of its queries with the keys of a tile, beside it the product of the last tile's
-p with its values, and computes the softmax while the latter runs.
+warpgroup. Where sequences have few queries it is 64 of them, of two heads with the same keys. The
+copying warp brings the item's queries, then tile after tile of keys and values, by bulk tensor
+copies into a ring of shared memory, and runs ahead into the next item. A warpgroup starts the
+product of its queries with the keys of a tile, beside it the product of the last tile's p with its
+values, and computes the softmax while the latter runs.
 
 Every buffer in shared memory has two barriers: "full" when its bytes are there, "free" when all who
 read it are done. The n-th use of a barrier completes its n-th phase, and one waits for a phase by
@@ -53,7 +54,7 @@ def _number_of_item(turn):
 @gluon.jit
 def _item(
     number,
-    work,  # cu_seqlens_q, cu_seqlens_k, num_seqs, most items of a head of a sequence
+    work,  # cu_seqlens_q, cu_seqlens_k, num_seqs, most items of a head of a sequence, item_heads
     NUM_HEADS: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -62,18 +63,20 @@ def _item(
 
     The last queries of a sequence, which see the most keys, come first.
     """
-    cu_seqlens_q, cu_seqlens_k, num_seqs, most_items = work
-    num_items = NUM_HEADS * num_seqs * most_items
+    cu_seqlens_q, cu_seqlens_k, num_seqs, most_items, item_heads = work
+    rows = 2 * BLOCK_M // item_heads
+    items_of_seq = NUM_HEADS // item_heads
+    num_items = items_of_seq * num_seqs * most_items
     number_in_range = gl.minimum(number, num_items - 1)
-    head = number_in_range % NUM_HEADS
-    seq = number_in_range // NUM_HEADS % num_seqs
+    head = number_in_range % items_of_seq * item_heads
+    seq = number_in_range // items_of_seq % num_seqs
     q_begin = gl.load(cu_seqlens_q + seq)
     len_q = gl.load(cu_seqlens_q + seq + 1) - q_begin
     len_k = gl.load(cu_seqlens_k + seq + 1) - gl.load(cu_seqlens_k + seq)
-    place = number_in_range // NUM_HEADS // num_seqs
-    first_row = (gl.cdiv(len_q, 2 * BLOCK_M) - 1 - place) * (2 * BLOCK_M)
+    place = number_in_range // items_of_seq // num_seqs
+    first_row = (gl.cdiv(len_q, rows) - 1 - place) * rows
     num_cached = len_k - len_q
-    end = gl.minimum(len_k, num_cached + first_row + 2 * BLOCK_M)
+    end = gl.minimum(len_k, num_cached + first_row + rows)
     is_item = (first_row >= 0) & (number < num_items)
     num_tiles = gl.where(is_item, gl.cdiv(end, BLOCK_N), 0)
     return head, seq, q_begin, len_q, num_cached, first_row, num_tiles
@@ -99,7 +102,7 @@ def _copy(
     query_tiles, key_tiles, value_tiles = tiles
     queries, query_full, query_free = query_buffers
     keys, key_full, key_free, values, value_full, value_free = ring
-    num_items = NUM_HEADS * work[2] * work[3]
+    num_items = NUM_HEADS // work[4] * work[2] * work[3]
     items_done = 0
     tiles_done = 0
     for turn in range(gl.cdiv(num_items, gl.num_programs(0))):
@@ -112,7 +115,8 @@ def _copy(
                 mbarrier.wait(query_free.index(half), (items_done + 1) & 1)
                 mbarrier.expect(full, query_tiles.block_type.nbytes)
                 # Rows past the sequence are others' queries, or zeros: nothing is stored of them.
-                place = [q_begin + first_row + half * BLOCK_M, head * HEAD_DIM]
+                row = q_begin + first_row + half * BLOCK_M * (2 - work[4])
+                place = [row, (head + half * (work[4] - 1)) * HEAD_DIM]
                 start_copy(query_tiles, place, full, queries.index(half))
             items_done += 1
             table = block_tables + seq.to(gl.int64) * stride_table
@@ -233,7 +237,7 @@ def _compute(
     out_layout: gl.constexpr = gl.BlockedLayout(
         [1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0]
     )
-    num_items = NUM_HEADS * work[2] * work[3]
+    num_items = NUM_HEADS // work[4] * work[2] * work[3]
     items_done = 0
     tiles_done = 0
     head, _seq, q_begin, len_q, num_cached, first_row, num_tiles = _item(
@@ -243,7 +247,8 @@ def _compute(
         # What the next item is must not be waited for when this one is done.
         following = _item(_number_of_item(turn + 1), work, NUM_HEADS, BLOCK_M, BLOCK_N)
         if num_tiles > 0:
-            first_row += HALF * BLOCK_M
+            head += HALF * (work[4] - 1)
+            first_row += HALF * BLOCK_M * (2 - work[4])
             q_pos = num_cached + first_row + gl.arange(0, BLOCK_M, layout=rows_layout)
             mbarrier.wait(query_full, items_done & 1)
             scores = _start_scores(queries, keys, key_full, tiles_done, STAGES, scores_layout)
@@ -286,7 +291,7 @@ def _compute(
 # Tables and lengths may be slices of one packed buffer: no recompilation for their alignment.
 @with_dry_runs
 @gluon.jit(
-    do_not_specialize=["num_seqs", "most_items", "stride_table"],
+    do_not_specialize=["num_seqs", "most_items", "item_heads", "stride_table"],
     do_not_specialize_on_alignment=["block_tables", "cu_seqlens_q", "cu_seqlens_k", "bounds"],
 )
 def _hopper_prefill_kernel(
@@ -300,6 +305,7 @@ def _hopper_prefill_kernel(
     bounds,  # [3] int32 or None: see `PrefillMetadata`
     num_seqs,
     most_items,
+    item_heads,  # of an item: 1, or 2 of a group
     scale_log2,  # of `score_scales`
     stride_table,
     NUM_HEADS: gl.constexpr,
@@ -333,9 +339,9 @@ def _hopper_prefill_kernel(
         mbarrier.init(value_free.index(stage), count=2)
     if bounds is not None:
         num_seqs = gl.load(bounds)
-        most_items = gl.cdiv(gl.load(bounds + 1), 2 * BLOCK_M)
+        most_items = gl.cdiv(gl.load(bounds + 1), 2 * BLOCK_M // item_heads)
     ring = (keys, key_full, key_free, values, value_full, value_free)
-    work = (cu_seqlens_q, cu_seqlens_k, num_seqs, most_items)
+    work = (cu_seqlens_q, cu_seqlens_k, num_seqs, most_items, item_heads)
     first_half = (queries.index(0), query_full.index(0), query_free.index(0))
     second_half = (queries.index(1), query_full.index(1), query_free.index(1))
     both_halves = (queries, query_full, query_free)
@@ -408,9 +414,12 @@ def hopper_prefill(
     out = torch.empty((num_tokens, num_heads, head_dim), dtype=query.dtype, device=query.device)
     width = num_kv_heads * head_dim
     cache_shape = [cache.key.shape[0] * block_size, width]
-    most_items = cdiv(metadata.max_seqlen_q, 2 * BLOCK_M)
-    num_seqs = metadata.cu_seqlens_q.shape[0] - 1
-    num_items = num_heads * num_seqs * most_items
+    group, num_seqs = num_heads // num_kv_heads, metadata.cu_seqlens_q.shape[0] - 1
+    # Pairs spare short sequences half of a tile; long ones are faster without.
+    is_short = num_tokens <= BLOCK_M * num_seqs
+    item_heads = 2 if is_short and group % 2 == 0 else 1
+    most_items = cdiv(metadata.max_seqlen_q, 2 * BLOCK_M // item_heads)
+    num_items = num_heads // item_heads * num_seqs * most_items
     _hopper_prefill_kernel[(min(num_multiprocessors(query.device), num_items),)](
         out,
         _tiles(query, [num_tokens, num_heads * head_dim], query.stride(0), [BLOCK_M, head_dim]),
@@ -422,10 +431,11 @@ def hopper_prefill(
         metadata.bounds,
         num_seqs,
         most_items,
+        item_heads,
         scale_log2,
         metadata.block_tables.stride(0),
         NUM_HEADS=num_heads,
-        GROUP=num_heads // num_kv_heads,
+        GROUP=group,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         BLOCK_M=BLOCK_M,
