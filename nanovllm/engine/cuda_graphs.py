@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from nanovllm.engine.late_capture import capture_late
+
 
 def batch_sizes(max_num_seqs: int) -> list[int]:
     """Captured sizes, ascending: 1, 2, 4, 8, then multiples of 16; `max_num_seqs` always last.
@@ -44,7 +46,7 @@ class DecodeGraphs:
         with torch.inference_mode():
             # The largest first: smaller ones then fit in the pool it leaves.
             for size in reversed(self.sizes):
-                self._run_and_capture(size, has_common_blocks=False)
+                self._run_and_capture(size)
 
     def padded_size(self, num_seqs: int) -> int:
         """The captured size that serves a batch of `num_seqs`."""
@@ -54,21 +56,22 @@ class DecodeGraphs:
         """Run the step of `size`; its token ids [size] int32, valid until the next replay."""
         key = size, has_common_blocks
         if key not in self.graphs:
-            return self._run_and_capture(*key)
+            step = self.rows[:size], has_common_blocks
+            token_ids = self.decode(*step)  # builds what a capture may not build
+            self.graphs[key], self.outputs[key] = capture_late(self.decode, step, self._pool)
+            return token_ids
         self.graphs[key].replay()
         return self.outputs[key]
 
-    def _run_and_capture(self, size: int, has_common_blocks: bool) -> torch.Tensor:
+    def _run_and_capture(self, size: int) -> None:
         """One step launch by launch, which builds what a capture may not build; then its graph.
 
-        The capture itself computes nothing. It waits for the device, a step in flight included.
+        The capture itself computes nothing.
         """
-        token_ids = self.decode(self.rows[:size], has_common_blocks)
+        self.decode(self.rows[:size], False)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output = self.decode(self.rows[:size], has_common_blocks)
+            output = self.decode(self.rows[:size], False)
         self._pool = self._pool or graph.pool()
-        self.graphs[size, has_common_blocks] = graph
-        self.outputs[size, has_common_blocks] = output
-        return token_ids
+        self.graphs[size, False], self.outputs[size, False] = graph, output
