@@ -18,7 +18,7 @@ logger = logging.getLogger("nanovllm")
 def compiling_ahead(
     config: Config, device: torch.device, tp: TensorParallel, ops: Ops
 ) -> Iterator[None]:
-    """Within it this rank's kernels are compiled in other threads; when it ends, they all are.
+    """Within it this rank's kernels are compiled by others; when it ends, all are loaded.
 
     Nothing happens where kernels are not Triton's. Those for a model that runs on transformers' own
     module are compiled as its first steps launch them.
@@ -33,11 +33,12 @@ def compiling_ahead(
     from nanovllm.kernels.triton.compilation import Compilation, Variant
 
     variants: Iterable[Variant] = ()
+    limits = device_limits(device)
     try:
-        variants = record_variants(config, device_limits(device), tp.rank, tp.peers is not None)
+        variants = record_variants(config, limits, tp.rank, tp.peers is not None)
     except Exception as error:  # a model that cannot be run dry can be run
         logger.warning("kernels are compiled as they are launched: %s", error)
-    compilation = Compilation(variants, device)
+    compilation = Compilation(variants, limits.capability, device)
     try:
         yield
         # Who launches such a kernel gets the error as well.

@@ -47,6 +47,7 @@ FOREIGN_PRIVATE = {
     "kernels.cpu_packed: torch.ops.aten._weight_int4pack_mm_for_cpu": "the product has no other",
     "kernels.cpu_packed: torch.ops.aten._weight_int8pack_mm": "the same",
     "kernels.cpu_packed: weight.numbers._version": "whether weights were loaded again",
+    "kernels.triton.compiler_processes: os._exit": "a copy ends nothing of what it was copied with",
     "kernels.triton.fp8_linear: torch._scaled_mm": "no other product of fp8 takes a scale per row",
     "parallel.process: multiprocessing.current_process()._inheriting": "the mark of a process that"
     " imports the user's script",

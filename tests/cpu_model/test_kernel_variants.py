@@ -1,8 +1,9 @@
 """What is compiled ahead of a start, against what steps of other sizes launch, by Triton's keys."""
 
 import json
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -24,9 +25,11 @@ from nanovllm.engine.sequence import Wants
 from nanovllm.engine.step_plan import StepPlan
 from nanovllm.features.warmup import warm_up
 from nanovllm.kernels.device import KNOWN_GPUS, meta_stands_for
+from nanovllm.kernels.triton import compilation
 from nanovllm.kernels.triton.compilation import (
     Variant,
     as_argument,
+    cached_alone,
     compile_all,
     compiling_for,
 )
@@ -241,8 +244,64 @@ def test_a_kernel_is_compiled_again_if_threads_got_in_each_others_way(directory,
         return compile_variant(self)
 
     monkeypatch.setattr(Variant, "compile", fails_at_first)
+    monkeypatch.setattr(compilation, "may_fork", lambda: False)
     assert compile_all(few, ADA.capability, None).errors == []
     assert len(calls) == len(few) + 1
+
+
+@pytest.fixture
+def few_small(tmp_path, directory, monkeypatch):
+    """Three variants, as yet in no cache, for processes to compile."""
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path / "cache"))
+    # Of test runners' threads none holds what a compilation needs.
+    monkeypatch.setattr(compilation, "may_fork", lambda: True)
+    monkeypatch.setattr(compilation, "num_cores", lambda: 2)
+    variants = record_variants(Config.from_kwargs(directory(DENSE), SIZES), ADA)
+    few = [v for v in variants if v.kernel.fn.__name__ in ("_gather_kernel", "_write_back_kernel")]
+    for variant in few:
+        variant.kernel.device_caches.clear()
+    return few
+
+
+def test_processes_compile_and_this_one_reads(few_small, monkeypatch):
+    here, compile_variant = os.getpid(), Variant.compile
+
+    def in_a_copy(self):
+        with cached_alone() if os.getpid() == here else nullcontext():
+            return compile_variant(self)
+
+    monkeypatch.setattr(Variant, "compile", in_a_copy)
+    result = compile_all(few_small, ADA.capability, None)
+    assert (result.num_kernels, result.num_compiled, result.errors) == (3, 3, [])
+
+
+@pytest.mark.parametrize("end", [lambda: os._exit(0), lambda: os.kill(os.getpid(), 9)])
+def test_what_processes_leave_undone_is_compiled_here(few_small, monkeypatch, end):
+    here, compile_variant = os.getpid(), Variant.compile
+
+    def not_in_a_copy(self):
+        if os.getpid() != here:
+            end()
+        return compile_variant(self)
+
+    monkeypatch.setattr(Variant, "compile", not_in_a_copy)
+    result = compile_all(few_small, ADA.capability, None)
+    assert (result.num_kernels, result.num_compiled, result.errors) == (3, 3, [])
+
+
+def test_what_processes_cannot_compile_is_said(few_small):
+    first, *others = few_small
+    broken = first._replace(options=first.options | {"num_warps": 3})
+    result = compile_all([broken, *others], ADA.capability, None)
+    assert (result.num_kernels, result.num_compiled, len(result.errors)) == (2, 2, 1)
+
+
+def test_a_part_of_a_cache_is_read(few_small):
+    assert compile_all(few_small[:1], ADA.capability, None).num_compiled == 1
+    for variant in few_small:
+        variant.kernel.device_caches.clear()
+    result = compile_all(few_small, ADA.capability, None)
+    assert (result.num_kernels, result.num_compiled, result.errors) == (3, 2, [])
 
 
 def test_what_cannot_be_compiled_is_said(directory, monkeypatch, capsys):

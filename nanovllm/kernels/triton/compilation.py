@@ -1,25 +1,30 @@
-"""Kernels compiled before they are launched: what a dry run would launch, in several threads.
+"""Kernels compiled before they are launched: what a dry run would launch, in several processes.
 
-Triton's passes, LLVM, the assembler and, up to Triton 3.6, the C compiler of a kernel's launcher
-leave Python's lock to others. Compiled kernels are in Triton's cache on disk, and in that of this
-process.
+They are forked copies of this one, which reads the kernels from Triton's cache on disk when they
+are done. Where it cannot be copied, threads compile: Triton's passes, LLVM, the assembler and, up
+to Triton 3.6, the C compiler of a kernel's launcher leave Python's lock to others.
 """
 
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+from triton.backends.nvidia import driver as nvidia_driver
+from triton.runtime import JITFunction, driver
+from triton.runtime.cache import FileCacheManager
 
+from nanovllm.kernels.triton.compiler_processes import MAX_TASKS, CompilerProcesses, may_fork
 from nanovllm.kernels.triton.launcher import ALIGNMENT, DESCRIPTORS, recording
 
 GRID = (1,)  # of no launch
+MAX_PROCESSES = 16  # each needs some 200 MiB while it compiles
 
 
 class Pointer:
@@ -98,31 +103,71 @@ def _trait(value: Any, param: Any) -> object:
 
 
 class Compilation:
-    """Variants on their way through the compiler, in threads of their own.
+    """Variants on their way through the compiler, in processes or threads of their own.
+
+    What is in the cache on disk is loaded first. The others are compiled by copies of this process,
+    if it can be copied; else, and where the copies leave something undone, in threads.
 
     Args:
         variants: what to compile; the largest kernels come first, as they take longest.
-        device: the GPU, on which the kernels are loaded as well; None: they are only compiled.
+        capability: of the GPU that they are for.
+        device: this GPU, on which the kernels are loaded as well; None: they are only compiled.
+
+    Attributes:
+        compiled_elsewhere: Triton's hashes of the kernels that other processes have compiled.
     """
 
-    def __init__(self, variants: Iterable[Variant], device: torch.device | None = None) -> None:
-        self._variants = sorted(variants, key=lambda variant: -len(variant.kernel.src))
+    def __init__(
+        self,
+        variants: Iterable[Variant],
+        capability: tuple[int, int],
+        device: torch.device | None = None,
+    ) -> None:
+        self._variants = sorted(variants, key=lambda variant: -source_size(variant.kernel))
         self._device = device
-        self._pool = ThreadPoolExecutor(
-            max(1, min(num_cores(), len(self._variants))), "nanovllm-compiler", self._begin
-        )
-        self._tasks: list[Future[None]] = [
-            self._pool.submit(self._compile, variant) for variant in self._variants
-        ]
+        self._errors: dict[int, BaseException | None] = {}  # of what has been tried
+        self._pool: ThreadPoolExecutor | None = None
+        self._tasks: dict[int, Future[None]] = {}
+        self._processes: CompilerProcesses | None = None
+        self.compiled_elsewhere: set[str] = set()
+        num_processes = min(num_cores(), MAX_PROCESSES)
+        if num_processes < 2 or not may_fork():
+            self._start_threads()
+            return
+        self._load_what_is_cached()
+        left = self._left()
+        if len(left) > 1 and len(left) <= MAX_TASKS:
+            is_launched = device is not None
+            self._in_processes = left
+            self._processes = CompilerProcesses(
+                [partial(compile_in_copy, self._variants[index], is_launched) for index in left],
+                min(num_processes, len(left)),
+                lambda: prepare_copy(capability),
+            )
+        else:
+            self._start_threads()
 
-    def _begin(self) -> None:
-        if self._device is not None:
-            torch.cuda.set_device(self._device)
+    def _left(self) -> list[int]:
+        return [index for index in range(len(self._variants)) if index not in self._errors]
 
-    def _compile(self, variant: Variant) -> None:
-        compiled = variant.compile()
-        if self._device is not None:
-            compiled.run  # noqa: B018 (reading it makes the launcher and loads the kernel)
+    def _load_what_is_cached(self) -> None:
+        """Load kernels until one is not in the cache; the others rarely are, then."""
+        with suppress(NotCachedError), cached_alone():
+            for index in range(len(self._variants)):
+                if self._error_of(index) is None:
+                    self._errors[index] = None
+
+    def _start_threads(self) -> None:
+        left = self._left()
+        self._pool = ThreadPoolExecutor(max(1, min(num_cores(), len(left))), "nanovllm-compiler")
+        self._tasks = {index: self._pool.submit(self._compile, index) for index in left}
+
+    def _compile(self, index: int) -> Any:
+        with nullcontext() if self._device is None else torch.cuda.device(self._device):
+            compiled = self._variants[index].compile()
+            if self._device is not None:
+                compiled.run  # noqa: B018 (reading it makes the launcher and loads the kernel)
+        return compiled
 
     def wait(self) -> list[BaseException]:
         """Wait for the end; why kernels could not be compiled or loaded.
@@ -130,26 +175,37 @@ class Compilation:
         Whoever launches such a kernel gets the error.
         """
         try:
-            errors = [task.exception() for task in self._tasks]
-            for index, error in enumerate(errors):
-                # Python 3.11 counts the depth of syntax trees for all threads together. Where two
-                # make one at a time it may fail (its issue 106905), and not when all is quiet.
-                if isinstance(error, SystemError):
-                    errors[index] = self._error_of(self._variants[index])
-            return [error for error in errors if error is not None]
+            if self._processes is not None:
+                for number, was_compiled in self._processes.done():
+                    index = self._in_processes[number]
+                    self._errors[index] = self._error_of(index)
+                    if was_compiled:
+                        self.compiled_elsewhere.add(self._compile(index).hash)
+                self._processes.close()
+                self._start_threads()
+            # Python 3.11 counts the depth of syntax trees for all threads together. Where two make
+            # one at a time it may fail (its issue 106905), and not when all is quiet.
+            for index, task in self._tasks.items():
+                self._errors[index] = self._error_of(index) if task.exception() else None
+            return [error for error in self._errors.values() if error is not None]
         finally:
             self.close()
 
-    def _error_of(self, variant: Variant) -> BaseException | None:
+    def _error_of(self, index: int) -> BaseException | None:
         try:
-            self._compile(variant)
+            self._compile(index)
+        except NotCachedError:
+            raise
         except Exception as error:
             return error
         return None
 
     def close(self) -> None:
-        """Compile no more than what has begun."""
-        self._pool.shutdown(cancel_futures=True)
+        """Compile no more than what threads have begun."""
+        if self._processes is not None:
+            self._processes.close()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
 
 def num_cores() -> int:
@@ -157,6 +213,61 @@ def num_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def source_size(kernel: Any) -> int:
+    """Characters of a kernel and of all functions that it calls, each once."""
+    found: dict[int, Any] = {}
+    waiting = [kernel]
+    while waiting:
+        function = waiting.pop()
+        if id(function) not in found and isinstance(function, JITFunction):
+            found[id(function)] = function
+            names = function.fn.__code__.co_names
+            waiting += [function.fn.__globals__.get(name) for name in names]
+    return sum(len(function.src) for function in found.values())
+
+
+class NotCachedError(Exception):
+    """A kernel is not in the cache on disk."""
+
+
+@contextmanager
+def cached_alone() -> Iterator[None]:
+    """Within it compiling what is not in Triton's cache on disk raises NotCachedError."""
+    base = knobs.cache.manager_class or FileCacheManager
+
+    class Manager(base):  # type: ignore[misc, valid-type]
+        def get_group(self, filename: str) -> Any:
+            group = super().get_group(filename)
+            if not group:
+                raise NotCachedError(filename)
+            return group
+
+    with knobs.cache.scope():
+        knobs.cache.manager_class = Manager
+        yield
+
+
+def prepare_copy(capability: tuple[int, int]) -> None:
+    """Let a forked copy of this process compile for a GPU of this capability without using it."""
+    driver.set_active(AbsentGPU(capability))
+    knobs.compilation.store_binary_only = True  # nobody reads the rest, which loads would
+
+
+def compile_in_copy(variant: Variant, is_launched: bool) -> bool:
+    """Compile a variant into the cache on disk, and what launches it; whether it was not there."""
+    hits: list[bool] = []
+
+    def note(*, cache_hit: bool, **other: Any) -> None:
+        hits.append(cache_hit)
+
+    with _listening(note):
+        compiled = variant.compile()
+    # Up to Triton 3.6 the C compiler makes a launcher for the types of a kernel's arguments.
+    if is_launched and hasattr(nvidia_driver, "make_launcher"):
+        nvidia_driver.CudaLauncher(compiled.src, compiled.metadata)
+    return hits == [False]
 
 
 class AbsentGPU:
@@ -207,14 +318,16 @@ def compile_all(
     """Compile variants for a GPU of this capability, which is `device` or, if None, not there."""
     found: dict[str, bool] = {}  # by Triton's hash: whether it was in the cache
 
-    def note(*, metadata_group: Any, cache_hit: bool, **other: Any) -> None:
-        found.setdefault(str(sorted(metadata_group.values())), cache_hit)
+    def note(*, metadata: Any, cache_hit: bool, **other: Any) -> None:
+        found.setdefault(metadata["hash"], cache_hit)
 
     with (
         nullcontext() if device is not None else compiling_for(capability),
         _listening(note),
     ):
-        errors = Compilation(variants, device).wait()
+        compilation = Compilation(variants, capability, device)
+        errors = compilation.wait()
+    found |= dict.fromkeys(compilation.compiled_elsewhere, False)
     hits = list(found.values())
     return CompiledAll(knobs.cache.dir, len(hits), hits.count(False), errors)
 
