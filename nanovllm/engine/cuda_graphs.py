@@ -2,11 +2,12 @@
 
 from bisect import bisect_left
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
-from nanovllm.engine.late_capture import capture_late
+from nanovllm.engine.capture import capturing
+
+Decode = Callable[[torch.Tensor, bool], torch.Tensor]
 
 
 def batch_sizes(max_num_seqs: int) -> list[int]:
@@ -28,13 +29,12 @@ class DecodeGraphs:
         max_num_seqs: the largest batch.
         rows: [max_num_seqs] int32, where replays find their rows.
         decode: one decode step, without host synchronisation; returns token ids [size] int32.
+        rehearse: run before the captures of this constructor, in place of `decode`: launches each
+            kernel that `decode` does.
     """
 
     def __init__(
-        self,
-        max_num_seqs: int,
-        rows: torch.Tensor,
-        decode: Callable[[torch.Tensor, bool], torch.Tensor],
+        self, max_num_seqs: int, rows: torch.Tensor, decode: Decode, rehearse: Decode | None = None
     ) -> None:
         self.rows = rows
         self.decode = decode
@@ -42,11 +42,14 @@ class DecodeGraphs:
         # Both by (size, has_common_blocks).
         self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self.outputs: dict[tuple[int, bool], torch.Tensor] = {}
-        self._pool: Any = None
+        self._pool: object = None  # that of the first graph
         with torch.inference_mode():
             # The largest first: smaller ones then fit in the pool it leaves.
             for size in reversed(self.sizes):
-                self._run_and_capture(size)
+                # Builds what a capture may not build.
+                (rehearse or decode)(rows[:size], False)
+                torch.cuda.synchronize()
+                self._capture(size, has_common_blocks=False)
 
     def padded_size(self, num_seqs: int) -> int:
         """The captured size that serves a batch of `num_seqs`."""
@@ -56,22 +59,17 @@ class DecodeGraphs:
         """Run the step of `size`; its token ids [size] int32, valid until the next replay."""
         key = size, has_common_blocks
         if key not in self.graphs:
-            step = self.rows[:size], has_common_blocks
-            token_ids = self.decode(*step)  # builds what a capture may not build
-            self.graphs[key], self.outputs[key] = capture_late(self.decode, step, self._pool)
+            token_ids = self.decode(self.rows[:size], has_common_blocks)
+            self._capture(*key)
             return token_ids
         self.graphs[key].replay()
         return self.outputs[key]
 
-    def _run_and_capture(self, size: int) -> None:
-        """One step launch by launch, which builds what a capture may not build; then its graph.
-
-        The capture itself computes nothing.
-        """
-        self.decode(self.rows[:size], False)
-        torch.cuda.synchronize()
+    def _capture(self, size: int, has_common_blocks: bool) -> None:
+        """The graph of a step that was run launch by launch before; computes nothing."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output = self.decode(self.rows[:size], False)
-        self._pool = self._pool or graph.pool()
-        self.graphs[size, False], self.outputs[size, False] = graph, output
+        with capturing(graph, self._pool):
+            output = self.decode(self.rows[:size], has_common_blocks)
+        self._pool = graph.pool()
+        self.graphs[size, has_common_blocks] = graph
+        self.outputs[size, has_common_blocks] = output

@@ -1,11 +1,12 @@
 """CUDA graphs of decode steps, where the model's module allows their capture; else none."""
 
 import logging
-from collections.abc import Callable
 
 import torch
+from torch import nn
 
-from nanovllm.engine.cuda_graphs import DecodeGraphs
+from nanovllm.engine.cuda_graphs import Decode, DecodeGraphs
+from nanovllm.engine.layer_kinds import kinds_of_layers
 from nanovllm.models.base import CausalLM
 from nanovllm.models.families import Model
 from nanovllm.models.host_reads import HostReads, described, errors_on_waits
@@ -21,7 +22,8 @@ def new_graphs(
     model: Model,
     max_num_seqs: int,
     rows: torch.Tensor,
-    decode: Callable[[torch.Tensor, bool], torch.Tensor],
+    decode: Decode,
+    is_uniform: bool = False,
 ) -> DecodeGraphs | None:
     """`DecodeGraphs`; None, and one line in the log that says why, if a module of transformers
     cannot be captured.
@@ -31,11 +33,14 @@ def new_graphs(
         max_num_seqs: see `DecodeGraphs`, as for the others.
         rows: see there.
         decode: see there.
+        is_uniform: whether layers of one kind launch the same, so that a layer of each is enough
+            before a capture.
 
     All ranks come to the same result, as their modules run the same code.
     """
     if isinstance(model, CausalLM):
-        return DecodeGraphs(max_num_seqs, rows, decode)
+        rehearse = _with_few_layers(decode, model.model) if is_uniform else None
+        return DecodeGraphs(max_num_seqs, rows, decode, rehearse)
     reason = model.eager_reason
     if reason is None:
         stream = torch.cuda.current_stream()
@@ -57,9 +62,23 @@ def new_graphs(
     return None
 
 
-def _checked(
-    decode: Callable[[torch.Tensor, bool], torch.Tensor],
-) -> Callable[[torch.Tensor, bool], torch.Tensor]:
+def _with_few_layers(decode: Decode, decoder: nn.Module) -> Decode:
+    """`decode` through one layer of each kind; its token ids mean nothing."""
+    all_layers = decoder.layers
+    assert isinstance(all_layers, nn.ModuleList)
+    few = kinds_of_layers(all_layers)
+
+    def run(rows: torch.Tensor, has_common_blocks: bool) -> torch.Tensor:
+        decoder.layers = few
+        try:
+            return decode(rows, has_common_blocks)
+        finally:
+            decoder.layers = all_layers
+
+    return run
+
+
+def _checked(decode: Decode) -> Decode:
     """`decode` that raises before a capture begins if the module would break it.
 
     A capture that is broken leaves torch's generator and memory pools in the middle of it. Steps

@@ -15,6 +15,7 @@ from nanovllm.config import Config
 from nanovllm.engine.backend import choose_ops
 from nanovllm.engine.dry_runner import META, DryRunner
 from nanovllm.engine.dry_shapes import ShapesAlone
+from nanovllm.engine.layer_kinds import kinds_of_layers
 from nanovllm.engine.sequence import Wants
 from nanovllm.engine.step_plan import StepPlan
 from nanovllm.kernels.device import DeviceLimits, meta_stands_for
@@ -83,28 +84,6 @@ def _ends_with_experts(model: ModelConfig) -> set[int]:
     pairs = [mean * model.num_experts for mean in means if mean < math.inf]
     pairs += [2**power for power in range(SORT_CHUNK.bit_length())]
     return {int(number) // model.num_experts_per_tok for number in pairs}
-
-
-def kinds_of_layers(layers: nn.ModuleList) -> nn.ModuleList:
-    """The first layer, one of each kind, and the last one, in their order."""
-    kinds: dict[object, int] = {}
-    for index, layer in enumerate(layers):
-        kinds.setdefault(_kind(layer), index)
-    return nn.ModuleList(layers[i] for i in sorted({0, *kinds.values(), len(layers) - 1}))
-
-
-def _kind(layer: nn.Module) -> tuple[object, ...]:
-    """Equal for layers that launch the same: types, plain attributes and parameters' shapes."""
-    traits: list[object] = []
-    for name, module in layer.named_modules():
-        values = {
-            key: value
-            for key, value in vars(module).items()
-            if isinstance(value, (bool, int, float, str, torch.dtype, type(None)))
-        }
-        tensors = [(key, p.shape, p.dtype) for key, p in module.named_parameters(recurse=False)]
-        traits += [name, type(module), tuple(values.items()), tuple(tensors)]
-    return tuple(traits)
 
 
 def new_peers(config: Config, rank: int) -> PeerMemory:

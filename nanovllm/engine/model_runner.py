@@ -186,8 +186,9 @@ class ModelRunner(RankState):
             with self.on_device():
                 self.decode_batch.fill_(config.max_num_seqs)  # every row is padding
                 self.decode_batch[0] = 0
+                is_uniform = self.offload is None and self.adapters is None
                 self.graphs = new_graphs(
-                    self.model, config.max_num_seqs, self.decode_rows, self.decode
+                    self.model, config.max_num_seqs, self.decode_rows, self.decode, is_uniform
                 )
                 self.prefill_graphs = PrefillGraphs(self, self.prefill, self.sample_last_tokens)
 

@@ -9,12 +9,13 @@ nothing is sampled. Behind them are empty sequences.
 from collections.abc import Callable
 from dataclasses import replace
 from operator import le
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from nanovllm.config import Config
+from nanovllm.engine.capture import capturing
 from nanovllm.engine.launched_step import LaunchedStep
 from nanovllm.engine.prefill_inputs import PrefillInputs
 from nanovllm.engine.rank_state import RankState
@@ -196,7 +197,7 @@ class PrefillGraphs:
         self.rank, self.prefill, self.sample = rank, prefill, sample
         self.sizes = captured_sizes(rank)
         self.steps: dict[PaddedSize, _CapturedStep] = {}
-        self._pool: Any = None
+        self._pool: object = None
         with torch.inference_mode():
             # The largest first: smaller ones then fit in the pool it leaves.
             for size in reversed(self.sizes):
@@ -234,9 +235,9 @@ class PrefillGraphs:
         run_padded(size, padded.inputs, self.prefill, self.sample)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with capturing(graph, self._pool):
             token_ids, logits = run_padded(size, padded.inputs, self.prefill, self.sample)
-        self._pool = self._pool or graph.pool()
+        self._pool = graph.pool()
         self.steps[size] = _CapturedStep(graph, padded, token_ids, logits)
 
 

@@ -16,7 +16,7 @@ from triton import knobs
 from nanovllm import ArgumentError
 from nanovllm import warmup as command
 from nanovllm.config import Config
-from nanovllm.engine import kernel_variants
+from nanovllm.engine import graph_capture, kernel_variants
 from nanovllm.engine.backend import choose_ops
 from nanovllm.engine.dry_runner import META, DryRunner
 from nanovllm.engine.dry_shapes import ShapesAlone
@@ -211,6 +211,31 @@ def test_layers_of_one_kind_are_run_once(directory):
         layers = runner.model.model.layers
         kinds = list(kernel_variants.kinds_of_layers(layers))
     assert kinds == [layers[0], layers[2], layers[3]]
+
+
+@pytest.mark.parametrize("is_uniform", [True, False])
+def test_before_a_capture_one_layer_of_a_kind_is_run(directory, monkeypatch, is_uniform):
+    monkeypatch.setattr(graph_capture, "DecodeGraphs", lambda *args: args)
+    config = Config.from_kwargs(directory(DENSE), SIZES)
+    with meta_stands_for(HOPPER):
+        model = DryRunner(config, choose_ops(config, META, HOPPER.capability)).model
+    layers, seen = model.model.layers, []
+
+    def decode(rows: torch.Tensor, has_common_blocks: bool) -> torch.Tensor:
+        seen.append((list(model.model.layers), has_common_blocks))
+        return rows if rows.any() else rows[10]
+
+    rows = torch.ones(3)
+    *args, rehearse = graph_capture.new_graphs(model, 4, rows, decode, is_uniform)
+    assert args == [4, rows, decode]
+    if not is_uniform:
+        assert rehearse is None
+        return
+    assert rehearse(rows, True) is rows
+    assert seen == [([layers[0], layers[3]], True)] and model.model.layers is layers
+    with pytest.raises(IndexError):
+        rehearse(0 * rows, False)
+    assert model.model.layers is layers
 
 
 def test_kernels_are_compiled_into_the_cache_once(tmp_path, directory, monkeypatch, capsys):
