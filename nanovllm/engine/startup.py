@@ -14,7 +14,7 @@ from nanovllm.config import Config
 from nanovllm.engine.adapter_runner import AdapterRunner
 from nanovllm.engine.backend import choose_ops
 from nanovllm.engine.cache_groups import most_blocks
-from nanovllm.engine.compile_ahead import compiling_ahead
+from nanovllm.engine.compile_ahead import compiling_ahead, prepare_compiler
 from nanovllm.engine.kv_cache import group_block_bytes
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.state_cache import row_bytes
@@ -62,7 +62,7 @@ def prepare(
                 )
             take_gpus(rank, config.tensor_parallel_size)
     device = config.resolve_device()
-    choose_ops(config, device)
+    prepare_compiler(device, choose_ops(config, device))
     tokenizer = load_tokenizer(config)
     fallback = config.model_config.eos_token_id
     ids = eos_token_ids(config.model, tokenizer, config.generation_config, fallback=fallback)

@@ -6,11 +6,12 @@ to Triton 3.6, the C compiler of a kernel's launcher leave Python's lock to othe
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from triton.backends.nvidia import driver as nvidia_driver
 from triton.runtime import JITFunction, driver
 from triton.runtime.cache import FileCacheManager
 
+from nanovllm.kernels.triton.compiler_key import compiler_key
 from nanovllm.kernels.triton.compiler_processes import MAX_TASKS, CompilerProcesses, may_fork
 from nanovllm.kernels.triton.launcher import ALIGNMENT, DESCRIPTORS, recording
 
@@ -115,6 +117,7 @@ class Compilation:
 
     Attributes:
         compiled_elsewhere: Triton's hashes of the kernels that other processes have compiled.
+        files: of all kernels that were compiled or loaded, in Triton's cache.
     """
 
     def __init__(
@@ -130,6 +133,8 @@ class Compilation:
         self._tasks: dict[int, Future[None]] = {}
         self._processes: CompilerProcesses | None = None
         self.compiled_elsewhere: set[str] = set()
+        self.files: set[str] = set()
+        compiler_key()
         num_processes = min(num_cores(), MAX_PROCESSES)
         if num_processes < 2 or not may_fork():
             self._start_threads()
@@ -167,6 +172,7 @@ class Compilation:
             compiled = self._variants[index].compile()
             if self._device is not None:
                 compiled.run  # noqa: B018 (reading it makes the launcher and loads the kernel)
+        self.files.update(compiled.metadata_group.values())
         return compiled
 
     def wait(self) -> list[BaseException]:
@@ -226,6 +232,24 @@ def source_size(kernel: Any) -> int:
             names = function.fn.__code__.co_names
             waiting += [function.fn.__globals__.get(name) for name in names]
     return sum(len(function.src) for function in found.values())
+
+
+@cache
+def preparing() -> threading.Thread:
+    """A thread that gets ready what a first compilation waits for.
+
+    That is Triton's driver, of which a C compiler makes a part where the cache is empty, and its
+    key. Most of the time this leaves Python's lock to others.
+    """
+
+    def prepare() -> None:
+        with suppress(Exception):  # whoever needs it sees why there is none
+            driver.default  # noqa: B018 (looking makes it)
+            compiler_key()
+
+    thread = threading.Thread(target=prepare, name="nanovllm-compiler", daemon=True)
+    thread.start()
+    return thread
 
 
 class NotCachedError(Exception):
