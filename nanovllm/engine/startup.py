@@ -15,6 +15,7 @@ from nanovllm.engine.adapter_runner import AdapterRunner
 from nanovllm.engine.backend import choose_ops
 from nanovllm.engine.cache_groups import most_blocks
 from nanovllm.engine.compile_ahead import compiling_ahead, prepare_compiler
+from nanovllm.engine.cuda_start import import_while_cuda_starts
 from nanovllm.engine.kv_cache import group_block_bytes
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.state_cache import row_bytes
@@ -61,6 +62,8 @@ def prepare(
                     "environment are two ways to the same: use one of them"
                 )
             take_gpus(rank, config.tensor_parallel_size)
+    if config.device != "cpu" and config.attention_backend in ("auto", "triton"):
+        import_while_cuda_starts("nanovllm.kernels.triton.ops")
     device = config.resolve_device()
     prepare_compiler(device, choose_ops(config, device))
     tokenizer = load_tokenizer(config)
