@@ -6,6 +6,7 @@ prints the parts of 0.2 s or more, with an empty kernel cache and with a filled 
 """
 
 import argparse
+import compileall
 import json
 import os
 import subprocess
@@ -38,19 +39,29 @@ PARTS = {
     "tokenizer": "nanovllm.engine.startup:load_tokenizer",
     "CUDA": "torch.cuda:_lazy_init",
     "CUDA context": "torch.cuda:mem_get_info",
+    "waits for threads": "threading:Thread.join",
+    "note of kernels": "nanovllm.kernels.triton.kernel_index:KernelIndex.__init__",
+    "list of kernels": "nanovllm.engine.kernel_variants:record_variants",
+    "kernels in the cache": "nanovllm.kernels.triton.compilation:Compilation.__init__",
+    "other kernels": "nanovllm.kernels.triton.compilation:Compilation.wait",
     "weights": "nanovllm.engine.rank_state:load_weights",
     "warm-up": "nanovllm.engine.startup:_warm_up",
+    "garbage collection": "gc:collect",
     "graphs": "nanovllm.engine.model_runner:ModelRunner.capture_graphs",
 }
 TIMED_START = """\
 import importlib, json, sys, time
 begin = time.time()
-import torch
-seconds = {"python": begin - float(sys.argv[3]), "torch": time.time() - begin}
-begin = time.time()
-from nanovllm import LLM, SamplingParams
+from nanovllm.vllm_names import heavy_imports
 
-seconds["nanovllm"] = time.time() - begin
+seconds = {"python": begin - float(sys.argv[3])}
+with heavy_imports():  # as with the import of LLM alone
+    before = time.time()
+    import torch
+
+    seconds["torch"] = time.time() - before
+    from nanovllm import LLM, SamplingParams
+seconds["nanovllm"] = time.time() - begin - seconds["torch"]
 running = []
 
 
@@ -70,7 +81,11 @@ def timed(part, function):
 
 for part, place in json.loads(sys.argv[4]).items():
     module, _, path = place.partition(":")
-    owner, *names = [importlib.import_module(module), *path.split(".")]
+    names = path.split(".")
+    try:
+        owner = timed("imports of LLM(...)", importlib.import_module)(module)
+    except ImportError:
+        continue  # of Triton, where there is none
     for name in names[:-1]:
         owner = getattr(owner, name)
     setattr(owner, names[-1], timed(part, getattr(owner, names[-1])))
@@ -162,8 +177,12 @@ def table_of(columns: dict[str, dict[str, float]], least: float = 0.2) -> str:
     return "\n".join(lines)
 
 
-def read_model_files(model: str, is_dummy: bool) -> None:
-    """Bring the model's files into the page cache, so that no start pays for the disk."""
+def prepare_files(model: str, is_dummy: bool) -> None:
+    """Bring the model's files into the page cache, and this package's modules into bytecode.
+
+    So no start pays for the disk, and the first one not for what an installation does.
+    """
+    compileall.compile_dir(str(Path(nanovllm.__file__).parent), quiet=2)
     for path in Path(model).iterdir():
         if path.is_file() and not (is_dummy and path.suffix == ".safetensors"):
             with path.open("rb") as file:
@@ -173,7 +192,7 @@ def read_model_files(model: str, is_dummy: bool) -> None:
 
 def measure_starts(model: str, settings: dict[str, Any], repeat: int) -> list[StartResult]:
     """`repeat` pairs of starts, each with an empty kernel cache first and then the filled one."""
-    read_model_files(model, is_dummy=settings.get("load_format") == "dummy")
+    prepare_files(model, is_dummy=settings.get("load_format") == "dummy")
     cold, warm = [], []
     for _ in range(repeat):
         with tempfile.TemporaryDirectory() as cache:
@@ -197,7 +216,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3, help="pairs of starts; the best is shown")
     args = parser.parse_args()
     settings = {"load_format": args.load_format, "device": args.device}
-    read_model_files(args.model, is_dummy=args.load_format == "dummy")
+    prepare_files(args.model, is_dummy=args.load_format == "dummy")
     starts: dict[str, list[dict[str, float]]] = {"cold kernel cache": [], "warm": []}
     for _ in range(args.repeat):
         with tempfile.TemporaryDirectory() as cache:
