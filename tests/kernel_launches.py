@@ -24,6 +24,7 @@ from nanovllm.kernels.types import (
     PackedWeight,
     PartialSums,
     PrefillMetadata,
+    Product,
 )
 
 BLOCK_SIZE, NUM_BLOCKS, TABLE_WIDTH = 256, 64, 16
@@ -147,6 +148,23 @@ def rope(ops: Ops, shape: Shape) -> None:
     )
 
 
+def products_of_heads(ops: Ops, shape: Shape) -> None:
+    """Of many tokens, in one kernel where the GPU has it."""
+    width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    norm = empty(shape.head_dim, dtype=shape.dtype)
+    x = empty(shape.tokens, shape.hidden_size, dtype=shape.dtype)
+    ops.heads_linear(
+        Product(x, empty(width, shape.hidden_size, dtype=shape.dtype)),
+        norm,
+        norm,
+        1e-6,
+        empty(4096, shape.head_dim, dtype=FLOAT32),
+        empty(shape.tokens, dtype=INT32),
+        cache_of(shape),
+        empty(shape.tokens, dtype=INT64),
+    )
+
+
 def copies(ops: Ops, shape: Shape) -> None:
     cache = KVCache(*cache_of(shape)[:2])  # no kernel copies scales
     ops.copy_units(cache, empty(shape.rows, 2, dtype=INT32))
@@ -178,11 +196,11 @@ def products(ops: Ops, shape: Shape) -> None:
 
 
 def gated_products(ops: Ops, shape: Shape) -> None:
-    """In one kernel, where the GPU has it; of the larger model in two."""
-    for size in (shape.hidden_size, 8 * shape.hidden_size):
-        for rows in (1, 32):
-            x = empty(rows, size, dtype=shape.dtype)
-            ops.gated_linear(x, empty(6 * shape.hidden_size, size, dtype=shape.dtype))
+    """In one kernel, where the GPU has it; few tokens of the larger model in two."""
+    size = shape.hidden_size
+    for rows, k in ((1, size), (32, size), (shape.tokens, size), (1, 8 * size), (32, 8 * size)):
+        x = empty(rows, k, dtype=shape.dtype)
+        ops.gated_linear(x, empty(6 * size, k, dtype=shape.dtype))
 
 
 def scales_of(shape: Shape, n: int, k: int) -> torch.Tensor:
@@ -327,6 +345,7 @@ ALL = (
     attention_of_new_tokens,
     prefill,
     rope,
+    products_of_heads,
     copies,
     norms,
     activations,

@@ -3,11 +3,26 @@
 from torch import Tensor
 
 from nanovllm.kernels.ops import Ops
-from nanovllm.kernels.types import AttentionMetadata, HeadInputs, KVCache
+from nanovllm.kernels.types import AttentionMetadata, HeadInputs, KVCache, Product
 
 
 class AttentionInSteps:
-    """`Ops.attention` of a backend that has the other operations."""
+    """`Ops.attention` and `Ops.heads_linear` of a backend that has the other operations."""
+
+    def heads_linear(
+        self: Ops,
+        qkv: Product,
+        q_norm_weight: Tensor | None,
+        k_norm_weight: Tensor | None,
+        eps: float,
+        cos_sin: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        """See `Ops.heads_linear`."""
+        rest = q_norm_weight, k_norm_weight, eps, cos_sin, positions, cache, slot_mapping
+        return self.qk_norm_rope_store(self.linear(*qkv), *rest)
 
     def attention(
         self: Ops,
@@ -21,7 +36,11 @@ class AttentionInSteps:
         sinks: Tensor | None = None,
     ) -> Tensor:
         """See `Ops.attention`."""
-        query = self.qk_norm_rope_store(*heads, cache, metadata.slot_mapping)
+        qkv, rest = heads.qkv, (*heads[1:], cache, metadata.slot_mapping)
+        if isinstance(qkv, Product):
+            query = self.heads_linear(qkv, *rest)
+        else:
+            query = self.qk_norm_rope_store(qkv, *rest)
         if metadata.copies is not None:
             self.copy_units(cache, metadata.copies)
         if metadata.logits_indices is not None:

@@ -13,6 +13,7 @@ from nanovllm.kernels.types import (
     LinearOutput,
     LoRAWeights,
     PackedWeight,
+    Product,
 )
 
 
@@ -173,6 +174,19 @@ class Ops(Protocol):
             query [T, Hq, D].
         """
 
+    def heads_linear(
+        self,
+        qkv: Product,
+        q_norm_weight: Tensor | None,
+        k_norm_weight: Tensor | None,
+        eps: float,
+        cos_sin: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        """`qk_norm_rope_store` of a product -> query [T, Hq, D]."""
+
     def copy_units(self, cache: KVCache, copies: Tensor) -> None:
         """K/V of whole units of COPY_UNIT slots, with their scales, into other units of the cache.
 
@@ -226,6 +240,8 @@ class Ops(Protocol):
         sinks: Tensor | None = None,
     ) -> Tensor:
         """`qk_norm_rope_store`, `copy_units` and `attend`, for the queries at `logits_indices`.
+
+        Of a `Product` `heads_linear`.
 
         Args:
             heads: of the T new tokens.

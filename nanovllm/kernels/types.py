@@ -30,6 +30,16 @@ class PartialSums(NamedTuple):
 LinearOutput = Tensor | PartialSums
 
 
+class Product(NamedTuple):
+    """x weight^T [T, N], left to the operation that reads it: one kernel may do both."""
+
+    x: Tensor  # [T, K]
+    weight: Tensor  # [N, K]
+
+
+LateOutput = LinearOutput | Product
+
+
 @dataclass(frozen=True)
 class PackedWeight:
     """A weight [N, K] of a linear layer in 4 or 8 bits; N is a multiple of 16, K of 32.
@@ -129,7 +139,7 @@ class HeadInputs(NamedTuple):
     As in `Ops.qk_norm_rope_store`.
     """
 
-    qkv: LinearOutput
+    qkv: LateOutput
     q_norm_weight: Tensor | None
     k_norm_weight: Tensor | None
     eps: float

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from nanovllm.kernels.select import check_attention_extras
-from nanovllm.kernels.types import AttentionMetadata, HeadInputs, KVCache, KVCacheSpec, LinearOutput
+from nanovllm.kernels.types import AttentionMetadata, HeadInputs, KVCache, KVCacheSpec, LateOutput
 from nanovllm.layers.context import ModelContext
 
 
@@ -45,7 +45,7 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        qkv: LinearOutput,
+        qkv: LateOutput,
         positions: Tensor,
         metadata: AttentionMetadata,
         q_norm_weight: Tensor | None = None,

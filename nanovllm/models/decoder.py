@@ -14,7 +14,7 @@ from nanovllm.layers.embedding import VocabParallelEmbedding
 from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.weights import Heads
-from nanovllm.models.extras import activation, gated_linear
+from nanovllm.models.extras import activation, gated_linear, linear_later
 from nanovllm.models.model_config import ModelConfig
 
 
@@ -125,7 +125,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Unreduced:
         """x [T, hidden_size] -> [T, hidden_size], at `logits_indices`."""
-        return self.o_proj(self.attn(self.qkv_proj(x), positions, metadata))
+        return self.o_proj(self.attn(linear_later(self.qkv_proj, x), positions, metadata))
 
 
 class GatedMLP(nn.Module):

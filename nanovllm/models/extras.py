@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels.ops import Ops
-from nanovllm.kernels.types import LinearOutput, Unreduced, summed
+from nanovllm.kernels.types import LateOutput, LinearOutput, Product, Unreduced, summed
 from nanovllm.layers.linear import ColumnParallelLinear
 from nanovllm.layers.rotary import cos_sin_table
 from nanovllm.models.model_config import ModelConfig
@@ -27,14 +27,26 @@ def gated_linear(
 ) -> Tensor:
     """activate(linear(x)): x [T, K] -> [T, I], where `linear` is gate and up and has 2I rows.
 
-    One operation, if the activation is SiLU and nothing is added to the product of a weight in the
-    model's dtype: no bias and no adapters.
+    One operation, if the activation is SiLU and the product can be left to it.
     """
-    weight, is_silu = linear.weight, activate == linear.ops.silu_and_mul
-    is_alone = linear.weight_scale is None and linear.bias is None and not linear.has_adapters
-    if is_silu and is_alone and isinstance(weight, Tensor):
-        return linear.ops.gated_linear(x, weight)
-    return activate(linear(x))
+    product = linear_later(linear, x)
+    if not isinstance(product, Product):
+        return activate(product)
+    if activate == linear.ops.silu_and_mul:
+        return linear.ops.gated_linear(*product)
+    return activate(linear.ops.linear(*product))
+
+
+def linear_later(linear: ColumnParallelLinear, x: Tensor) -> LateOutput:
+    """linear(x): x [T, K] -> [T, N], left to the operation that reads it where it can be.
+
+    That is so if nothing is added to the product of a weight in the model's dtype: no bias and no
+    adapters.
+    """
+    weight, is_sum = linear.weight, linear.bias is not None or linear.has_adapters
+    if is_sum or linear.weight_scale is not None or not isinstance(weight, Tensor):
+        return linear(x)
+    return Product(x, weight)
 
 
 def finish_logits(config: ModelConfig) -> Callable[[Tensor], Tensor] | None:

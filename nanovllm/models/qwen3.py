@@ -7,6 +7,7 @@ from nanovllm.layers.context import ModelContext
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.models.base import CausalLM
 from nanovllm.models.decoder import DecoderLayer, GatedMLP, SelfAttention
+from nanovllm.models.extras import linear_later
 from nanovllm.models.model_config import ModelConfig
 
 
@@ -24,11 +25,9 @@ class Qwen3Attention(SelfAttention):
 
     def forward(self, x: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Unreduced:
         """x [T, hidden_size] -> [T, hidden_size], at `logits_indices`."""
-        qkv = self.qkv_proj(x)
-        out = self.attn(
-            qkv, positions, metadata, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
-        )
-        return self.o_proj(out)
+        qkv = linear_later(self.qkv_proj, x)
+        norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
+        return self.o_proj(self.attn(qkv, positions, metadata, *norms))
 
 
 class Qwen3ForCausalLM(CausalLM):

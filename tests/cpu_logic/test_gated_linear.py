@@ -1,17 +1,19 @@
-"""Which MLPs hand gate, up and SiLU to the backend as one operation; all give the same numbers."""
+"""Which products are left to the operation that reads them; all give the same numbers."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from new_tokens import new_tokens
 
 from nanovllm.kernels.torch_ops import TorchOps
-from nanovllm.kernels.types import DecodeMetadata, PackedWeight
+from nanovllm.kernels.types import DecodeMetadata, KVCache, PackedWeight, Product
 from nanovllm.layers.context import ModelContext
 from nanovllm.layers.lora import AdapterLayer, AdapterStep
 from nanovllm.layers.weight_format import WeightFormat
 from nanovllm.models.decoder import GatedMLP
+from nanovllm.models.extras import linear_later
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
 CPU = torch.device("cpu")
@@ -73,3 +75,18 @@ def test_adapters_get_the_product_itself():
     step.begin(mlp, (rows, rows, DecodeMetadata(rows.long(), rows[:, None], rows, rows=rows)))
     assert not torch.allclose(mlp(x), expected)
     assert ops.calls == 1
+    assert isinstance(linear_later(mlp.gate_up_proj, x), torch.Tensor)
+
+
+def test_attention_multiplies_what_is_left_to_it():
+    heads = num_q_heads, num_kv_heads, head_dim = 4, 2, 16
+    inputs, cache, metadata, scale = new_tokens([5, 40, 1], heads, torch.float32, CPU)
+    x, weight = torch.randn(3, 24), torch.randn((num_q_heads + 2 * num_kv_heads) * head_dim, 24)
+    ops, outputs, caches = TorchOps(), [], []
+    for qkv in (Product(x, weight), F.linear(x, weight)):
+        caches.append(KVCache(cache.key.clone(), cache.value.clone()))
+        outputs.append(ops.attention(inputs._replace(qkv=qkv), caches[-1], metadata, scale))
+    assert torch.equal(*outputs)
+    slots = metadata.slot_mapping
+    keys = [one.key.flatten(0, 1)[slots] for one in caches]
+    assert torch.equal(*keys) and keys[0].isfinite().all()

@@ -10,6 +10,7 @@ import math
 import torch
 import triton.language as tl
 
+from nanovllm.kernels.triton.hopper_fused_linear import hopper_silu_linear, takes
 from nanovllm.kernels.triton.hopper_linear import hopper_gated_linear, takes_gated
 from nanovllm.kernels.triton.launch import await_previous, cdiv, is_hopper, jit, overlap_options
 from nanovllm.kernels.triton.linear import choose_block_m, linear, load_summed, parts_of
@@ -65,7 +66,12 @@ def gelu_and_mul(gate_up: LinearOutput, is_tanh: bool) -> torch.Tensor:
 
 
 def gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [T, K], weight [2I, K] -> [T, I]; see `Ops.gated_linear`. One kernel where K is split."""
+    """x [T, K], weight [2I, K] -> [T, I]; see `Ops.gated_linear`.
+
+    One kernel for many tokens, and for few where K is split.
+    """
+    if takes(x, weight):
+        return hopper_silu_linear(x, weight)
     num_tokens, k = x.shape
     n = weight.shape[0]
     block_m = choose_block_m(num_tokens, n, k, weight.dtype)

@@ -22,7 +22,7 @@ from nanovllm.kernels.triton.launch import (
 )
 from nanovllm.kernels.triton.tiled_linear import LinearTile, tiled_linear
 from nanovllm.kernels.triton.wide_linear import BLOCK_T, ROWS, wide_linear
-from nanovllm.kernels.types import LinearOutput, PartialSums
+from nanovllm.kernels.types import LateOutput, LinearOutput, PartialSums, Product
 
 NUM_WARPS = 4
 # Tokens -> the most programs with which these kernels win over cuBLAS and over `tiled_linear`,
@@ -51,8 +51,9 @@ def load_summed(pointers, mask, part_stride, NUM_PARTS: tl.constexpr, dtype: tl.
     return x.to(dtype)
 
 
-def parts_of(x: LinearOutput) -> tuple[torch.Tensor, int, int, torch.dtype]:
+def parts_of(x: LateOutput) -> tuple[torch.Tensor, int, int, torch.dtype]:
     """x's first part [T, N], the number of parts, elements from one to the next, x's dtype."""
+    assert not isinstance(x, Product)  # who gets one computes it first
     if isinstance(x, PartialSums):
         return x.parts[0], x.parts.shape[0], x.parts.stride(0), x.dtype
     return x, 1, 0, x.dtype

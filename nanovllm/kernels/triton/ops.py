@@ -22,7 +22,7 @@ from nanovllm.kernels.triton.moe import experts
 from nanovllm.kernels.triton.norm import add_rms_norm, rms_norm
 from nanovllm.kernels.triton.packed_linear import packed_linear
 from nanovllm.kernels.triton.prefill_attention import prefill_attention
-from nanovllm.kernels.triton.rope import qk_norm_rope_store
+from nanovllm.kernels.triton.rope import heads_linear, qk_norm_rope_store
 from nanovllm.kernels.triton.row_state import gather_decode_inputs, write_back
 from nanovllm.kernels.triton.sampling import sample
 from nanovllm.kernels.types import (
@@ -32,6 +32,7 @@ from nanovllm.kernels.types import (
     HeadInputs,
     KVCache,
     PrefillMetadata,
+    Product,
 )
 
 
@@ -66,6 +67,7 @@ class TritonKernels(AttentionInSteps):
     gelu_and_mul = staticmethod(gelu_and_mul)
     linear = staticmethod(linear)
     gated_linear = staticmethod(gated_linear)
+    heads_linear = staticmethod(heads_linear)
     vocab_linear = staticmethod(vocab_linear)
     fp8_linear = staticmethod(fp8_linear)
     packed_linear = staticmethod(packed_linear)
@@ -108,10 +110,13 @@ class TritonOps(TritonKernels):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `Ops.attention`."""
-        if isinstance(metadata, DecodeMetadata) and fuses(heads, cache, metadata, window):
-            return fused_decode(
-                heads, cache, metadata, scale, window=window, softcap=softcap, sinks=sinks
-            )
+        if isinstance(metadata, DecodeMetadata) and metadata.logits_indices is None:
+            if isinstance(heads.qkv, Product):
+                heads = heads._replace(qkv=linear(*heads.qkv))
+            if fuses(heads, cache, metadata, window):
+                return fused_decode(
+                    heads, cache, metadata, scale, window=window, softcap=softcap, sinks=sinks
+                )
         return super().attention(
             heads, cache, metadata, scale, window=window, softcap=softcap, sinks=sinks
         )

@@ -10,6 +10,7 @@ import torch
 import triton.language as tl
 
 from nanovllm.kernels import types
+from nanovllm.kernels.triton.hopper_fused_linear import hopper_heads_linear, takes_heads
 from nanovllm.kernels.triton.launch import (
     await_previous,
     cdiv,
@@ -18,8 +19,8 @@ from nanovllm.kernels.triton.launch import (
     overlap_options,
     release_next,
 )
-from nanovllm.kernels.triton.linear import load_summed, parts_of
-from nanovllm.kernels.types import KVCache, LinearOutput
+from nanovllm.kernels.triton.linear import linear, load_summed, parts_of
+from nanovllm.kernels.types import KVCache, LinearOutput, Product
 
 FP8_MAX = tl.constexpr(types.FP8_MAX)
 FP8_MIN_AMAX = tl.constexpr(types.FP8_MIN_AMAX)
@@ -219,3 +220,20 @@ def qk_norm_rope_store(
         **overlap_options(qkv.device),
     )
     return query
+
+
+def heads_linear(
+    qkv: Product,
+    q_norm_weight: torch.Tensor | None,
+    k_norm_weight: torch.Tensor | None,
+    eps: float,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    cache: KVCache,
+    slot_mapping: torch.Tensor,
+) -> torch.Tensor:
+    """A product -> query [T, Hq, D]; see `Ops.heads_linear`. One kernel for many tokens."""
+    rest = q_norm_weight, k_norm_weight, eps, cos_sin, positions, cache, slot_mapping
+    if takes_heads(qkv, q_norm_weight, k_norm_weight, cache):
+        return hopper_heads_linear(qkv, *rest)
+    return qk_norm_rope_store(linear(*qkv), *rest)
