@@ -13,7 +13,6 @@ from nanovllm.kernels import types
 from nanovllm.kernels.triton.attention_scores import score_scales, tanh
 from nanovllm.kernels.triton.launch import (
     await_previous_alone,
-    is_hopper,
     jit,
     num_multiprocessors,
     overlap_options,
@@ -25,7 +24,6 @@ BLOCK_M = 64  # queries of a program
 TILE = 64  # tokens per iteration
 NUM_WARPS = 4
 NUM_STAGES = 4
-HOPPER_TILE, HOPPER_STAGES = 128, 2  # of a cache in half precision
 PROGRAMS_PER_SM = 1  # the prefix is split over the keys while there are not more programs
 MAX_SPLITS = 8
 
@@ -165,10 +163,7 @@ def attend_to_common_prefix(
     assert query.stride(2) == 1 and key_cache.stride(3) == 1
     assert key_cache.stride() == value_cache.stride()
     group = num_heads // num_kv_heads
-    block_m, tile, num_stages = BLOCK_M, TILE, NUM_STAGES
-    if is_hopper(query.device) and key_scales is None:
-        tile, num_stages = HOPPER_TILE, HOPPER_STAGES
-    tile = min(tile, block_size)
+    block_m, tile, num_stages = BLOCK_M, min(TILE, block_size), NUM_STAGES
     if head_dim > 128:
         tile, num_stages = min(32, block_size), 2
     if query.dtype == torch.float32:  # exact multiply-adds: small tiles stay in registers

@@ -54,8 +54,9 @@ def _number_of_item(turn):
 @gluon.jit
 def _item(
     number,
-    work,  # cu_seqlens_q, cu_seqlens_k, num_seqs, most items of a head of a sequence, item_heads
+    work,  # cu_seqlens_q, cu_seqlens_k, num_seqs, most items of a head of a sequence
     NUM_HEADS: gl.constexpr,
+    ITEM_HEADS: gl.constexpr,  # heads of an item: 1 or 2
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
 ):
@@ -63,20 +64,20 @@ def _item(
 
     The last queries of a sequence, which see the most keys, come first.
     """
-    cu_seqlens_q, cu_seqlens_k, num_seqs, most_items, item_heads = work
-    rows = 2 * BLOCK_M // item_heads
-    items_of_seq = NUM_HEADS // item_heads
-    num_items = items_of_seq * num_seqs * most_items
+    cu_seqlens_q, cu_seqlens_k, num_seqs, most_items = work
+    ROWS: gl.constexpr = 2 * BLOCK_M // ITEM_HEADS
+    NUM_PLACES: gl.constexpr = NUM_HEADS // ITEM_HEADS
+    num_items = NUM_PLACES * num_seqs * most_items
     number_in_range = gl.minimum(number, num_items - 1)
-    head = number_in_range % items_of_seq * item_heads
-    seq = number_in_range // items_of_seq % num_seqs
+    head = number_in_range % NUM_PLACES * ITEM_HEADS
+    seq = number_in_range // NUM_PLACES % num_seqs
     q_begin = gl.load(cu_seqlens_q + seq)
     len_q = gl.load(cu_seqlens_q + seq + 1) - q_begin
     len_k = gl.load(cu_seqlens_k + seq + 1) - gl.load(cu_seqlens_k + seq)
-    place = number_in_range // items_of_seq // num_seqs
-    first_row = (gl.cdiv(len_q, rows) - 1 - place) * rows
+    place = number_in_range // NUM_PLACES // num_seqs
+    first_row = (gl.cdiv(len_q, ROWS) - 1 - place) * ROWS
     num_cached = len_k - len_q
-    end = gl.minimum(len_k, num_cached + first_row + rows)
+    end = gl.minimum(len_k, num_cached + first_row + ROWS)
     is_item = (first_row >= 0) & (number < num_items)
     num_tiles = gl.where(is_item, gl.cdiv(end, BLOCK_N), 0)
     return head, seq, q_begin, len_q, num_cached, first_row, num_tiles
@@ -91,6 +92,7 @@ def _copy(
     stride_table,
     work,  # of `_item`
     NUM_HEADS: gl.constexpr,
+    ITEM_HEADS: gl.constexpr,
     GROUP: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
@@ -102,12 +104,12 @@ def _copy(
     query_tiles, key_tiles, value_tiles = tiles
     queries, query_full, query_free = query_buffers
     keys, key_full, key_free, values, value_full, value_free = ring
-    num_items = NUM_HEADS // work[4] * work[2] * work[3]
+    num_items = NUM_HEADS // ITEM_HEADS * work[2] * work[3]
     items_done = 0
     tiles_done = 0
     for turn in range(gl.cdiv(num_items, gl.num_programs(0))):
         head, seq, q_begin, _len_q, _num_cached, first_row, num_tiles = _item(
-            _number_of_item(turn), work, NUM_HEADS, BLOCK_M, BLOCK_N
+            _number_of_item(turn), work, NUM_HEADS, ITEM_HEADS, BLOCK_M, BLOCK_N
         )
         if num_tiles > 0:
             for half in gl.static_range(2):
@@ -115,8 +117,10 @@ def _copy(
                 mbarrier.wait(query_free.index(half), (items_done + 1) & 1)
                 mbarrier.expect(full, query_tiles.block_type.nbytes)
                 # Rows past the sequence are others' queries, or zeros: nothing is stored of them.
-                row = q_begin + first_row + half * BLOCK_M * (2 - work[4])
-                place = [row, (head + half * (work[4] - 1)) * HEAD_DIM]
+                if ITEM_HEADS == 2:
+                    place = [q_begin + first_row, (head + half) * HEAD_DIM]
+                else:
+                    place = [q_begin + first_row + half * BLOCK_M, head * HEAD_DIM]
                 start_copy(query_tiles, place, full, queries.index(half))
             items_done += 1
             table = block_tables + seq.to(gl.int64) * stride_table
@@ -220,6 +224,7 @@ def _compute(
     scale_log2,
     HALF: gl.constexpr,
     NUM_HEADS: gl.constexpr,
+    ITEM_HEADS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """A computing warpgroup: its half of all of this program's items."""
@@ -237,18 +242,20 @@ def _compute(
     out_layout: gl.constexpr = gl.BlockedLayout(
         [1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0]
     )
-    num_items = NUM_HEADS // work[4] * work[2] * work[3]
+    num_items = NUM_HEADS // ITEM_HEADS * work[2] * work[3]
     items_done = 0
     tiles_done = 0
     head, _seq, q_begin, len_q, num_cached, first_row, num_tiles = _item(
-        _number_of_item(0), work, NUM_HEADS, BLOCK_M, BLOCK_N
+        _number_of_item(0), work, NUM_HEADS, ITEM_HEADS, BLOCK_M, BLOCK_N
     )
     for turn in range(gl.cdiv(num_items, gl.num_programs(0))):
         # What the next item is must not be waited for when this one is done.
-        following = _item(_number_of_item(turn + 1), work, NUM_HEADS, BLOCK_M, BLOCK_N)
+        following = _item(_number_of_item(turn + 1), work, NUM_HEADS, ITEM_HEADS, BLOCK_M, BLOCK_N)
         if num_tiles > 0:
-            head += HALF * (work[4] - 1)
-            first_row += HALF * BLOCK_M * (2 - work[4])
+            if ITEM_HEADS == 2:
+                head += HALF
+            else:
+                first_row += HALF * BLOCK_M
             q_pos = num_cached + first_row + gl.arange(0, BLOCK_M, layout=rows_layout)
             mbarrier.wait(query_full, items_done & 1)
             scores = _start_scores(queries, keys, key_full, tiles_done, STAGES, scores_layout)
@@ -291,7 +298,7 @@ def _compute(
 # Tables and lengths may be slices of one packed buffer: no recompilation for their alignment.
 @with_dry_runs
 @gluon.jit(
-    do_not_specialize=["num_seqs", "most_items", "item_heads", "stride_table"],
+    do_not_specialize=["num_seqs", "most_items", "stride_table"],
     do_not_specialize_on_alignment=["block_tables", "cu_seqlens_q", "cu_seqlens_k", "bounds"],
 )
 def _hopper_prefill_kernel(
@@ -305,10 +312,10 @@ def _hopper_prefill_kernel(
     bounds,  # [3] int32 or None: see `PrefillMetadata`
     num_seqs,
     most_items,
-    item_heads,  # of an item: 1, or 2 of a group
     scale_log2,  # of `score_scales`
     stride_table,
     NUM_HEADS: gl.constexpr,
+    ITEM_HEADS: gl.constexpr,
     GROUP: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
@@ -339,17 +346,20 @@ def _hopper_prefill_kernel(
         mbarrier.init(value_free.index(stage), count=2)
     if bounds is not None:
         num_seqs = gl.load(bounds)
-        most_items = gl.cdiv(gl.load(bounds + 1), 2 * BLOCK_M // item_heads)
+        most_items = gl.cdiv(gl.load(bounds + 1), 2 * BLOCK_M // ITEM_HEADS)
     ring = (keys, key_full, key_free, values, value_full, value_free)
-    work = (cu_seqlens_q, cu_seqlens_k, num_seqs, most_items, item_heads)
+    work = (cu_seqlens_q, cu_seqlens_k, num_seqs, most_items)
     first_half = (queries.index(0), query_full.index(0), query_free.index(0))
     second_half = (queries.index(1), query_full.index(1), query_free.index(1))
     both_halves = (queries, query_full, query_free)
     tiles = (query_tiles, key_tiles, value_tiles)
     gl.warp_specialize(
         [
-            (_compute, (out, first_half, ring, work, scale_log2, 0, NUM_HEADS, STAGES)),
-            (_compute, (out, second_half, ring, work, scale_log2, 1, NUM_HEADS, STAGES)),
+            (_compute, (out, first_half, ring, work, scale_log2, 0, NUM_HEADS, ITEM_HEADS, STAGES)),
+            (
+                _compute,
+                (out, second_half, ring, work, scale_log2, 1, NUM_HEADS, ITEM_HEADS, STAGES),
+            ),
             (
                 _copy,
                 (
@@ -360,6 +370,7 @@ def _hopper_prefill_kernel(
                     stride_table,
                     work,
                     NUM_HEADS,
+                    ITEM_HEADS,
                     GROUP,
                     HEAD_DIM,
                     BLOCK_SIZE,
@@ -431,10 +442,10 @@ def hopper_prefill(
         metadata.bounds,
         num_seqs,
         most_items,
-        item_heads,
         scale_log2,
         metadata.block_tables.stride(0),
         NUM_HEADS=num_heads,
+        ITEM_HEADS=item_heads,
         GROUP=group,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
