@@ -102,17 +102,18 @@ def decode(ops: Ops, shape: Shape) -> None:
 
 
 def attention_of_new_tokens(ops: Ops, shape: Shape) -> None:
-    """A decode step of one row."""
-    cache, rows = cache_of(shape), 1
-    tables, lengths = empty(rows, TABLE_WIDTH, dtype=INT32), empty(rows, dtype=INT32)
-    plan = ops.plan_decode(cache, tables, lengths, None, shape.window)
-    metadata = DecodeMetadata(empty(rows, dtype=INT64), tables, lengths, plan)
+    """Decode steps of one row and of many."""
+    cache = cache_of(shape)
     weight = empty(shape.head_dim, dtype=shape.dtype)
     width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     cos_sin = empty(4096, shape.head_dim, dtype=FLOAT32)
-    qkv, positions = product(shape, rows, width), empty(rows, dtype=INT32)
-    heads = HeadInputs(qkv, weight, weight, 1e-6, cos_sin, positions)
-    ops.attention(heads, cache, metadata, 0.1, **extras_of(shape))
+    for rows in (1, 128):
+        tables, lengths = empty(rows, TABLE_WIDTH, dtype=INT32), empty(rows, dtype=INT32)
+        plan = ops.plan_decode(cache, tables, lengths, None, shape.window)
+        metadata = DecodeMetadata(empty(rows, dtype=INT64), tables, lengths, plan)
+        qkv, positions = product(shape, rows, width), empty(rows, dtype=INT32)
+        heads = HeadInputs(qkv, weight, weight, 1e-6, cos_sin, positions)
+        ops.attention(heads, cache, metadata, 0.1, **extras_of(shape))
 
 
 def prefill_metadata(shape: Shape) -> PrefillMetadata:
@@ -192,15 +193,19 @@ def products(ops: Ops, shape: Shape) -> None:
             x = empty(rows, size, dtype=shape.dtype)
             ops.linear(x, empty(4096, size, dtype=shape.dtype), None)
     size = shape.hidden_size
-    ops.linear(empty(112, size, dtype=shape.dtype), empty(4 * size, size, dtype=shape.dtype), None)
+    for rows in (112, 160, 256):
+        x = empty(rows, size, dtype=shape.dtype)
+        ops.linear(x, empty(4 * size, size, dtype=shape.dtype), None)
+    ops.linear(empty(64, size, dtype=shape.dtype), empty(1000, size, dtype=shape.dtype), None)
 
 
 def gated_products(ops: Ops, shape: Shape) -> None:
     """In one kernel, where the GPU has it; few tokens of the larger model in two."""
     size = shape.hidden_size
-    for rows, k in ((1, size), (32, size), (shape.tokens, size), (1, 8 * size), (32, 8 * size)):
-        x = empty(rows, k, dtype=shape.dtype)
-        ops.gated_linear(x, empty(6 * size, k, dtype=shape.dtype))
+    for k, tokens in ((size, (1, 32, 160, shape.tokens)), (8 * size, (1, 32, 160))):
+        for rows in tokens:
+            x = empty(rows, k, dtype=shape.dtype)
+            ops.gated_linear(x, empty(6 * size, k, dtype=shape.dtype))
 
 
 def scales_of(shape: Shape, n: int, k: int) -> torch.Tensor:

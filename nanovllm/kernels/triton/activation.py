@@ -11,9 +11,16 @@ import torch
 import triton.language as tl
 
 from nanovllm.kernels.triton.hopper_fused_linear import hopper_silu_linear, takes
-from nanovllm.kernels.triton.hopper_linear import hopper_gated_linear, takes_gated
+from nanovllm.kernels.triton.hopper_linear import RUN, hopper_gated_linear, takes_gated
 from nanovllm.kernels.triton.launch import await_previous, cdiv, is_hopper, jit, overlap_options
-from nanovllm.kernels.triton.linear import choose_block_m, linear, load_summed, parts_of
+from nanovllm.kernels.triton.linear import (
+    choose_block_m,
+    choose_num_parts,
+    linear,
+    load_summed,
+    parts_of,
+)
+from nanovllm.kernels.triton.wide_linear import wide_linear
 from nanovllm.kernels.types import LinearOutput
 
 BLOCK = 1024
@@ -74,9 +81,14 @@ def gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return hopper_silu_linear(x, weight)
     num_tokens, k = x.shape
     n = weight.shape[0]
-    block_m = choose_block_m(num_tokens, n, k, weight.dtype)
-    if block_m and num_tokens and is_hopper(x.device) and takes_gated(num_tokens, n, k):
-        return hopper_gated_linear(x, weight, block_m)
+    if num_tokens and is_hopper(x.device):
+        block_m = choose_block_m(num_tokens, n, k, weight.dtype)
+        if block_m and takes_gated(num_tokens, n, k):
+            return hopper_gated_linear(x, weight, block_m)
+        if choose_num_parts(num_tokens, n, k, weight.dtype) == 1 and n % (2 * RUN) == 0:
+            product = wide_linear(x, weight, None, 1, is_gated=True)
+            assert isinstance(product, torch.Tensor)
+            return product
     return silu_and_mul(linear(x, weight))
 
 

@@ -21,7 +21,7 @@ from nanovllm.kernels.triton.launch import (
     release_next,
 )
 from nanovllm.kernels.triton.tiled_linear import LinearTile, tiled_linear
-from nanovllm.kernels.triton.wide_linear import BLOCK_T, ROWS, wide_linear
+from nanovllm.kernels.triton.wide_linear import MAX_TOKENS, ROWS, wide_linear
 from nanovllm.kernels.types import LateOutput, LinearOutput, PartialSums, Product
 
 NUM_WARPS = 4
@@ -33,11 +33,14 @@ MAX_HOPPER_TOKENS = 32  # from there on `hopper_linear` has not been measured
 # Other weights are multiplied in tiles of a loop, for so many tokens and rows at most.
 MAX_TILED_TOKENS = 32
 MAX_TILED_ROWS = 32768
-# So many tokens, up to BLOCK_T, are multiplied by `wide_linear` where so many programs of so many
-# columns are enough. It wins for all products of Qwen3-0.6B; others were not measured.
-MIN_WIDE_TOKENS = 65
+# So many tokens, up to MAX_TOKENS, are multiplied by `wide_linear` where so many programs of so
+# many columns are enough. It wins for all products of Qwen3-0.6B; others were not measured.
+MIN_WIDE_TOKENS = 33
 MAX_WIDE_PROGRAMS = 96
 MAX_WIDE_COLUMNS = 1024
+# Nearly all multiprocessors with half of K each win with so many tokens: Qwen3-8B's O and down.
+HALVED_TOKENS = range(161, 193)
+HALVED_PROGRAMS = range(128, 133)
 SPLIT_LINEAR = True  # off for an ablation
 
 
@@ -106,15 +109,15 @@ def choose_block_m(num_tokens: int, n: int, k: int, dtype: torch.dtype) -> int |
 
 
 def choose_num_parts(num_tokens: int, n: int, k: int, dtype: torch.dtype) -> int | None:
-    """In how many parts of K `wide_linear` multiplies; None: another kernel does.
-
-    The number depends on the weight alone.
-    """
-    is_few = MIN_WIDE_TOKENS <= num_tokens <= BLOCK_T
+    """In how many parts of K `wide_linear` multiplies; None: another kernel does."""
+    is_few = MIN_WIDE_TOKENS <= num_tokens <= MAX_TOKENS
     if not SPLIT_LINEAR or dtype == torch.float32 or k % BLOCK_K or n % ROWS or not is_few:
         return None
     num_parts = min(MAX_WIDE_PROGRAMS // (n // ROWS), k // BLOCK_K)
-    return num_parts if k <= num_parts * MAX_WIDE_COLUMNS else None
+    if k <= num_parts * MAX_WIDE_COLUMNS:
+        return num_parts
+    is_halved = num_tokens in HALVED_TOKENS and 2 * (n // ROWS) in HALVED_PROGRAMS
+    return 2 if is_halved else None
 
 
 def choose_tile(num_tokens: int, n: int, k: int, dtype: torch.dtype) -> LinearTile | None:
