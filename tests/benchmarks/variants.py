@@ -24,7 +24,12 @@ VARIANTS = {
     "no-graphs": Variant({"enforce_eager": True}),
     "no-launch-overlap": Variant(constants={"kernels.triton.launch.OVERLAP_LAUNCHES": False}),
     "no-split-linears": Variant(constants={"kernels.triton.linear.SPLIT_LINEAR": False}),
-    "no-fused-decode": Variant(constants={"kernels.triton.fused_decode.MAX_ROWS": 0}),
+    "no-fused-decode": Variant(
+        constants={
+            "kernels.triton.fused_decode.MAX_ROWS": 0,
+            "kernels.triton.hopper_decode.MIN_ROWS": 2**31,
+        }
+    ),
     "no-common-prefix": Variant(constants={"engine.common_prefix.MIN_SPARED_BLOCK_READS": NEVER}),
     "no-joint-admission": Variant(constants={"engine.scheduling_policy.ADMISSION_INTERVAL": 0}),
     "no-prefix-caching": Variant({"enable_prefix_caching": False}),

@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
 from nanovllm.kernels.triton import common_prefix as triton_common_prefix
-from nanovllm.kernels.triton import launch
+from nanovllm.kernels.triton import hopper_decode, launch
 from nanovllm.kernels.triton.decode_attention import decode_attention, plan_decode
 from nanovllm.kernels.triton.fused_decode import MAX_ROWS, fuses
 
@@ -349,9 +349,43 @@ def test_heads_are_made_in_decode_attention(heads, num_parts, extras, dtype, len
     torch.testing.assert_close(fused[live], expected[live], rtol=tolerance, atol=tolerance)
 
 
-def test_steps_that_follow_each_other_see_all_earlier_tokens():
+@pytest.mark.skipif(not launch.is_hopper(DEVICE), reason="the kernel is Hopper's")
+@pytest.mark.parametrize(("num_rows", "longest"), ((33, 2000), (130, 600)))
+@pytest.mark.parametrize(
+    ("heads", "dtype"),
+    (
+        ((16, 8, 128), torch.bfloat16),
+        ((32, 8, 128), torch.bfloat16),
+        ((16, 8, 128), torch.float16),
+        ((14, 2, 64), torch.float16),
+    ),
+)
+def test_heads_of_many_rows_are_made_in_decode_attention(heads, dtype, num_rows, longest):
+    """With splits that are merged, and tiles of both kinds."""
+    lens = [0, 1, 31, 32, 33, 63, 64, 65, 255, 256, 257, longest]
+    lens += ragged_lens(num_rows - len(lens), longest)
+    inputs, cache, metadata, scale = new_tokens(lens, heads, dtype, DEVICE, block_size=BLOCK_SIZE)
+    live = metadata.context_lens > 0
+    caches = [KVCache(*(x.clone() for x in cache[:2])) for _ in range(2)]
+    plan = plan_decode(cache, metadata.block_tables, metadata.context_lens)
+    planned = replace(metadata, plan=plan)
+    assert hopper_decode.takes(inputs, cache, planned, None)
+    expected = torch_ops.TorchOps().attention(inputs, caches[0], metadata, scale)
+    in_steps = AttentionInSteps.attention(OPS, inputs, caches[0], planned, scale)
+    results = [OPS.attention(inputs, caches[1], planned, scale) for _ in range(5)]
+    assert all(torch.equal(results[0], result) for result in results), "a race"
+    assert (results[0][~live] == 0).all()
+    for ours, other in zip(caches[1][:2], caches[0][:2], strict=True):
+        assert torch.equal(ours.nan_to_num(), other.nan_to_num())
+    tolerance = 8 * torch.finfo(dtype).eps
+    for other in (expected, in_steps):
+        torch.testing.assert_close(results[0][live], other[live], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("rows", (8, 48))
+def test_steps_that_follow_each_other_see_all_earlier_tokens(rows):
     """Keys and values are read before the kernel ahead has ended; the same with no overlap."""
-    heads, rows, num_steps = (16, 8, 128), 8, 40
+    heads, num_steps = (16, 8, 128), 40
     lens = [250 + 5 * row for row in range(rows)]
     inputs, cache, metadata, scale = new_tokens(
         [length + num_steps for length in lens], heads, torch.bfloat16, DEVICE, block_size=256

@@ -277,7 +277,12 @@ def _has_norms(heads: HeadInputs) -> bool:
 
 
 def fuses(heads: HeadInputs, cache: KVCache, metadata: DecodeMetadata, window: int | None) -> bool:
-    """Whether `fused_decode` takes the place of the separate kernels.
+    """Whether `fused_decode` takes the place of the separate kernels."""
+    return len(metadata.slot_mapping) <= MAX_ROWS and fits(heads, cache, metadata, window)
+
+
+def fits(heads: HeadInputs, cache: KVCache, metadata: DecodeMetadata, window: int | None) -> bool:
+    """Whether decode attention may make the heads of a step, whatever its number of rows.
 
     Not in the last layer of a prefill, whose K/V are those of many tokens, and not where common
     tokens are read once for all rows.
@@ -286,8 +291,7 @@ def fuses(heads: HeadInputs, cache: KVCache, metadata: DecodeMetadata, window: i
     num_kv_heads, head_dim = cache.key.shape[2:]
     group = parts_of(heads.qkv)[0].shape[1] // (head_dim * num_kv_heads) - 2
     return (
-        len(metadata.slot_mapping) <= MAX_ROWS
-        and metadata.logits_indices is None
+        metadata.logits_indices is None
         and isinstance(plan, DecodePlan)
         and (
             plan.num_common_tokens is None
