@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
 from nanovllm.kernels.triton import common_prefix as triton_common_prefix
-from nanovllm.kernels.triton import hopper_decode, launch
+from nanovllm.kernels.triton import hopper_fused_decode, launch
 from nanovllm.kernels.triton.decode_attention import decode_attention, plan_decode
 from nanovllm.kernels.triton.fused_decode import MAX_ROWS, fuses
 
@@ -369,7 +369,7 @@ def test_heads_of_many_rows_are_made_in_decode_attention(heads, dtype, num_rows,
     caches = [KVCache(*(x.clone() for x in cache[:2])) for _ in range(2)]
     plan = plan_decode(cache, metadata.block_tables, metadata.context_lens)
     planned = replace(metadata, plan=plan)
-    assert hopper_decode.takes(inputs, cache, planned, None)
+    assert hopper_fused_decode.takes(inputs, cache, planned, None)
     expected = torch_ops.TorchOps().attention(inputs, caches[0], metadata, scale)
     in_steps = AttentionInSteps.attention(OPS, inputs, caches[0], planned, scale)
     results = [OPS.attention(inputs, caches[1], planned, scale) for _ in range(5)]

@@ -4,7 +4,7 @@ import torch
 
 from nanovllm.kernels.attention_steps import AttentionInSteps
 from nanovllm.kernels.torch_ops import vocab_linear
-from nanovllm.kernels.triton import hopper_decode
+from nanovllm.kernels.triton import hopper_fused_decode
 from nanovllm.kernels.triton.activation import gated_linear, gelu_and_mul, silu_and_mul
 from nanovllm.kernels.triton.copy_units import copy_units
 from nanovllm.kernels.triton.decode_attention import decode_attention, plan_decode
@@ -119,8 +119,8 @@ class TritonOps(TritonKernels):
                     heads, cache, metadata, scale, window=window, softcap=softcap, sinks=sinks
                 )
             is_plain = softcap is None and sinks is None
-            if is_plain and hopper_decode.takes(heads, cache, metadata, window):
-                return hopper_decode.hopper_decode(heads, cache, metadata, scale)
+            if is_plain and hopper_fused_decode.takes(heads, cache, metadata, window):
+                return hopper_fused_decode.hopper_fused_decode(heads, cache, metadata, scale)
         return super().attention(
             heads, cache, metadata, scale, window=window, softcap=softcap, sinks=sinks
         )

@@ -113,7 +113,7 @@ def _rotated(x, paired, weight, paired_weight, cos, sin, is_first_half, eps, WID
     do_not_specialize=["stride_table"],
     do_not_specialize_on_alignment=["block_tables", "positions", "slot_mapping"],
 )
-def _hopper_decode_kernel(
+def _hopper_fused_decode_kernel(
     out,  # as in `_fused_decode_kernel`, and so are the others that have names of its own
     partial,
     partial_lse,
@@ -322,7 +322,7 @@ def _layout(tile: int, head_dim: int, dtype: torch.dtype) -> Any:
 
 
 def takes(heads: HeadInputs, cache: KVCache, metadata: DecodeMetadata, window: int | None) -> bool:
-    """Whether `hopper_decode` takes the place of the separate kernels."""
+    """Whether `hopper_fused_decode` takes the place of the separate kernels."""
     num_slots, head_dim = cache.key.shape[1], cache.key.shape[3]
     return (
         is_hopper(cache.key.device)
@@ -335,7 +335,7 @@ def takes(heads: HeadInputs, cache: KVCache, metadata: DecodeMetadata, window: i
     )
 
 
-def hopper_decode(
+def hopper_fused_decode(
     heads: HeadInputs,
     cache: KVCache,
     metadata: DecodeMetadata,
@@ -366,7 +366,7 @@ def hopper_decode(
     scale_log2, _ = score_scales(scale, None)
     width = num_kv_heads * head_dim
     shape, layout = [num_blocks * block_size, width], _layout(tokens, head_dim, dtype)
-    _hopper_decode_kernel[(num_kv_heads, num_items)](
+    _hopper_fused_decode_kernel[(num_kv_heads, num_items)](
         out,
         partial,
         partial_lse,
