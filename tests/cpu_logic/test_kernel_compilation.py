@@ -39,6 +39,7 @@ PLAN = {
     (8, 9): [(launches.decode, FP8_CACHE), (launches.decode, LARGEST_FP8_CACHE)],
     (9, 0): [
         *ATTENTION,
+        (launches.attention_of_new_tokens, FP8_CACHE),
         (launches.attention_of_new_tokens, launches.SHAPE),
         (launches.prefill, Shape(softcap=50.0)),
         (launches.products, launches.SHAPE),

@@ -81,6 +81,7 @@ CASES = {
     ),
     "4 bits, Hopper": (DENSE, HOPPER, {"quantization": "int4"}),
     "fp8": (DENSE, HOPPER, {"quantization": "fp8"}),
+    "fp8 cache": (DENSE | {"head_dim": 128}, HOPPER, {"kv_cache_dtype": "fp8"}),
 }
 Keys = set[tuple[str, str]]
 

@@ -20,6 +20,7 @@ KERNEL_GROUPS = {
     "_common_prefix_kernel": "attention",
     "_prefill_kernel": "attention",
     "_hopper_prefill_kernel": "attention",
+    "_hopper_decode_kernel": "attention",
     "_add_kernel": "adapters",
     "_copy_units_kernel": "copies",
     "void flash::flash_fwd_splitkv_kernel<Flash_fwd_kernel_traits<128, cutlass::bfloat16_t>>": (

@@ -26,6 +26,7 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
 from nanovllm.kernels.triton import common_prefix as triton_common_prefix
+from nanovllm.kernels.triton import hopper_decode as hopper
 from nanovllm.kernels.triton import hopper_fused_decode, launch
 from nanovllm.kernels.triton.decode_attention import decode_attention, plan_decode
 from nanovllm.kernels.triton.fused_decode import MAX_ROWS, fuses
@@ -37,6 +38,12 @@ BLOCK_SIZE = 256
 NO_SLOTS = torch.empty(0, dtype=torch.int64)  # attention only reads the cache
 # (query heads, KV heads, head_dim)
 HEADS = ((16, 8, 128), (4, 4, 64), (6, 2, 80), (64, 8, 128))
+needs_fp8 = pytest.mark.skipif(
+    torch.cuda.get_device_capability(DEVICE) < FP8_MIN_CAPABILITY, reason="no fp8 conversions"
+)
+needs_hopper = pytest.mark.skipif(
+    torch.cuda.get_device_capability(DEVICE)[0] != 9, reason="a kernel for Hopper"
+)
 EDGE_LENS = (1, 15, 0, 16, 17, 255, 256, 257, 0, 1000, 4000)
 
 
@@ -212,9 +219,7 @@ def test_common_prefix_in_other_tiles(block_m, programs_per_sm, monkeypatch):
     check(attend(args, plan), args)
 
 
-@pytest.mark.skipif(
-    torch.cuda.get_device_capability(DEVICE) < FP8_MIN_CAPABILITY, reason="no fp8 conversions"
-)
+@needs_fp8
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("num_common", (0, 512, 300))
@@ -230,13 +235,60 @@ def test_fp8_cache(dtype, heads, num_common):
     check(attend(args, plan_of(args, ints([num_common]) if num_common else None)), args)
 
 
+# Hopper's own kernel
+
+
+def on_hopper(args: tuple, **tunables: int) -> torch.Tensor:
+    plan = plan_of(args, **tunables)
+    with mock.patch.object(hopper, "hopper_decode", wraps=hopper.hopper_decode) as kernel:
+        result = attend(args, plan)
+    kernel.assert_called_once()
+    return result
+
+
+def in_fp8(args: tuple) -> tuple:
+    """The same with a cache in fp8, whose scales differ from token to token."""
+    query, cache, metadata, scale = args
+    shape = 2, cache.key.shape[0], cache.key.shape[2], cache.key.shape[1]
+    scales = torch.rand(shape, device=DEVICE) * 10 ** torch.linspace(-5, 1, shape[-1]).cuda()
+    cache = KVCache(cache.key.to(FP8_DTYPE), cache.value.to(FP8_DTYPE), *scales)
+    return query, cache, metadata, scale
+
+
+@needs_hopper
+@pytest.mark.parametrize("heads", ((16, 8, 128), (32, 4, 128), (20, 4, 128), (4, 4, 128)))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, FP8_DTYPE))
+def test_hopper_kernel(dtype, heads):
+    is_fp8 = dtype == FP8_DTYPE
+    for lens in (3 * list(EDGE_LENS), ragged_lens(128), [850] * 40, [4000] + 32 * [0]):
+        args = decode_args(lens, heads, torch.bfloat16 if is_fp8 else dtype)
+        args = in_fp8(args) if is_fp8 else args
+        for tunables in ({}, {"programs_per_sm": 64, "min_split": 64}):
+            results = [on_hopper(args, **tunables) for _ in range(5)]
+            check(results[0], args)
+            assert (results[0][args[2].context_lens == 0] == 0).all()
+            assert all(torch.equal(results[0], result) for result in results), "a race"
+
+
+@needs_hopper
+@pytest.mark.parametrize("batch_size", (1, 7, 32, 512))
+def test_hopper_kernel_with_an_fp8_cache_of_other_batches(batch_size):
+    lens = ragged_lens(batch_size, 300 if batch_size > 100 else 2000)
+    args = in_fp8(decode_args(lens, (16, 8, 128), torch.bfloat16))
+    check(on_hopper(args), args)
+
+
+@pytest.mark.parametrize("is_fp8", (False, pytest.param(True, marks=needs_fp8)))
 @pytest.mark.parametrize("has_common_tokens", (False, True))
-def test_one_graph_serves_every_step(has_common_tokens):
+def test_one_graph_serves_every_step(has_common_tokens, is_fp8):
     """A plan and three layers, captured once; replayed with other lengths, tables and prefixes."""
     torch.use_deterministic_algorithms(False)  # no fills between the kernels, as in the engine
     batch_size, width, num_layers = 48, 8, 3
     num_blocks = batch_size * width
     caches = [KVCache(*randn(2, num_blocks, BLOCK_SIZE, 8, 128)) for _ in range(num_layers)]
+    if is_fp8:
+        scales = torch.rand(2, num_blocks, 8, BLOCK_SIZE, device=DEVICE)
+        caches = [KVCache(*(x.to(FP8_DTYPE) for x in cache[:2]), *scales) for cache in caches]
     query = randn(batch_size, 16, 128)
     tables = torch.zeros(batch_size, width, dtype=torch.int32, device=DEVICE)
     lens, num_common = torch.zeros_like(tables[:, 0]), ints([0])

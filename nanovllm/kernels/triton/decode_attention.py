@@ -6,6 +6,8 @@ of query heads; the last program of a row to finish merges the row's splits. Eve
 the batch size, the table's width and the window only, so all can be captured in a CUDA graph.
 
 In a layer with a window the splits divide what the query sees, and no tile before it is read.
+
+On Hopper hopper_decode.py has another kernel for the plain case, with the same plans.
 """
 
 from typing import NamedTuple
@@ -16,8 +18,17 @@ import triton.language as tl
 
 from nanovllm.kernels import types
 from nanovllm.kernels.device import device_limits
+from nanovllm.kernels.triton import hopper_decode
 from nanovllm.kernels.triton.attention_scores import check_sinks, load_sinks, score_scales, tanh
 from nanovllm.kernels.triton.common_prefix import attend_to_common_prefix, choose_prefix_splits
+from nanovllm.kernels.triton.decode_items import (
+    BEGIN,
+    END,
+    FIRST_ITEM,
+    ITEM_SIZE,
+    NUM_SPLITS,
+    ROW,
+)
 from nanovllm.kernels.triton.fp8 import unpack_pairs
 from nanovllm.kernels.triton.launch import (
     await_previous,
@@ -49,13 +60,6 @@ TWO_TILES_ROOM = 16384  # bytes of shared memory beside two tiles
 OTHER_SHARED_BYTES = 512  # block ids, and what warps exchange for a maximum
 
 FP8_MAX = tl.constexpr(types.FP8_MAX)
-# Columns of the plan's items.
-ROW = tl.constexpr(0)
-BEGIN = tl.constexpr(1)  # first token of the split
-END = tl.constexpr(2)  # and the one after its last
-FIRST_ITEM = tl.constexpr(3)  # item of the row's first split; the others follow it
-NUM_SPLITS = tl.constexpr(4)  # of the row; 0: no split, the program has nothing to do
-ITEM_SIZE = tl.constexpr(5)
 
 
 class DecodePlan(NamedTuple):
@@ -432,6 +436,7 @@ def plan_decode(
     key_cache = cache.key
     block_size, num_kv_heads, head_dim = key_cache.shape[1:]
     row_heads = batch_size * num_kv_heads
+    is_for_hopper = num_common_tokens is None and hopper_decode.suits(cache, batch_size)
     if tile is None:
         has_prefix = num_common_tokens is not None and window is None
         tile = SMALL_BATCH_TILE if has_prefix or row_heads <= SMALL_BATCH else TILE
@@ -440,6 +445,8 @@ def plan_decode(
         has_room = two_tiles + TWO_TILES_ROOM <= device_limits(key_cache.device).shared_memory
         if row_heads <= ONE_ROW and key_cache.element_size() == 2 and has_room:
             tile = ONE_ROW_TILE
+        if is_for_hopper:
+            tile = hopper_decode.TILE
     tile = min(tile, block_size)
     assert tile >= MIN_TILE and block_size % tile == 0
     if min_split is None:
@@ -449,6 +456,8 @@ def plan_decode(
     window = cutting_window(window, block_tables, block_size)
     if programs_per_sm is None:
         programs_per_sm = next(n for most, n in PROGRAMS_PER_SM.items() if row_heads <= most)
+        if is_for_hopper and key_cache.dtype != FP8_DTYPE:
+            programs_per_sm = hopper_decode.PROGRAMS_PER_SM
     num_programs = programs_per_sm * num_multiprocessors(key_cache.device)
     target = max(1, num_programs // num_kv_heads)
     # The plan's splits are at most target + batch_size; short tables and windows have fewer.
@@ -577,6 +586,7 @@ def decode_attention(
     # A product has at least 16 columns; with fp8 it has half of the head's.
     is_fp8 = key_scales is not None
     padded_dim = max(32 if is_fp8 else 16, triton.next_power_of_2(head_dim))
+    has_choice = num_warps is None and num_stages is None
     merge_group = triton.next_power_of_2(group)
     merge_parts = max(1, MERGE_ELEMENTS // (merge_group * padded_dim))
     padded_group = max(16, triton.next_power_of_2(group))
@@ -606,6 +616,22 @@ def decode_attention(
             scale,
             softcap,
         )
+    is_plain = window is None and softcap is None and sinks is None and num_common_tokens is None
+    if is_plain and has_choice and hopper_decode.takes(query, cache, plan.tile):
+        hopper_decode.hopper_decode(
+            out,
+            partial,
+            partial_lse,
+            plan.arrivals,
+            plan.items,
+            plan.tile,
+            query,
+            cache,
+            metadata,
+            scale_log2,
+            num_prefix_splits,
+        )
+        return out
     _decode_kernel[(num_kv_heads, num_items)](
         out,
         partial,
