@@ -24,6 +24,7 @@ from nanovllm.kernels.triton.wide_linear import wide_linear
 from nanovllm.kernels.types import LinearOutput
 
 BLOCK = 1024
+BLOCK_OF_PARTS = 512  # more programs, as each reads every part
 NUM_WARPS = 4
 SILU, GELU, GELU_TANH = range(3)  # which activation
 SQRT_HALF = tl.constexpr(math.sqrt(0.5))
@@ -99,14 +100,15 @@ def _act_and_mul(gate_up: LinearOutput, activation: int) -> torch.Tensor:
     if num_rows == 0:
         return out
     assert gate_up.stride(1) == 1
-    _act_and_mul_kernel[(num_rows, cdiv(width, BLOCK))](
+    block = BLOCK if num_parts == 1 else BLOCK_OF_PARTS
+    _act_and_mul_kernel[(num_rows, cdiv(width, block))](
         out,
         gate_up,
         gate_up.stride(0),
         stride_part,
         NUM_PARTS=num_parts,
         WIDTH=width,
-        BLOCK=BLOCK,
+        BLOCK=block,
         ACTIVATION=activation,
         num_warps=NUM_WARPS,
         **overlap_options(gate_up.device),
