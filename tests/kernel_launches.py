@@ -250,7 +250,7 @@ def packed(shape: Shape, n: int, k: int) -> PackedWeight:
 def packed_products(ops: Ops, shape: Shape) -> None:
     """In every tile, and dequantised."""
     weight = packed(shape, 4096, 4 * shape.hidden_size)
-    for tokens in (8, 16, 32, 64, 128, 2048):
+    for tokens in (1, 8, 16, 32, 64, 128, 2048):
         ops.packed_linear(empty(tokens, 4 * shape.hidden_size, dtype=shape.dtype), weight)
 
 

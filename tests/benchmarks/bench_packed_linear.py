@@ -57,13 +57,11 @@ CANDIDATES = {
         *((128, 1, 4, 3, 2, 0), (64, 2, 4, 3, 2, 0), (256, 1, 8, 3, 1, 0)),
     ),
 }
-# On Hopper with 4 bits these as well: block_m -> tiles.
-HOPPER_CANDIDATES = {
-    8: (
-        *(FewTile(8, 2, 2, 4, 6), FewTile(8, 2, 1, 4, 12), FewTile(8, 1, 4, 4, 6)),
-        *(FewTile(8, 2, 4, 3, 3), FewTile(8, 2, 2, 3, 8)),
-    ),
-    16: (FewTile(16, 2, 1, 4, 12), FewTile(16, 2, 4, 3, 3), ManyTile(64, 4)),
+# On Hopper with 4 bits these as well: block_m -> tiles. row_warps, column_warps, blocks:
+FEW = ((4, 1, 4), (4, 1, 2), (2, 2, 4), (2, 2, 8), (4, 2, 8), (2, 4, 8), (1, 4, 8))
+HOPPER_CANDIDATES: dict[int, tuple[FewTile | ManyTile, ...]] = {
+    8: tuple(FewTile(8, *rest) for rest in FEW),
+    16: tuple(FewTile(16, *rest) for rest in FEW),
     32: (ManyTile(64, 4),),
     64: (ManyTile(64, 4), ManyTile(128, 3)),
 }
@@ -153,8 +151,11 @@ def report_products(tokens: Sequence[int], has_zeros: bool) -> None:
 
 
 def report_chains(tokens: Sequence[int], has_zeros: bool) -> None:
-    """All four products of a layer, each followed by what reads it; attention is left out."""
-    print("a layer without attention:  4 bits  8 bits    bf16     fp8 us")
+    """All four products of a layer, each followed by what reads it; attention is left out.
+
+    In %, what a layer's packed weights are of what an H200 reads in that time.
+    """
+    print("a layer without attention:  4 bits       8 bits       bf16     fp8 us")
     num_layers = 8
     weights: dict[str, list[dict[str, object]]] = {}
     for bits in (4, 8):
@@ -179,7 +180,7 @@ def report_chains(tokens: Sequence[int], has_zeros: bool) -> None:
     for num_tokens in tokens:
         x, heads = inputs(num_tokens, 4096), inputs(num_tokens, 4096)
         line = f"{num_tokens:<26}"
-        for layers in weights.values():
+        for kind, layers in weights.items():
             residual = inputs(num_tokens, 4096)
 
             def run(layers=layers, residual=residual, x=x, heads=heads) -> None:
@@ -190,7 +191,11 @@ def report_chains(tokens: Sequence[int], has_zeros: bool) -> None:
                     y = silu_and_mul(product(y, layer["gate_up"]))
                     y, _ = add_rms_norm(product(y, layer["down"]), residual, norm, 1e-6)
 
-            line += f"{microseconds(run, num_layers):8.1f}"
+            us = microseconds(run, num_layers)
+            line += f"{us:8.1f}"
+            if "bits" in kind:
+                packed = [w for w in layers[0].values() if isinstance(w, PackedWeight)]
+                line += f" {sum(map(num_bytes, packed)) / BANDWIDTH / us:4.0%}"
         print(line, flush=True)
 
 

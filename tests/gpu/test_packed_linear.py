@@ -90,6 +90,7 @@ def test_product_equals_float64(n, k, group_size, has_zeros, bits, dtype) -> Non
         (4096, 12288, 128, False, torch.bfloat16),
         (1040, 2560, 256, True, torch.bfloat16),
         (1040, 2560, 128, False, torch.float16),
+        (112, 1152, 128, False, torch.bfloat16),
         (112, 11008, 11008, True, torch.float16),
         (16, 256, 128, True, torch.bfloat16),
     ],
@@ -110,7 +111,7 @@ def test_hopper_product_equals_float64(n, k, group_size, has_zeros, dtype) -> No
                 hopper_packed.hopper_packed_linear(x, weight, bias, tile),
                 expected if isinstance(tile, FewTile) else rounded,
             )
-            for tile in (FewTile(16, 1, 1, 3, 12), *hopper_packed.TILES.values())
+            for tile in (FewTile(16, 1, 4, 8), FewTile(8, 2, 2, 8), *hopper_packed.TILES.values())
             if tile and (num_tokens <= tile.tokens or isinstance(tile, ManyTile))
         ]
         for product, right in products:

@@ -4,10 +4,13 @@ The matrix instructions take the weight's rows from registers. Layouts are such 
 apart the int32 words that hold the numbers of its own fragments, so none of them passes through
 shared memory again. The order of the columns within a group does not matter as long as x has it.
 
-Few tokens: a warp takes 32 rows. Its words come through a ring in shared memory, by asynchronous
-copies, and x through the multiprocessor's cache. In bfloat16 a number's bits, put below those of
-128, add it to that. The sum of x, which one more product with a constant gives, takes it off, and
-the group's scale multiplies the sums of the group, not its numbers.
+Few tokens: one bulk copy brings all of a program's words, before the wait for the kernel ahead. So
+the words of the next kernels are on their way while this one computes and ends. x goes through
+shared memory once a program. Warps take 32 rows each of some blocks of columns, and add up. In
+bfloat16 a number's bits alone are that number times 2^-133, the smallest one there is: none has to
+be added. x comes times 2^60, and the sums go back by 2^73. The sum of x, which one more product
+with a constant gives, takes the zeros off. The group's scale multiplies the group's sums, not its
+numbers.
 
 Many tokens: a warp copies x and words, two warpgroups multiply 64 rows each. They dequantise
 a block while the matrix instructions of the block before run. Barriers are as in
@@ -18,9 +21,10 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     warpgroup_mma,
@@ -43,12 +47,19 @@ from nanovllm.kernels.triton.launch import (
 from nanovllm.kernels.types import LinearOutput, PackedWeight, PartialSums
 
 # Triton 3.9 has another name for it than 3.6.
-copy_words = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+reinterpret = next(
+    getattr(gl.shared_memory_descriptor, name)
+    for name in ("reinterpret", "_reinterpret")
+    if hasattr(gl.shared_memory_descriptor, name)
+)
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int32: gl.int32}
 COLUMNS = gl.constexpr(128)  # of a block, which lies in one group
 WORDS = gl.constexpr(16)  # int32 of a row of a block
 MIDDLE = gl.constexpr(8)  # zero where a weight has none
-FEW_BLOCKS = 2  # of a step of few tokens' loop
+# Of few tokens' x and sums in bfloat16. Numbers at a half's bits 4 to 7 are 16 times as large.
+X_FACTOR = gl.constexpr(2.0**60)
+HIGH_X_FACTOR = gl.constexpr(2.0**56)
+SUMS_FACTOR = gl.constexpr(2.0**73)
 MIN_BLOCKS = 8  # of a part of a split K, with many tokens
 MANY_ROWS = gl.constexpr(128)  # of the weight, of a program with many tokens
 
@@ -56,11 +67,10 @@ MANY_ROWS = gl.constexpr(128)  # of the weight, of a program with many tokens
 class FewTile(NamedTuple):
     """How a product of few tokens is cut up."""
 
-    tokens: int  # 8 or 16
-    row_tiles: int  # of 16 rows, of a warp: 1 or 2
-    num_warps: int
-    num_stages: int  # steps in the ring
-    programs_per_sm: int  # that a split of K aims at
+    tokens: int  # 1, 8 or 16
+    row_warps: int  # a program has 32 rows for each
+    column_warps: int  # that share the blocks of these rows
+    blocks: int  # of a program, a power of two
 
 
 class ManyTile(NamedTuple):
@@ -73,7 +83,8 @@ class ManyTile(NamedTuple):
 # Tokens, at most -> tile; None: the kernel of packed_linear.py is faster. For more tokens a weight
 # is dequantised. See tests/benchmarks/bench_packed_linear.py.
 TILES: dict[int, FewTile | ManyTile | None] = {
-    8: FewTile(8, 2, 2, 4, 6),
+    1: FewTile(1, 2, 2, 8),
+    8: FewTile(8, 4, 2, 8),
     16: None,
     64: ManyTile(64, 4),
     1024: ManyTile(128, 3),
@@ -83,11 +94,19 @@ TILES: dict[int, FewTile | ManyTile | None] = {
 def _assembly(is_bfloat16: bool, is_scaled: bool) -> str:
     """PTX: two words -> of each of the four planes the first word's pair, then the second's.
 
-    Plane p are the numbers at bit 4 p of each half of a word. In bfloat16 they come with 128 added,
-    in float16 with -8. is_scaled: as (number - zero) * scale, with zeros + 128 (float16: 1,024) and
-    scales behind the words, each of them twice in a register.
+    Plane p are the numbers at bit 4 p of each half of a word. In bfloat16 they are times 2^-133,
+    planes 1 and 3 times 2^-129; in float16 less 8. is_scaled: as (number - zero) * scale, with
+    zeros + 128 (float16: 1,024) and scales behind the words, each of them twice in a register.
     """
     lines = [".reg .b32 bits, other;"]
+    if is_bfloat16 and not is_scaled:
+        for word in range(2):
+            lines.append(f"shr.u32 other, ${8 + word}, 8;")
+            for plane in range(4):
+                source = "other" if plane >= 2 else f"${8 + word}"
+                mask = "0x00F000F0" if plane % 2 else "0x000F000F"
+                lines.append(f"and.b32 ${2 * plane + word}, {source}, {mask};")
+        return "{" + "\n".join(lines) + "}"
     kind, ones = ("bf16x2", "0x43004300") if is_bfloat16 else ("f16x2", "0x64006400")
     for plane in range(4):
         for word in range(2):
@@ -95,11 +114,7 @@ def _assembly(is_bfloat16: bool, is_scaled: bool) -> str:
             if plane:
                 lines.append(f"shr.u32 bits, {source}, {4 * plane};")
                 source = "bits"
-            is_done = is_bfloat16 and not is_scaled
-            target = out if is_done else "bits"
-            lines.append(f"lop3.b32 {target}, {source}, 0x000F000F, {ones}, 0xEA;")
-            if is_done:
-                continue
+            lines.append(f"lop3.b32 bits, {source}, 0x000F000F, {ones}, 0xEA;")
             zero = f"${10 + word}" if is_scaled else "other"
             if not is_scaled:
                 lines.append("mov.b32 other, 0x64086408;")  # 1,032
@@ -125,32 +140,31 @@ EIGHT_FP16 = gl.constexpr((gl.float16,) * 8)
 def _await_previous(OVERLAP: gl.constexpr):
     """`launch.await_previous` for Gluon."""
     if OVERLAP:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; mov.b32 $0, 0;",
-            "=r",
-            [],
-            dtype=gl.int32,
-            is_pure=False,
-            pack=1,
-        )
-        gl.inline_asm_elementwise(
-            "griddepcontrol.wait; mov.b32 $0, 0;",
-            "=r",
-            [],
-            dtype=gl.int32,
-            is_pure=False,
-            pack=1,
-        )
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+# Few tokens
+
+
+@gluon.constexpr_function
+def _bits(count: int, stride: int, dim: int, rank: int) -> list[list[int]]:
+    """Bases of a linear layout for the bits of 0 .. count - 1, which are strides along `dim`."""
+    return [
+        [stride * 2**bit if i == dim else 0 for i in range(rank)]
+        for bit in range(count.bit_length() - 1)
+    ]
 
 
 @gluon.jit
 def _unpacked(words, dtype: gl.constexpr, layout: gl.constexpr):
-    """int32 [ROWS, WORDS] -> [ROWS, COLUMNS], in the order plane, word of a chunk, chunk, half.
+    """int32 [W, ROWS, WORDS] -> [W, ROWS, COLUMNS]: plane, word of a chunk, chunk, half.
 
     `words` is in a layout whose threads hold the four words of a chunk side by side. A word's
     numbers are the columns that it holds: see `PackedWeight`.
     """
-    ROWS: gl.constexpr = words.shape[0]
+    W: gl.constexpr = words.shape[0]
+    ROWS: gl.constexpr = words.shape[1]
     a, b, c, d, e, f, g, h = gl.inline_asm_elementwise(
         UNPACK_BF16 if dtype == gl.bfloat16 else UNPACK_FP16,
         "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
@@ -162,173 +176,171 @@ def _unpacked(words, dtype: gl.constexpr, layout: gl.constexpr):
     low = gl.join(gl.join(a, b), gl.join(c, d))
     high = gl.join(gl.join(e, f), gl.join(g, h))
     # Of two words side by side, each result has one half in the first's place, one in the second's:
-    # [ROWS, chunk, pair of words, half, word of the pair, plane's low bit, plane's high bit].
-    parts = gl.join(low, high).reshape([ROWS, 4, 2, 2, 2, 2, 2])
-    return gl.convert_layout(parts.permute((0, 6, 5, 2, 4, 1, 3)).reshape([ROWS, COLUMNS]), layout)
+    # [.., chunk, pair of words, half, word of the pair, plane's low bit, plane's high bit].
+    parts = gl.join(low, high).reshape([W, ROWS, 4, 2, 2, 2, 2, 2])
+    numbers = parts.permute((0, 1, 7, 6, 3, 5, 2, 4)).reshape([W, ROWS, COLUMNS])
+    return gl.convert_layout(numbers, layout)
 
 
 @gluon.jit
-def _repeated(sums, ROWS: gl.constexpr, layout: gl.constexpr):
-    """sums [16 * warps, T], whose rows are equal -> [ROWS, T], as many rows or twice as many."""
-    if sums.shape[0] < ROWS:
-        sums = gl.join(sums, sums).permute((2, 0, 1)).reshape([ROWS, sums.shape[1]])
-    return gl.convert_layout(sums, layout)
+def _minus_ones(
+    num_tokens, dtype: gl.constexpr, W: gl.constexpr, ROWS: gl.constexpr, layout: gl.constexpr
+):
+    """[W, ROWS, COLUMNS] of numbers -1 as `_unpacked` gives them.
+
+    The compiler must not know them: it would make them anew for every use.
+    """
+    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+    if dtype == gl.bfloat16:
+        smallest = gl.where(num_tokens > 0, -32767, 0)  # its bits, less 2^16
+        values = gl.where(column // 32 % 2 == 0, smallest, smallest + 15).to(gl.int16)
+        values = values.to(dtype, bitcast=True)
+    else:
+        values = (gl.where(num_tokens > 0, -1.0, 0.0) + column.to(gl.float32) * 0).to(dtype)
+    return gl.zeros([W, ROWS, COLUMNS], dtype, layout) + values[None, None, :]
 
 
 @gluon.jit
-def _of_block(numbers, x_pointers, minus_ones, base):
-    """numbers [ROWS, COLUMNS] less `base` times a block of x [T, COLUMNS] -> float32 [ROWS, T]."""
-    ROWS: gl.constexpr = numbers.shape[0]
-    TOKENS: gl.constexpr = x_pointers.shape[0]
-    layout: gl.constexpr = numbers.type.layout.parent
-    # chunk, plane, word, half -> the order of the numbers
-    x = gl.load(x_pointers).reshape([TOKENS, 4, 4, 4, 2]).permute((2, 3, 1, 4, 0))
-    x = gl.convert_layout(x.reshape([COLUMNS, TOKENS]), gl.DotOperandLayout(1, layout, 2))
-    product = mma_v2(numbers, x, gl.zeros([ROWS, TOKENS], gl.float32, layout))
-    if base is not None:
-        nothing = gl.zeros([minus_ones.shape[0], TOKENS], gl.float32, layout)
-        product += _repeated(mma_v2(minus_ones, x, nothing), ROWS, layout) * base
-    return product
-
-
-@gluon.jit
-def _load_groups(scales, zeros, row_places, block, GROUP: gl.constexpr, BLOCKS: gl.constexpr):
-    """Of so many blocks the scale of each row, and the zero if there are any."""
-    values = ()
-    for i in gl.static_range(BLOCKS):
-        group = (block + i) // (GROUP // COLUMNS)
-        values += (gl.load(scales + group + row_places),)  # type: ignore[assignment]
-        if zeros is not None:
-            values += (gl.load(zeros + group + row_places),)  # type: ignore[assignment]
-    return values
-
-
-@gluon.jit
-def _in_float32(values):
+def _load_groups(values, rows, block, K: gl.constexpr, GROUP: gl.constexpr, STEPS: gl.constexpr):
+    """Scales or zeros [W, ROWS] of each step, float32; past K those of the last group."""
+    W: gl.constexpr = block.shape[0]
     result = ()
-    for i in gl.static_range(len(values)):
-        result += (values[i].to(gl.float32),)
+    for i in gl.static_range(STEPS):
+        group = gl.minimum(block + i * W, K // COLUMNS - 1) // (GROUP // COLUMNS)
+        result += (gl.load(values + rows[None, :] + group[:, None]),)  # type: ignore[assignment]
     return result
 
 
 @with_dry_runs
-@gluon.jit(do_not_specialize=["num_tokens", "blocks_per_part"])
+@gluon.jit(do_not_specialize=["num_tokens"])
 def _few_tokens_linear_kernel(
     out,  # [T, N], or float32 [parts, T, N]
     x,  # [T, K]
-    words,  # int32 [N, K / 8]
+    word_tiles,  # int32 [K / COLUMNS, N, WORDS], tensor descriptor of [BLOCKS, ROWS, WORDS]
     scales,  # [N, K / GROUP]
     zeros,  # uint8, the same, or None
     bias,  # [N] or None
-    num_tokens,  # at most TOKENS
-    blocks_per_part,  # a multiple of BLOCKS
+    num_tokens,  # at most X_TOKENS
     N,
     K: gl.constexpr,
     GROUP: gl.constexpr,
-    TOKENS: gl.constexpr,
-    ROWS: gl.constexpr,
-    BLOCKS: gl.constexpr,
-    STAGES: gl.constexpr,
+    X_TOKENS: gl.constexpr,
+    ROW_WARPS: gl.constexpr,  # 1, 2, 4 or 8
+    W: gl.constexpr,  # column warps: 1, 2, 4 or 8
     OVERLAP: gl.constexpr,
 ):
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     dtype: gl.constexpr = x.dtype.element_ty
-    WARPS: gl.constexpr = gl.num_warps()  # 1, 2 or 4
-    # A thread of a warp holds a chunk's words of rows g and g + 8, as fragments have them.
-    further_rows: gl.constexpr = [] if ROWS == 16 * WARPS else [[16 * WARPS, 0]]
-    row_warps: gl.constexpr = [] if WARPS == 1 else [[16, 0]] if WARPS == 2 else [[16, 0], [32, 0]]
-    words_layout: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [8, 0]] + further_rows,  # noqa: RUF005 (no unpacking in kernels)
-        [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
-        row_warps,
-        [],
-        [ROWS, 16],
-    )
-    # And a chunk of a token; every warp has all of x.
-    further_tokens: gl.constexpr = [] if TOKENS == 8 else [[8, 0]]
-    same_warps: gl.constexpr = [] if WARPS == 1 else [[0, 0]] if WARPS == 2 else [[0, 0], [0, 0]]
-    x_layout: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16]] + further_tokens,  # noqa: RUF005
-        [[0, 32], [0, 64], [1, 0], [2, 0], [4, 0]],
-        same_warps,
-        [],
-        [TOKENS, 128],
-    )
-    layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [gl.num_warps(), 1], [16, 8])
-    weight_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-    first_row = gl.program_id(0) * ROWS
-    part = gl.program_id(1)
-    begin = part * blocks_per_part
-    end = gl.minimum(begin + blocks_per_part, K // COLUMNS)
-    num_rows = gl.minimum(N - first_row, ROWS)  # what others give is not stored
+    TOKENS: gl.constexpr = 8 if X_TOKENS < 8 else X_TOKENS  # of the matrix instruction
+    BLOCKS: gl.constexpr = word_tiles.block_type.shape[0]
+    ROWS: gl.constexpr = word_tiles.block_type.shape[1]
+    STEPS: gl.constexpr = BLOCKS // W
+    part = gl.program_id(0)
+    first_row = gl.program_id(1) * ROWS
+    begin = part * BLOCKS
 
-    # No kernel writes weights: they may come before the wait.
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, words_layout))
-    word = gl.arange(0, WORDS, gl.SliceLayout(0, words_layout))
-    places = gl.minimum(row, num_rows - 1)[:, None] * (K // 8) + word[None, :]
-    words += first_row.to(gl.int64) * (K // 8) + begin * WORDS
-    is_word = (word >= 0)[None, :]
-    ring = gl.allocate_shared_memory(
-        gl.int32, [STAGES * BLOCKS, ROWS, WORDS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    # No kernel writes weights: they come before the wait. Past K and N come zeros.
+    all_words = gl.allocate_shared_memory(gl.int32, [BLOCKS, ROWS, WORDS], word_tiles.layout)
+    arrived = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(arrived, count=1)
+    mbarrier.expect(arrived, word_tiles.block_type.nbytes)
+    start_copy(word_tiles, [begin, first_row, 0], arrived, all_words)
+    words = reinterpret(all_words, gl.int32, [STEPS, W, ROWS, WORDS], word_tiles.layout)
+
+    layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, ROW_WARPS, 1], [1, 16, 8])
+    weight_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    # A thread of a warp holds a chunk's words of rows g and g + 8, as fragments have them.
+    words_layout: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 0, 1], [0, 0, 2], [0, 8, 0], [0, 16 * ROW_WARPS, 0]],
+        [[0, 0, 4], [0, 0, 8], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
+        _bits(ROW_WARPS, 16, 1, 3) + _bits(W, 1, 0, 3),
+        [],
+        [W, ROWS, WORDS],
     )
-    for stage in gl.static_range(STAGES - 1):
-        for i in gl.static_range(BLOCKS):
-            mask = (begin + stage * BLOCKS < end) & is_word
-            slot = ring.index(stage * BLOCKS + i)
-            copy_words(slot, words + places, mask=mask)
-            words += WORDS
-        async_copy.commit_group()
-    row = gl.minimum(gl.arange(0, ROWS, gl.SliceLayout(1, layout)), num_rows - 1)
+    # And a chunk of a token.
+    further_tokens: gl.constexpr = [] if TOKENS == 8 else [[0, 0, 8, 0]]
+    x_layout: gl.constexpr = gl.DistributedLinearLayout(
+        [  # noqa: RUF005 (no unpacking in kernels)
+            [0, 0, 0, 1],
+            [0, 0, 0, 2],
+            [0, 0, 0, 4],
+            [0, 1, 0, 0],
+            [0, 2, 0, 0],
+        ]
+        + further_tokens,
+        [[0, 0, 0, 8], [0, 0, 0, 16], [0, 0, 1, 0], [0, 0, 2, 0], [0, 0, 4, 0]],
+        _bits(ROW_WARPS, 0, 1, 4) + _bits(W, 1, 0, 4),
+        [],
+        [W, 4, TOKENS, 32],
+    )
+    rows_layout: gl.constexpr = gl.SliceLayout(2, layout)
+    row = gl.minimum(gl.arange(0, ROWS, gl.SliceLayout(0, rows_layout)), N - 1 - first_row)
+    rows = row * (K // GROUP)
+    block = begin + gl.arange(0, W, gl.SliceLayout(1, rows_layout))
     scales += first_row.to(gl.int64) * (K // GROUP)
+    all_scales = _load_groups(scales, rows, block, K, GROUP, STEPS)
     if zeros is not None:
         zeros += first_row.to(gl.int64) * (K // GROUP)
-    row_places = row * (K // GROUP)
-    groups = _in_float32(_load_groups(scales, zeros, row_places, begin, GROUP, BLOCKS))
-    _await_previous(OVERLAP)
+        all_zeros = _load_groups(zeros, rows, block, K, GROUP, STEPS)
 
-    token = gl.minimum(gl.arange(0, TOKENS, gl.SliceLayout(1, x_layout)), num_tokens - 1)
-    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, x_layout))
-    x_pointers = x + token[:, None] * K + (begin * COLUMNS + column)[None, :]
-    ADDED: gl.constexpr = 128 if dtype == gl.bfloat16 else -MIDDLE
-    # The compiler must not know that it is always -1: it would make it anew for every use.
-    minus_one = gl.where(num_tokens > 0, -1.0, 0.0).to(dtype)
-    minus_ones = gl.full([16 * gl.num_warps(), COLUMNS], minus_one, dtype, weight_layout)
-    sums = gl.zeros([ROWS, TOKENS], gl.float32, layout)
-    stage = 0
-    free_stage = STAGES - 1
-    for block in range(begin, end, BLOCKS):
-        async_copy.wait_group(STAGES - 2)
-        mask = (block + (STAGES - 1) * BLOCKS < end) & is_word
-        for i in gl.static_range(BLOCKS):
-            slot = ring.index(free_stage * BLOCKS + i)
-            copy_words(slot, words + places, mask=mask)
-            words += WORDS
-        async_copy.commit_group()
-        later = gl.minimum(block + BLOCKS, end - BLOCKS)
-        next_groups = _load_groups(scales, zeros, row_places, later, GROUP, BLOCKS)
-        for i in gl.static_range(BLOCKS):
-            own_words = ring.index(stage * BLOCKS + i).load(words_layout)
-            numbers = _unpacked(own_words, dtype, weight_layout)
+    WARPS: gl.constexpr = gl.num_warps()
+    X_WARPS: gl.constexpr = WARPS if X_TOKENS > WARPS else X_TOKENS
+    columns_layout: gl.constexpr = gl.BlockedLayout(
+        [1, 8], [1, 32], [X_WARPS, WARPS // X_WARPS], [1, 0]
+    )
+    token = gl.arange(0, X_TOKENS, gl.SliceLayout(1, columns_layout))
+    column = begin * COLUMNS + gl.arange(0, BLOCKS * COLUMNS, gl.SliceLayout(0, columns_layout))
+    x_mask = (token < num_tokens)[:, None] & (column < K)[None, :]
+    x_pointers = x + token[:, None] * K + column[None, :]
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    x_values = gl.load(x_pointers, mask=x_mask, other=0.0)
+    if dtype == gl.bfloat16:
+        factor = gl.where(column // 8 % 2 == 0, X_FACTOR, HIGH_X_FACTOR).to(dtype)
+        x_values *= factor[None, :]
+    # Plane by plane, as threads read a chunk. Past X_TOKENS memory stays as it is: what products
+    # come of it are other columns of the sums, and not stored.
+    x_values = x_values.reshape([X_TOKENS, BLOCKS, 4, 4, 8]).permute((1, 3, 0, 2, 4))
+    all_x = gl.allocate_shared_memory(
+        dtype, [BLOCKS * 4, TOKENS, 32], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    )
+    all_x.slice(0, X_TOKENS, dim=1).store(x_values.reshape([BLOCKS * 4, X_TOKENS, 32]))
+    step_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
+    x_of_steps = reinterpret(all_x, dtype, [STEPS, W, 4, TOKENS, 32], step_layout)
+
+    ADDED: gl.constexpr = 0 if dtype == gl.bfloat16 else -MIDDLE  # to each number
+    minus_ones = _minus_ones(num_tokens, dtype, W, 16 * ROW_WARPS, weight_layout)
+    sums = gl.zeros([W, ROWS, TOKENS], gl.float32, layout)
+    mbarrier.wait(arrived, 0)
+    for i in gl.static_range(STEPS):
+        numbers = _unpacked(words.index(i).load(words_layout), dtype, weight_layout)
+        # plane, token, chunk, word, half -> the order of the numbers
+        x_block = x_of_steps.index(i).load(x_layout).reshape([W, 4, TOKENS, 4, 4, 2])
+        x_block = x_block.permute((0, 1, 4, 3, 5, 2)).reshape([W, COLUMNS, TOKENS])
+        x_block = gl.convert_layout(x_block, gl.DotOperandLayout(1, layout, 2))
+        product = mma_v2(numbers, x_block, gl.zeros([W, ROWS, TOKENS], gl.float32, layout))
+        if dtype == gl.bfloat16 or zeros is not None:  # what is to be taken off each number
+            of_half = gl.zeros([W, ROWS // 2, TOKENS], gl.float32, layout)
+            x_sums = mma_v2(minus_ones, x_block, of_half)  # their rows are equal
+            x_sums = gl.join(x_sums, x_sums).permute((0, 3, 1, 2)).reshape([W, ROWS, TOKENS])
             if zeros is not None:
-                base = (groups[2 * i + 1] + ADDED)[:, None]
-                scale = groups[2 * i]
+                base = (all_zeros[i].to(gl.float32) + ADDED)[:, :, None]
             else:
-                base = ADDED + MIDDLE if ADDED != -MIDDLE else None
-                scale = groups[i]
-            of_block = _of_block(numbers, x_pointers + i * COLUMNS, minus_ones, base)
-            sums += of_block * scale[:, None]
-        groups = _in_float32(next_groups)
-        x_pointers += BLOCKS * COLUMNS
-        stage = gl.where(stage == STAGES - 1, 0, stage + 1)
-        free_stage = gl.where(free_stage == STAGES - 1, 0, free_stage + 1)
+                base = MIDDLE
+            product += gl.convert_layout(x_sums, layout) * base
+        sums += product * all_scales[i].to(gl.float32)[:, :, None]
+    result = gl.sum(sums, axis=0)
+    if dtype == gl.bfloat16:
+        result *= SUMS_FACTOR
+    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, result.type.layout))
     if bias is not None:
-        bias_values = gl.load(bias + first_row + row).to(gl.float32)
-        sums += gl.where(part == 0, bias_values, 0.0)[:, None]
-    token = gl.arange(0, TOKENS, gl.SliceLayout(0, layout))
-    local_row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    pointers = out + (part * num_tokens + token[None, :]).to(gl.int64) * N
-    mask = (token < num_tokens)[None, :] & (local_row < num_rows)[:, None]
-    result = sums.to(out.dtype.element_ty)
-    gl.store(pointers + (first_row + local_row)[:, None], result, mask=mask)
+        bias_values = gl.load(bias + gl.minimum(row, N - 1)).to(gl.float32)
+        result += gl.where(part == 0, bias_values, 0.0)[:, None]
+    token = gl.arange(0, TOKENS, gl.SliceLayout(0, result.type.layout))
+    pointers = out + (part * num_tokens + token[None, :]).to(gl.int64) * N + row[:, None]
+    mask = (token < num_tokens)[None, :] & (row < N)[:, None]
+    gl.store(pointers, result.to(out.dtype.element_ty), mask=mask)
 
 
 # Many tokens
@@ -579,8 +591,9 @@ def _many_tokens_linear_kernel(
 
 
 @cache
-def _shared_layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], DTYPES[dtype])
+def _shared_layout(*shape_and_dtype: Any) -> Any:
+    *shape, dtype = shape_and_dtype
+    return gl.NVMMASharedLayout.get_default_for(shape, DTYPES[dtype])
 
 
 def choose_tile(x: torch.Tensor, weight: PackedWeight) -> FewTile | ManyTile | None:
@@ -590,7 +603,7 @@ def choose_tile(x: torch.Tensor, weight: PackedWeight) -> FewTile | ManyTile | N
         and weight.bits == 4
         and x.dtype != torch.float32
         and weight.group_size % COLUMNS.value == 0
-        and x.shape[1] % (FEW_BLOCKS * COLUMNS.value) == 0
+        and x.shape[1] % COLUMNS.value == 0
     )
     return next((tile for most, tile in TILES.items() if is_taken and len(x) <= most), None)
 
@@ -610,36 +623,38 @@ def few_tokens_linear(
     """`packed_linear` of at most tile.tokens tokens."""
     num_tokens, k = x.shape
     n = weight.shape[0]
-    assert num_tokens <= tile.tokens and k % (FEW_BLOCKS * COLUMNS.value) == 0
+    assert num_tokens <= tile.tokens and k % COLUMNS.value == 0
     assert x.is_contiguous() and weight.numbers.is_contiguous() and weight.scales.is_contiguous()
-    rows = 16 * tile.row_tiles * tile.num_warps
-    num_tiles = cdiv(n, rows)
-    num_steps = k // (FEW_BLOCKS * COLUMNS.value)
-    num_programs = tile.programs_per_sm * num_multiprocessors(x.device)
-    num_parts = max(1, min(num_steps // 2, round(num_programs / num_tiles)))
-    steps_per_part = cdiv(num_steps, num_parts)
-    num_parts = cdiv(num_steps, steps_per_part)
+    rows = 32 * tile.row_warps
+    num_blocks = k // COLUMNS.value
+    num_parts = cdiv(num_blocks, tile.blocks)
     if num_parts == 1:
         out = torch.empty(num_tokens, n, dtype=x.dtype, device=x.device)
     else:
         out = torch.empty(num_parts, num_tokens, n, dtype=torch.float32, device=x.device)
-    _few_tokens_linear_kernel[(num_tiles, num_parts)](
+    words = weight.numbers.view(torch.int32)
+    block = [tile.blocks, rows, WORDS.value]
+    _few_tokens_linear_kernel[(num_parts, cdiv(n, rows))](
         out,
         x,
-        weight.numbers.view(torch.int32),
+        TensorDescriptor(
+            words,
+            [num_blocks, n, WORDS.value],
+            [WORDS.value, k // 8, 1],
+            block,
+            _shared_layout(*block, torch.int32),
+        ),
         weight.scales,
         weight.zeros,
         bias,
         num_tokens,
-        steps_per_part * FEW_BLOCKS,
         n,
         K=k,
         GROUP=weight.group_size,
-        TOKENS=tile.tokens,
-        ROWS=rows,
-        BLOCKS=FEW_BLOCKS,
-        STAGES=tile.num_stages,
-        num_warps=tile.num_warps,
+        X_TOKENS=tile.tokens,
+        ROW_WARPS=tile.row_warps,
+        W=tile.column_warps,
+        num_warps=tile.row_warps * tile.column_warps,
         **overlap_options(x.device),
     )
     return out if num_parts == 1 else PartialSums(out, x.dtype)
