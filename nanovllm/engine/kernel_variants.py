@@ -59,6 +59,8 @@ def record_variants(
         counts = token_counts(config.max_num_seqs, ends)
         for num_rows in counts:
             _decode(runner, num_rows)
+            # A prefill's last layer attends as a decode step does, with kernels of its own.
+            _prefill(runner, num_rows, 0, longest=1)
         for num_rows in {*counts[:FEW], *counts[-FEW:]}:
             _sample(runner, num_rows)
     return variants
@@ -107,13 +109,14 @@ def _new_runner(config: Config, ops: Ops, rank: int, shares_memory: bool) -> Dry
     return runner
 
 
-def _prefill(runner: DryRunner, num_tokens: int, want: int) -> None:
+def _prefill(runner: DryRunner, num_tokens: int, want: int, longest: int | None = None) -> None:
     """Steps of so many tokens, of whole prompts and of chunks whose contexts windows cut.
 
     want: 0: only the last tokens pass through the end of the model; `Wants.PROMPT`: all do.
+    longest: tokens of a prompt at most.
     """
     config = runner.config
-    longest = min(num_tokens, config.max_model_len)
+    longest = min(num_tokens, config.max_model_len, longest or num_tokens)
     num_seqs = -(-num_tokens // longest)
     if num_seqs > config.max_num_seqs:
         return
