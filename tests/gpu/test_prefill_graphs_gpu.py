@@ -105,8 +105,9 @@ def test_prefill_graphs_agree_with_eager_steps_in_bf16(tmp_path, kv_cache_dtype,
 def test_padding_may_be_longer_than_any_sequence(model_dir, monkeypatch):
     prompts = prompts_of(LENGTHS[:5])
     expected = reference_greedy(model_dir, prompts, MAX_TOKENS)
+    options = {"max_num_seqs": 20, "max_model_len": 60, "enable_prefix_caching": False}
     with (
-        LLM(str(model_dir), num_kvcache_blocks=32, max_num_seqs=20, max_model_len=60) as llm,
+        LLM(str(model_dir), num_kvcache_blocks=32, **options) as llm,
         replays(monkeypatch) as found,
     ):
         assert generate(llm, 4 * prompts) == 4 * expected
