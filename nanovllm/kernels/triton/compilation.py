@@ -191,8 +191,8 @@ class Compilation:
                 self._start_threads()
             # Python 3.11 counts the depth of syntax trees for all threads together. Where two make
             # one at a time it may fail (its issue 106905), and not when all is quiet.
-            for index, task in self._tasks.items():
-                self._errors[index] = self._error_of(index) if task.exception() else None
+            failed = [index for index, task in self._tasks.items() if task.exception()]
+            self._errors |= dict.fromkeys(self._tasks) | {i: self._error_of(i) for i in failed}
             return [error for error in self._errors.values() if error is not None]
         finally:
             self.close()
