@@ -146,10 +146,11 @@ def allocated(backend, stages, options, language, capability) -> None:
     def allocate(module: Any, metadata: dict[str, Any]) -> str:
         with (
             mock.patch.object(passes, "add_to_llvmir", lambda *args: None),
-            mock.patch.object(knobs.compilation, "disable_line_info", True),
+            knobs.compilation.scope(),  # it keeps the environment, where the next value goes
             mock.patch.object(nvidia, "llvm", SimpleNamespace(init_targets=stop_before_llvm)),
             suppress(AllocatedError),
         ):
+            knobs.compilation.disable_line_info = True
             lower(module, metadata)
         metadata["shared"] = module.get_int_attr("ttg.shared")
         metadata["tmem_size"] = module.get_int_attr("ttg.tensor_memory_size")

@@ -30,7 +30,7 @@ VARIANTS = {
             "kernels.triton.hopper_fused_decode.MIN_ROWS": 2**31,
         }
     ),
-    "no-common-prefix": Variant(constants={"engine.common_prefix.MIN_SPARED_BLOCK_READS": NEVER}),
+    "no-common-prefix": Variant(constants={"engine.common_prefix.MIN_SPARED_TOKENS": NEVER}),
     "no-joint-admission": Variant(constants={"engine.scheduling_policy.ADMISSION_INTERVAL": 0}),
     "no-prefix-caching": Variant({"enable_prefix_caching": False}),
     "flash-attn": Variant({"attention_backend": "flash-attn"}),

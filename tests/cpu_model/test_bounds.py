@@ -154,7 +154,7 @@ nothing = Row(lambda value: False)
 anything = Row(lambda value: True)
 CONFIG = {
     "max_num_batched_tokens": or_none(
-        integer(1024, keeps=lambda n: min(int(n), 512 * 1024)), 16384
+        integer(1024, keeps=lambda n: min(int(n), 1024 * 1024)), 16384
     ),
     "max_num_seqs": integer(1, (INT32 - 6) // 10 - 1),
     "max_model_len": or_none(

@@ -61,13 +61,13 @@ def test_padded_steps_give_the_reference_tokens(model_dir, chunked):
     assert sizes == ({128, 256} if chunked else {128, 256, 512, 1024, 2048})
     assert 128 in numbers and 1 in numbers  # without padding, and nearly nothing else
     assert chunked == (0 in sampled)
-    assert {0, 1} < copies
+    assert 0 in copies and len(copies) > 3
 
 
 def test_sizes_suit_the_model_and_the_engine(model_dir):
     with tiny_engine(model_dir, max_model_len=600, max_num_seqs=9) as llm:
         steps = padded_steps(llm.model_runner)
-        assert steps.sizes[:2] == [(128, 8, 24, 600), (256, 9, 27, 600)]
+        assert steps.sizes[:2] == [(128, 8, 8 * 31, 600), (256, 9, 9 * 31, 600)]
         assert steps.sizes[-1].num_tokens == 4096
         for size in steps.sizes:
             inputs = new_padded_inputs(llm.model_runner, size).inputs
