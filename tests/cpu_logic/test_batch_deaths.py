@@ -386,7 +386,12 @@ def test_a_journal_that_cannot_be_written(tmp_path, expected, kind, capfd):
     assert run(source, target) == 1
     assert capfd.readouterr().err.count("warning") == 1
     assert results_of(target) == expected(20)
-    assert path.lstat() == before and notes.read_text() == "precious"
+    # Not the access time: a look at what the file says is allowed, and sets it.
+    after = path.lstat()
+    for field in ("st_mode", "st_ino", "st_uid", "st_size", "st_mtime_ns"):
+        assert getattr(after, field) == getattr(before, field), field
+    assert notes.read_text() == "precious"
+    assert path.is_dir() or path.is_fifo() or path.read_text() == "precious"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
