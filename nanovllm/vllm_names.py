@@ -9,13 +9,13 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any, Literal
 
+from nanovllm.guards.garbage import heavy_imports
+
 PACKAGE = __name__.rpartition(".")[0]
-FEW_OBJECTS = 100_000  # a fresh process with some libraries
 ENGINE_ARGS = {"EngineArgs": "features.engine_args"}
 ASYNC_ARGS = {"AsyncEngineArgs": "features.engine_args:EngineArgs"}
 ASYNC_ENGINE = {"AsyncLLMEngine": "vllm_async:AsyncLLM"}
@@ -155,26 +155,6 @@ def found(name: str, target: str) -> Any:
     module, _, other = target.partition(":")
     with heavy_imports():
         return getattr(importlib.import_module(f"{PACKAGE}.{module}"), other or name)
-
-
-@contextmanager
-def heavy_imports() -> Iterator[None]:
-    """Within it Python does not look for dead cycles; what is there then is left alone for ever.
-
-    torch makes half a million objects that live as long as the process: a look at all of them takes
-    0.1 s or more. Whoever has imported it before, or has many objects, may have cycles to lose:
-    then all objects are looked at later, as ever.
-    """
-    was_enabled = gc.isenabled()
-    is_new = was_enabled and "torch" not in sys.modules and len(gc.get_objects()) < FEW_OBJECTS
-    gc.disable()
-    try:
-        yield
-    finally:
-        if is_new:
-            gc.freeze()
-        if was_enabled:
-            gc.enable()
 
 
 def register() -> None:

@@ -1,1 +1,1 @@
-"""Guards that keep an engine whole: threads and forks, Ctrl-C, foreign templates."""
+"""Guards that keep an engine whole: threads and forks, Ctrl-C, foreign templates, collections."""

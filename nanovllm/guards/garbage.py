@@ -1,14 +1,36 @@
-"""When Python's garbage collector runs: seldom within a call, and as ever between calls."""
+"""When Python's garbage collector runs: not in imports, seldom within a call, else as ever."""
 
 import gc
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+FEW_OBJECTS = 100_000  # a fresh process with some libraries
 NUM_NEW_OBJECTS = 100_000
 
 _inside: set[object] = set()  # calls
 _users: tuple[int, int, int] | None = None  # the user's thresholds, while others are set
 _last_set: tuple[int, int, int] | None = None
+
+
+@contextmanager
+def heavy_imports() -> Iterator[None]:
+    """Within it Python does not look for dead cycles; what is there then is left alone for ever.
+
+    torch makes half a million objects that live as long as the process: a look at all of them takes
+    0.1 s or more. Whoever has imported it before, or has many objects, may have cycles to lose:
+    then all objects are looked at later, as ever.
+    """
+    was_enabled = gc.isenabled()
+    is_new = was_enabled and "torch" not in sys.modules and len(gc.get_objects()) < FEW_OBJECTS
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_new:
+            gc.freeze()
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager

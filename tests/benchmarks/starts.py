@@ -52,7 +52,7 @@ PARTS = {
 TIMED_START = """\
 import importlib, json, sys, time
 begin = time.time()
-from nanovllm.vllm_names import heavy_imports
+from nanovllm.guards.garbage import heavy_imports
 
 seconds = {"python": begin - float(sys.argv[3])}
 with heavy_imports():  # as with the import of LLM alone

@@ -36,7 +36,7 @@ ORDER = [
     "command_line",
     "compat parameters validation",
     "vllm_names",
-    "errors",
+    "errors guards.garbage",
 ]
 RANKS = {name: rank for rank, line in enumerate(ORDER) for name in line.split(" ")}
 # Names of other packages that have no public one: where they are accessed, and why.
