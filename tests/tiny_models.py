@@ -8,6 +8,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from vocabulary import VOCAB_SIZE
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
@@ -17,7 +18,6 @@ CORPUS = [
     "the quick brown fox jumps over the lazy dog and then it sleeps in the warm afternoon sun",
     "a paged cache keeps the keys and values of every sequence in blocks of equal size",
 ]
-VOCAB_SIZE = 384  # of the models; the tokenizer has fewer, so some ids decode to nothing
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500.0,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from tiny_models import VOCAB_SIZE
+from vocabulary import VOCAB_SIZE
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.launched_step import LaunchedStep
