@@ -23,6 +23,8 @@ from io import BytesIO
 from multiprocessing import connection, spawn
 from typing import Any
 
+from nanovllm.guards.garbage import heavy_imports
+
 WATCH_SECONDS = 0.5
 PR_SET_PDEATHSIG = 1
 # The last place to look, should the others be relative to a folder that has been left.
@@ -175,7 +177,8 @@ def main() -> None:
         preparation, main_module = pipe.recv()
         _main_module.update(main_module)
         spawn.prepare(preparation)
-        entry_point, args = unpickle(pipe.recv_bytes())
+        with heavy_imports():
+            entry_point, args = unpickle(pipe.recv_bytes())
         entry_point(*args, *memory, pipe)
         status = 0
     except (EOFError, BrokenPipeError):
