@@ -1,5 +1,6 @@
 """What the tests call on every rank: pickled by name, so it lives in a module of its own."""
 
+import gc
 import os
 import sys
 import time
@@ -15,6 +16,11 @@ def echo_rank(worker, *args, **kwargs):
 
 def imported(worker, name):
     return name in sys.modules
+
+
+def num_frozen_objects(worker):
+    """Those that Python's garbage collector no longer looks at."""
+    return gc.get_freeze_count()
 
 
 def sum_of_ranks(worker):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_checks import check_varied, random_prompts
+from forked_python import workers_are_forked
 from thread_ranks import start_thread
 from tiny_models import reference_greedy, save_model
 
@@ -61,6 +62,13 @@ def workload(tiny_dir) -> Workload:
     reference = reference_greedy(tiny_dir, prompts, max_tokens)
     check_varied(reference)
     return Workload(prompts, reference, max_tokens)
+
+
+@pytest.fixture(scope="module")
+def forked_workers():
+    """Workers are processes which need not import torch, see `forked_python`."""
+    with workers_are_forked():
+        yield
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from forked_python import ForkedPython, arguments_of
 from vocabulary import VOCAB_SIZE
 
 from nanovllm import LLM, SamplingParams
@@ -96,6 +97,8 @@ def worker_processes() -> list[tuple[int, int]]:
             arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
         except (FileNotFoundError, ProcessLookupError):
             continue
+        if pid in arguments_of and is_running(pid):
+            arguments = arguments_of[pid]
         prefix = "nanovllm-rank-"
         found += [(int(a.removeprefix(prefix)), pid) for a in arguments if a.startswith(prefix)]
     return found
@@ -156,17 +159,21 @@ def script_environment(**changes: str) -> dict[str, str]:
     return os.environ | settings | changes
 
 
+OUTPUT = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+
+
 def start_script(path: Path, *arguments: str, cwd: Path | None = None) -> subprocess.Popen:
     """A Python script in a process group of its own; stdout and stderr are one pipe of text."""
-    return subprocess.Popen(
-        [sys.executable, str(path), *arguments],
-        cwd=cwd,
-        env=script_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    command = [sys.executable, str(path), *arguments]
+    settings = {"env": script_environment(), "start_new_session": True}
+    return subprocess.Popen(command, cwd=cwd, **OUTPUT, **settings)
+
+
+def fork_script(path: Path, *arguments: str, forks_workers: bool = True) -> subprocess.Popen:
+    """The same in a process that has imported the engine already, as its workers have."""
+    command = [sys.executable, str(path), *arguments]
+    settings = {"env": script_environment(), "start_new_session": True}
+    return ForkedPython(command, forks_workers, **OUTPUT, **settings)
 
 
 def read_until(process: subprocess.Popen, line_start: str) -> str:

@@ -4,6 +4,7 @@ They are looked up by name in the worker process, so they live in a module of th
 """
 
 import ctypes
+import os
 import time
 
 FOR_EVER = 10**6
@@ -11,7 +12,7 @@ FOR_EVER = 10**6
 
 def hang() -> None:
     """As a loader of shared libraries may: no other Python thread runs meanwhile."""
-    print("hangs", flush=True)
+    print("hangs", os.getpid(), flush=True)
     ctypes.PyDLL(None).sleep(FOR_EVER)
 
 

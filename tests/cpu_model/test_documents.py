@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from engine_checks import REPO, script_environment
+from engine_checks import OUTPUT, REPO, script_environment
+from forked_python import ForkedPython
 
 import nanovllm
 
@@ -110,16 +111,11 @@ def commands_of(block: Block) -> list[list[str]]:
 
 @cache
 def help_of(*program: str) -> str:
-    process = subprocess.run(
-        [sys.executable, *program, "--help"],
-        cwd=REPO,
-        env=script_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout
+    command = [sys.executable, *program, "--help"]
+    with ForkedPython(command, cwd=REPO, env=script_environment(), **OUTPUT) as process:
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
 
 
 def check_command(words: list[str]) -> None:

@@ -13,12 +13,12 @@ from engine_checks import (
     check_nothing_is_held,
     descendants,
     drain,
+    fork_script,
     generate,
     greedy,
     is_running,
     random_prompts,
     read_until,
-    start_script,
     tiny_engine,
     wait_until,
     worker_pids,
@@ -28,6 +28,7 @@ from tiny_models import reference_greedy
 from nanovllm.engine import request_output
 from nanovllm.engine.launched_step import LaunchedStep
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
 PROMPTS = random_prompts((5, 250, 505, 40, 257), seed=60)
 MAX_TOKENS = 20
 
@@ -275,7 +276,7 @@ def test_ctrl_c_at_a_terminal(tiny_dir, tmp_path, reference, size):
     path = tmp_path / "script.py"
     path.write_text(SCRIPT)
     arguments = json.dumps([str(tiny_dir), size, PROMPTS, reference])
-    with start_script(path, arguments) as process:
+    with fork_script(path, arguments) as process:
         try:
             for _ in range(2):
                 read_until(process, "stepping")

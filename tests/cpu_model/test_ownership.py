@@ -10,10 +10,10 @@ import threading
 import pytest
 from engine_checks import (
     check_nothing_is_held,
+    fork_script,
     generate,
     greedy,
     random_prompts,
-    start_script,
     tiny_engine,
 )
 from tiny_models import reference_greedy
@@ -439,7 +439,7 @@ def test_forked_children_leave_the_engine_to_their_parent(tiny_dir, tmp_path, re
     path = tmp_path / "script.py"
     path.write_text(FORKS)
     arguments = json.dumps([str(tiny_dir), PROMPTS, reference])
-    with start_script(path, arguments) as process:
+    with fork_script(path, arguments) as process:
         try:
             output, _ = process.communicate(timeout=240)
         finally:

@@ -1,13 +1,13 @@
 """The report of an engine's run: its numbers are those of the outputs and of `get_metrics`."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from engine_checks import (
+    OUTPUT,
     check_nothing_is_held,
     drain,
     generate,
@@ -16,6 +16,7 @@ from engine_checks import (
     script_environment,
     tiny_engine,
 )
+from forked_python import ForkedPython
 
 from nanovllm import ArgumentError, SamplingParams
 from nanovllm.batch.run import main
@@ -175,14 +176,10 @@ assert os.path.exists(path) == {is_killed}
 def test_the_page_is_there_however_the_process_ends(tiny_dir, tmp_path, end):
     path = tmp_path / "run.html"
     script = SCRIPT.format(is_killed=end == "kill", end=ENDS[end])
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, str(tiny_dir), str(path)],
-        env=script_environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == (-9 if end == "kill" else 0), result.stderr
+    command = [sys.executable, "-c", script, str(tiny_dir), str(path)]
+    with ForkedPython(command, env=script_environment(), **OUTPUT) as process:
+        output, _ = process.communicate(timeout=600)
+    assert process.returncode == (-9 if end == "kill" else 0), output
     assert os.listdir(tmp_path) == ["run.html"]
     assert ("The run goes on" if end == "kill" else "The run ended") in path.read_text()
     assert numbers_of(path)["generation_tokens"] == 9

@@ -9,10 +9,12 @@ import shutil
 import subprocess
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import pytest
 from engine_checks import REPO, SHARED, script_environment
+from forked_python import ForkedPython
 from tiny_models import save_model
 
 import nanovllm
@@ -22,18 +24,20 @@ RESULT = r"Total: (\d+)tok, Time: \d+\.\d\ds, Throughput: \d+\.\d\dtok/s\n"
 SHIPPED = Path(nanovllm.__file__).parent / "assets" / "austen-7m"
 
 
-def run_script(*command, **environment):
-    """A finished script; it must end well."""
-    process = subprocess.run(
-        [sys.executable, *map(str, command)],
-        env=script_environment(**environment),
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=1000,
-    )
-    assert process.returncode == 0, process.stderr
-    return process
+def run_script(*command, popen=subprocess.Popen, **environment):
+    """What a script prints, on stdout and on stderr; it must end well."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    settings = {"env": script_environment(**environment)}
+    with popen([sys.executable, *map(str, command)], **pipes, **settings) as process:
+        try:
+            printed = process.communicate(timeout=1000)
+        finally:
+            process.kill()
+    assert process.returncode == 0, printed[1]
+    return printed
+
+
+fork_script = partial(run_script, popen=ForkedPython)
 
 
 # ---- bench.py -------------------------------------------------------------------------------
@@ -92,34 +96,34 @@ def test_the_default_workload_of_bench(bench, monkeypatch, capsys):
 def test_bench_with_dummy_weights(tiny_dir, tmp_path):
     """The directory holds a config and a tokenizer, nothing else."""
     shutil.copytree(tiny_dir, tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors"))
-    process = run_script(
+    output, errors = fork_script(
         REPO / "bench.py",
         *("--model", tmp_path / "m", "--load-format", "dummy", "--num-seqs", 5, "--repeat", 2),
         *("--min-input-len", 5, "--max-input-len", 30),
         *("--min-output-len", 4, "--max-output-len", 20),
     )
-    match = re.fullmatch(RESULT * 2, process.stdout)
-    assert match, process.stdout
+    match = re.fullmatch(RESULT * 2, output)
+    assert match, output
     assert match[1] == match[2]
     assert 5 * 4 <= int(match[1]) <= 5 * 20
-    assert re.search(r"Generating: 100%\|.*\| 1/1 ", process.stderr)
-    assert "5/5" not in process.stderr
+    assert re.search(r"Generating: 100%\|.*\| 1/1 ", errors)
+    assert "5/5" not in errors
 
 
 # ---- example.py -----------------------------------------------------------------------------
 
 
-def check_example(process, model, template):
+def check_example(output, errors, model, template):
     """Its stdout holds the documented lines only."""
     pattern = r"\n\nPrompt: (.*)\nCompletion: (.*)\n" * 2
-    match = re.fullmatch(pattern, process.stdout)
-    assert match, process.stdout
+    match = re.fullmatch(pattern, output)
+    assert match, output
     prompts = [ast.literal_eval(match[i]) for i in (1, 3)]
     requests = ["introduce yourself", "list all prime numbers within 100"]
     assert prompts == [template.format(request) for request in requests]
     assert all(isinstance(ast.literal_eval(match[i]), str) for i in (2, 4))
-    assert any(str(model) in line for line in process.stderr.splitlines())
-    assert re.search(r"Generating: 100%\|.*\| 2/2 .*Prefill=\d+tok/s, Decode=", process.stderr)
+    assert any(str(model) in line for line in errors.splitlines())
+    assert re.search(r"Generating: 100%\|.*\| 2/2 .*Prefill=\d+tok/s, Decode=", errors)
 
 
 QWEN_TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -128,19 +132,19 @@ QWEN_TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 def test_example_on_the_model_in_the_home_folder(tiny_dir, tmp_path):
     model = tmp_path / "huggingface" / "Qwen3-0.6B"
     shutil.copytree(tiny_dir, model)
-    process = run_script(REPO / "example.py", HOME=str(tmp_path))
-    check_example(process, model, QWEN_TEMPLATE)
+    output, errors = fork_script(REPO / "example.py", HOME=str(tmp_path))
+    check_example(output, errors, model, QWEN_TEMPLATE)
 
 
 @pytest.mark.skipif(not SHIPPED.is_dir(), reason="the shipped model is not in this checkout")
 def test_example_on_the_shipped_model(tmp_path):
-    process = run_script(REPO / "example.py", HOME=str(tmp_path))
-    match = re.fullmatch(r"\n\nPrompt: (.*)\nCompletion: (.*)\n" * 2, process.stdout)
-    assert match, process.stdout
+    output, errors = run_script(REPO / "example.py", HOME=str(tmp_path))
+    match = re.fullmatch(r"\n\nPrompt: (.*)\nCompletion: (.*)\n" * 2, output)
+    assert match, output
     prompts = [ast.literal_eval(match[i]) for i in (1, 3)]
     assert prompts == ["It was a cold morning, and", "Elizabeth was sitting by the window when"]
     assert all(ast.literal_eval(match[i]) for i in (2, 4))
-    assert str(SHIPPED) in process.stderr
+    assert str(SHIPPED) in errors
 
 
 # ---- the usage that nano-vLLM documents -------------------------------------------------------
@@ -273,8 +277,8 @@ def test_documented_usage_runs_unchanged_with_a_path(tmp_path):
         (snippets / f"{name}.txt").write_text(code)
     runner = tmp_path / "run_snippets.py"
     runner.write_text(RUN_SNIPPETS)
-    process = run_script(runner, snippets, HOME=str(home))
-    printed = dict(re.findall(r"== (.*)\n((?:(?!== ).*\n)*)", process.stdout))
+    output, _ = fork_script(runner, snippets, HOME=str(home))
+    printed = dict(re.findall(r"== (.*)\n((?:(?!== ).*\n)*)", output))
     assert sorted(printed) == sorted(SNIPPETS)
     assert len(re.findall(r"^Prompt: ", printed["batch"], re.MULTILINE)) == 2
     assert len(re.findall(r"^\[[\d, ]+\]$", printed["token ids"], re.MULTILINE)) == 8
@@ -293,4 +297,4 @@ def test_the_snippets_are_those_of_the_documents():
 
 def test_sampling_params_are_imported_without_torch():
     code = "import sys; from nanovllm import SamplingParams; print('torch' in sys.modules)"
-    assert run_script("-c", code).stdout == "False\n"
+    assert run_script("-c", code)[0] == "False\n"

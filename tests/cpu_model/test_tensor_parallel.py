@@ -24,7 +24,7 @@ from tiny_models import VOCAB_SIZE, edit_config, reference_greedy, save_model
 
 from nanovllm import ArgumentError, RequestError, SamplingParams
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_workers")]
 MAX_TOKENS = 16
 SAMPLED = SamplingParams(temperature=0.8, max_tokens=MAX_TOKENS, ignore_eos=True)
 

@@ -12,13 +12,13 @@ import pytest
 import rank_functions
 from engine_checks import (
     descendants,
+    fork_script,
     generate,
     greedy,
     is_running,
     random_prompts,
     read_until,
     shared_memory_files,
-    start_script,
     tiny_engine,
     wait_until,
     worker_pids,
@@ -28,7 +28,7 @@ from tiny_models import reference_greedy
 
 from nanovllm import EngineDeadError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_workers")]
 PROMPTS = random_prompts((5, 300, 40), seed=50)
 LIMIT_SECONDS = 60  # what is not noticed waits for ten minutes, also on a fast machine
 
@@ -248,7 +248,7 @@ if __name__ == "__main__":
 def test_workers_do_not_outlive_a_killed_rank_0(tiny_dir, tmp_path, state):
     path = tmp_path / "script.py"
     path.write_text(SCRIPT)
-    with start_script(path, str(tiny_dir), state) as process:
+    with fork_script(path, str(tiny_dir), state) as process:
         read_until(process, "ready")
         time.sleep(0.3)
         pids = descendants(process.pid)

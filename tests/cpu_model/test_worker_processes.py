@@ -3,10 +3,13 @@
 import multiprocessing
 import os
 import signal
+from functools import partial
 
 import pytest
+import rank_functions
 from engine_checks import (
     descendants,
+    fork_script,
     generate,
     greedy,
     is_running,
@@ -35,17 +38,19 @@ def test_ranks_listen_on_the_loopback_only_and_not_after_the_end(tiny_dir):
         found = listeners(os.getpid(), *worker_pids().values())
         assert len(found) > len(before)
         assert are_on_the_loopback(found), found
+        # The start of a worker makes no garbage.
+        assert llm.collective_rpc(rank_functions.num_frozen_objects)[1] > 100_000
     assert listeners() == before
 
 
 # ---- the user's script ------------------------------------------------------------------------
 
 
-def run_script(folder, text, *arguments):
-    """The exit status and the output's lines, of a script that runs in the folder above."""
+def run_script(start, folder, text, *arguments):
+    """The exit status and the output's lines of a script."""
     path = folder / "script.py"
     path.write_text(text)
-    with start_script(path, *arguments, cwd=folder.parent) as process:
+    with start(path, *arguments) as process:
         try:
             output, _ = process.communicate(timeout=240)
         finally:
@@ -80,7 +85,8 @@ def test_a_script_needs_a_guard_only_for_what_it_sends_to_the_workers(tiny_dir, 
         (tmp_path / f"{name}.py").write_text("raise ImportError('the wrong file')")
     folder = tmp_path / "scripts"
     folder.mkdir()
-    status, lines = run_script(folder, UNGUARDED.format(guard="if True:"), str(tiny_dir))
+    start = partial(start_script, cwd=tmp_path)
+    status, lines = run_script(start, folder, UNGUARDED.format(guard="if True:"), str(tiny_dir))
     expected = str(reference_greedy(tiny_dir, [[1, 2, 3]], 3))
     assert lines[:2] == ["the script runs", expected], lines
     # Only for the call a worker imports the script, which would make another engine.
@@ -91,7 +97,7 @@ def test_a_script_needs_a_guard_only_for_what_it_sends_to_the_workers(tiny_dir, 
 
 def test_with_a_guard_what_the_script_defines_can_be_sent(tiny_dir, tmp_path):
     text = UNGUARDED.format(guard='if __name__ == "__main__":')
-    status, lines = run_script(tmp_path, text, str(tiny_dir))
+    status, lines = run_script(fork_script, tmp_path, text, str(tiny_dir))
     assert status == 0, lines
     assert lines[0] == "the script runs"
     assert lines[-1] == "[20, 22]"
@@ -115,7 +121,7 @@ with tiny_engine(model, tensor_parallel_size=2) as llm:
 def test_a_process_without_standard_files_has_workers(tiny_dir, tmp_path):
     """What they print must not get into the pipes and the memory that they share with rank 0."""
     output = tmp_path / "output"
-    run_script(tmp_path, DAEMON, str(tiny_dir), str(output))
+    run_script(fork_script, tmp_path, DAEMON, str(tiny_dir), str(output))
     assert output.exists()
     assert output.read_text() == str(reference_greedy(tiny_dir, [[5, 6]], 3)[0])
 
@@ -151,14 +157,14 @@ def test_workers_do_not_outlive_a_rank_0_that_is_killed(tiny_dir, tmp_path, plac
     """Also if they hang with Python's lock held, or are stopped."""
     path = tmp_path / "script.py"
     path.write_text(KILLED)
-    with start_script(path, str(tiny_dir), place) as process:
+    with fork_script(path, str(tiny_dir), place) as process:
         pids = []
         try:
-            read_until(process, "hangs")
+            worker = int(read_until(process, "hangs").split()[1])
             pids = descendants(process.pid)
-            assert pids
+            assert worker in pids
             if is_stopped:
-                os.kill(pids[0], signal.SIGSTOP)
+                os.kill(worker, signal.SIGSTOP)
             process.kill()
             wait_until(lambda: not any(map(is_running, pids)), ORPHAN_SECONDS)
         finally:
@@ -169,7 +175,7 @@ def test_workers_do_not_outlive_a_rank_0_that_is_killed(tiny_dir, tmp_path, plac
 def test_a_worker_that_has_just_been_started_does_not_outlive_rank_0(tiny_dir, tmp_path):
     path = tmp_path / "script.py"
     path.write_text(KILLED)
-    with start_script(path, str(tiny_dir), "anywhere") as process:
+    with fork_script(path, str(tiny_dir), "anywhere", forks_workers=False) as process:
         wait_until(lambda: descendants(process.pid), 120)
         pids = descendants(process.pid)
         process.kill()
