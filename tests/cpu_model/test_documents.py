@@ -10,6 +10,7 @@ A comment in the line before a block says what is special about it:
 import ast
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -20,6 +21,8 @@ from typing import NamedTuple
 import pytest
 from engine_checks import OUTPUT, REPO, script_environment
 from forked_python import ForkedPython
+from safetensors.torch import load_file, save_file
+from tiny_models import edit_config
 
 import nanovllm
 
@@ -67,16 +70,32 @@ def test_every_block_says_its_language_and_every_mark_is_known():
 # ---- Python -----------------------------------------------------------------------------------
 
 
-def at_home(code: str) -> str:
-    """The code with the shipped model in place of every other."""
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory) -> Path:
+    """The shipped model without seven of its eight layers."""
+    folder = tmp_path_factory.mktemp("models") / "one-layer"
+    shutil.copytree(SHIPPED, folder)
+    edit_config(folder, num_hidden_layers=1, layer_types=["full_attention"])
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if not re.search(r"s\.[1-7]\.", name)}
+    save_file(kept, folder / "model.safetensors")
+    return folder
+
+
+def at_home(code: str, model: Path) -> str:
+    """The code with this model in place of every other."""
     calls = r'((?:LLM|EngineArgs)\(\s*)"[^"]*"'
-    return re.sub(calls, lambda match: f"{match[1]}{str(SHIPPED)!r}", code)
+    return re.sub(calls, lambda match: f"{match[1]}{str(model)!r}", code)
 
 
 @pytest.mark.skipif(not SHIPPED.is_dir(), reason="the shipped model is not in this checkout")
 @pytest.mark.parametrize("document", documents_with("python"), ids=name_of)
-def test_the_python_of_a_document_runs_from_top_to_bottom(document, tmp_path, monkeypatch, capsys):
+def test_the_python_of_a_document_runs_from_top_to_bottom(
+    document, tmp_path, monkeypatch, capsys, one_layer
+):
+    """What has an output has it with the shipped model."""
     monkeypatch.chdir(tmp_path)
+    is_exact = document.name == "README.md" or any(b.mark == "output" for b in blocks_of(document))
     namespace = {"__name__": "__main__"}
     printed = ""
     for block in blocks_of(document):
@@ -85,7 +104,7 @@ def test_the_python_of_a_document_runs_from_top_to_bottom(document, tmp_path, mo
         if block.language != "python":
             continue
         # An error names the document's own line.
-        source = "\n" * block.line + at_home(block.code)
+        source = "\n" * block.line + at_home(block.code, SHIPPED if is_exact else one_layer)
         code = compile(source, name_of(document), "exec")
         capsys.readouterr()
         if not block.mark:
