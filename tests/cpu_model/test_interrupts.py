@@ -54,9 +54,10 @@ def press_ctrl_c(llm, monkeypatch, calls, times=1):
     monkeypatch.setattr(llm.model_runner, "execute", interrupted)
 
 
-@pytest.mark.parametrize("times", [1, 2])
-@pytest.mark.parametrize("num_blocks", [128, 4])
-@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize(
+    ("overlap", "num_blocks", "times"),
+    [(True, 128, 1), (True, 4, 2), (False, 128, 2), (False, 4, 1)],
+)
 def test_a_manual_loop_loses_nothing(tiny_dir, reference, monkeypatch, overlap, num_blocks, times):
     """A second signal breaks the step off: it is computed again."""
     limits = [3, 20, 7, 12, 1]
