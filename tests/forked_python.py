@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 POPEN = subprocess.Popen
+PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
+HELPER = "test helper"  # its name in /proc
 MAX_ORDER_BYTES = 1 << 17
 MAX_DESCRIPTORS = 16
 FREE_DESCRIPTORS = 500  # from here on none is asked for
@@ -120,21 +122,22 @@ class _Helper:
 
     def carry_out(self, order: Order, descriptors: list[int]) -> int:
         """The process's id."""
-        set_subreaper = ctypes.CDLL(None).prctl
-        set_subreaper(PR_SET_CHILD_SUBREAPER, 1)
+        _prctl(PR_SET_CHILD_SUBREAPER, 1)
         try:
             socket.send_fds(self.connection, [pickle.dumps(order)], descriptors)
             answer = self.connection.recv(100)
         finally:
-            set_subreaper(PR_SET_CHILD_SUBREAPER, 0)
+            _prctl(PR_SET_CHILD_SUBREAPER, 0)
         assert answer, "the helper has ended, see its message"
         return int(answer)
 
 
 def start(command: Sequence[str], **kwargs: Any) -> subprocess.Popen:
     """`Popen`, and `ForkedPython` for a process of the engine."""
-    is_ours = any("nanovllm.parallel.process" in word for word in command)
-    return (ForkedPython if is_ours else POPEN)(command, **kwargs)
+    if not any("nanovllm.parallel.process" in word for word in command):
+        return POPEN(command, **kwargs)
+    is_replica = any(word.startswith("nanovllm-replica-") for word in command)
+    return ForkedPython(command, forks_workers=is_replica, **kwargs)
 
 
 @contextmanager
@@ -145,6 +148,10 @@ def workers_are_forked() -> Iterator[None]:
         yield
     finally:
         subprocess.Popen = POPEN
+
+
+def _prctl(option: int, value: int | bytes) -> None:
+    assert ctypes.CDLL(None).prctl(option, value) == 0
 
 
 # ---- the helper -------------------------------------------------------------------------------
@@ -158,6 +165,7 @@ def main(descriptor: int) -> None:
     import nanovllm.parallel.replicas
     import nanovllm.parallel.workers  # noqa: F401
 
+    assert "transformers" not in sys.modules  # neither the engine nor engine_checks needs them
     run(serve(socket.socket(fileno=descriptor)))
 
 
@@ -196,6 +204,7 @@ def run(order: Order) -> None:
 def serve(connection: socket.socket) -> Order:
     """Fork for each order; returns in the new processes alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _prctl(PR_SET_NAME, HELPER.encode())
     # Out of the way of the numbers that an order asks for.
     connection = socket.socket(
         fileno=fcntl.fcntl(connection.detach(), fcntl.F_DUPFD_CLOEXEC, FREE_DESCRIPTORS)
@@ -234,6 +243,7 @@ def _become(order: Order, received: list[int]) -> None:
         os.chdir(order.folder)
     os.environ.clear()
     os.environ.update(order.environment)
+    _prctl(PR_SET_NAME, b"python")
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, order.blocked)

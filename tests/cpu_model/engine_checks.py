@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from forked_python import ForkedPython, arguments_of
+from forked_python import HELPER, ForkedPython, arguments_of
 from vocabulary import VOCAB_SIZE
 
 from nanovllm import LLM, SamplingParams
@@ -89,8 +89,8 @@ def check_nothing_is_held(llm: LLM) -> None:
 # ---- processes ------------------------------------------------------------------------------
 
 
-def worker_processes() -> list[tuple[int, int]]:
-    """(rank, pid) of the tensor-parallel workers that this process has, of all its engines."""
+def processes_named(prefix: str) -> list[tuple[int, int]]:
+    """(number, pid) of this process's descendants with such a name and a number as an argument."""
     found = []
     for pid in descendants(os.getpid()):
         try:
@@ -99,9 +99,13 @@ def worker_processes() -> list[tuple[int, int]]:
             continue
         if pid in arguments_of and is_running(pid):
             arguments = arguments_of[pid]
-        prefix = "nanovllm-rank-"
         found += [(int(a.removeprefix(prefix)), pid) for a in arguments if a.startswith(prefix)]
     return found
+
+
+def worker_processes() -> list[tuple[int, int]]:
+    """(rank, pid) of the tensor-parallel workers that this process has, of all its engines."""
+    return processes_named("nanovllm-rank-")
 
 
 def worker_pids() -> dict[int, int]:
@@ -119,12 +123,15 @@ def is_running(pid: int) -> bool:
 
 
 def descendants(pid: int) -> list[int]:
+    """The processes that this one has started, and they; without what forks for tests."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 stat = (entry / "stat").read_text()
             except (FileNotFoundError, ProcessLookupError):
+                continue
+            if f"({HELPER})" in stat:
                 continue
             children.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(entry.name))
     found = list(children.get(pid, []))

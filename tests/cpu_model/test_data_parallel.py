@@ -6,7 +6,6 @@ import threading
 from collections import deque
 from dataclasses import fields
 from itertools import chain
-from pathlib import Path
 
 import pytest
 import rank_functions
@@ -16,6 +15,7 @@ from engine_checks import (
     generate,
     greedy,
     is_running,
+    processes_named,
     random_prompts,
     tiny_engine,
     wait_until,
@@ -44,7 +44,7 @@ from nanovllm.parallel.replica_messages import (
     unpack,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_workers")]
 LENGTHS = (5, 300, 40, 257, 12, 100, 1, 600)
 PROMPTS = random_prompts(LENGTHS, seed=70)
 # Little room, so that requests wait in the engine too.
@@ -53,16 +53,7 @@ SETTINGS = {"max_num_seqs": 2}
 
 def replica_pids() -> dict[int, int]:
     """Index -> pid of the replicas of this process."""
-    found = {}
-    for pid in descendants(os.getpid()):
-        try:
-            arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        name = next((a for a in arguments if a.startswith("nanovllm-replica-")), None)
-        if name is not None and is_running(pid):
-            found[int(name.removeprefix("nanovllm-replica-"))] = pid
-    return found
+    return {i: pid for i, pid in processes_named("nanovllm-replica-") if is_running(pid)}
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from transformers import Qwen3ForCausalLM
 
 from nanovllm import ArgumentError, EngineDeadError, EngineUseError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_workers")]
 MAX_TOKENS = 8
 PROMPTS = random_prompts((5, 257, 300), seed=80)
 

@@ -32,15 +32,15 @@ ORPHAN_SECONDS = 5
 
 
 def test_ranks_listen_on_the_loopback_only_and_not_after_the_end(tiny_dir):
-    before = listeners()
+    before = set(listeners())  # a test before may have left some to a finalizer
     with tiny_engine(tiny_dir, tensor_parallel_size=2) as llm:
         generate(llm, PROMPTS, greedy(3))
         found = listeners(os.getpid(), *worker_pids().values())
-        assert len(found) > len(before)
+        assert set(found) - before
         assert are_on_the_loopback(found), found
         # The start of a worker makes no garbage.
         assert llm.collective_rpc(rank_functions.num_frozen_objects)[1] > 100_000
-    assert listeners() == before
+    assert set(listeners()) <= before
 
 
 # ---- the user's script ------------------------------------------------------------------------
