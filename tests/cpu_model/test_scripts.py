@@ -16,6 +16,7 @@ import pytest
 from engine_checks import REPO, SHARED, script_environment
 from forked_python import ForkedPython
 from tiny_models import save_model
+from vocabulary import VOCAB_SIZE
 
 import nanovllm
 from nanovllm import SamplingParams
@@ -126,14 +127,21 @@ def check_example(output, errors, model, template):
     assert re.search(r"Generating: 100%\|.*\| 2/2 .*Prefill=\d+tok/s, Decode=", errors)
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A home folder with the model that nano-vLLM asks for; completions end after a few dozen."""
+    home = tmp_path_factory.mktemp("home")
+    model = home / "huggingface" / "Qwen3-0.6B"
+    save_model(model, num_hidden_layers=1, eos_token_id=[2, *range(10, VOCAB_SIZE, 40)])
+    return home
+
+
 QWEN_TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_example_on_the_model_in_the_home_folder(tiny_dir, tmp_path):
-    model = tmp_path / "huggingface" / "Qwen3-0.6B"
-    shutil.copytree(tiny_dir, model)
-    output, errors = fork_script(REPO / "example.py", HOME=str(tmp_path))
-    check_example(output, errors, model, QWEN_TEMPLATE)
+def test_example_on_the_model_in_the_home_folder(home):
+    output, errors = fork_script(REPO / "example.py", HOME=str(home))
+    check_example(output, errors, home / "huggingface" / "Qwen3-0.6B", QWEN_TEMPLATE)
 
 
 @pytest.mark.skipif(not SHIPPED.is_dir(), reason="the shipped model is not in this checkout")
@@ -265,15 +273,15 @@ for path in sorted(pathlib.Path(sys.argv[1]).glob("*.txt")):
 """
 
 
-def test_documented_usage_runs_unchanged_with_a_path(tmp_path):
+def test_documented_usage_runs_unchanged_with_a_path(home, tmp_path):
     """One process, so the engines follow one another without being ended."""
-    home = tmp_path / "home"
-    model = save_model(home / "huggingface" / "Qwen3-0.6B", vocab_size=10048, num_hidden_layers=1)
+    models = dict.fromkeys(SNIPPETS, home / "huggingface" / "Qwen3-0.6B")
+    models["token ids"] = save_model(tmp_path / "m", vocab_size=10048, num_hidden_layers=1)
     snippets = tmp_path / "snippets"
     snippets.mkdir()
     for name, code in SNIPPETS.items():
         for placeholder in ("/path/to/model", "/YOUR/MODEL/PATH"):
-            code = code.replace(placeholder, str(model))
+            code = code.replace(placeholder, str(models[name]))
         (snippets / f"{name}.txt").write_text(code)
     runner = tmp_path / "run_snippets.py"
     runner.write_text(RUN_SNIPPETS)
