@@ -83,7 +83,7 @@ def main() -> None:
         async_scheduling=not args.no_async_scheduling,
         enable_prefix_caching=not args.no_prefix_caching,
     )
-    max_token_id = min(10000, llm.config.hf_config.vocab_size - 1)
+    max_token_id = min(10000, llm.config.get_vocab_size() - 1)
 
     seed(0)
     prompt_token_ids = [

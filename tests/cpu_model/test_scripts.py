@@ -57,7 +57,7 @@ class FakeLLM:
 
     def __init__(self, model, **kwargs):
         self.model, self.kwargs, self.calls = model, kwargs, []
-        self.config = types.SimpleNamespace(hf_config=types.SimpleNamespace(vocab_size=151936))
+        self.config = types.SimpleNamespace(get_vocab_size=lambda: 151936)
         FakeLLM.last = self
 
     def generate(self, prompts, sampling_params, use_tqdm=True):
