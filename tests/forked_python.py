@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ PR_SET_CHILD_SUBREAPER = 36
 HELPER = "test helper"  # its name in /proc
 MAX_ORDER_BYTES = 1 << 17
 MAX_DESCRIPTORS = 16
+SECONDS = 600  # to import the engine on a slow machine; a process that could not begin says nothing
 FREE_DESCRIPTORS = 500  # from here on none is asked for
 FOLDERS = [str(Path(__file__).parent), str(Path(__file__).parent / "cpu_model")]
 LIGHT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # read by what the helper imports
@@ -103,6 +105,8 @@ class _Helper:
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection, self.owner = connection, os.getpid()
+        self.connection.settimeout(SECONDS)
+        self.lock = threading.Lock()  # an engine starts its processes in a thread
 
     @classmethod
     def start(cls) -> "_Helper":
@@ -122,12 +126,13 @@ class _Helper:
 
     def carry_out(self, order: Order, descriptors: list[int]) -> int:
         """The process's id."""
-        _prctl(PR_SET_CHILD_SUBREAPER, 1)
-        try:
-            socket.send_fds(self.connection, [pickle.dumps(order)], descriptors)
-            answer = self.connection.recv(100)
-        finally:
-            _prctl(PR_SET_CHILD_SUBREAPER, 0)
+        with self.lock:
+            _prctl(PR_SET_CHILD_SUBREAPER, 1)
+            try:
+                socket.send_fds(self.connection, [pickle.dumps(order)], descriptors)
+                answer = self.connection.recv(100)
+            finally:
+                _prctl(PR_SET_CHILD_SUBREAPER, 0)
         assert answer, "the helper has ended, see its message"
         return int(answer)
 
