@@ -1,8 +1,11 @@
 """The installed transformers: an old one loads some models and tokenizers otherwise, silently."""
 
-from importlib.metadata import version
+from functools import cache
+from importlib.metadata import version as read_version
 
 MIN_TRANSFORMERS = "5.22"  # of pyproject.toml
+
+version = cache(read_version)  # a file of 35 KB to parse, for every engine of a process
 
 
 def check_transformers() -> None:
