@@ -220,7 +220,8 @@ def _check_logit_bias(name: str, value: Any) -> dict[int, float] | None:
             key = check_at_least(f"{name}: a token id", int(key) if is_digits else key, minimum=0)
         if not (type(bias) is float and abs(bias) <= MAX_LOGIT_BIAS):
             bias = check_number(f"{name}[{key}]", bias, "finite", math.isfinite)
-        biases[key] = max(-MAX_LOGIT_BIAS, min(bias, MAX_LOGIT_BIAS))
+            bias = max(-MAX_LOGIT_BIAS, min(bias, MAX_LOGIT_BIAS))
+        biases[key] = bias
     return biases or None
 
 
