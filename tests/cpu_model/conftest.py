@@ -36,9 +36,15 @@ def tiny_dir(tmp_path_factory) -> Path:
     return save_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
+@pytest.fixture(scope="session")
+def shallow_dir(tmp_path_factory) -> Path:
+    """As `tiny_dir` with two layers, for tests of what a step is made of: they take many steps."""
+    return save_model(tmp_path_factory.mktemp("models") / "shallow", num_hidden_layers=2)
+
+
 @dataclass
 class Workload:
-    """Prompts that share and repeat prefixes, around multiples of the block size 256."""
+    """For `shallow_dir`: prompts that share and repeat prefixes, around multiples of 256."""
 
     prompts: list[list[int]]
     reference: list[list[int]]
@@ -46,11 +52,11 @@ class Workload:
 
 
 @pytest.fixture(scope="session")
-def workload(tiny_dir) -> Workload:
-    max_tokens = 24
+def workload(shallow_dir) -> Workload:
+    max_tokens = 16
     shared = random_prompts([600], seed=1)[0]
     prompts = [
-        *random_prompts((1, 2, 17, 100, 240, 255, 256, 257, 300, 500, 511, 512, 513)),
+        *random_prompts((1, 2, 17, 100, 245, 255, 256, 257, 300, 500, 511, 512, 513)),
         shared[:512],
         shared[:520],
         shared,
@@ -59,7 +65,7 @@ def workload(tiny_dir) -> Workload:
         shared[:256],
         shared[:512],
     ]
-    reference = reference_greedy(tiny_dir, prompts, max_tokens)
+    reference = reference_greedy(shallow_dir, prompts, max_tokens)
     check_varied(reference)
     return Workload(prompts, reference, max_tokens)
 
