@@ -10,7 +10,8 @@ from transformers import AttentionInterface, Qwen3ForCausalLM
 from nanovllm import ArgumentError, SamplingParams
 
 MAX_TOKENS = 16
-SWITCHES = list(itertools.product([True, False], repeat=4))
+# Any two switches in all their combinations, and all at once with a pool that preempts.
+SWITCHES = [s for s in itertools.product([True, False], repeat=4) if sum(s) in (0, 3)]
 
 
 def fp8_engine(model_dir, **kwargs):
@@ -18,10 +19,10 @@ def fp8_engine(model_dir, **kwargs):
 
 
 @pytest.fixture(scope="module")
-def completions(tiny_dir, workload):
+def completions(shallow_dir, workload):
     """Of each prompt alone, from an engine that shares, splits and preempts nothing."""
     with fp8_engine(
-        tiny_dir, enable_prefix_caching=False, async_scheduling=False, max_num_seqs=1
+        shallow_dir, enable_prefix_caching=False, async_scheduling=False, max_num_seqs=1
     ) as llm:
         completions = generate(llm, workload.prompts, greedy(MAX_TOKENS))
     check_varied(completions)
@@ -84,65 +85,66 @@ def greedy_gaps(model_dir, prompts, completions, attention: str) -> torch.Tensor
 
 
 def test_greedy_tokens_are_those_of_transformers_over_quantised_keys_and_values(
-    tiny_dir, workload, completions
+    shallow_dir, workload, completions
 ):
     """Rounding may tip an element to the next fp8 number, hence a small tolerance."""
-    quantised = greedy_gaps(tiny_dir, workload.prompts, completions, "over_fp8")
-    plain = greedy_gaps(tiny_dir, workload.prompts, completions, "sdpa")
+    few = workload.prompts[:9], completions[:9]  # up to 300 tokens
+    quantised = greedy_gaps(shallow_dir, *few, "over_fp8")
+    plain = greedy_gaps(shallow_dir, *few, "sdpa")
     assert quantised.max() < 0.02
     assert (plain > 0.02).sum() > 5  # or the check would not notice the quantisation
 
 
 @pytest.mark.parametrize(("caching", "chunked", "overlap", "ample"), SWITCHES)
 def test_no_switch_changes_a_token(
-    tiny_dir, workload, completions, caching, chunked, overlap, ample
+    shallow_dir, workload, completions, caching, chunked, overlap, ample
 ):
     chunks = {"enable_chunked_prefill": True, "max_num_batched_tokens": 90} if chunked else {}
     pool = {} if ample else {"num_kvcache_blocks": 7, "watermark": 0}
     with fp8_engine(
-        tiny_dir,
+        shallow_dir,
         enable_prefix_caching=caching,
         async_scheduling=overlap,
         **chunks,
         **pool,
     ) as llm:
-        for _ in range(2):  # the second time with a warm prefix cache
+        for _ in range(1 + caching):  # the second time with a warm prefix cache
             assert generate(llm, workload.prompts, greedy(MAX_TOKENS)) == completions
             check_nothing_is_held(llm)
         assert (llm.scheduler.num_preemptions > 0) == (not ample)
 
 
 @pytest.mark.usefixtures("ranks_are_threads")
-def test_two_ranks_change_no_token(tiny_dir, workload, completions):
-    with fp8_engine(tiny_dir, tensor_parallel_size=2) as llm:
+def test_two_ranks_change_no_token(shallow_dir, workload, completions):
+    with fp8_engine(shallow_dir, tensor_parallel_size=2) as llm:
         for _ in range(2):
             assert generate(llm, workload.prompts, greedy(MAX_TOKENS)) == completions
             check_nothing_is_held(llm)
 
 
-def test_sampled_tokens_do_not_depend_on_the_pool(tiny_dir, workload):
+def test_sampled_tokens_do_not_depend_on_the_pool(shallow_dir, workload):
     params = SamplingParams(temperature=0.8, max_tokens=MAX_TOKENS, ignore_eos=True)
     outputs = []
     for kwargs in ({}, {"num_kvcache_blocks": 7, "watermark": 0}):
-        with fp8_engine(tiny_dir, **kwargs) as llm:
+        with fp8_engine(shallow_dir, **kwargs) as llm:
             outputs.append(generate(llm, workload.prompts, params))
     assert outputs[0] == outputs[1]
 
 
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
-def test_half_precision(tiny_dir, workload, dtype):
-    with fp8_engine(tiny_dir, dtype=dtype, enable_prefix_caching=False) as llm:
+def test_half_precision(shallow_dir, workload, dtype):
+    with fp8_engine(shallow_dir, dtype=dtype, enable_prefix_caching=False) as llm:
         first = generate(llm, workload.prompts, greedy(MAX_TOKENS))
         assert generate(llm, workload.prompts, greedy(MAX_TOKENS)) == first
         check_nothing_is_held(llm)
     check_varied(first)
 
 
-def test_the_same_memory_holds_more_blocks(tiny_dir):
+def test_the_same_memory_holds_more_blocks(shallow_dir):
     num_blocks = {}
     for kv_cache_dtype in ("auto", "fp8", "fp8_e4m3"):
         with tiny_engine(
-            tiny_dir,
+            shallow_dir,
             dtype="bfloat16",
             kv_cache_dtype=kv_cache_dtype,
             num_kvcache_blocks=None,
@@ -153,11 +155,11 @@ def test_the_same_memory_holds_more_blocks(tiny_dir):
             scales = 0 if runner.kv_scales is None else runner.kv_scales.nbytes
             assert 0.95 * (64 << 20) < runner.kv_cache.nbytes + scales <= 64 << 20
     # 16 numbers of one byte and a scale of four, where there were 16 of two.
-    heads = 2 * 3 * 256 * 4  # K and V, layers, tokens, KV heads
+    heads = 2 * 2 * 256 * 4  # K and V, layers, tokens, KV heads
     assert num_blocks["auto"] == (64 << 20) // (heads * 32)
     assert num_blocks["fp8"] == num_blocks["fp8_e4m3"] == (64 << 20) // (heads * 20)
 
 
-def test_flash_attn_is_refused_by_name(tiny_dir):
+def test_flash_attn_is_refused_by_name(shallow_dir):
     with pytest.raises(ArgumentError, match="'fp8', which attention_backend 'flash-attn'"):
-        fp8_engine(tiny_dir, attention_backend="flash-attn")
+        fp8_engine(shallow_dir, attention_backend="flash-attn")
