@@ -46,22 +46,18 @@ def is_poisoned(seq):
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_dir):
-    return reference_greedy(tiny_dir, PROMPTS, MAX_TOKENS)
+def reference(shallow_dir):
+    return reference_greedy(shallow_dir, PROMPTS, MAX_TOKENS)
 
 
-SWITCHES = pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"async_scheduling": False},
-        {"enable_chunked_prefill": True, "max_num_batched_tokens": 90},
-        {"num_kvcache_blocks": 6, "watermark": 0},
-        {"max_num_seqs": 2},
-        {"enable_prefix_caching": False, "scheduling_policy": "priority"},
-    ],
-    ids=lambda settings: "-".join(settings) or "default",
-)
+SETTINGS = [
+    {},
+    {"async_scheduling": False},
+    {"enable_chunked_prefill": True, "max_num_batched_tokens": 90},
+    {"num_kvcache_blocks": 6, "watermark": 0},
+    {"max_num_seqs": 2},
+    {"enable_prefix_caching": False, "scheduling_policy": "priority"},
+]
 
 
 # ---- where a request can fail ----------------------------------------------------------------
@@ -138,10 +134,16 @@ def check_failed(output, error="InjectedError: odd"):
     assert output["stop_reason"] == output.error == error
 
 
-@SWITCHES
-@PLACE
-def test_generate_completes_all_others_first(tiny_dir, reference, monkeypatch, fail, settings):
-    with tiny_engine(tiny_dir, **settings) as llm:
+@pytest.mark.parametrize(
+    ("fail", "settings"),
+    [
+        pytest.param(PLACES[(i + step) % len(PLACES)], SETTINGS[i], id=f"{i}-{step}")
+        for i in range(len(SETTINGS))
+        for step in (0, 2)  # so each place is tried with two settings or three
+    ],
+)
+def test_generate_completes_all_others_first(shallow_dir, reference, monkeypatch, fail, settings):
+    with tiny_engine(shallow_dir, **settings) as llm:
         with monkeypatch.context() as patch:
             fail(patch, llm, InjectedError("odd"))
             with pytest.raises(RequestError, match=r"prompts\[4\] failed: InjectedError: odd") as e:
@@ -159,8 +161,8 @@ def test_generate_completes_all_others_first(tiny_dir, reference, monkeypatch, f
 
 @PLACE
 @pytest.mark.parametrize("overlap", [True, False])
-def test_a_loop_of_steps_goes_on(tiny_dir, reference, monkeypatch, fail, overlap):
-    with tiny_engine(tiny_dir, async_scheduling=overlap) as llm:
+def test_a_loop_of_steps_goes_on(shallow_dir, reference, monkeypatch, fail, overlap):
+    with tiny_engine(shallow_dir, async_scheduling=overlap) as llm:
         fail(monkeypatch, llm, InjectedError("odd"))
         ids = [
             llm.add_request(prompt, params)
@@ -180,15 +182,15 @@ def test_a_loop_of_steps_goes_on(tiny_dir, reference, monkeypatch, fail, overlap
 
 
 @pytest.mark.parametrize("error", [InjectedError("odd"), PanicException("odd"), MemoryError()])
-def test_sampled_neighbours_draw_the_same(tiny_dir, monkeypatch, error):
+def test_sampled_neighbours_draw_the_same(shallow_dir, monkeypatch, error):
     """Also those that are sampled with the failing one, from their own seeds."""
     params = SamplingParams(temperature=0.9, top_p=0.9, max_tokens=MAX_TOKENS, seed=5)
     penalised = SamplingParams(temperature=0.8, frequency_penalty=0.5, max_tokens=20, logprobs=2)
     mixed = [params, penalised, params, penalised, params, penalised, params]
-    with tiny_engine(tiny_dir) as llm:
+    with tiny_engine(shallow_dir) as llm:
         expected = llm.generate(PROMPTS, mixed, use_tqdm=False)
     mixed[3] = poisoned(n=3)
-    with tiny_engine(tiny_dir) as llm:
+    with tiny_engine(shallow_dir) as llm:
         fail_in_sampling(monkeypatch, llm, error)
         with pytest.raises(RequestError) as raised:
             llm.generate(PROMPTS, mixed, use_tqdm=False)
@@ -203,8 +205,8 @@ def test_sampled_neighbours_draw_the_same(tiny_dir, monkeypatch, error):
         check_nothing_is_held(llm)
 
 
-def test_all_of_them_fail(tiny_dir, monkeypatch):
-    with tiny_engine(tiny_dir) as llm:
+def test_all_of_them_fail(shallow_dir, monkeypatch):
+    with tiny_engine(shallow_dir) as llm:
         fail_in_begin(monkeypatch, llm, InjectedError("odd"))
         with pytest.raises(RequestError, match=r"prompts\[0\] failed, and 6 more: ") as raised:
             llm.generate(PROMPTS, poisoned(), use_tqdm=False)
@@ -213,10 +215,10 @@ def test_all_of_them_fail(tiny_dir, monkeypatch):
         check_nothing_is_held(llm)
 
 
-def test_a_long_search_touches_only_what_it_runs(tiny_dir, monkeypatch):
+def test_a_long_search_touches_only_what_it_runs(shallow_dir, monkeypatch):
     """Each of n requests is set back about log2(n) times, not at each of 2n restarts."""
     num_requests, resets, reset = 64, [], Sequence.reset
-    with tiny_engine(tiny_dir) as llm:
+    with tiny_engine(shallow_dir) as llm:
         fail_in_begin(monkeypatch, llm, InjectedError("odd"))
         llm.enqueue([[1, 2, 3]] * num_requests, poisoned())
         monkeypatch.setattr(Sequence, "reset", lambda seq: (resets.append(seq), reset(seq)))
@@ -226,9 +228,11 @@ def test_a_long_search_touches_only_what_it_runs(tiny_dir, monkeypatch):
         check_nothing_is_held(llm)
 
 
-def test_a_failure_that_does_not_come_again_ends_nobody(tiny_dir, reference, monkeypatch, caplog):
+def test_a_failure_that_does_not_come_again_ends_nobody(
+    shallow_dir, reference, monkeypatch, caplog
+):
     for call in (0, 1, 2, 5, 11):
-        with tiny_engine(tiny_dir) as llm, monkeypatch.context() as patch:
+        with tiny_engine(shallow_dir) as llm, monkeypatch.context() as patch:
             execute, count = llm.model_runner.execute, iter(range(10**9))
 
             def failing(plan, seqs=(), execute=execute, count=count, call=call):
@@ -244,9 +248,9 @@ def test_a_failure_that_does_not_come_again_ends_nobody(tiny_dir, reference, mon
             check_nothing_is_held(llm)
 
 
-def test_what_only_fails_together_gets_done(tiny_dir, reference, monkeypatch):
+def test_what_only_fails_together_gets_done(shallow_dir, reference, monkeypatch):
     """As memory that suffices for few rows alone."""
-    with tiny_engine(tiny_dir) as llm:
+    with tiny_engine(shallow_dir) as llm:
         execute = llm.model_runner.execute
 
         def failing(plan, seqs=()):
@@ -259,8 +263,8 @@ def test_what_only_fails_together_gets_done(tiny_dir, reference, monkeypatch):
         check_nothing_is_held(llm)
 
 
-def test_requests_that_come_and_go_during_the_search(tiny_dir, reference, monkeypatch):
-    with tiny_engine(tiny_dir) as llm:
+def test_requests_that_come_and_go_during_the_search(shallow_dir, reference, monkeypatch):
+    with tiny_engine(shallow_dir) as llm:
         fail_in_begin(monkeypatch, llm, InjectedError("odd"))
         params = with_poison(greedy(MAX_TOKENS), {5})
         for prompt, own in zip(PROMPTS[:6], params, strict=False):
@@ -281,8 +285,8 @@ def test_requests_that_come_and_go_during_the_search(tiny_dir, reference, monkey
 # ---- other ways to run ------------------------------------------------------------------------
 
 
-def test_streams(tiny_dir, reference, monkeypatch):
-    with tiny_engine(tiny_dir) as llm:
+def test_streams(shallow_dir, reference, monkeypatch):
+    with tiny_engine(shallow_dir) as llm:
         fail_in_sampling(monkeypatch, llm, InjectedError("odd"))
         pieces = [[] for _ in PROMPTS]
         for item in llm.generate_stream(PROMPTS, with_poison(greedy(MAX_TOKENS))):
@@ -294,8 +298,8 @@ def test_streams(tiny_dir, reference, monkeypatch):
         check_nothing_is_held(llm)
 
 
-def test_queues(tiny_dir, reference, monkeypatch):
-    with tiny_engine(tiny_dir) as llm:
+def test_queues(shallow_dir, reference, monkeypatch):
+    with tiny_engine(shallow_dir) as llm:
         fail_in_sampling(monkeypatch, llm, InjectedError("odd"))
         llm.enqueue(PROMPTS, with_poison(greedy(MAX_TOKENS)))
         outputs = llm.wait_for_completion(use_tqdm=False)
@@ -303,7 +307,7 @@ def test_queues(tiny_dir, reference, monkeypatch):
         assert token_ids(outputs) == reference[:4] + reference[5:]
 
 
-def test_a_batch_file(tiny_dir, tmp_path, monkeypatch):
+def test_a_batch_file(shallow_dir, tmp_path, monkeypatch):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     lines = [
         {"custom_id": str(i), "prompt": prompt, "max_tokens": 4, "temperature": 0}
@@ -317,15 +321,15 @@ def test_a_batch_file(tiny_dir, tmp_path, monkeypatch):
         fail_in_begin(monkeypatch, llm, InjectedError("odd"))
         return llm
 
-    assert main([str(source), str(target), "--model", str(tiny_dir)], make_engine) == 1
+    assert main([str(source), str(target), "--model", str(shallow_dir)], make_engine) == 1
     records = {r["custom_id"]: r for r in map(json.loads, target.read_text().splitlines())}
     assert len(records) == len(PROMPTS)
     assert records.pop("2")["error"] == {"code": "request_failed", "message": "InjectedError: odd"}
     assert all(record["error"] is None for record in records.values())
 
 
-def test_pooling(tiny_dir):
-    with tiny_engine(tiny_dir) as llm:
+def test_pooling(shallow_dir):
+    with tiny_engine(shallow_dir) as llm:
         from nanovllm.features import pooling
 
         def pooler(hidden_state):
@@ -362,10 +366,10 @@ def tokenizer_that_fails(llm, monkeypatch, bad_id, error=None):
 
 
 @pytest.mark.parametrize("stop", [None, ["never"]])
-def test_a_tokenizer_that_fails_for_one_text(tiny_dir, reference, monkeypatch, stop):
+def test_a_tokenizer_that_fails_for_one_text(shallow_dir, reference, monkeypatch, stop):
     bad_id = next(t for t in reference[1] if not any(t in r for r in reference[2:] + reference[:1]))
     params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, stop=stop)
-    with tiny_engine(tiny_dir) as llm:
+    with tiny_engine(shallow_dir) as llm:
         tokenizer_that_fails(llm, monkeypatch, bad_id)
         with pytest.raises(RequestError, match=r"prompts\[1\] failed: InjectedError: no text") as e:
             llm.generate(PROMPTS, params, use_tqdm=False)
@@ -382,14 +386,14 @@ def test_a_tokenizer_that_fails_for_one_text(tiny_dir, reference, monkeypatch, s
         check_nothing_is_held(llm)
 
 
-def test_a_tokenizer_that_fails_while_other_requests_run(tiny_dir, reference, monkeypatch):
+def test_a_tokenizer_that_fails_while_other_requests_run(shallow_dir, reference, monkeypatch):
     """The output of the request that ends first is made while the device works."""
     bad_id = next(t for t in reference[1] if not any(t in r for r in reference[2:] + reference[:1]))
     lengths = [MAX_TOKENS] * len(PROMPTS)
     lengths[1] = reference[1].index(bad_id) + 1
     assert lengths[1] < MAX_TOKENS - 1
     monkeypatch.setattr(LaunchedStep, "is_done", lambda step: False)
-    with tiny_engine(tiny_dir) as llm:
+    with tiny_engine(shallow_dir) as llm:
         tokenizer_that_fails(llm, monkeypatch, bad_id)
         with pytest.raises(RequestError, match=r"prompts\[1\] failed: InjectedError: no text") as e:
             llm.generate(PROMPTS, list(map(greedy, lengths)), use_tqdm=False)
@@ -400,7 +404,7 @@ def test_a_tokenizer_that_fails_while_other_requests_run(tiny_dir, reference, mo
         check_nothing_is_held(llm)
 
 
-def test_a_grammar_that_fails_in_mid_text(tiny_dir, monkeypatch):
+def test_a_grammar_that_fails_in_mid_text(shallow_dir, monkeypatch):
     pytest.importorskip("llguidance")
     from nanovllm import StructuredOutputsParams
     from nanovllm.sampling.structured_outputs import Grammar
@@ -415,7 +419,7 @@ def test_a_grammar_that_fails_in_mid_text(tiny_dir, monkeypatch):
     monkeypatch.setattr(Grammar, "accept", failing)
     digits = StructuredOutputsParams(regex="[0-9]{8}")
     params = SamplingParams(temperature=1, max_tokens=20, structured_outputs=digits, seed=3)
-    with tiny_engine(tiny_dir) as llm:
+    with tiny_engine(shallow_dir) as llm:
         with pytest.raises(RequestError, match="PanicException: in the parser") as raised:
             llm.generate(PROMPTS[:3], params, use_tqdm=False)
         errors = [output.error for output in raised.value.outputs]
@@ -428,23 +432,31 @@ def test_a_grammar_that_fails_in_mid_text(tiny_dir, monkeypatch):
 # ---- several ranks ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("overlap", [True, False])
-def test_two_ranks(tiny_dir, reference, monkeypatch, overlap):
+def check_two_ranks(llm, reference, monkeypatch):
     """A failure between two collectives, or before the ranks are told, leaves them in step."""
-    with tiny_engine(tiny_dir, tensor_parallel_size=2, async_scheduling=overlap) as llm:
-        for fail in (fail_in_begin, fail_in_sampling, fail_in_plan, fail_in_schedule):
-            with monkeypatch.context() as patch:
-                fail(patch, llm, InjectedError("odd"))
-                with pytest.raises(RequestError, match=r"prompts\[4\] failed") as raised:
-                    llm.generate(PROMPTS, with_poison(greedy(MAX_TOKENS)), use_tqdm=False)
-            outputs = raised.value.outputs
-            check_failed(outputs.pop(4))
-            assert token_ids(outputs) == reference[:4] + reference[5:]
-            check_nothing_is_held(llm)
+    for fail in (fail_in_begin, fail_in_sampling, fail_in_plan, fail_in_schedule):
         with monkeypatch.context() as patch:
-            fail_in_model(patch, llm, InjectedError("odd"))
-            with pytest.raises(EngineDeadError, match="a tensor-parallel step failed"):
+            fail(patch, llm, InjectedError("odd"))
+            with pytest.raises(RequestError, match=r"prompts\[4\] failed") as raised:
                 llm.generate(PROMPTS, with_poison(greedy(MAX_TOKENS)), use_tqdm=False)
+        outputs = raised.value.outputs
+        check_failed(outputs.pop(4))
+        assert token_ids(outputs) == reference[:4] + reference[5:]
+        check_nothing_is_held(llm)
+
+
+def test_two_ranks(shallow_dir, reference, monkeypatch):
+    with tiny_engine(shallow_dir, tensor_parallel_size=2) as llm:
+        check_two_ranks(llm, reference, monkeypatch)
+        fail_in_model(monkeypatch, llm, InjectedError("odd"))
+        with pytest.raises(EngineDeadError, match="a tensor-parallel step failed"):
+            llm.generate(PROMPTS, with_poison(greedy(MAX_TOKENS)), use_tqdm=False)
+
+
+@pytest.mark.usefixtures("ranks_are_threads")
+def test_two_ranks_without_overlap(shallow_dir, reference, monkeypatch):
+    with tiny_engine(shallow_dir, tensor_parallel_size=2, async_scheduling=False) as llm:
+        check_two_ranks(llm, reference, monkeypatch)
 
 
 # ---- errors of odd kinds ----------------------------------------------------------------------
@@ -472,8 +484,8 @@ ODD = pytest.mark.parametrize("error", ODD_ERRORS, ids=lambda error: type(error)
 
 
 @ODD
-def test_an_error_of_any_class_ends_its_request_alone(tiny_dir, reference, monkeypatch, error):
-    with tiny_engine(tiny_dir) as llm:
+def test_an_error_of_any_class_ends_its_request_alone(shallow_dir, reference, monkeypatch, error):
+    with tiny_engine(shallow_dir) as llm:
         with monkeypatch.context() as patch:
             fail_in_begin(patch, llm, error)
             llm.enqueue(PROMPTS, with_poison(greedy(MAX_TOKENS)))
@@ -490,8 +502,8 @@ def test_an_error_of_any_class_ends_its_request_alone(tiny_dir, reference, monke
 
 
 @ODD
-def test_a_tokenizer_that_fails_to_encode_refuses_by_name(tiny_dir, monkeypatch, error):
-    with tiny_engine(tiny_dir) as llm:
+def test_a_tokenizer_that_fails_to_encode_refuses_by_name(shallow_dir, monkeypatch, error):
+    with tiny_engine(shallow_dir) as llm:
 
         def encode(text, **options):
             raise error
