@@ -25,13 +25,13 @@ MAX_TOKENS = 12
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_dir):
-    return reference_greedy(tiny_dir, PROMPTS, MAX_TOKENS)
+def reference(shallow_dir):
+    return reference_greedy(shallow_dir, PROMPTS, MAX_TOKENS)
 
 
 @pytest.fixture(scope="module")
-def llm(tiny_dir):
-    with tiny_engine(tiny_dir, max_model_len=800, num_kvcache_blocks=3) as llm:
+def llm(shallow_dir):
+    with tiny_engine(shallow_dir, max_model_len=800, num_kvcache_blocks=3) as llm:
         yield llm
 
 
@@ -134,8 +134,8 @@ def test_wrong_params(llm, reference, params, message):
     check_next_request(llm, reference)
 
 
-def test_requests_queued_before_a_wrong_call_go_on(tiny_dir, reference):
-    with tiny_engine(tiny_dir) as llm:
+def test_requests_queued_before_a_wrong_call_go_on(shallow_dir, reference):
+    with tiny_engine(shallow_dir) as llm:
         for prompt in PROMPTS:
             llm.add_request(prompt, greedy(MAX_TOKENS))
         llm.step()
@@ -164,9 +164,9 @@ BAD_ARGUMENTS = [
 
 
 @pytest.mark.parametrize(("arguments", "kind", "message"), BAD_ARGUMENTS)
-def test_wrong_constructor_arguments(tiny_dir, arguments, kind, message):
+def test_wrong_constructor_arguments(shallow_dir, arguments, kind, message):
     with pytest.raises(kind, match=message):
-        tiny_engine(tiny_dir, **arguments)
+        tiny_engine(shallow_dir, **arguments)
     assert not worker_processes()
 
 
@@ -178,8 +178,8 @@ def test_the_model_must_be_a_directory(model):
 
 
 @pytest.fixture
-def broken_dir(tiny_dir, tmp_path):
-    shutil.copytree(tiny_dir, tmp_path / "m")
+def broken_dir(shallow_dir, tmp_path):
+    shutil.copytree(shallow_dir, tmp_path / "m")
     return tmp_path / "m"
 
 
@@ -187,12 +187,12 @@ def broken_dir(tiny_dir, tmp_path):
     ("changes", "message"),
     [
         ({"tie_word_embeddings": False}, "missing tensors: lm_head.weight"),
-        ({"num_hidden_layers": 4, "layer_types": None}, r"missing tensors: model\.layers\.3\."),
-        ({"num_hidden_layers": 2, "layer_types": None}, r"unexpected tensors: model\.layers\.2\."),
+        ({"num_hidden_layers": 3, "layer_types": None}, r"missing tensors: model\.layers\.2\."),
+        ({"num_hidden_layers": 1, "layer_types": None}, r"unexpected tensors: model\.layers\.1\."),
         ({"attention_bias": True}, "missing tensors: .*bias"),
         ({"vocab_size": 300}, "embed_tokens.*384, 64.*300, 64"),
         ({"intermediate_size": 128}, "mlp"),
-        ({"num_hidden_layers": 2}, "num_hidden_layers"),  # contradicts layer_types
+        ({"num_hidden_layers": 1}, "num_hidden_layers"),  # contradicts layer_types
         ({"hidden_size": "64"}, "hidden_size"),
     ],
 )
@@ -243,10 +243,10 @@ SWITCHES = [
 ]
 
 
-def stepping_engine(tiny_dir, overlap, chunked, num_blocks):
+def stepping_engine(shallow_dir, overlap, chunked, num_blocks):
     chunks = {"enable_chunked_prefill": True, "max_num_batched_tokens": 90} if chunked else {}
     return tiny_engine(
-        tiny_dir,
+        shallow_dir,
         async_scheduling=overlap,
         num_kvcache_blocks=num_blocks,
         watermark=0,
@@ -254,47 +254,51 @@ def stepping_engine(tiny_dir, overlap, chunked, num_blocks):
     )
 
 
-@pytest.mark.parametrize(NAMES, SWITCHES)
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize(
+    (*NAMES, "after"),
+    [(*switches, False) for switches in SWITCHES[:3]]
+    + [(*switches, True) for switches in (*SWITCHES[:2], *SWITCHES[3:])],
+)
 def test_an_error_in_a_step_that_does_not_come_again(
-    tiny_dir, reference, monkeypatch, overlap, chunked, num_blocks, after
+    shallow_dir, reference, monkeypatch, overlap, chunked, num_blocks, after
 ):
     """Nobody is to blame: all is computed again, and complete."""
-    with stepping_engine(tiny_dir, overlap, chunked, num_blocks) as llm:
+    with stepping_engine(shallow_dir, overlap, chunked, num_blocks) as llm:
         for call in (0, 1, 2, 5, 11):
             with monkeypatch.context() as patch:
                 fail_at(llm, patch, {call}, after)
                 assert generate(llm, PROMPTS, greedy(MAX_TOKENS)) == reference
-            check_usable(llm, reference)
+            check_nothing_is_held(llm)
+        check_usable(llm, reference)
 
 
 @pytest.mark.parametrize(
     (*NAMES, "after"), [(*switches, i % 2 > 0) for i, switches in enumerate(SWITCHES)]
 )
 def test_a_manual_loop_goes_on_after_errors(
-    tiny_dir, reference, monkeypatch, overlap, chunked, num_blocks, after
+    shallow_dir, reference, monkeypatch, overlap, chunked, num_blocks, after
 ):
-    with stepping_engine(tiny_dir, overlap, chunked, num_blocks) as llm:
+    with stepping_engine(shallow_dir, overlap, chunked, num_blocks) as llm:
         rng = random.Random(num_blocks)
-        calls = itertools.accumulate(rng.randrange(25, 40) for _ in range(8))
+        calls = itertools.accumulate(rng.randrange(25, 40) for _ in range(5))
         fail_at(llm, monkeypatch, {0, *calls}, after)
-        for _ in range(8):
+        for _ in range(5):
             ids = [llm.add_request(prompt, greedy(MAX_TOKENS)) for prompt in PROMPTS]
             assert drain(llm)[0] == dict(zip(ids, reference, strict=True))
             check_nothing_is_held(llm)
 
 
-def test_sampled_tokens_survive_an_error(tiny_dir, monkeypatch):
+def test_sampled_tokens_survive_an_error(shallow_dir, monkeypatch):
     params = SamplingParams(temperature=0.9, max_tokens=MAX_TOKENS, ignore_eos=True)
-    with tiny_engine(tiny_dir) as llm:
+    with tiny_engine(shallow_dir) as llm:
         expected = generate(llm, PROMPTS, params)
-    with tiny_engine(tiny_dir) as llm:
+    with tiny_engine(shallow_dir) as llm:
         fail_at(llm, monkeypatch, {1, 30})
         assert generate(llm, PROMPTS, params) == expected
 
 
 @pytest.mark.parametrize("method", ["__init__", "update", "set_postfix", "close"])
-def test_a_progress_bar_that_fails(tiny_dir, reference, method):
+def test_a_progress_bar_that_fails(shallow_dir, reference, method):
     class Bar:
         def __init__(self, **kwargs):
             self.fail("__init__")
@@ -312,7 +316,7 @@ def test_a_progress_bar_that_fails(tiny_dir, reference, method):
             if name == method:
                 raise InjectedError
 
-    with tiny_engine(tiny_dir) as llm:
+    with tiny_engine(shallow_dir) as llm:
         llm.add_request(PROMPTS[0], greedy(5))
         with pytest.raises(InjectedError):
             llm.generate(PROMPTS, greedy(MAX_TOKENS), use_tqdm=Bar)
@@ -320,8 +324,8 @@ def test_a_progress_bar_that_fails(tiny_dir, reference, method):
         check_usable(llm, reference)
 
 
-def test_a_tokenizer_that_fails_on_the_results(tiny_dir, reference, monkeypatch):
-    with tiny_engine(tiny_dir) as llm:
+def test_a_tokenizer_that_fails_on_the_results(shallow_dir, reference, monkeypatch):
+    with tiny_engine(shallow_dir) as llm:
         with monkeypatch.context() as patch:
 
             def decode(ids, **options):
