@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import scaling
 from timing import RowResult
+from workloads import ROWS
 
 RESULT = RowResult(
     name="context 1024",
@@ -33,10 +34,12 @@ RESULT = RowResult(
 
 
 @pytest.fixture
-def output(tiny_dir, tmp_path, capsys):
+def output(shallow_dir, monkeypatch, capsys):
+    assert scaling.BENCH_LEN == ROWS[0].input_len == ROWS[0].output_len
+    monkeypatch.setattr(scaling, "BENCH_LEN", (10, 40))
     options = "--device cpu --num-kvcache-blocks 64 --requests 1 2 --output-len 6"
     contexts = "--contexts 30 60 5000 --batch-size 3".split()
-    scaling.main(["--model", str(tiny_dir), *options.split(), *contexts])
+    scaling.main(["--model", str(shallow_dir), *options.split(), *contexts])
     return capsys.readouterr().out
 
 
@@ -50,8 +53,8 @@ def test_both_series_and_what_does_not_fit(output):
         assert row["prompt_tokens"] == 3 * length
         assert (row["decode_steps"], row["mean_decode_batch"]) == (5, 3)
     for row, count in zip(summary["requests"], (1, 2), strict=True):
-        assert 100 * count <= row["prompt_tokens"] <= 1024 * count
-        assert 100 * count <= row["output_tokens"] <= 1024 * count
+        assert 10 * count <= row["prompt_tokens"] <= 40 * count
+        assert 10 * count <= row["output_tokens"] <= 40 * count
 
 
 def test_tables():

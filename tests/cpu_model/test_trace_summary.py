@@ -8,6 +8,7 @@ import pytest
 import trace_summary
 from engine_checks import check_nothing_is_held, tiny_engine
 from trace_summary import LINEARS, LM_HEAD, OTHER, SAMPLER, DeviceEvent, Shape
+from workloads import Row
 
 from nanovllm.kernels import triton as kernels
 
@@ -132,7 +133,7 @@ def test_a_trace_without_device_events_is_an_error():
         trace_summary.summarize("w", 1.0, [-1], [])
 
 
-def test_windows_hold_the_steps_they_name(tiny_dir, monkeypatch):
+def test_windows_hold_the_steps_they_name(shallow_dir, monkeypatch):
     contexts = []  # of each profiled decode step: the longest
 
     def record(run):
@@ -149,7 +150,8 @@ def test_windows_hold_the_steps_they_name(tiny_dir, monkeypatch):
         return back_to_back(["_decode_kernel"])
 
     monkeypatch.setattr(trace_summary, "record_events", record)
-    with tiny_engine(tiny_dir, max_num_batched_tokens=1024) as llm:
+    monkeypatch.setattr(trace_summary, "ROWS", [Row("8x64", 8, (20, 20), (64, 64))])
+    with tiny_engine(shallow_dir, max_num_batched_tokens=1024) as llm:
         rng = trace_summary.Random(0)
         window = trace_summary.measure_decode(llm, rng, Shape.parse("3x60"), num_steps=10)
         assert (window.name, window.decode_steps, window.prefill_steps) == ("3x60", 10, 0)
@@ -160,9 +162,9 @@ def test_windows_hold_the_steps_they_name(tiny_dir, monkeypatch):
         assert (window.decode_steps, window.prefill_steps) == (0, trace_summary.NUM_PREFILL_STEPS)
         assert window.mean_prefill_tokens == 1000
         check_nothing_is_held(llm)
-        window = trace_summary.measure_row(llm, "8x512", num_steps=10)
+        window = trace_summary.measure_row(llm, "8x64", num_steps=10)
         assert (window.decode_steps, window.mean_decode_batch) == (10, 8)
-        assert contexts[-5] == pytest.approx(128 + 256, abs=10)
+        assert contexts[-5] == pytest.approx(20 + 32, abs=10)
         check_nothing_is_held(llm)
         with pytest.raises(SystemExit, match="the KV cache is too small"):
             trace_summary.measure_decode(llm, rng, Shape(33, 60), num_steps=4)  # of 32 rows
