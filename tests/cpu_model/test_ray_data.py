@@ -56,14 +56,14 @@ def merged(folder: Path, target: Path) -> Path:
     return target
 
 
-def test_two_actors_give_what_one_engine_gives(tiny_dir, tmp_path, monkeypatch):
+def test_two_actors_give_what_one_engine_gives(shallow_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # no token file is written
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, [Path(run.__file__).parents[2]])))
-    lines = {i: {"prompt": prompt, "max_tokens": 200 + i} for i, prompt in enumerate(PROMPTS)}
+    lines = {i: {"prompt": prompt, "max_tokens": 80 + i} for i, prompt in enumerate(PROMPTS)}
     source = write(tmp_path / "in.jsonl", lines | {"hot": {"prompt": [5], "temperature": -1}})
     whole, folder = tmp_path / "whole.jsonl", tmp_path / "parts"
-    options = ["--model", str(tiny_dir), "--device", "cpu", "--num-kvcache-blocks", "16"]
+    options = ["--model", str(shallow_dir), "--device", "cpu", "--num-kvcache-blocks", "16"]
     options += ["--max-num-seqs", "2", "--no-progress", "--temperature", "1", "--ignore-eos"]
     options += ["--return-token-ids", "--seed", "3"]
     assert run.main([str(source), str(whole), *options]) == 1  # the last line's error
