@@ -74,8 +74,10 @@ class Checkout:
         )
         package = Path(self._receive())
         if package.resolve().parents[1] != self.root:
+            self.process.kill()
             self.close()
             raise RuntimeError(f"{self.root} holds no nanovllm: {package} was imported")
+        self._receive()  # the engine is there
 
     def time(self, row: Row) -> tuple[float, int]:
         """Seconds of the next repetition of `row`, and its tokens of the row's unit."""
@@ -105,7 +107,9 @@ class Checkout:
 
 
 def serve(model: str, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Print the package's path; then, for each row that stdin names, seconds and tokens of a run.
+    """Print the package's path, and a line when its engine is there.
+
+    Then, for each row that stdin names, seconds and tokens of a run.
 
     Only what every version of the library offers is used.
     """
@@ -113,12 +117,13 @@ def serve(model: str, settings: dict[str, Any], rows: list[dict[str, Any]]) -> N
     os.dup2(2, 1)  # whatever else is printed
     import nanovllm
 
+    print(nanovllm.__file__, file=reply, flush=True)
     with nanovllm.LLM(model, **settings) as llm:
         vocab_size = llm.config.hf_config.vocab_size
         draws = {row["name"]: workloads(Row(**row), vocab_size) for row in rows}
         units = {row["name"]: row["unit"] for row in rows}
         llm.generate(["Benchmark: "], nanovllm.SamplingParams(), use_tqdm=False)
-        print(nanovllm.__file__, file=reply, flush=True)
+        print(file=reply, flush=True)
         for line in sys.stdin:
             name = line.rstrip("\n")
             workload = next(draws[name])
