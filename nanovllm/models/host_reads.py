@@ -3,10 +3,12 @@
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import FrameType
 
 import torch
+from torch._C import DispatchKey
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -40,16 +42,32 @@ class HostReads(TorchDispatchMode):
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
         """Run `func`, by the operations that it is made of."""
-        with self:
-            result = func.decompose(*args, **kwargs or {})
-        if result is not NotImplemented:
-            return result
+        if _is_made_of_others(func):
+            with self:
+                return func.decompose(*args, **kwargs or {})
         result = func(*args, **kwargs or {})
-        if self.found is None and _waits(func, args, result):
+        if self.found is None and _may_wait(func) and _waits(func, args, result):
             caller = _caller()
             if caller is not None:
                 self.found = f"{func.name()} in {caller}"
         return result
+
+
+@cache
+def _is_made_of_others(func: OpOverload) -> bool:
+    """Whether `func.decompose` computes it."""
+    return func.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd)
+
+
+@cache
+def _may_wait(func: OpOverload) -> bool:
+    """Whether there are arguments with which it waits, as most operations never do."""
+    return func.name() in (*BY_MASK, *COPIES) or _reads(func)
+
+
+def _reads(func: OpOverload) -> bool:
+    tags = torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output
+    return any(tag in func.tags for tag in tags)
 
 
 def _waits(func: OpOverload, args: Sequence[object], result: object) -> bool:
@@ -63,8 +81,7 @@ def _waits(func: OpOverload, args: Sequence[object], result: object) -> bool:
     if name in COPIES:
         devices = {x.device.type for x in (*args, result) if isinstance(x, torch.Tensor)}
         return len(devices) > 1
-    tags = torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output
-    return any(tag in func.tags for tag in tags)
+    return _reads(func)
 
 
 @contextmanager

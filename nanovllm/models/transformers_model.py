@@ -113,16 +113,13 @@ class TransformersForCausalLM(nn.Module):
         self.was_captured = False
         is_split = context.tp.size > 1
         try:
-            with (
-                torch.device("cpu") if is_split else context.device,
-                no_init_weights() if is_split else nullcontext(),
-            ):
+            with torch.device("cpu") if is_split else context.device, no_init_weights():
                 self.module = AutoModelForCausalLM.from_config(
                     hf_config, dtype=context.dtype, attn_implementation="eager"
                 )
             self.module.eval().requires_grad_(False)
+            self.module.tie_weights()  # what comes after initialising
             if is_split:
-                self.module.tie_weights()  # what comes after initialising
                 split(self.module, self.module.tp_plan, context)
         except Exception as error:
             raise self._refusal(f"transformers does not build it: {shown_error(error)}") from error
@@ -283,6 +280,7 @@ class TransformersForCausalLM(nn.Module):
             paged.cache = KVCache(*torch.zeros(shape, dtype=self.context.dtype, device=device))
         tables = torch.tensor([[0], [1]], dtype=torch.int32, device=device)
         found: list[list[Tensor]] = [[], []]
+        reads = HostReads()  # of the decode step
         for starts, ends in (((0, 0), (3, 2)), ((3, 2), lengths), (lengths, (8, 5))):
             parts = [slice(a, b) for a, b in zip(starts, ends, strict=True)]
             new_ids = torch.cat([i[part] for i, part in zip(ids, parts, strict=True)])
@@ -299,12 +297,12 @@ class TransformersForCausalLM(nn.Module):
                     torch.tensor(e, dtype=torch.int32, device=device) for e in (q_ends, k_ends)
                 )
                 metadata = PrefillMetadata(slots, tables, cu_q, cu_k, max(sizes), max(ends))
-            with HostReads() as reads:
+            with reads if starts == lengths else nullcontext():
                 hidden = self.model(new_ids, new_positions, metadata)
                 self.lm_head(hidden)
             for seq, part in enumerate(hidden.split(sizes)):
                 found[seq].append(part)
-        if reads.found is not None:  # by the decode step
+        if reads.found is not None:
             self.eager_reason = self.eager_reason or f"the host waits for {reads.found}"
         for paged in self.calls.paged:
             del paged.cache
