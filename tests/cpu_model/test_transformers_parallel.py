@@ -4,12 +4,12 @@ import threading
 
 import pytest
 import torch
-from engine_checks import greedy
+from engine_checks import greedy, token_ids
 from tiny_transformers import (
     ENGINE,
     MAX_TOKENS,
     architectures,
-    expected_tokens,
+    best_tokens,
     prompts,
     tiny_config,
     tiny_model,
@@ -150,7 +150,8 @@ def test_an_engine_of_two_ranks(tmp_path):
     found = []
     for llm in (one, two):
         outputs = llm.generate(prompts(), params, use_tqdm=False)
-        assert [output["token_ids"] for output in outputs] == expected_tokens(model)
+        found_tokens = token_ids(outputs)
+        assert found_tokens == best_tokens(model, found_tokens)
         found.append(
             [e.logprob for o in outputs for p in o["prompt_logprobs"][1:] for e in p.values()]
         )
@@ -158,7 +159,8 @@ def test_an_engine_of_two_ranks(tmp_path):
     other = tiny_model(model.config, name, seed=1)
     two.load_weights(other.state_dict())
     outputs = two.generate(prompts(), greedy(MAX_TOKENS), use_tqdm=False)
-    assert [output["token_ids"] for output in outputs] == expected_tokens(other)
+    found_tokens = token_ids(outputs)
+    assert found_tokens == best_tokens(other, found_tokens)
     one.exit()
     two.exit()
 
