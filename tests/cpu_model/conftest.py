@@ -10,8 +10,9 @@ import pytest
 import torch
 from engine_checks import check_varied, random_prompts
 from forked_python import workers_are_forked
+from quick_reference import quick_reference
 from thread_ranks import start_thread
-from tiny_models import reference_greedy, save_model
+from tiny_models import save_model
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -74,7 +75,7 @@ def workload(shallow_dir) -> Workload:
         shared[:256],
         shared[:512],
     ]
-    reference = reference_greedy(shallow_dir, prompts, max_tokens)
+    reference = quick_reference(shallow_dir, prompts, max_tokens)
     check_varied(reference)
     return Workload(prompts, reference, max_tokens)
 
