@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-WINDOW, STRIDE = 384, 128
-MAX_TOKENS = 2000  # more than one group of windows
+WINDOW, STRIDE = 288, 32
+MAX_TOKENS = 576  # more than one group of windows
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +22,7 @@ def result(tiny_dir):
             "WINDOW": WINDOW,
             "STRIDE": STRIDE,
             "CONTEXT": WINDOW - STRIDE,
+            "CHUNK": 32,
             "BLOCKS_PER_WINDOW": 2,
         }.items():
             patch.setattr(perplexity, name, value)
