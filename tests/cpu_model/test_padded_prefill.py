@@ -3,14 +3,15 @@
 import pytest
 import torch
 from engine_checks import check_nothing_is_held, generate, greedy, random_prompts, tiny_engine
-from tiny_models import reference_greedy, save_family
+from quick_reference import quick_reference
+from tiny_models import save_family
 
 from nanovllm import SamplingParams
 from nanovllm.engine.prefill_graphs import PaddedSize, PrefillGraphs, new_padded_inputs, run_padded
 from nanovllm.engine.prefill_inputs import PrefillInputs
 
 LENGTHS = (1, 2, 15, 16, 17, 100, 127, 128, 129, 255, 256, 257, 300, 511, 513)
-MAX_TOKENS = 6
+MAX_TOKENS = 4
 
 
 class PaddedSteps(PrefillGraphs):
@@ -44,7 +45,7 @@ def model_dir(request, tmp_path_factory):
 def test_padded_steps_give_the_reference_tokens(model_dir, chunked):
     prompts = random_prompts(LENGTHS)
     prompts += [[*prompts[-1][:length], 7] for length in (70, 200, 330)]  # units are copied
-    expected = reference_greedy(model_dir, prompts, MAX_TOKENS)
+    expected = quick_reference(model_dir, prompts, MAX_TOKENS)
     chunks = {"enable_chunked_prefill": True, "max_num_batched_tokens": 256} if chunked else {}
     with tiny_engine(model_dir, max_num_seqs=5, **chunks) as llm:
         llm.model_runner.prefill_graphs = graphs = padded_steps(llm.model_runner)
