@@ -6,6 +6,7 @@ and multipliers have values that show.
 """
 
 import tempfile
+from collections import Counter
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -113,11 +114,17 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 @cache
 def architectures() -> dict[str, str]:
-    """Each class's name -> its model_type, that of the text alone where there are two."""
+    """Each class's name -> its model_type, that of the text alone where there are two.
+
+    A class of one model_type is not imported: all of them take seconds.
+    """
     found: dict[str, str] = {}
+    counts = Counter(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
-        if model_type == model_class(name).config_class.model_type or name not in found:
+        if counts[name] == 1 or model_type == model_class(name).config_class.model_type:
             found[name] = model_type
+        else:
+            found.setdefault(name, model_type)
     return found
 
 
