@@ -79,10 +79,16 @@ def modules() -> dict[str, ast.Module]:
     return trees
 
 
+@cache
+def nodes(tree: ast.AST) -> tuple[ast.AST, ...]:
+    """All nodes of a tree, which many checks look at."""
+    return tuple(ast.walk(tree))
+
+
 def is_module(name: str) -> bool:
     """Whether it is the dotted name of a module in the package."""
-    own = name.removeprefix(f"{PACKAGE}.")
-    return own != name and own != "" and own in modules()
+    package, _, own = name.partition(".")
+    return package == PACKAGE and own != "" and own in modules()
 
 
 def imported(node: ast.AST) -> Iterator[str]:
@@ -102,9 +108,10 @@ def imported(node: ast.AST) -> Iterator[str]:
             yield name
 
 
+@cache
 def imports_of(tree: ast.Module) -> set[str]:
     """The package's modules that a module imports: at its top, in functions, for type checks."""
-    names = {name for node in ast.walk(tree) for name in imported(node)}
+    names = {name for node in nodes(tree) for name in imported(node)}
     names = {f"{name}." for name in names if name.split(".")[0] == PACKAGE}
     return {name.removeprefix(f"{PACKAGE}.").removesuffix(".") for name in names}
 
@@ -118,7 +125,7 @@ def rank(name: str) -> int:
 
 
 def functions(tree: ast.AST) -> Iterator[Function]:
-    return (node for node in ast.walk(tree) if isinstance(node, Function))
+    return (node for node in nodes(tree) if isinstance(node, Function))
 
 
 def annotations(function: Function) -> Iterator[tuple[str, ast.expr | None]]:
@@ -133,7 +140,7 @@ def annotations(function: Function) -> Iterator[tuple[str, ast.expr | None]]:
 def own_private_names(tree: ast.Module) -> set[str]:
     """Names with an underscore that a module's classes define, or set on themselves."""
     names = set()
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         match node:
             case ast.ClassDef(body=body):
                 names |= {item.name for item in body if isinstance(item, Function)}
@@ -147,7 +154,7 @@ def own_private_names(tree: ast.Module) -> set[str]:
 
 def foreign_parameters(tree: ast.Module) -> set[str]:
     """Parameters that are never of a class of the module itself."""
-    classes = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    classes = {node.name for node in nodes(tree) if isinstance(node, ast.ClassDef)}
     own, foreign = {"self", "cls"}, set()
     for function in functions(tree):
         for name, annotation in annotations(function):
@@ -159,23 +166,26 @@ def foreign_parameters(tree: ast.Module) -> set[str]:
 def private_accesses(tree: ast.Module) -> Iterator[str]:
     """Names with one underscore that belong to another module, as they are written."""
     own, foreign = own_private_names(tree), foreign_parameters(tree)
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         match node:
-            case ast.ImportFrom(module=str(module), names=aliases):
-                accesses = [(module, alias.name) for alias in aliases]
-            case ast.Attribute(value=value, attr=name):
-                accesses = [(ast.unparse(value), name)]
+            case ast.ImportFrom(module=str(owner), names=aliases):
+                names = [alias.name for alias in aliases]
+            case ast.Attribute(value=owner, attr=name):
+                names = [name]
             case ast.Call(
                 func=ast.Name(id="getattr" | "setattr" | "hasattr"),
-                args=[value, ast.Constant(value=str(name)), *_],
+                args=[owner, ast.Constant(value=str(name)), *_],
             ):
-                accesses = [(ast.unparse(value), name)]
+                names = [name]
             case _:
                 continue
-        for owner, name in accesses:
-            is_own = owner in ("self", "cls", "super()") or (name in own and owner not in foreign)
-            if re.match("_[^_]", name) and name not in TUPLE_NAMES and not is_own:
-                yield f"{owner}.{name}"
+        for name in names:
+            if not re.match("_[^_]", name) or name in TUPLE_NAMES:
+                continue
+            written = owner if isinstance(owner, str) else ast.unparse(owner)
+            is_own = written in ("self", "cls", "super()")
+            if not is_own and (name not in own or written in foreign):
+                yield f"{written}.{name}"
 
 
 def test_the_core_is_small_and_the_readme_tells_its_size():
