@@ -131,26 +131,21 @@ class Views(TorchFunctionMode):
 
 
 class AllocatedError(Exception):
-    """Ends a compilation where memory is allocated, before LLVM."""
-
-
-def stop_before_llvm() -> None:
-    raise AllocatedError
+    """Ends a compilation where memory is allocated, before barriers are placed, and LLVM."""
 
 
 def allocated(backend, stages, options, language, capability) -> None:
     """A hook of Triton: stages up to the layout of tensors and of shared memory, the cheapest."""
     lower = stages["llir"]
-    passes = nvidia.nvidia.passes.ttgpuir
 
     def allocate(module: Any, metadata: dict[str, Any]) -> str:
-        with (
-            mock.patch.object(passes, "add_to_llvmir", lambda *args: None),
-            knobs.compilation.scope(),  # it keeps the environment, where the next value goes
-            mock.patch.object(nvidia, "llvm", SimpleNamespace(init_targets=stop_before_llvm)),
-            suppress(AllocatedError),
-        ):
-            knobs.compilation.disable_line_info = True
+        def end(passes_so_far: Any, *args: Any) -> None:
+            passes_so_far.run(module, "allocate")
+            raise AllocatedError
+
+        # The first pass after those that allocate.
+        later = mock.patch.object(nvidia.nvidia.passes.ttnvgpuir, "add_proxy_fence_insertion", end)
+        with later, suppress(AllocatedError):
             lower(module, metadata)
         metadata["shared"] = module.get_int_attr("ttg.shared")
         metadata["tmem_size"] = module.get_int_attr("ttg.tensor_memory_size")
