@@ -146,7 +146,7 @@ def run(workload: Workload) -> FakeEngine:
     return engine
 
 
-@settings(max_examples=900, deadline=None, derandomize=True, database=None)
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
 @given(workloads())
 def test_any_workload_completes_rightly_and_leaves_nothing_behind(workload):
     run(workload)
@@ -188,17 +188,17 @@ def tight_workloads(draw) -> Workload:
 def test_workloads_with_many_preemptions_complete_rightly():
     num_preemptions = 0
 
-    @settings(max_examples=600, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=300, deadline=None, derandomize=True, database=None)
     @given(tight_workloads())
     def run_and_count(workload):
         nonlocal num_preemptions
         num_preemptions += run(workload).scheduler.num_preemptions
 
     run_and_count()
-    assert num_preemptions > 400, "the workloads do not test what they are meant to"
+    assert num_preemptions > 200, "the workloads do not test what they are meant to"
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(workloads())
 def test_workloads_complete_rightly_even_if_all_hashes_collide(workload):
     with pytest.MonkeyPatch.context() as patch:
