@@ -250,7 +250,8 @@ def longest_wait_for_what_is_free(seed: int) -> int:
         watermark=rng.choice([0.0, 0.25]),
     )
     manager = scheduler.block_manager
-    num_to_come, num_decodes, longest_wait = 100, 0, 0
+    num_to_come = 100 if scheduler.max_num_seqs > 2 else 25  # two at a time take long
+    num_decodes, longest_wait = 0, 0
     while num_to_come or not scheduler.is_finished():
         while num_to_come and rng.random() < 0.5:
             num_to_come -= 1
@@ -373,7 +374,7 @@ class CountingQueue(scheduling_policy.FCFSQueue):
 
 def test_aborting_a_long_queue_takes_one_pass():
     scheduler = make_scheduler(max_num_seqs=4)
-    seqs = add_prompts(scheduler, [5] * 50_000)
+    seqs = add_prompts(scheduler, [5] * 5_000)
     scheduler.schedule()
     queue = scheduler.waiting = CountingQueue(scheduler.waiting)
     scheduler.abort(seqs[:-1])
