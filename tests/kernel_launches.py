@@ -13,6 +13,8 @@ from kernel_compilation import CUDA
 from nanovllm.kernels import row_state
 from nanovllm.kernels.ops import Ops
 from nanovllm.kernels.select import select_ops
+from nanovllm.kernels.triton.launch import is_hopper
+from nanovllm.kernels.triton.narrow_linear import Way, add_linear, normed_linear
 from nanovllm.kernels.triton.peer_memory import PeerMemory, num_memory_bytes
 from nanovllm.kernels.types import (
     FP8_DTYPE,
@@ -208,6 +210,21 @@ def gated_products(ops: Ops, shape: Shape) -> None:
             ops.gated_linear(x, empty(6 * size, k, dtype=shape.dtype))
 
 
+def narrow_products(ops: Ops, shape: Shape) -> None:
+    """Those of Hopper that leave no parts, weights by both ways; see `narrow_linear`."""
+    size, norm = shape.hidden_size, empty(shape.hidden_size, dtype=shape.dtype)
+    if shape.dtype == FLOAT32 or not is_hopper(CUDA):
+        return
+    for rows, way in ((1, Way(False, 8)), (1, Way(True, 8)), (16, Way(True, 8))):
+        residual = empty(rows, size, dtype=shape.dtype)
+        for n, is_gated in ((4 * size, False), (6 * size, True)):
+            weight = empty(n, size, dtype=shape.dtype)
+            normed_linear(residual, norm, 1e-6, weight, is_gated, way)
+        for k in (2 * size, 3 * size):
+            x, weight = empty(rows, k, dtype=shape.dtype), empty(size, k, dtype=shape.dtype)
+            add_linear(x, weight, residual, way)
+
+
 def scales_of(shape: Shape, n: int, k: int) -> torch.Tensor:
     sizes = (-(-n // 128), -(-k // 128)) if shape.has_blocks else (n,)
     return empty(*sizes, dtype=FLOAT32)
@@ -356,6 +373,7 @@ ALL = (
     activations,
     products,
     gated_products,
+    narrow_products,
     fp8_products,
     experts,
     packed_products,

@@ -44,6 +44,7 @@ PLAN = {
         (launches.prefill, Shape(softcap=50.0)),
         (launches.products, launches.SHAPE),
         (launches.gated_products, launches.SHAPE),
+        (launches.narrow_products, launches.SHAPE),
         (launches.products_of_heads, launches.SHAPE),
         (launches.fp8_products, launches.SHAPE),
         (launches.packed_products, launches.SHAPE),
