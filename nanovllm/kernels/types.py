@@ -30,10 +30,18 @@ class PartialSums(NamedTuple):
 LinearOutput = Tensor | PartialSums
 
 
+class Normed(NamedTuple):
+    """x's RMS norm [T, K], left to the products that read it. x must not have changed by then."""
+
+    x: Tensor  # [T, K]
+    weight: Tensor  # [K]
+    eps: float
+
+
 class Product(NamedTuple):
     """x weight^T [T, N], left to the operation that reads it: one kernel may do both."""
 
-    x: Tensor  # [T, K]
+    x: Tensor  # [T, K], or a `Normed`
     weight: Tensor  # [N, K]
 
 
@@ -130,7 +138,7 @@ class Unreduced:
     term cannot pass for the sum.
     """
 
-    term: LinearOutput  # [T, N]
+    term: LinearOutput  # [T, N], or a `Product` where the norm behind it takes one
 
 
 class HeadInputs(NamedTuple):

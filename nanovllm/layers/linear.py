@@ -51,4 +51,4 @@ class RowParallelLinear(_Linear):
 
     def forward(self, x: Tensor) -> Unreduced:
         """x [T, input_size / ranks] -> this rank's term of [T, output_size]."""
-        return Unreduced(self.multiply(x, self.bias if self.rank == 0 else None))
+        return Unreduced(self.multiply_later(x, self.bias if self.rank == 0 else None))

@@ -1,10 +1,11 @@
 """The weight of linear layers, whatever its kind: in the model's dtype, fp8 or packed."""
 
+from collections.abc import Callable
 from typing import cast
 
 from torch import Tensor, nn
 
-from nanovllm.kernels.types import LinearOutput, PackedWeight
+from nanovllm.kernels.types import LinearOutput, PackedWeight, Product
 from nanovllm.layers.context import ModelContext
 from nanovllm.layers.fp8_weights import keeps_fp8, new_linear_weight
 from nanovllm.layers.packed_weights import new_packed_weight, packed_group_size
@@ -24,6 +25,8 @@ class LinearWeight(nn.Module):
         weight: a parameter, in the model's dtype or fp8; or parameters in a `PackedWeight`.
         weight_scale: of an fp8 weight.
         has_adapters: whether a hook adds the terms of adapters to the product.
+        leaves_product: says of x and the weight whether the product is left to what reads it; None:
+            it never is.
     """
 
     weight: Parameter | PackedWeight
@@ -35,6 +38,7 @@ class LinearWeight(nn.Module):
         super().__init__()
         self.ops, self.shards, self._context = context.ops, shards, context
         self.has_adapters = False
+        self.leaves_product: Callable[[Tensor, Tensor], bool] | None = None
         self.same_kind = [self]  # those whose kind changes together
         group_size = None if is_plain else packed_group_size(shards, context)
         if group_size is None:
@@ -49,6 +53,15 @@ class LinearWeight(nn.Module):
         """The parameter that is filled with the checkpoint's weight."""
         weight = self.weight
         return cast(Parameter, weight.numbers) if isinstance(weight, PackedWeight) else weight
+
+    def multiply_later(self, x: Tensor, bias: Tensor | None) -> LinearOutput:
+        """`multiply`, or a `Product` for the norm that reads it, as `leaves_product` says."""
+        weight, is_sum = self.weight, bias is not None or self.has_adapters
+        if self.leaves_product is None or is_sum or self.weight_scale is not None:
+            return self.multiply(x, bias)
+        if isinstance(weight, Tensor) and self.leaves_product(x, weight):
+            return cast(LinearOutput, Product(x, weight))
+        return self.multiply(x, bias)
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> LinearOutput:
         """x [T, K], bias [N] -> x weight^T + bias [T, N]."""

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from nanovllm.kernels.ops import Ops
-from nanovllm.kernels.types import LateOutput, LinearOutput, Product, Unreduced, summed
+from nanovllm.kernels.types import LateOutput, LinearOutput, Normed, Product, Unreduced, summed
 from nanovllm.layers.linear import ColumnParallelLinear
 from nanovllm.layers.rotary import cos_sin_table
 from nanovllm.models.model_config import ModelConfig
@@ -23,7 +24,7 @@ def activation(config: ModelConfig, ops: Ops) -> Callable[[LinearOutput], Tensor
 
 
 def gated_linear(
-    linear: ColumnParallelLinear, activate: Callable[[LinearOutput], Tensor], x: Tensor
+    linear: ColumnParallelLinear, activate: Callable[[LinearOutput], Tensor], x: Tensor | Normed
 ) -> Tensor:
     """activate(linear(x)): x [T, K] -> [T, I], where `linear` is gate and up and has 2I rows.
 
@@ -37,7 +38,7 @@ def gated_linear(
     return activate(linear.ops.linear(*product))
 
 
-def linear_later(linear: ColumnParallelLinear, x: Tensor) -> LateOutput:
+def linear_later(linear: ColumnParallelLinear, x: Tensor | Normed) -> LateOutput:
     """linear(x): x [T, K] -> [T, N], left to the operation that reads it where it can be.
 
     That is so if nothing is added to the product of a weight in the model's dtype: no bias and no
@@ -45,8 +46,8 @@ def linear_later(linear: ColumnParallelLinear, x: Tensor) -> LateOutput:
     """
     weight, is_sum = linear.weight, linear.bias is not None or linear.has_adapters
     if is_sum or linear.weight_scale is not None or not isinstance(weight, Tensor):
-        return linear(x)
-    return Product(x, weight)
+        return linear(x if isinstance(x, Tensor) else linear.ops.rms_norm(*x))
+    return Product(cast(Tensor, x), weight)
 
 
 def finish_logits(config: ModelConfig) -> Callable[[Tensor], Tensor] | None:

@@ -9,6 +9,7 @@ from nanovllm.layers.context import ModelContext
 from nanovllm.models.base import CausalLM
 from nanovllm.models.head_config import split_architecture
 from nanovllm.models.heads import new_head
+from nanovllm.models.late_products import leave_products
 from nanovllm.models.loader import load_model, merged_modules, unpack_unconverted
 from nanovllm.models.quantized_checkpoint import unconverted_modules
 from nanovllm.models.registry import family_of, first_supported
@@ -41,6 +42,8 @@ def new_model(config: Config, context: ModelContext) -> Model:
         if quantization is not None and config.load_format == "auto":
             merged = merged_modules(model)
             unpack_unconverted(model, unconverted_modules(config.model, quantization, merged))
+        if context.tp.size == 1 and not config.cpu_offload_bytes:
+            leave_products(model.model)
         return model
     from nanovllm.models.transformers_model import TransformersForCausalLM
 

@@ -23,7 +23,13 @@ VARIANTS = {
     "no-overlap": Variant({"async_scheduling": False}),
     "no-graphs": Variant({"enforce_eager": True}),
     "no-launch-overlap": Variant(constants={"kernels.triton.launch.OVERLAP_LAUNCHES": False}),
-    "no-split-linears": Variant(constants={"kernels.triton.linear.SPLIT_LINEAR": False}),
+    "no-split-linears": Variant(
+        constants={
+            "kernels.triton.linear.SPLIT_LINEAR": False,
+            "kernels.triton.late_products.MAX_TOKENS": 0,
+        }
+    ),
+    "no-narrow-products": Variant(constants={"kernels.triton.late_products.MAX_TOKENS": 0}),
     "no-fused-decode": Variant(
         constants={
             "kernels.triton.fused_decode.MAX_ROWS": 0,

@@ -54,6 +54,13 @@ DENSE = {
     "eos_token_id": 2,
     "torch_dtype": "bfloat16",
 }
+LIKE_QWEN3_0_6B = DENSE | {  # products without parts, in the kernels of `narrow_linear`
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
 MIXTURE = DENSE | {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
@@ -72,6 +79,7 @@ WINDOWED = DENSE | {
 SIZES = {"max_model_len": 2048, "max_num_batched_tokens": 2048, "max_num_seqs": 140}
 CASES = {
     "dense": (DENSE, HOPPER, {}),
+    "dense, like Qwen3-0.6B": (LIKE_QWEN3_0_6B, HOPPER, {}),
     "windows, fp8 cache": (WINDOWED, ADA, {"kv_cache_dtype": "fp8"}),
     "experts of two ranks": (MIXTURE, HOPPER, {"tensor_parallel_size": 2}),
     "4 bits, adapters": (
@@ -185,6 +193,14 @@ def test_no_step_needs_a_kernel_that_is_not_compiled_ahead(case, directory, monk
     monkeypatch.setattr(kernel_variants, "token_counts", lambda *args: [1])
     of_one_size = keys_of(record_variants(config, limits), capability)
     assert not launched <= of_one_size, "this test cannot fail"
+
+
+@pytest.mark.parametrize("limits", [HOPPER, ADA])
+def test_few_tokens_of_small_weights_leave_no_parts(directory, limits):
+    variants = record_variants(Config.from_kwargs(directory(LIKE_QWEN3_0_6B), SIZES), limits)
+    names = [variant.kernel.fn.__name__ for variant in variants]
+    for name in ("_normed_linear_kernel", "_add_linear_kernel"):  # two products, two tiles of x
+        assert names.count(name) == (4 if limits is HOPPER else 0)
 
 
 def test_filters_are_compiled_once_for_all_batches(directory):

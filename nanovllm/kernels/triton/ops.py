@@ -5,7 +5,7 @@ import torch
 from nanovllm.kernels.attention_steps import AttentionInSteps
 from nanovllm.kernels.torch_ops import vocab_linear
 from nanovllm.kernels.triton import hopper_fused_decode
-from nanovllm.kernels.triton.activation import gated_linear, gelu_and_mul, silu_and_mul
+from nanovllm.kernels.triton.activation import gelu_and_mul, silu_and_mul
 from nanovllm.kernels.triton.copy_units import copy_units
 from nanovllm.kernels.triton.decode_attention import decode_attention, plan_decode
 from nanovllm.kernels.triton.filters import filter_thresholds
@@ -17,13 +17,19 @@ from nanovllm.kernels.triton.gated_delta_net import (
     gated_rms_norm,
     sigmoid_gate,
 )
-from nanovllm.kernels.triton.linear import linear
+from nanovllm.kernels.triton.late_products import (
+    add_rms_norm,
+    gated_linear,
+    heads_linear,
+    leaves_product,
+    linear,
+)
 from nanovllm.kernels.triton.lora import add_adapters, plan_adapters
 from nanovllm.kernels.triton.moe import experts
-from nanovllm.kernels.triton.norm import add_rms_norm, rms_norm
+from nanovllm.kernels.triton.norm import rms_norm
 from nanovllm.kernels.triton.packed_linear import packed_linear
 from nanovllm.kernels.triton.prefill_attention import prefill_attention
-from nanovllm.kernels.triton.rope import heads_linear, qk_norm_rope_store
+from nanovllm.kernels.triton.rope import qk_norm_rope_store
 from nanovllm.kernels.triton.row_state import gather_decode_inputs, write_back
 from nanovllm.kernels.triton.sampling import sample
 from nanovllm.kernels.types import (
@@ -69,6 +75,7 @@ class TritonKernels(AttentionInSteps):
     linear = staticmethod(linear)
     gated_linear = staticmethod(gated_linear)
     heads_linear = staticmethod(heads_linear)
+    leaves_product = staticmethod(leaves_product)
     vocab_linear = staticmethod(vocab_linear)
     fp8_linear = staticmethod(fp8_linear)
     packed_linear = staticmethod(packed_linear)
