@@ -13,6 +13,8 @@ from kernel_compilation import CUDA
 from nanovllm.kernels import row_state
 from nanovllm.kernels.ops import Ops
 from nanovllm.kernels.select import select_ops
+from nanovllm.kernels.triton.launch import is_hopper
+from nanovllm.kernels.triton.packed_rows import RowsTile, packed_rows
 from nanovllm.kernels.triton.peer_memory import PeerMemory, num_memory_bytes
 from nanovllm.kernels.types import (
     FP8_DTYPE,
@@ -254,6 +256,23 @@ def packed_products(ops: Ops, shape: Shape) -> None:
         ops.packed_linear(empty(tokens, 4 * shape.hidden_size, dtype=shape.dtype), weight)
 
 
+def packed_rows_of_few(ops: Ops, shape: Shape) -> None:
+    """A layer's products with what stands around them, on Hopper alone."""
+    if not is_hopper(CUDA) or shape.dtype == FLOAT32 or shape.bits != 4 or shape.has_zeros:
+        return
+    hidden, size = 4096, 12288
+    for tokens in (1, 8):
+        x, residual = (empty(tokens, hidden, dtype=shape.dtype) for _ in range(2))
+        norm = empty(hidden, dtype=shape.dtype), 1e-6
+        packed_rows(x, packed(shape, 6144, hidden), RowsTile(3, 16, 8, 2, 3), norm)
+        gate_up = packed(shape, 2 * size, hidden)
+        act = packed_rows(x, gate_up, RowsTile(6, 32, 8, 1, 2), norm, is_gated=True)
+        assert isinstance(act, torch.Tensor)
+        packed_rows(x, packed(shape, hidden, hidden), RowsTile(1, 32, 8, 1, 2), residual=residual)
+        down = packed(shape, hidden, size)
+        packed_rows(act, down, RowsTile(4, 32, 8, 1, 3), num_parts=4)
+
+
 def packed_experts(ops: Ops, shape: Shape) -> None:
     hidden, size = shape.hidden_size, 768
     ops.experts(
@@ -359,6 +378,7 @@ ALL = (
     fp8_products,
     experts,
     packed_products,
+    packed_rows_of_few,
     packed_experts,
     adapters,
     delta_net,
