@@ -9,8 +9,8 @@ QKV, O and the sum with the residual, norm, gate and up and SiLU, down and the s
 a layer, and in % what its packed weights are of what an H200 reads in that time.
 
 The tiles are found product by product: each in turn gets the fastest one of the chain, while the
-others keep theirs. For down there are also parts of K, and the kernel that the layers choose; a
-norm then adds the parts up.
+others keep theirs. With more than two tokens down may come in parts of K, or from the kernel that
+the layers choose, and a norm adds the parts up; with more than eight all products may.
 """
 
 import argparse
@@ -61,25 +61,26 @@ class Way(NamedTuple):
 Ways = dict[str, Way]
 Layer = dict[str, PackedWeight]
 
-# Of a product passes, rows, warps, steps, stages; the first one is where the search begins.
+# Of a product passes, rows, warps, steps, stages. The search begins with the best of the first,
+# the second and the third ones: with room for three kernels, for two, and for two of 16 warps.
 FEW: dict[str, tuple[tuple[int, ...], ...]] = {
     "gate_up": (
-        *((6, 32, 8, 1, 3), (6, 32, 8, 1, 4), (6, 32, 8, 1, 5), (6, 32, 8, 2, 2)),
-        *((6, 32, 16, 1, 2), (6, 32, 16, 1, 3), (6, 32, 4, 2, 3), (6, 32, 4, 2, 5)),
+        *((6, 32, 8, 1, 3), (6, 32, 8, 1, 5), (6, 32, 16, 1, 2), (6, 32, 8, 1, 4)),
+        *((6, 32, 8, 2, 2), (6, 32, 16, 1, 3), (6, 32, 4, 2, 3), (6, 32, 4, 2, 5)),
         *((12, 16, 8, 2, 3), (12, 16, 16, 1, 4), (6, 32, 8, 2, 4)),
     ),
     "down": (
-        *((1, 32, 8, 1, 3), (1, 32, 8, 1, 4), (1, 32, 8, 1, 5), (1, 32, 8, 2, 2)),
-        *((1, 32, 16, 1, 2), (1, 32, 16, 1, 3), (1, 32, 4, 2, 3), (1, 32, 4, 2, 5)),
-        *((1, 16, 8, 1, 4), (1, 32, 8, 2, 4)),
+        *((1, 32, 8, 1, 2), (1, 32, 8, 1, 4), (1, 32, 16, 1, 2), (1, 32, 8, 1, 3)),
+        *((1, 32, 8, 1, 5), (1, 32, 8, 2, 2), (1, 32, 16, 1, 3), (1, 32, 4, 2, 3)),
+        *((1, 32, 4, 2, 5), (1, 16, 8, 1, 4), (1, 32, 8, 2, 4)),
     ),
     "qkv": (
-        *((3, 16, 8, 2, 3), (3, 16, 8, 4, 2), (3, 16, 8, 4, 3), (3, 16, 16, 2, 3)),
-        *((3, 16, 16, 1, 4), (2, 32, 8, 1, 4), (2, 32, 8, 2, 3), (1, 32, 8, 1, 4)),
+        *((3, 16, 8, 2, 3), (3, 16, 8, 4, 2), (3, 16, 16, 1, 4), (3, 16, 8, 4, 3)),
+        *((3, 16, 16, 2, 3), (2, 32, 8, 1, 4), (2, 32, 8, 2, 3), (1, 32, 8, 1, 4)),
         *((3, 16, 4, 2, 6),),
     ),
     "o": (
-        *((1, 32, 8, 1, 4), (1, 32, 8, 1, 3), (1, 32, 16, 1, 2), (1, 32, 4, 2, 4)),
+        *((1, 32, 8, 1, 3), (1, 32, 8, 1, 4), (1, 32, 16, 1, 2), (1, 32, 4, 2, 4)),
         *((1, 16, 8, 2, 2), (1, 32, 8, 2, 2)),
     ),
 }
@@ -96,21 +97,33 @@ MANY: dict[str, tuple[tuple[int, ...], ...]] = {
     ),
     "o": ((1, 32, 8, 1, 2), (1, 32, 8, 1, 3), (1, 32, 8, 1, 4), (1, 32, 16, 1, 2)),
 }
-# Of down, in parts of K: tile and number of parts.
-PARTS = (
+# Of down with up to 8 tokens, in parts of K: tile and number of parts.
+DOWN_IN_PARTS: tuple[tuple[tuple[int, ...], int], ...] = (
     *(((4, 32, 8, 1, 3), 4), ((4, 32, 8, 1, 5), 4), ((4, 32, 8, 1, 3, 80), 4)),
     ((2, 32, 8, 1, 4), 2),
 )
 
 
+# With more tokens all products may come in parts: less of x is in a program.
+IN_PARTS: dict[str, tuple[tuple[tuple[int, ...], int], ...]] = {
+    "gate_up": (((24, 32, 8, 1, 3), 4), ((24, 32, 8, 1, 5), 4), ((12, 32, 8, 1, 3), 2)),
+    "down": (((8, 32, 8, 1, 3), 6), ((4, 32, 8, 1, 3), 4), ((4, 32, 8, 1, 3), 6)),
+    "qkv": (((6, 32, 8, 1, 3), 4), ((6, 32, 8, 1, 5), 4), ((3, 32, 8, 1, 3), 2)),
+    "o": (((4, 32, 8, 1, 3), 4), ((2, 32, 8, 1, 3), 2), ((2, 32, 8, 1, 3), 4)),
+}
+
+
 def candidates(name: str, num_tokens: int) -> list[Way]:
     """Ways for a product of so many tokens."""
-    tiles = (FEW if num_tokens <= 2 else MANY)[name]
-    ways = [Way(RowsTile(*tile)) for tile in tiles]
-    if name == "down":
-        if num_tokens > 4:
-            ways = []
-        ways += [Way(RowsTile(*tile), num_parts) for tile, num_parts in PARTS]
+    if num_tokens > 8:
+        parts = IN_PARTS[name]
+        ways = []
+    else:
+        parts = DOWN_IN_PARTS if name == "down" and num_tokens > 2 else ()
+        tiles = (FEW if num_tokens <= 2 else MANY)[name]
+        ways = [Way(RowsTile(*tile)) for tile in tiles if name != "down" or num_tokens <= 4]
+    ways += [Way(RowsTile(*tile), num_parts) for tile, num_parts in parts]
+    if num_tokens > 8 or parts:
         ways.append(Way(None))
     return ways
 
@@ -122,17 +135,21 @@ def run_layer(
     layer: Layer, ways: Ways, y: LinearOutput, residual: torch.Tensor, heads: torch.Tensor
 ) -> LinearOutput:
     """The layer's products; what it takes and gives is the last product, if not summed up yet."""
-    norm = NORMS[residual.device], EPS
-    if ways["down"].is_whole:
-        product_of("qkv", layer, ways["qkv"], residual, norm)
-    else:
-        x, _ = add_rms_norm(y, residual, *norm)
-        product_of("qkv", layer, ways["qkv"], x)
-    product_of("o", layer, ways["o"], heads, residual=residual)
-    act = product_of("gate_up", layer, ways["gate_up"], residual, norm)
+    product_of("qkv", layer, ways["qkv"], *input_of(ways["down"], y, residual))
+    y = product_of("o", layer, ways["o"], heads, residual=residual)
+    act = product_of("gate_up", layer, ways["gate_up"], *input_of(ways["o"], y, residual))
     assert isinstance(act, torch.Tensor)
-    is_whole = ways["down"].is_whole
-    return product_of("down", layer, ways["down"], act, residual=residual if is_whole else None)
+    return product_of("down", layer, ways["down"], act, residual=residual)
+
+
+def input_of(
+    way: Way, y: LinearOutput, residual: torch.Tensor
+) -> tuple[torch.Tensor, tuple[torch.Tensor, float] | None]:
+    """What the product behind `way`'s takes, and the norm that is left to it."""
+    norm = NORMS[residual.device], EPS
+    if way.is_whole:
+        return residual, norm
+    return add_rms_norm(y, residual, *norm)[0], None
 
 
 def product_of(
@@ -143,9 +160,17 @@ def product_of(
     norm: tuple[torch.Tensor, float] | None = None,
     residual: torch.Tensor | None = None,
 ) -> LinearOutput:
+    """The product with what is ahead of it, SiLU, and the sum with the residual if it is whole."""
+    if way.is_whole:
+        assert way.tile
+        return packed_rows(x, layer[name], way.tile, norm, name == "gate_up", residual)
+    if norm:
+        x = rms_norm(x, *norm)
     if way.tile is None:
-        return packed_linear(x, layer[name])
-    return packed_rows(x, layer[name], way.tile, norm, name == "gate_up", residual, way.num_parts)
+        product = packed_linear(x, layer[name])
+    else:
+        product = packed_rows(x, layer[name], way.tile, num_parts=way.num_parts)
+    return silu_and_mul(product) if name == "gate_up" else product
 
 
 def run_present_layer(
@@ -216,22 +241,19 @@ def check(num_tokens: int, ways: dict[str, list[Way]]) -> int:
         norm = (NORMS[x.device], EPS) if name in ("qkv", "gate_up") else None
         expected = expected_of(name, x, values, residual)
         present = present_of(name, layer, x, residual)
-        product = x.double() @ values.double().T
+        product = (rms_norm(x, *norm) if norm else x).double() @ values.double().T
         for way in list(ways[name]):
             if way.tile is None:
                 continue
             try:
-                if way.is_whole:
-                    added = residual.clone() if name in ("o", "down") else None
-                    result = product_of(name, layer, way, x, norm, added)
-                    assert isinstance(result, torch.Tensor)
+                added = residual.clone() if name in ("o", "down") else None
+                result = product_of(name, layer, way, x, norm, added)
+                if isinstance(result, PartialSums):
+                    errors = error(result.parts.double().sum(0), product), 0.0
+                    is_right = errors[0] < MAX_ERROR_OF_SUMS
+                else:
                     errors = error(result, expected), error(result, present)
                     is_right = max(errors) < MAX_ERROR
-                else:
-                    parts = product_of(name, layer, way, x)
-                    assert isinstance(parts, PartialSums)
-                    errors = error(parts.parts.double().sum(0), product), 0.0
-                    is_right = errors[0] < MAX_ERROR_OF_SUMS
                 problem = "" if is_right else f"errors {errors[0]:.1e} {errors[1]:.1e}"
             except Exception as failure:
                 problem = f"{type(failure).__name__}: {str(failure)[:200]}"
@@ -252,8 +274,7 @@ def check_chain(num_tokens: int, ways: Ways) -> str:
     for layer in layers:
         y = run_layer(layer, ways, y, residual, heads)
         y_present = run_present_layer(layer, y_present, present, heads)
-    if not ways["down"].is_whole:
-        add_rms_norm(y, residual, NORMS[start.device], EPS)
+    input_of(ways["down"], y, residual)
     distance = error(residual, present)
     return f"{distance:.1e}" + ("" if distance < 2 * MAX_ERROR else " WRONG")
 
@@ -300,7 +321,7 @@ def time_alone(name: str, num_tokens: int, way: Way, layers: list[Layer]) -> flo
     n, k = SHAPES[name]
     x, residual = inputs(num_tokens, k), inputs(num_tokens, n)
     norm = (NORMS[x.device], EPS) if name in ("qkv", "gate_up") and way.is_whole else None
-    added = residual if name in ("o", "down") and way.is_whole else None
+    added = residual if name in ("o", "down") else None
 
     def run_one(layer: Layer) -> None:
         product_of(name, layer, way, x, norm, added)
@@ -315,7 +336,8 @@ def share(us: float, layer: Layer, *names: str) -> str:
 
 def search(num_tokens: int, ways: dict[str, list[Way]], layers: list[Layer]) -> Ways:
     """The fastest ways in the chain, product by product."""
-    best = {name: found[0] for name, found in ways.items()}
+    starts = [{name: found[i % len(found)] for name, found in ways.items()} for i in range(3)]
+    best = min(starts, key=lambda start: time_ways(num_tokens, start, layers))
     for name in ("gate_up", "down", "qkv", "o"):
         times = sorted(
             (time_ways(num_tokens, best | {name: way}, layers), number)
@@ -336,12 +358,12 @@ def build(work: list[tuple[int, str, Way]]) -> None:
     for num_tokens, name, way in work:
         layer = {name: packed_weight(*SHAPES[name], 4, False)}
         x, residual = inputs(num_tokens, SHAPES[name][1]), inputs(num_tokens, SHAPES[name][0])
-        norms = (NORMS[x.device], EPS) if name in ("qkv", "gate_up") and way.is_whole else None
-        added = residual if name in ("o", "down") and way.is_whole else None
+        added = residual if name in ("o", "down") else None
         try:
-            product_of(name, layer, way, x, norms, added)
-            if name == "qkv":
-                product_of(name, layer, way, x)  # behind a down in parts
+            if name in ("qkv", "gate_up"):
+                product_of(name, layer, way, x, (NORMS[x.device], EPS))
+            if name != "gate_up" and (name != "qkv" or num_tokens > 2):  # also behind parts
+                product_of(name, layer, way, x, None, added)
         except Exception:
             continue
 
@@ -361,7 +383,7 @@ def build_all(tokens: list[int], num_processes: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--processes", type=int, default=14, help="that compile")
     args = parser.parse_args()
     begin = time.perf_counter()

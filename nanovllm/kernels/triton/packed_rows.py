@@ -43,7 +43,7 @@ from nanovllm.kernels.triton.hopper_prefill import start_copy
 from nanovllm.kernels.triton.launch import next_power_of_2, overlap_options, with_dry_runs
 from nanovllm.kernels.types import LinearOutput, PackedWeight, PartialSums
 
-TOKENS = gl.constexpr(8)  # of the matrix instruction
+MAX_TOKENS = 16
 MIN_BLOCKS = 8  # of a stage: a bulk copy takes at least 16 bytes of a row's scales
 MAX_SEGMENT = 4096  # columns of x that are loaded at a time
 
@@ -69,34 +69,34 @@ class RowsTile(NamedTuple):
 
 
 @gluon.constexpr_function
-def _places(num_warps: int, rows: int) -> list[list[list[int]]]:
-    """Bases of registers, lanes and warps for [TOKENS, rows]: neighbouring rows in a warp."""
-    bases = bits_along(rows, 1, 1, 2) + bits_along(8, 1, 0, 2)
+def _places(num_warps: int, tokens: int, rows: int) -> list[list[list[int]]]:
+    """Bases of registers, lanes and warps for [tokens, rows]: neighbouring rows in a warp."""
+    bases = bits_along(rows, 1, 1, 2) + bits_along(tokens, 1, 0, 2)
     num_bits = num_warps.bit_length() - 1
     bases += [[0, 0]] * max(0, 5 + num_bits - len(bases))
     return [bases[5 + num_bits :], bases[:5], bases[5 : 5 + num_bits]]
 
 
 @gluon.constexpr_function
-def _layout_of_results(num_warps: int, rows: int) -> Any:
-    """Of [TOKENS, rows]."""
-    return gl.DistributedLinearLayout(*_places(num_warps, rows), [], [8, rows])
+def _layout_of_results(num_warps: int, tokens: int, rows: int) -> Any:
+    """Of [tokens, rows]."""
+    return gl.DistributedLinearLayout(*_places(num_warps, tokens, rows), [], [tokens, rows])
 
 
 @gluon.constexpr_function
-def _layout_of_sums(num_warps: int, rows: int, is_gated: bool) -> Any:
-    """Of [num_warps, TOKENS, rows]: a thread has the sums of all warps.
+def _layout_of_sums(num_warps: int, tokens: int, rows: int, is_gated: bool) -> Any:
+    """Of [num_warps, tokens, rows]: a thread has the sums of all warps.
 
     With is_gated it has those of a row of the first half, and the same one of the second.
     """
     registers, lanes, warps = (
         [[0, *basis] for basis in bases]
-        for bases in _places(num_warps, rows // 2 if is_gated else rows)
+        for bases in _places(num_warps, tokens, rows // 2 if is_gated else rows)
     )
     if is_gated:
         registers.insert(0, [0, 0, rows // 2])
     registers = bits_along(num_warps, 1, 0, 3) + registers
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [num_warps, 8, rows])
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [num_warps, tokens, rows])
 
 
 @gluon.jit
@@ -192,6 +192,7 @@ def _share_x(pieces, column, xs, bases):
     """x to shared memory, plane by plane; and what each token's sums of a block begin with."""
     dtype: gl.constexpr = pieces[0].dtype
     T: gl.constexpr = pieces[0].shape[0]
+    TOKENS: gl.constexpr = bases.shape[2]
     BLOCKS: gl.constexpr = pieces[0].shape[1] // COLUMNS  # of a piece
     for i in gl.static_range(len(pieces)):
         values = pieces[i]
@@ -224,7 +225,7 @@ def _packed_rows_kernel(
     ROWS: gl.constexpr,  # of a pass
     STEPS: gl.constexpr,
     STAGES: gl.constexpr,
-    X_TOKENS: gl.constexpr,  # 1, 2, 4 or 8
+    X_TOKENS: gl.constexpr,  # 1, 2, 4, 8 or 16
     IS_GATED: gl.constexpr,
     IS_ADDED: gl.constexpr,
     OVERLAP: gl.constexpr,
@@ -232,6 +233,7 @@ def _packed_rows_kernel(
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     dtype: gl.constexpr = x.dtype.element_ty
+    TOKENS: gl.constexpr = 8 if X_TOKENS < 8 else X_TOKENS  # of the matrix instruction
     W: gl.constexpr = gl.num_warps()
     BLOCKS: gl.constexpr = PART_COLUMNS // COLUMNS
     TURNS: gl.constexpr = BLOCKS // (STEPS * W)  # of a pass
@@ -276,13 +278,13 @@ def _packed_rows_kernel(
     # and a chunk of a token: [W, plane, copy, token, chunk and number].
     COPIES: gl.constexpr = TOKENS // X_TOKENS
     fragments: gl.constexpr = gl.BlockedLayout(
-        [1, 4, 1, 1, 8], [1, 1, COPIES, X_TOKENS, 4], [W, 1, 1, 1, 1], [4, 1, 3, 2, 0]
+        [1, 4, 1, 1, 8], [1, 1, COPIES, 8 // COPIES, 4], [W, 1, 1, 1, 1], [4, 1, 3, 2, 0]
     )
     # [W, token, row]: a thread has the sums of all warps, and gate's and up's of a row.
-    shared_sums: gl.constexpr = _layout_of_sums(W, ROWS, IS_GATED)
+    shared_sums: gl.constexpr = _layout_of_sums(W, TOKENS, ROWS, IS_GATED)
     OUT_ROWS: gl.constexpr = ROWS // 2 if IS_GATED else ROWS  # of a pass
     WIDTH: gl.constexpr = N // 2 if IS_GATED else N
-    out_layout: gl.constexpr = _layout_of_results(W, OUT_ROWS)
+    out_layout: gl.constexpr = _layout_of_results(W, TOKENS, OUT_ROWS)
     row = gl.arange(0, OUT_ROWS, gl.SliceLayout(0, out_layout))
     row += gl.program_id(0) * (PASSES * OUT_ROWS)
     token = gl.arange(0, TOKENS, gl.SliceLayout(1, out_layout))
@@ -414,7 +416,7 @@ def packed_rows(
     residual: torch.Tensor | None = None,
     num_parts: int = 1,
 ) -> LinearOutput:
-    """x [T, K] weight^T [T, N], of at most 8 tokens that `takes` allows.
+    """x [T, K] weight^T [T, N], of at most 16 tokens, for weights and tiles that `takes` allows.
 
     Args:
         norm: weight [K] and epsilon of an RMS norm of x ahead of the product.
@@ -423,7 +425,7 @@ def packed_rows(
         num_parts: of K. Several ones are left unsummed, without anything ahead or behind.
     """
     (num_tokens, k), n = x.shape, weight.shape[0]
-    assert num_tokens <= TOKENS.value and takes(weight, num_parts, tile)
+    assert num_tokens <= MAX_TOKENS and takes(weight, num_parts, tile)
     assert x.is_contiguous() and weight.numbers.is_contiguous() and weight.scales.is_contiguous()
     assert num_parts == 1 or (norm is None and residual is None and not is_gated)
     if residual is not None:
