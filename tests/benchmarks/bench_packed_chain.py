@@ -9,8 +9,8 @@ QKV, O and the sum with the residual, norm, gate and up and SiLU, down and the s
 a layer, and in % what its packed weights are of what an H200 reads in that time.
 
 The tiles are found product by product: each in turn gets the fastest one of the chain, while the
-others keep theirs. With more than two tokens down may come in parts of K, or from the kernel that
-the layers choose, and a norm adds the parts up; with more than eight all products may.
+others keep theirs. With more than two tokens O and down may come in parts of K, or from the kernel
+that the layers choose, and a norm adds the parts up; with more than eight all products may.
 """
 
 import argparse
@@ -39,15 +39,19 @@ MAX_ERROR_OF_SUMS = 1e-4
 
 
 class Way(NamedTuple):
-    """How a product is computed: in `num_parts` of K; without a tile as the layers choose."""
+    """How a product is computed: in `num_parts` of K; without a tile as the layers choose.
+
+    Parts that are joined are added to the residual by the last program of their rows.
+    """
 
     tile: RowsTile | None
     num_parts: int = 1
+    is_joined: bool = False
 
     @property
     def is_whole(self) -> bool:
         """Whether norm, SiLU or sum are part of it."""
-        return self.tile is not None and self.num_parts == 1
+        return self.tile is not None and (self.num_parts == 1 or self.is_joined)
 
     def __str__(self) -> str:
         if self.tile is None:
@@ -55,7 +59,9 @@ class Way(NamedTuple):
         text = "{} x {} rows, {} warps, {} steps, {} stages".format(*self.tile)
         if self.tile.max_registers:
             text += f", {self.tile.max_registers} registers"
-        return text + (f", {self.num_parts} parts" if self.num_parts > 1 else "")
+        if self.num_parts > 1:
+            text += f", {self.num_parts} parts" + ", joined" * self.is_joined
+        return text
 
 
 Ways = dict[str, Way]
@@ -97,15 +103,13 @@ MANY: dict[str, tuple[tuple[int, ...], ...]] = {
     ),
     "o": ((1, 32, 8, 1, 2), (1, 32, 8, 1, 3), (1, 32, 8, 1, 4), (1, 32, 16, 1, 2)),
 }
-# Of down with up to 8 tokens, in parts of K: tile and number of parts.
-DOWN_IN_PARTS: tuple[tuple[tuple[int, ...], int], ...] = (
-    *(((4, 32, 8, 1, 3), 4), ((4, 32, 8, 1, 5), 4), ((4, 32, 8, 1, 3, 80), 4)),
-    ((2, 32, 8, 1, 4), 2),
-)
-
-
-# With more tokens all products may come in parts: less of x is in a program.
-IN_PARTS: dict[str, tuple[tuple[tuple[int, ...], int], ...]] = {
+# In parts of K less of x is in a program: tile and number of parts. Up to 8 tokens O and down may
+# come so, with more all products; those of O and down joined or not.
+FEW_IN_PARTS: dict[str, tuple[tuple[tuple[int, ...], int], ...]] = {
+    "down": (((4, 32, 8, 1, 3), 4), ((4, 32, 8, 1, 5), 4), ((2, 32, 8, 1, 4), 2)),
+    "o": (((4, 32, 8, 1, 3), 4), ((2, 32, 8, 1, 3), 2)),
+}
+MANY_IN_PARTS: dict[str, tuple[tuple[tuple[int, ...], int], ...]] = {
     "gate_up": (((24, 32, 8, 1, 3), 4), ((24, 32, 8, 1, 5), 4), ((12, 32, 8, 1, 3), 2)),
     "down": (((8, 32, 8, 1, 3), 6), ((4, 32, 8, 1, 3), 4), ((4, 32, 8, 1, 3), 6)),
     "qkv": (((6, 32, 8, 1, 3), 4), ((6, 32, 8, 1, 5), 4), ((3, 32, 8, 1, 3), 2)),
@@ -116,12 +120,14 @@ IN_PARTS: dict[str, tuple[tuple[tuple[int, ...], int], ...]] = {
 def candidates(name: str, num_tokens: int) -> list[Way]:
     """Ways for a product of so many tokens."""
     if num_tokens > 8:
-        parts = IN_PARTS[name]
+        parts = MANY_IN_PARTS[name]
         ways = []
     else:
-        parts = DOWN_IN_PARTS if name == "down" and num_tokens > 2 else ()
+        parts = FEW_IN_PARTS.get(name, ()) if num_tokens > 2 else ()
         tiles = (FEW if num_tokens <= 2 else MANY)[name]
         ways = [Way(RowsTile(*tile)) for tile in tiles if name != "down" or num_tokens <= 4]
+    if name in ("o", "down"):
+        ways += [Way(RowsTile(*tile), num_parts, True) for tile, num_parts in parts]
     ways += [Way(RowsTile(*tile), num_parts) for tile, num_parts in parts]
     if num_tokens > 8 or parts:
         ways.append(Way(None))
@@ -163,7 +169,9 @@ def product_of(
     """The product with what is ahead of it, SiLU, and the sum with the residual if it is whole."""
     if way.is_whole:
         assert way.tile
-        return packed_rows(x, layer[name], way.tile, norm, name == "gate_up", residual)
+        return packed_rows(
+            x, layer[name], way.tile, norm, name == "gate_up", residual, way.num_parts, COUNTERS[0]
+        )
     if norm:
         x = rms_norm(x, *norm)
     if way.tile is None:
@@ -185,12 +193,14 @@ def run_present_layer(
 
 
 NORMS: dict[torch.device, torch.Tensor] = {}
+COUNTERS: list[torch.Tensor] = []  # one for every 16 rows of O and down
 
 
 def prepare() -> None:
     torch.manual_seed(0)
     device = torch.device("cuda", 0)
     NORMS[device] = torch.rand(4096, device=device).to(DTYPE) + 0.5
+    COUNTERS[:] = [torch.zeros(256, device=device, dtype=torch.int32)]
 
 
 def make_layer() -> Layer:
@@ -362,7 +372,9 @@ def build(work: list[tuple[int, str, Way]]) -> None:
         try:
             if name in ("qkv", "gate_up"):
                 product_of(name, layer, way, x, (NORMS[x.device], EPS))
-            if name != "gate_up" and (name != "qkv" or num_tokens > 2):  # also behind parts
+            else:
+                product_of(name, layer, way, x, None, added)
+            if name == "qkv" and num_tokens > 2:  # also behind parts
                 product_of(name, layer, way, x, None, added)
         except Exception:
             continue

@@ -14,8 +14,8 @@ one kernel's last words to the other's first product.
 A number's bits alone are a bfloat16 that is the number times 2^-133, see hopper_packed.py. What is
 to be taken off each number, times x, is the same for all rows: sums begin with it.
 
-With several parts a program has one part's columns. Then nothing is ahead of the product or behind
-it, and the parts are left unsummed.
+With several parts a program has one part's columns. Then nothing is ahead of the product, and the
+parts are left unsummed; or the last program of some rows adds them to the residual.
 """
 
 from typing import Any, NamedTuple
@@ -44,6 +44,8 @@ from nanovllm.kernels.triton.launch import next_power_of_2, overlap_options, wit
 from nanovllm.kernels.types import LinearOutput, PackedWeight, PartialSums
 
 MAX_TOKENS = 16
+# Triton 3.9 has another name for it than 3.6.
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 MIN_BLOCKS = 8  # of a stage: a bulk copy takes at least 16 bytes of a row's scales
 MAX_SEGMENT = 4096  # columns of x that are loaded at a time
 
@@ -211,6 +213,8 @@ def _share_x(pieces, column, xs, bases):
 @gluon.jit(do_not_specialize=["num_tokens"])
 def _packed_rows_kernel(
     out,  # [T, N], which IS_ADDED changes; IS_GATED: [T, N / 2]; parts: float32 [parts, T, N]
+    residual,  # [T, N], to which parts are added, or None
+    counters,  # int32 [N / rows of a program], zeros between launches; None: parts are not summed
     x,  # [T, K]
     norm_weight,  # [K]; None: x is not normed
     word_tiles,  # int32 [K / COLUMNS, N, WORDS] in boxes of [W, ROWS, WORDS]; see `_tiles`
@@ -362,6 +366,36 @@ def _packed_rows_kernel(
         if IS_ADDED:
             result = (result.to(gl.float32) + addend.to(gl.float32)).to(dtype)
         gl.store(out_pointers + pass_ * OUT_ROWS, result, mask=out_mask)
+    if counters is not None:
+        barrier()  # all warps' sums are stored
+        num_done = gl.atomic_add(counters + gl.program_id(0), 1, sem="acq_rel")
+        if num_done == K // PART_COLUMNS - 1:
+            _add_parts(
+                out, residual, token, row, out_mask, num_tokens, N, K // PART_COLUMNS, PASSES
+            )
+            gl.store(counters + gl.program_id(0), 0)
+
+
+@gluon.jit
+def _add_parts(
+    out, residual, token, row, mask, num_tokens, N: gl.constexpr, PARTS: gl.constexpr,
+    PASSES: gl.constexpr,
+):  # fmt: skip
+    """The last program of some rows adds all parts of them to the residual, in the parts' order."""
+    dtype: gl.constexpr = residual.dtype.element_ty
+    place = token[:, None] * N + row[None, :]
+    OUT_ROWS: gl.constexpr = row.shape[0]
+    totals = ()
+    for i in gl.static_range(PASSES):
+        total = gl.load(out + place + i * OUT_ROWS, mask, 0.0, cache_modifier=".cg")
+        for part in gl.static_range(1, PARTS):
+            pointers = out + place + i * OUT_ROWS + part * num_tokens * N
+            total += gl.load(pointers, mask, 0.0, cache_modifier=".cg")
+        addend = gl.load(residual + place + i * OUT_ROWS, mask, 0.0, cache_modifier=".cg")
+        total = (total.to(dtype).to(gl.float32) + addend.to(gl.float32)).to(dtype)
+        totals += (total,)  # type: ignore[assignment]
+    for i in gl.static_range(PASSES):
+        gl.store(residual + place + i * OUT_ROWS, totals[i], mask=mask)
 
 
 def _tiles(weight: PackedWeight, tile: RowsTile, is_gated: bool) -> tuple[Any, Any]:
@@ -415,6 +449,7 @@ def packed_rows(
     is_gated: bool = False,
     residual: torch.Tensor | None = None,
     num_parts: int = 1,
+    counters: torch.Tensor | None = None,
 ) -> LinearOutput:
     """x [T, K] weight^T [T, N], of at most 16 tokens, for weights and tiles that `takes` allows.
 
@@ -422,14 +457,20 @@ def packed_rows(
         norm: weight [K] and epsilon of an RMS norm of x ahead of the product.
         is_gated: the result is silu(gate) * up [T, N / 2], gate being the product's first half.
         residual: [T, N]; the product, rounded, is added to it in its memory, and it is the result.
-        num_parts: of K. Several ones are left unsummed, without anything ahead or behind.
+        num_parts: of K. Several ones are left unsummed without a residual, with neither norm nor
+            gate.
+        counters: int32, zeros, as they are again afterwards; for parts that are added to a
+            residual, one for every rows of a program.
     """
     (num_tokens, k), n = x.shape, weight.shape[0]
     assert num_tokens <= MAX_TOKENS and takes(weight, num_parts, tile)
     assert x.is_contiguous() and weight.numbers.is_contiguous() and weight.scales.is_contiguous()
-    assert num_parts == 1 or (norm is None and residual is None and not is_gated)
-    if residual is not None:
-        assert residual.is_contiguous() and tile.passes == 1
+    assert num_parts == 1 or (norm is None and not is_gated)
+    assert residual is None or residual.is_contiguous()
+    is_joined = num_parts > 1 and residual is not None
+    assert not is_joined or counters is not None
+    if residual is not None and num_parts == 1:
+        assert tile.passes == 1
         out = residual
     elif num_parts > 1:
         out = torch.empty(num_parts, num_tokens, n, dtype=torch.float32, device=x.device)
@@ -442,6 +483,8 @@ def packed_rows(
     words, scales = _tiles(weight, tile, is_gated)
     _packed_rows_kernel[(n // (tile.passes * tile.rows), num_parts)](
         out,
+        residual if is_joined else None,
+        counters if is_joined else None,
         x,
         norm_weight,
         words,
@@ -458,9 +501,12 @@ def packed_rows(
         STAGES=min(tile.stages, turns),
         X_TOKENS=next_power_of_2(num_tokens),
         IS_GATED=is_gated,
-        IS_ADDED=residual is not None,
+        IS_ADDED=out is residual,
         num_warps=tile.num_warps,
         maxnreg=tile.max_registers,
         **overlap_options(x.device),
     )
+    if is_joined:
+        assert residual is not None
+        return residual
     return out if num_parts == 1 else PartialSums(out, x.dtype)
