@@ -402,16 +402,15 @@ def main() -> None:
     build_all(args.tokens, args.processes)
     print(torch.cuda.get_device_name(), f"compiled in {time.perf_counter() - begin:.0f} s")
     prepare()
-    ways = {t: {name: candidates(name, t) for name in SHAPES} for t in args.tokens}
-    for num_tokens in args.tokens:
-        print(f"T={num_tokens}: {check(num_tokens, ways[num_tokens])} ways are right", flush=True)
     layers = [make_layer() for _ in range(NUM_LAYERS)]
     for num_tokens in args.tokens:
-        if not all(ways[num_tokens].values()):
+        ways = {name: candidates(name, num_tokens) for name in SHAPES}
+        print(f"T={num_tokens}: {check(num_tokens, ways)} ways are right", flush=True)
+        if not all(ways.values()):
             print(f"T={num_tokens}: no way for a product")
             continue
         present = time_present(num_tokens, layers)
-        best = search(num_tokens, ways[num_tokens], layers)
+        best = search(num_tokens, ways, layers)
         for name, way in best.items():
             us = time_alone(name, num_tokens, way, layers)
             print(f"T={num_tokens} {name:<7} alone {share(us, layers[0], name)}  {way}")
