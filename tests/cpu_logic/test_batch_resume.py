@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from batch_engine import StandInEngine
+from forked_python import ForkedPython
 
 import nanovllm.batch.result_file as result_file
 from nanovllm import ArgumentError, EngineDeadError
@@ -80,7 +81,7 @@ def test_a_killed_process_goes_on_where_it_was(tmp_path):
     }
     rng, kept = random.Random(0), b""
     for _ in range(3):
-        with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+        with ForkedPython(command, env=environment, stderr=subprocess.DEVNULL) as process:
             more = len(kept) + rng.randrange(1, 40_000)
             deadline = time.monotonic() + 600
             while not target.exists() or target.stat().st_size < more:
@@ -378,7 +379,7 @@ def test_one_process_at_a_time(source, tmp_path, capsys):
 def test_memory_does_not_grow_with_the_files(tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     with source.open("w") as file:
-        for i in range(1200):
+        for i in range(600):
             file.write(json.dumps({"custom_id": str(i), "prompt": "x" * 20_000}) + "\n")
     engine = StandInEngine(max_num_seqs=16)
     engine.log = _Nothing()
@@ -389,7 +390,7 @@ def test_memory_does_not_grow_with_the_files(tmp_path):
     finally:
         tracemalloc.stop()
     assert engine.most_queued == 32
-    assert source.stat().st_size > 24e6
+    assert source.stat().st_size > 12e6
     assert peak < 3e6
 
 
