@@ -4,13 +4,12 @@ import builtins
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
+import folder_mutations
 import pytest
-from engine_checks import REPO, greedy, tiny_engine
+from engine_checks import greedy, tiny_engine
 from tiny_models import VOCAB_SIZE, edit_config
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -347,20 +346,16 @@ def test_ids_that_end_are_those_of_transformers_and_the_tokenizers(
             assert output["token_ids"] == [token_id]
 
 
-def test_mutated_directories_give_right_answers_or_are_refused(model_dir):
+def test_mutated_directories_give_right_answers_or_are_refused(model_dir, capsys):
     """NANOVLLM_FOLDER_MUTATIONS=5000 tries that many; a line for each that went wrong is shown."""
     modules = [{"path": "", "type": "Transformer"}, {"path": "1_Pooling", "type": "m.Pooling"}]
     (model_dir / "modules.json").write_text(json.dumps(modules))
     (model_dir / "1_Pooling").mkdir()
     pooling = {"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}
     (model_dir / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
-    script = Path(__file__).parents[1] / "folder_mutations.py"
     count = os.environ.get("NANOVLLM_FOLDER_MUTATIONS", "24")
-    command = [sys.executable, str(script), str(model_dir), "--count", count, "--seed", "20000"]
-    environment = os.environ | {"PYTHONPATH": str(REPO)}
-    result = subprocess.run(
-        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    ends = json.loads(result.stdout.splitlines()[-1])
+    status = folder_mutations.main([str(model_dir), "--count", count, "--seed", "20000"])
+    out = capsys.readouterr().out
+    assert status == 0, out[-4000:]
+    ends = json.loads(out.splitlines()[-1])
     assert ends["refused"] > 0 and ends["same"] > 0
