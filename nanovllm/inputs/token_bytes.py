@@ -6,7 +6,6 @@ Mistral's, Gemma's) writes a space as "▁" and what is no piece as bytes such a
 """
 
 import codecs
-import copy
 import json
 import re
 from codecs import charmap_encode
@@ -125,16 +124,15 @@ class TokenBytes(dict[int, bytes]):
 
     def form_of_encoder(self) -> str:
         """The tokenizer.json of a tokenizer that encodes a text as if other text came before it."""
-        from tokenizers import normalizers, pre_tokenizers
-
-        backend = copy.copy(self._backend)
-        backend.no_padding()
-        backend.no_truncation()
+        # The model, which is most of it, comes last and stays as it is written.
+        head, separator, model = self._backend.to_str().partition(',"model":')
+        fields = json.loads(head + "}") | {"truncation": None, "padding": None}
         if not self.is_byte_level:  # a space before each text is added in several ways
-            backend.normalizer = normalizers.Replace(" ", SPACE)
-            backend.pre_tokenizer = pre_tokenizers.Sequence([])
-        form: str = backend.to_str()
-        return form.replace('"add_prefix_space":true', '"add_prefix_space":false')
+            replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+            fields |= {"normalizer": replace, "pre_tokenizer": None}
+        head = json.dumps(fields, separators=(",", ":")).removesuffix("}")
+        head = head.replace('"add_prefix_space":true', '"add_prefix_space":false')
+        return f"{head}{separator}{model}"
 
     def byte_pieces(self, data: bytes) -> list[int] | None:
         """The ids that spell `data` byte by byte; None if a byte has no token of its own."""
