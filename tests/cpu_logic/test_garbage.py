@@ -15,7 +15,7 @@ def thresholds():
     before = gc.get_threshold()
     gc.set_threshold(*USUAL)
     yield
-    gc.collect()
+    gc.collect(0)  # a look at all of pytest's objects takes seconds
     gc.set_threshold(*before)
 
 
