@@ -30,8 +30,8 @@ FILTERS = (
 def _small(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(triton_sampling, "CHUNK", 512)
-    sizes = {"CHUNK": 256, "TILE": 64, "CAPACITY": 32, "SAMPLE": 128, "MAXIMUM_TILE": 512}
-    for name, value in {**sizes, "SAMPLE_BLOCK": 8, "SAMPLE_STEPS": 5}.items():
+    sizes = {"CHUNK": 256, "TILE": 128, "UNROLL": 2, "CAPACITY": 32, "MAXIMUM_TILE": 512}
+    for name, value in {**sizes, "SAMPLE": 128, "SAMPLE_BLOCK": 8, "SAMPLE_STEPS": 5}.items():
         monkeypatch.setattr(triton_filters, name, value)
 
 

@@ -29,7 +29,7 @@ def summed(product: LinearOutput) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts", "top_k"),
-    [(1, 6, 3), (20, 5, 5), (9, 20, 1), (16, 7, 6), (7, 30, 5), (17, 9, 1)],
+    [(1, 6, 3), (20, 5, 5), (9, 20, 1), (7, 18, 5), (17, 9, 1)],
 )
 def test_sorted_pairs_and_blocks(num_tokens, num_experts, top_k, monkeypatch):
     """Every pair is in one block, of its expert; the blocks have room for any choice of experts."""
@@ -103,8 +103,8 @@ def test_biases_and_clamped_swiglu(block_m, in_parts, dtype, monkeypatch):
     }
     swiglu = {"swiglu": ClampedSwiGLU(1.3, 1.0)}
     tolerance = 1e-5 if dtype == torch.float32 else 5e-3
-    results = []
-    for extras in ({}, biases, swiglu, biases | swiglu):
+    results = [torch_ops.experts(*args, 2, True)]
+    for extras in (biases, swiglu, biases | swiglu):
         got = summed(experts(*args, 2, True, **extras, tiles=both(block_m, 32, 32, 4, 1)))
         results.append(torch_ops.experts(*args, 2, True, **extras))
         torch.testing.assert_close(got.to(dtype), results[-1], rtol=tolerance, atol=tolerance)
