@@ -45,7 +45,7 @@ def group_windows(draw) -> Windows:
     return [None, *finite] if draw(st.booleans()) else finite
 
 
-@settings(RUNS, max_examples=200)
+@settings(RUNS, max_examples=90)
 @given(properties.workloads(), group_windows())
 def test_any_workload_completes_rightly_and_leaves_nothing_behind(workload, windows):
     run(workload, windows)
@@ -54,7 +54,7 @@ def test_any_workload_completes_rightly_and_leaves_nothing_behind(workload, wind
 def test_workloads_with_many_preemptions_complete_rightly():
     num_preemptions = 0
 
-    @settings(RUNS, max_examples=100)
+    @settings(RUNS, max_examples=50)
     @given(properties.tight_workloads(), group_windows())
     def run_and_count(workload, windows):
         nonlocal num_preemptions

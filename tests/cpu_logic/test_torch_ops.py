@@ -514,7 +514,7 @@ def test_noise_of_neighbours_is_uniform_and_independent(varied):
 
 def test_first_arrivals_follow_the_exponential():
     """The smallest of V exponentials, times V, is exponential too: Kolmogorov-Smirnov."""
-    num_draws, num_tokens = 1000, 20_000
+    num_draws, num_tokens = 1000, 4000
     words = torch.zeros(num_draws, 2, dtype=torch.int32)
     words[:, 0] = torch.arange(num_draws)
     zeros = torch.zeros(num_draws, dtype=torch.int32)
