@@ -43,13 +43,18 @@ def windows_of(name: str) -> Iterator[None]:
 
 
 def windowed_reference(
-    directory: Path, name: str, prompts: list[list[int]], max_tokens: int
+    directory: Path,
+    name: str,
+    prompts: list[list[int]],
+    max_tokens: int,
+    guesses: list[list[int]] | None = None,
 ) -> list[list[int]]:
     """`reference_greedy` of MODELS[name]."""
     if MODELS[name]:
-        return reference_greedy(directory, prompts, max_tokens)
+        return reference_greedy(directory, prompts, max_tokens, guesses)
     AttentionInterface.register("windowed", _windowed_attention(THREE_GROUPS))
-    return reference_greedy(directory, prompts, max_tokens, attn_implementation="windowed")
+    attention = {"attn_implementation": "windowed"}
+    return reference_greedy(directory, prompts, max_tokens, guesses, **attention)
 
 
 def _windowed_attention(windows: Windows) -> Callable[..., Any]:
