@@ -11,6 +11,7 @@ from engine_checks import (
     tiny_engine,
 )
 from fp8_models import quantize_blocks, save_fp8, save_rounded, through_blocks, through_rows
+from quick_reference import quick_reference
 from qwen3_5_shapes import SHAPES, write_config
 from safetensors.torch import load_file, save_file
 from tiny_models import (
@@ -46,7 +47,7 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(path):
-    return reference_greedy(path, PROMPTS, MAX_TOKENS)
+    return quick_reference(path, PROMPTS, MAX_TOKENS)
 
 
 def test_a_row_starts_anew_whatever_an_aborted_request_left_in_it(path, reference):
@@ -69,7 +70,8 @@ def test_a_preempted_sequence_is_computed_again(path):
             llm.add_request(prompt, greedy(30))
         completions, _ = drain(llm)
         assert llm.scheduler.num_preemptions > 0
-    assert [completions[i] for i in sorted(completions)] == reference_greedy(path, prompts, 30)
+    found = [completions[i] for i in sorted(completions)]
+    assert found == reference_greedy(path, prompts, 30, found)
 
 
 @pytest.mark.parametrize("mode", ["abort", "keep"])
@@ -94,8 +96,8 @@ def test_new_weights_by_their_names_in_checkpoints(path, tmp_path):
     assert "model.layers.0.linear_attn.in_proj_qkv.weight" in weights
     with tiny_engine(path) as llm:
         assert llm.load_weights(weights) == weights.keys()
-        expected = reference_greedy(tmp_path, PROMPTS, MAX_TOKENS)
-        assert generate(llm, PROMPTS, greedy(MAX_TOKENS)) == expected
+        found = generate(llm, PROMPTS, greedy(MAX_TOKENS))
+        assert found == reference_greedy(tmp_path, PROMPTS, MAX_TOKENS, found)
 
 
 def test_logprobs_of_prompts_in_chunks_are_those_of_transformers(path):
@@ -226,8 +228,8 @@ def test_fp8_weights(tmp_path, keeps_fp8, monkeypatch):
     model = save_model(tmp_path / "model", seed=3, **FAMILIES["qwen3.5"] | sizes)
     rows = save_rounded(model, tmp_path / "rows", through_rows)
     with tiny_engine(model, quantization="fp8") as llm:
-        expected = reference_greedy(rows, PROMPTS, MAX_TOKENS)
-        assert generate(llm, PROMPTS, greedy(MAX_TOKENS)) == expected
+        found = generate(llm, PROMPTS, greedy(MAX_TOKENS))
+        assert found == reference_greedy(rows, PROMPTS, MAX_TOKENS, found)
     blocks = save_rounded(model, tmp_path / "blocks", through_blocks)
     fp8 = save_fp8(model, tmp_path / "fp8")
     rounded, stored = (load_file(path / "model.safetensors") for path in (blocks, fp8))
@@ -237,8 +239,8 @@ def test_fp8_weights(tmp_path, keeps_fp8, monkeypatch):
     save_file(rounded, blocks / "model.safetensors", {"format": "pt"})
     save_file(stored, fp8 / "model.safetensors", {"format": "pt"})
     with tiny_engine(fp8) as llm:
-        expected = reference_greedy(blocks, PROMPTS, MAX_TOKENS)
-        assert generate(llm, PROMPTS, greedy(MAX_TOKENS)) == expected
+        found = generate(llm, PROMPTS, greedy(MAX_TOKENS))
+        assert found == reference_greedy(blocks, PROMPTS, MAX_TOKENS, found)
 
 
 @pytest.mark.parametrize("name", SHAPES)
