@@ -112,15 +112,14 @@ def test_sampling_over_the_whole_vocabulary(llm):
 @pytest.mark.parametrize(
     "name", ["qwen3-4b", "qwen3-8b", "qwen3-32b", "qwen3-30b-a3b", "llama-3.1-8b"]
 )
-def test_configs_of_larger_models(tmp_path, name):
+def test_configs_of_larger_models(llm, tmp_path, name):
     path = SHARED / "configs" / name / "config.json"
     if not path.is_file():
         pytest.skip(f"the config of {name} is not beside this checkout")
     config = json.loads(path.read_text())
     small = SMALL | (SMALL_EXPERTS if "num_experts" in config else {})
-    shutil.copytree(FILES, tmp_path / "m", copy_function=shutil.copyfile)
-    (tmp_path / "m").chmod(0o755)
-    (tmp_path / "m" / "config.json").write_text(json.dumps(config | small))
-    with tiny_engine(tmp_path / "m", load_format="dummy") as llm:
-        assert bool(llm.config.hf_config.tie_word_embeddings) == config["tie_word_embeddings"]
-        assert len(generate(llm, ["Hello"], greedy(4))[0]) == 4
+    (tmp_path / "config.json").write_text(json.dumps(config | small))
+    settings = {"load_format": "dummy", "tokenizer": llm.get_tokenizer()}
+    with tiny_engine(tmp_path, **settings) as other:
+        assert bool(other.config.hf_config.tie_word_embeddings) == config["tie_word_embeddings"]
+        assert len(generate(other, ["Hello"], greedy(4))[0]) == 4
