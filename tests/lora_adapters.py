@@ -110,12 +110,17 @@ def reference(
     adapters: list[Adapter | None],
     prompts: list[list[int]],
     max_tokens: int,
+    guesses: list[list[int]] | None = None,
 ) -> list[list[int]]:
-    """Greedy completions by transformers, each of the model with its prompt's adapter."""
+    """Greedy completions by transformers, each of the model with its prompt's adapter.
+
+    guesses: of each prompt's completion, see `greedy_tokens`.
+    """
     models: dict[int, transformers.PreTrainedModel] = {}
     completions = []
-    for adapter, prompt in zip(adapters, prompts, strict=True):
+    for i, (adapter, prompt) in enumerate(zip(adapters, prompts, strict=True)):
         if id(adapter) not in models:
             models[id(adapter)] = merged(model_dir, adapter)
-        completions += greedy_tokens(models[id(adapter)], [prompt], max_tokens)
+        guess = guesses and [guesses[i]]
+        completions += greedy_tokens(models[id(adapter)], [prompt], max_tokens, guess)
     return completions

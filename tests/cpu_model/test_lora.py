@@ -64,7 +64,10 @@ def mixed(adapters: list[Adapter]) -> list[Adapter | None]:
 
 @pytest.fixture(scope="module")
 def expected(tiny_dir, adapters) -> list[list[int]]:
-    completions = reference(tiny_dir, mixed(adapters), random_prompts(LENGTHS), MAX_TOKENS)
+    chosen, prompts = mixed(adapters), random_prompts(LENGTHS)
+    with tiny_engine(tiny_dir, enable_lora=True, max_loras=4) as llm:
+        guesses = run(llm, chosen, prompts)
+    completions = reference(tiny_dir, chosen, prompts, MAX_TOKENS, guesses)
     check_varied(completions)
     return completions
 
@@ -344,7 +347,7 @@ def test_peft_agrees(llm, tiny_dir, adapters, tmp_path):
     made.save_pretrained(tmp_path / "peft")
     for path in (tmp_path / "peft", *(adapter.path for adapter in adapters)):
         model = peft.PeftModel.from_pretrained(merged(tiny_dir, None), path)
-        expected = greedy_tokens(model, prompts, MAX_TOKENS)
         lora_request = LoRARequest("peft", 1, str(path), load_inplace=True)
-        found = llm.generate(prompts, greedy(MAX_TOKENS), False, lora_request=lora_request)
-        assert token_ids(found) == expected
+        outputs = llm.generate(prompts, greedy(MAX_TOKENS), False, lora_request=lora_request)
+        found = token_ids(outputs)
+        assert found == greedy_tokens(model, prompts, MAX_TOKENS, found)
