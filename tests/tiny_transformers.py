@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from tiny_models import greedy_tokens
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -225,22 +226,9 @@ def prompts() -> list[list[int]]:
     return [ids[:253], ids[3:255], ids[:254], ids[:5], ids[:259], ids[3:40], ids[:257]]
 
 
-def generated(model: PreTrainedModel, prompt: list[int]) -> list[int]:
-    """Transformers' own greedy tokens, one after another."""
-    ids = torch.tensor([prompt])
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=MAX_TOKENS,
-        eos_token_id=None,
-    )
-    return out[0, len(prompt) :].tolist()
-
-
 def expected_tokens(model: PreTrainedModel) -> list[list[int]]:
     """Transformers' own greedy tokens after each of `prompts`."""
-    return [generated(model, prompt) for prompt in prompts()]
+    return greedy_tokens(model, prompts(), MAX_TOKENS)
 
 
 @torch.inference_mode()
@@ -266,7 +254,7 @@ def outcome(name: str) -> Outcome:
     longest = max(range(len(prompts())), key=lambda i: len(prompts()[i]))
     try:
         model = tiny_model(tiny_config(architectures()[name], name), name)
-        expected = generated(model, prompts()[longest])
+        [expected] = greedy_tokens(model, [prompts()[longest]], MAX_TOKENS)
     except Exception as error:
         return Outcome("not tried", f"no tiny model: {type(error).__name__}")
     with tempfile.TemporaryDirectory() as directory:

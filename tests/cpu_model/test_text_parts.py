@@ -4,7 +4,7 @@ import pytest
 import torch
 from engine_checks import generate, greedy, random_prompts, tiny_engine
 from safetensors.torch import load_file, save_file
-from tiny_models import VOCAB_SIZE, edit_config, save_tokenizer
+from tiny_models import VOCAB_SIZE, edit_config, greedy_tokens, save_tokenizer
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from nanovllm import ArgumentError
@@ -53,17 +53,7 @@ def gemma3(tmp_path_factory):
     save_tokenizer(directory)
     prompts = random_prompts((3, 5, 20, 33, 40, 50, 64, 70), seed=4)
     prompts = [[min(token, VOCAB_SIZE - 2) for token in prompt] for prompt in prompts]  # no image
-    reference = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=MAX_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-        )
-        reference.append(out[0, len(prompt) :].tolist())
+    reference = greedy_tokens(model, prompts, MAX_TOKENS)
     assert len({token for tokens in reference for token in tokens}) >= 6
     return directory, prompts, reference
 
