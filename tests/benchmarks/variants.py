@@ -27,7 +27,7 @@ VARIANTS = {
     "no-fused-decode": Variant(
         constants={
             "kernels.triton.fused_decode.MAX_ROWS": 0,
-            "kernels.triton.hopper_fused_decode.MIN_ROWS": 2**31,
+            "kernels.triton.hopper_fused_decode.ENABLED": False,
         }
     ),
     "no-common-prefix": Variant(constants={"engine.common_prefix.MIN_SPARED_TOKENS": NEVER}),

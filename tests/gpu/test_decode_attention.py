@@ -29,7 +29,7 @@ from nanovllm.kernels.triton import common_prefix as triton_common_prefix
 from nanovllm.kernels.triton import hopper_decode as hopper
 from nanovllm.kernels.triton import hopper_fused_decode, launch
 from nanovllm.kernels.triton.decode_attention import decode_attention, plan_decode
-from nanovllm.kernels.triton.fused_decode import MAX_ROWS, fuses
+from nanovllm.kernels.triton.fused_decode import MAX_ROWS, fused_decode, fuses
 
 DEVICE = torch.device("cuda", torch.cuda.current_device())
 OPS = select_ops("triton", DEVICE, torch.bfloat16, 128, compile_torch_ops=False)
@@ -379,8 +379,9 @@ NEW_TOKENS = (
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 @pytest.mark.parametrize(("heads", "num_parts", "extras"), NEW_TOKENS)
 @pytest.mark.parametrize("lens", ([640], [1, 17, 0, 256, 257, 1100, 32], [384] * MAX_ROWS))
-def test_heads_are_made_in_decode_attention(heads, num_parts, extras, dtype, lens):
-    """Bit for bit as by the two kernels, K/V included: no result depends on the batch's size."""
+def test_heads_are_made_in_decode_attention(heads, num_parts, extras, dtype, lens, monkeypatch):
+    """Bit for bit as by the two kernels, K/V included; those that a GPU before Hopper has."""
+    monkeypatch.setattr(hopper, "suits", lambda cache, num_rows: False)
     sizes = {"block_size": BLOCK_SIZE, "num_parts": num_parts}
     inputs, cache, metadata, scale = new_tokens(lens, heads, dtype, DEVICE, **sizes)
     if "sinks" in extras:
@@ -393,7 +394,7 @@ def test_heads_are_made_in_decode_attention(heads, num_parts, extras, dtype, len
     in_steps = AttentionInSteps.attention(OPS, inputs, caches[0], planned, scale, **extras)
     expected = torch_ops.TorchOps().attention(inputs, caches[1], metadata, scale, **extras)
     for _ in range(5):
-        fused = OPS.attention(inputs, caches[2], planned, scale, **extras)
+        fused = fused_decode(inputs, caches[2], planned, scale, **extras)
         assert torch.equal(fused[live], in_steps[live]) and (fused[~live] == 0).all()
         for ours, other in zip(caches[0][:2], caches[2][:2], strict=True):
             assert torch.equal(ours.nan_to_num(), other.nan_to_num())
@@ -402,7 +403,10 @@ def test_heads_are_made_in_decode_attention(heads, num_parts, extras, dtype, len
 
 
 @pytest.mark.skipif(not launch.is_hopper(DEVICE), reason="the kernel is Hopper's")
-@pytest.mark.parametrize(("num_rows", "longest"), ((33, 2000), (130, 600)))
+@pytest.mark.parametrize(
+    ("num_rows", "longest", "num_parts"),
+    ((12, 2000, 1), (12, 2000, 3), (33, 2000, 1), (130, 600, 2)),
+)
 @pytest.mark.parametrize(
     ("heads", "dtype"),
     (
@@ -412,11 +416,14 @@ def test_heads_are_made_in_decode_attention(heads, num_parts, extras, dtype, len
         ((14, 2, 64), torch.float16),
     ),
 )
-def test_heads_of_many_rows_are_made_in_decode_attention(heads, dtype, num_rows, longest):
+def test_heads_are_made_in_the_decode_attention_of_hopper(
+    heads, dtype, num_rows, longest, num_parts
+):
     """With splits that are merged, and tiles of both kinds."""
     lens = [0, 1, 31, 32, 33, 63, 64, 65, 255, 256, 257, longest]
     lens += ragged_lens(num_rows - len(lens), longest)
-    inputs, cache, metadata, scale = new_tokens(lens, heads, dtype, DEVICE, block_size=BLOCK_SIZE)
+    sizes = {"block_size": BLOCK_SIZE, "num_parts": num_parts}
+    inputs, cache, metadata, scale = new_tokens(lens, heads, dtype, DEVICE, **sizes)
     live = metadata.context_lens > 0
     caches = [KVCache(*(x.clone() for x in cache[:2])) for _ in range(2)]
     plan = plan_decode(cache, metadata.block_tables, metadata.context_lens)
@@ -434,9 +441,10 @@ def test_heads_of_many_rows_are_made_in_decode_attention(heads, dtype, num_rows,
         torch.testing.assert_close(results[0][live], other[live], rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("rows", (8, 48))
-def test_steps_that_follow_each_other_see_all_earlier_tokens(rows):
+@pytest.mark.parametrize(("rows", "of_hopper"), ((8, True), (48, True), (8, False)))
+def test_steps_that_follow_each_other_see_all_earlier_tokens(rows, of_hopper, monkeypatch):
     """Keys and values are read before the kernel ahead has ended; the same with no overlap."""
+    monkeypatch.setattr(hopper_fused_decode, "ENABLED", of_hopper)
     heads, num_steps = (16, 8, 128), 40
     lens = [250 + 5 * row for row in range(rows)]
     inputs, cache, metadata, scale = new_tokens(

@@ -48,9 +48,7 @@ from nanovllm.kernels.types import FP8_DTYPE, FP8_MAX, DecodeMetadata, KVCache
 HEAD_DIM = 128
 MAX_GROUP = 8  # query heads of a KV head
 TILE = 64  # tokens
-# Of a plain cache the rows, at least, and row-heads, at most, with which it is the faster kernel.
-# Fewer rows are those of fused_decode.py.
-FEWEST_ROWS, MOST_ROW_HEADS = 33, 1024
+MOST_ROW_HEADS = 1024  # of a plain cache, with which it is the faster kernel
 PROGRAMS_PER_SM = 2  # of a plain cache, for which a plan cuts splits
 NUM_STAGES = 3  # tiles in the ring
 FEW_STAGES, FEW_ROW_HEADS = 4, 256  # of an fp8 cache, up to so many row-heads
@@ -415,7 +413,7 @@ def _hopper_decode_kernel(
 def suits(cache: KVCache, num_rows: int) -> bool:
     """Whether it is for a step of so many rows over this cache."""
     block_size, num_kv_heads, head_dim = cache.key.shape[1:]
-    is_in_range = num_rows >= FEWEST_ROWS and num_rows * num_kv_heads <= MOST_ROW_HEADS
+    is_in_range = num_rows * num_kv_heads <= MOST_ROW_HEADS
     return (
         is_hopper(cache.key.device)
         and (cache.key.dtype == FP8_DTYPE or (cache.key.dtype in DTYPES and is_in_range))

@@ -1,9 +1,9 @@
 """Decode attention that makes its queries, keys and values itself, for Hopper, in Gluon.
 
-It is what `fused_decode` is, for steps of more rows, but for the order of sums. The keys and values
-of a split's first tiles are copied to shared memory before the wait for the kernel ahead, by bulk
-tensor copies. Why they are complete, kernels/triton/fused_decode.py says. What the copies bring of
-the newest token, which is being written meanwhile, is replaced before it is used.
+It is what `fused_decode` is, but for the order of sums. The keys and values of a split's first
+tiles are copied to shared memory before the wait for the kernel ahead, by bulk tensor copies. Why
+they are complete, kernels/triton/fused_decode.py says. What the copies bring of the newest token,
+which is being written meanwhile, is replaced before it is used.
 """
 
 from functools import cache as remember
@@ -39,7 +39,7 @@ from nanovllm.kernels.triton.launch import (
 from nanovllm.kernels.triton.linear import parts_of
 from nanovllm.kernels.types import DecodeMetadata, HeadInputs, KVCache
 
-MIN_ROWS = 33  # of a step; with fewer `fused_decode` is used
+ENABLED = True  # off for an ablation
 Q_ROWS = gl.constexpr(MATRIX_ROWS)
 # Triton 3.9 has another name for it than 3.6.
 await_threads = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -53,9 +53,9 @@ class DecodeTile(NamedTuple):
     num_stages: int  # tiles in shared memory
 
 
-# By the most row-heads (rows times KV heads). Shared memory has room for two programs of the first
+# By the most queries (rows times query heads). Shared memory has room for two programs of the first
 # on a multiprocessor, for four of the second.
-TILES = {1024: DecodeTile(64, 2, 3), 2**31: DecodeTile(32, 1, 3)}
+TILES = {2048: DecodeTile(64, 2, 3), 2**31: DecodeTile(32, 1, 3)}
 MIN_BLOCK_SIZE = 32
 
 
@@ -108,6 +108,15 @@ def _rotated(x, paired, weight, paired_weight, cos, sin, is_first_half, eps, WID
     return gl.where(is_first_half, x_cos - paired_sin, x_cos + paired_sin).to(dtype)
 
 
+@gluon.jit
+def _load_summed(pointers, mask, other, part_stride, NUM_PARTS: gl.constexpr, dtype: gl.constexpr):
+    """`linear.load_summed`."""
+    x = gl.load(pointers, mask=mask, other=other)
+    for part in gl.static_range(1, NUM_PARTS):
+        x += gl.load(pointers + part * part_stride, mask=mask, other=other)
+    return x.to(dtype)
+
+
 @with_dry_runs
 @gluon.jit(
     do_not_specialize=["stride_table"],
@@ -133,7 +142,9 @@ def _hopper_fused_decode_kernel(
     block_tables,
     scale_log2,
     stride_qkv,
+    stride_part,  # None: qkv is in one part
     stride_table,
+    NUM_PARTS: gl.constexpr,
     GROUP: gl.constexpr,
     X_ROWS: gl.constexpr,
     MERGE_GROUP: gl.constexpr,
@@ -210,11 +221,12 @@ def _hopper_fused_decode_kernel(
     in_heads = (x_row <= GROUP)[:, None]
     if OVERLAP:
         gdc_wait()
-    x = gl.load(x_begin + (x_head * HEAD_DIM)[:, None] + dim[None, :], mask=in_heads, other=0.0)
-    paired = gl.load(
-        x_begin + (x_head * HEAD_DIM)[:, None] + paired_dim[None, :], mask=in_heads, other=0.0
-    )
-    v_new = gl.load(x_begin + (k_head + NUM_KV_HEADS) * HEAD_DIM + dim)
+    x_pointers = x_begin + (x_head * HEAD_DIM)[:, None] + dim[None, :]
+    x = _load_summed(x_pointers, in_heads, 0.0, stride_part, NUM_PARTS, dtype)
+    paired_pointers = x_begin + (x_head * HEAD_DIM)[:, None] + paired_dim[None, :]
+    paired = _load_summed(paired_pointers, in_heads, 0.0, stride_part, NUM_PARTS, dtype)
+    v_pointers = x_begin + (k_head + NUM_KV_HEADS) * HEAD_DIM + dim
+    v_new = _load_summed(v_pointers, None, None, stride_part, NUM_PARTS, dtype)
     x = _rotated(x, paired, weight, paired_weight, cos, sin, is_first_half, eps, HEAD_DIM)
     v_new = gl.where(gl.abs(v_new.to(gl.float32)) < float("inf"), v_new, 0.0).to(dtype)
     bits = gl.where(is_key, x.to(gl.int16, bitcast=True), 0).to(gl.int32)
@@ -325,11 +337,10 @@ def takes(heads: HeadInputs, cache: KVCache, metadata: DecodeMetadata, window: i
     """Whether `hopper_fused_decode` takes the place of the separate kernels."""
     num_slots, head_dim = cache.key.shape[1], cache.key.shape[3]
     return (
-        is_hopper(cache.key.device)
-        and len(metadata.slot_mapping) >= MIN_ROWS
+        ENABLED
+        and is_hopper(cache.key.device)
         and fits(heads, cache, metadata, window)
         and cutting_window(window, metadata.block_tables, num_slots) is None
-        and parts_of(heads.qkv)[1] == 1
         and head_dim in HEAD_DIMS
         and num_slots % MIN_BLOCK_SIZE == 0
     )
@@ -348,8 +359,8 @@ def hopper_fused_decode(
     The last argument overrides the tuned choice.
     """
     qkv, q_norm_weight, k_norm_weight, eps, cos_sin, positions = heads
-    qkv, num_parts, _, dtype = parts_of(qkv)
-    assert num_parts == 1 and cache.key.is_contiguous() and cache.value.is_contiguous()
+    qkv, num_parts, stride_part, dtype = parts_of(qkv)
+    assert cache.key.is_contiguous() and cache.value.is_contiguous()
     key_cache, value_cache = cache[:2]
     num_blocks, block_size, num_kv_heads, head_dim = key_cache.shape
     batch_size = qkv.shape[0]
@@ -357,8 +368,8 @@ def hopper_fused_decode(
     out = torch.empty((batch_size, num_heads, head_dim), dtype=dtype, device=qkv.device)
     plan = plan_of_layer(cache, metadata, None)
     if tile is None:
-        row_heads = batch_size * num_kv_heads
-        tile = next(tile for most, tile in TILES.items() if row_heads <= most)
+        num_queries = batch_size * num_heads
+        tile = next(tile for most, tile in TILES.items() if num_queries <= most)
     num_items, tokens = len(plan.items), min(tile.tokens, plan.tile)
     group = num_heads // num_kv_heads
     partial = torch.empty((num_items, num_heads, head_dim), dtype=torch.float32, device=qkv.device)
@@ -386,7 +397,9 @@ def hopper_fused_decode(
         metadata.block_tables,
         scale_log2,
         qkv.stride(0),
+        stride_part if num_parts > 1 else None,
         metadata.block_tables.stride(0),
+        NUM_PARTS=num_parts,
         GROUP=group,
         X_ROWS=max(2 * tile.num_warps, next_power_of_2(group + 1)),
         MERGE_GROUP=next_power_of_2(group),

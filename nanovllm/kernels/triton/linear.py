@@ -35,7 +35,7 @@ MAX_TILED_TOKENS = 32
 MAX_TILED_ROWS = 32768
 # So many tokens, up to MAX_TOKENS, are multiplied by `wide_linear` where so many programs of so
 # many columns are enough. It wins for all products of Qwen3-0.6B; others were not measured.
-MIN_WIDE_TOKENS = 33
+MIN_WIDE_TOKENS = 17
 MAX_WIDE_PROGRAMS = 96
 MAX_WIDE_COLUMNS = 1024
 # Nearly all multiprocessors with half of K each win with so many tokens: Qwen3-8B's O and down.

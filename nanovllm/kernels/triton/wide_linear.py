@@ -1,4 +1,4 @@
-"""Products of 33 to 256 tokens for Hopper, in Gluon: one warp copies, warpgroups compute.
+"""Products of 17 to 256 tokens for Hopper, in Gluon: one warp copies, warpgroups compute.
 
 A program multiplies 64 rows of the weight with all tokens, so that every weight is read once, and
 each of its warpgroups has tokens of its own. The weight's rows are those of the matrix instruction.
@@ -239,6 +239,7 @@ class WideTile(NamedTuple):
 
 
 TILES = {
+    32: WideTile(32, 1, 12),
     64: WideTile(64, 1, 8),
     128: WideTile(128, 1, 8),
     192: WideTile(64, 3, 6),
