@@ -213,8 +213,8 @@ def test_choice() -> None:
     assert choose_block_m(1, 4096, 1024, torch.float32) is None
     assert choose_block_m(1, 4096, 1000, torch.bfloat16) is None
     assert choose_block_m(1, 24576, 4096, torch.bfloat16) is None
-    assert choose_num_parts(32, 4096, 1024, torch.bfloat16) is None
-    assert choose_num_parts(33, 4096, 1024, torch.bfloat16) == 1
+    assert choose_num_parts(16, 4096, 1024, torch.bfloat16) is None
+    assert choose_num_parts(17, 4096, 1024, torch.bfloat16) == 1
     assert choose_num_parts(65, 4096, 1024, torch.bfloat16) == 1
     assert choose_num_parts(128, 6144, 1024, torch.bfloat16) == 1
     assert choose_num_parts(128, 1024, 2048, torch.bfloat16) == 4
