@@ -1,23 +1,52 @@
-"""CUDA's driver starts while Python imports what needs it."""
+"""CUDA starts in a thread while Python imports the kernels and reads the tokenizer."""
 
 import ctypes
-import importlib
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+import torch.nn.functional as F
+
+SIZE = 1024  # of the matrices: cuBLAS takes the kernels of large products from another place
 
 
-def import_while_cuda_starts(name: str) -> None:
-    """Import a module while a thread starts CUDA's driver, without Python's lock; no GPU memory.
+@contextmanager
+def starting_cuda(dtype: torch.dtype | None) -> Iterator[bool]:
+    """Within it a thread starts CUDA's driver, most of the time without Python's lock.
 
-    Nothing happens where there is no driver. Whoever needs either of them afterwards sees why it
-    is not there.
+    Gives whether there is a driver; nothing happens where there is none. Whoever needs CUDA
+    afterwards sees why it is not there. The thread has ended when this ends.
+
+    Args:
+        dtype: of products and look-ups on the first GPU, whose context and libraries are started as
+            well; some hundred MiB of its memory are taken. None: this process does not use it.
     """
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError:
+        yield False
         return
-    thread = threading.Thread(target=library.cuInit, args=(0,), name="nanovllm-cuda", daemon=True)
+
+    def start() -> None:
+        library.cuInit(0)
+        if dtype is not None:
+            with suppress(Exception):
+                _compute(dtype)
+
+    thread = threading.Thread(target=start, name="nanovllm-cuda", daemon=True)
     thread.start()
-    with suppress(ImportError, OSError):
-        importlib.import_module(name)
-    thread.join()
+    try:
+        yield True
+    finally:
+        thread.join()
+
+
+def _compute(dtype: torch.dtype) -> None:
+    """What loads the large libraries, the one that takes longest last.
+
+    A tokenizer is read with Python's lock held: one call goes on meanwhile, the next one waits.
+    """
+    matrix = torch.zeros(SIZE, SIZE, dtype=dtype, device="cuda:0")
+    F.embedding(torch.zeros(1, dtype=torch.int32, device="cuda:0"), matrix)  # few ids: as decoding
+    F.linear(matrix, matrix)

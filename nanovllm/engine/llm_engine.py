@@ -38,8 +38,9 @@ class LLMEngine(Lifecycle):
     error too (`exit` does nothing), and it can be neither copied nor pickled.
 
     Raises:
-        ArgumentError: a value is wrong; before any process is started or GPU memory taken, except
-            what only loading can show (weights that do not fit, no memory left for the cache).
+        ArgumentError: a value is wrong; before any process is started or GPU memory taken but for
+            CUDA's own, except what only loading can show (weights that do not fit, no memory left
+            for the cache).
         TypeError: an unknown keyword.
         EngineDeadError: a tensor-parallel worker or a replica died during start-up.
     """

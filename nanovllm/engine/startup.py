@@ -4,7 +4,9 @@ The count is of what is left of the engine's share of the GPU when the largest s
 """
 
 import gc
+import importlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from nanovllm.engine.adapter_runner import AdapterRunner
 from nanovllm.engine.backend import choose_ops
 from nanovllm.engine.cache_groups import most_blocks
 from nanovllm.engine.compile_ahead import compiling_ahead, prepare_compiler
-from nanovllm.engine.cuda_start import import_while_cuda_starts
+from nanovllm.engine.cuda_start import starting_cuda
 from nanovllm.engine.kv_cache import group_block_bytes
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.state_cache import row_bytes
@@ -33,7 +35,8 @@ from nanovllm.sampling.engine_processors import load_processors
 from nanovllm.sampling_params import SamplingParams
 
 MAX_CPU_CACHE_BYTES = 4 << 30
-# GPU memory kept for what no profile shows: CUDA context, captured graphs, fragmentation.
+# GPU memory kept for what no profile shows: CUDA's context and libraries, captured graphs,
+# fragmentation.
 RESERVED_GPU_BYTES = 1 << 30
 
 
@@ -41,6 +44,8 @@ def prepare(
     model: str | Config | None, kwargs: dict[str, object]
 ) -> tuple[Config, torch.device, Tokenizer | None, SamplingParams]:
     """What an engine is made of, checked before any process is started or GPU memory taken.
+
+    CUDA starts meanwhile, and takes what it needs of the first GPU.
 
     Args:
         model: see `LLM`; or a checked configuration, of a replica.
@@ -62,11 +67,14 @@ def prepare(
                     "environment are two ways to the same: use one of them"
                 )
             take_gpus(rank, config.tensor_parallel_size)
-    if config.device != "cpu" and config.attention_backend in ("auto", "triton"):
-        import_while_cuda_starts("nanovllm.kernels.triton.ops")
-    device = config.resolve_device()
-    prepare_compiler(device, choose_ops(config, device))
-    tokenizer = load_tokenizer(config)
+    dtype = config.resolve_dtype() if config.data_parallel_size == 1 else None
+    with nullcontext(False) if config.device == "cpu" else starting_cuda(dtype) as has_driver:
+        if has_driver and config.attention_backend in ("auto", "triton"):
+            with suppress(ImportError, OSError):  # whoever needs it sees why it is not there
+                importlib.import_module("nanovllm.kernels.triton.ops")
+        device = config.resolve_device()
+        prepare_compiler(device, choose_ops(config, device))
+        tokenizer = load_tokenizer(config)
     fallback = config.model_config.eos_token_id
     ids = eos_token_ids(config.model, tokenizer, config.generation_config, fallback=fallback)
     # A tokenizer may name one that the model does not have: it is never sampled.

@@ -32,7 +32,8 @@ llm.generate([[1]], SamplingParams(max_tokens=1, ignore_eos=True), use_tqdm=Fals
 print("first token", flush=True)
 """
 
-# Parts of a start: the function that a part is the time of, without the parts that it calls.
+# Parts of a start: the function that a part is the time of, without the parts that it calls, in
+# the main thread.
 PARTS = {
     "device": "nanovllm.config:Config.resolve_device",
     "config.json": "nanovllm.config:read_model",
@@ -50,7 +51,7 @@ PARTS = {
     "graphs": "nanovllm.engine.model_runner:ModelRunner.capture_graphs",
 }
 TIMED_START = """\
-import importlib, json, sys, time
+import importlib, json, sys, threading, time
 begin = time.time()
 from nanovllm.guards.garbage import heavy_imports
 
@@ -67,6 +68,8 @@ running = []
 
 def timed(part, function):
     def call(*args, **kwargs):
+        if threading.current_thread() is not threading.main_thread():
+            return function(*args, **kwargs)
         begin = time.time()
         running.append(0.0)
         try:

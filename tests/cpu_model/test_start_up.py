@@ -1,11 +1,13 @@
 """What a start costs: modules that the first token does not need, and memory beside the weights."""
 
+import ctypes
 import gc
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from engine_checks import script_environment
 from safetensors.torch import save_file
 
 from nanovllm import LLM
+from nanovllm.engine import startup
 from nanovllm.layers import weights
 from nanovllm.models import checkpoint
 
@@ -126,3 +129,15 @@ def test_loading_takes_little_more_host_memory_than_the_weights(
         peak = resident_bytes("VmHWM") - before
     assert size > 48 << 20
     assert peak < 1.3 * size
+
+
+def test_nothing_of_cuda_is_imported_without_its_driver(tiny_dir, monkeypatch):
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    imported: list[str] = []
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    monkeypatch.setattr(startup, "importlib", SimpleNamespace(import_module=imported.append))
+    _, device, _, _ = startup.prepare(str(tiny_dir), {"device": "auto"})
+    assert imported == []
+    assert device.type == ("cuda" if torch.cuda.is_available() else "cpu")
