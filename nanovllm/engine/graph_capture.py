@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from nanovllm.engine.cuda_graphs import Decode, DecodeGraphs
-from nanovllm.engine.layer_kinds import kinds_of_layers
+from nanovllm.engine.layer_kinds import FewLayers
 from nanovllm.models.base import CausalLM
 from nanovllm.models.families import Model
 from nanovllm.models.host_reads import HostReads, described, errors_on_waits
@@ -64,16 +64,11 @@ def new_graphs(
 
 def _with_few_layers(decode: Decode, decoder: nn.Module) -> Decode:
     """`decode` through one layer of each kind; its token ids mean nothing."""
-    all_layers = decoder.layers
-    assert isinstance(all_layers, nn.ModuleList)
-    few = kinds_of_layers(all_layers)
+    few = FewLayers(decoder)
 
     def run(rows: torch.Tensor, has_common_blocks: bool) -> torch.Tensor:
-        decoder.layers = few
-        try:
+        with few.alone():
             return decode(rows, has_common_blocks)
-        finally:
-            decoder.layers = all_layers
 
     return run
 

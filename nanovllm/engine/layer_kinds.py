@@ -1,7 +1,28 @@
 """One decoder layer of each kind: what they launch is what all launch."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
+
+
+class FewLayers:
+    """A decoder with one layer of each kind; what it computes means nothing."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        assert isinstance(decoder.layers, nn.ModuleList)
+        self._decoder, self._few = decoder, kinds_of_layers(decoder.layers)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within it the decoder has these layers and no others."""
+        all_layers = self._decoder.layers
+        self._decoder.layers = self._few
+        try:
+            yield
+        finally:
+            self._decoder.layers = all_layers
 
 
 def kinds_of_layers(layers: nn.ModuleList) -> nn.ModuleList:

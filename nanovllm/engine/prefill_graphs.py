@@ -17,6 +17,7 @@ import torch
 from nanovllm.config import Config
 from nanovllm.engine.capture import capturing
 from nanovllm.engine.launched_step import LaunchedStep
+from nanovllm.engine.layer_kinds import FewLayers
 from nanovllm.engine.prefill_inputs import PrefillInputs
 from nanovllm.engine.rank_state import RankState
 from nanovllm.engine.sequence import Wants
@@ -198,10 +199,13 @@ class PrefillGraphs:
         self.sizes = captured_sizes(rank)
         self.steps: dict[PaddedSize, _CapturedStep] = {}
         self._pool: object = None
+        if not self.sizes:
+            return
+        few = FewLayers(rank.model.model)
         with torch.inference_mode():
             # The largest first: smaller ones then fit in the pool it leaves.
             for size in reversed(self.sizes):
-                self._run_and_capture(size)
+                self._run_and_capture(size, few)
 
     def size_of(self, plan: StepPlan) -> PaddedSize | None:
         """The captured size that serves a prefill; None: none does."""
@@ -229,10 +233,11 @@ class PrefillGraphs:
             step.positions = captured.padded.inputs.last_positions[:num_sampled]
         return captured.logits[:num_sampled]
 
-    def _run_and_capture(self, size: PaddedSize) -> None:
-        """One step launch by launch, which builds what a capture may not build; then its graph."""
+    def _run_and_capture(self, size: PaddedSize, few: FewLayers) -> None:
+        """Some layers launch by launch, which builds what a capture may not build; then a graph."""
         padded = new_padded_inputs(self.rank, size)
-        run_padded(size, padded.inputs, self.prefill, self.sample)
+        with few.alone():
+            run_padded(size, padded.inputs, self.prefill, self.sample)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with capturing(graph, self._pool):
