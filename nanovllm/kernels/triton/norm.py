@@ -21,6 +21,9 @@ from nanovllm.kernels.types import LinearOutput
 ELEMENTS_PER_PROGRAM = 1024  # short rows share a program until it has this many elements
 ELEMENTS_PER_WARP = 256  # 8 elements a thread: one 16-byte access in half precision
 ELEMENTS_PER_WARP_OF_PARTS = 128  # the same in float32
+# Of a thread, where there are parts. Left to itself the assembler keeps to 32, and so it asks for
+# two or three parts, waits for them, and asks for the next ones.
+REGISTERS_OF_PARTS = 64
 # From so many rows on the bandwidth counts, not a row's latency: fewer warps wait for each other.
 MANY_ROWS = 1024
 ELEMENTS_PER_WARP_OF_MANY_ROWS = 1024
@@ -97,6 +100,7 @@ def _launch(
         ROWS=rows,
         ADD=residual is not None,
         num_warps=min(16, max(1, rows * padded_width // elements_per_warp)),
+        **({} if num_parts == 1 else {"maxnreg": REGISTERS_OF_PARTS}),
         **overlap_options(x.device),
     )
     return out
