@@ -193,9 +193,12 @@ def products(ops: Ops, shape: Shape) -> None:
             x = empty(rows, size, dtype=shape.dtype)
             ops.linear(x, empty(4096, size, dtype=shape.dtype), None)
     size = shape.hidden_size
-    for rows in (112, 160, 256):
+    for rows in (112, 160, 224):
         x = empty(rows, size, dtype=shape.dtype)
         ops.linear(x, empty(4 * size, size, dtype=shape.dtype), None)
+        x = empty(rows, 4 * size, dtype=shape.dtype)
+        for n in (4 * size, 24 * size):
+            ops.linear(x, empty(n, 4 * size, dtype=shape.dtype), None)
     ops.linear(empty(64, size, dtype=shape.dtype), empty(1000, size, dtype=shape.dtype), None)
 
 
@@ -206,6 +209,9 @@ def gated_products(ops: Ops, shape: Shape) -> None:
         for rows in tokens:
             x = empty(rows, k, dtype=shape.dtype)
             ops.gated_linear(x, empty(6 * size, k, dtype=shape.dtype))
+    for rows in (64, 128, 256):
+        x = empty(rows, 4 * size, dtype=shape.dtype)
+        ops.gated_linear(x, empty(24 * size, 4 * size, dtype=shape.dtype))
 
 
 def scales_of(shape: Shape, n: int, k: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ from nanovllm.engine.step_plan import StepPlan
 from nanovllm.kernels.device import DeviceLimits, meta_stands_for
 from nanovllm.kernels.ops import Ops
 from nanovllm.kernels.triton.compilation import Variants
+from nanovllm.kernels.triton.linear import PIECES
 from nanovllm.kernels.triton.moe import FP8_TILES, PACKED_TILES, SORT_CHUNK, TILES
 from nanovllm.kernels.triton.peer_memory import PeerMemory, num_memory_bytes
 from nanovllm.models.model_config import ModelConfig
@@ -69,11 +70,12 @@ def record_variants(
 def token_counts(most: int, further_ends: Iterable[int] = ()) -> list[int]:
     """Numbers up to `most`, ascending: both ends of each range of tokens with the same tiles.
 
-    They change after powers of 2, multiples of 64 and `further_ends`. In each range is a multiple
-    of 16, if there is one, and another number: what the number multiplies may be aligned or not.
+    They change after powers of 2, multiples of 64, those of PIECES and `further_ends`. In each is a
+    multiple of 16, if there is one, and another number: what the number multiplies may be aligned
+    or not.
     """
     ends = {2**power for power in range(most.bit_length())} | {*range(64, MAX_TILED_TOKENS, 64)}
-    ends |= {most, *further_ends}
+    ends |= {most, *PIECES, *further_ends}
     counts = {1, 2, 3, *ends, *(end + 1 for end in ends), *(end // 16 * 16 for end in ends)}
     return sorted(count for count in counts if 1 <= count <= most)
 

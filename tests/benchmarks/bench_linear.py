@@ -1,10 +1,10 @@
 """Micro-benchmark of the linear layers, run by hand: python tests/benchmarks/bench_linear.py
 
 One decode step's products in bfloat16, layers of distinct weights in a CUDA graph, each with the
-kernel that reads its result: cuBLAS, `hopper_linear` or `split_linear`, `tiled_linear`. Then the
-whole chain of a layer without its attention, at last with SiLU in the product of gate and up where
-that has a kernel. `MAX_PROGRAMS` and `choose_tile` in kernels/triton/linear.py follow from this
-table; `--tiles` compares tiles of `tiled_linear`.
+kernel that reads its result: cuBLAS, `hopper_linear` or `split_linear`, and `tiled_linear` or
+`wide_linear` where one of these is chosen. Then the whole chain of a layer without its attention,
+at last with SiLU in the product of gate and up where that has a kernel. The choices in
+kernels/triton/linear.py follow from this table; `--tiles` compares tiles of `tiled_linear`.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from graph_timing import microseconds
 from nanovllm.kernels.triton import linear as triton_linear
 from nanovllm.kernels.triton.activation import gated_linear, silu_and_mul
 from nanovllm.kernels.triton.hopper_linear import hopper_linear
+from nanovllm.kernels.triton.launch import num_multiprocessors
 from nanovllm.kernels.triton.norm import add_rms_norm
 from nanovllm.kernels.triton.rope import qk_norm_rope_store
 from nanovllm.kernels.triton.tiled_linear import LinearTile, tiled_linear
@@ -127,7 +128,8 @@ def main() -> None:
     layers = Layers(args.model, num_layers, max(args.tokens))
     print(torch.cuda.get_device_name(), "us per layer, with what reads it")
     if not args.tiles:
-        print("cuBLAS, split (programs), tiled; chain: cuBLAS, as chosen, with SiLU in the product")
+        print("cuBLAS, split (programs), tiled or wide; chain: cuBLAS, chosen, SiLU in the product")
+    num_sms = num_multiprocessors(torch.device("cuda", 0))
     for num_tokens in args.tokens:
         layers.set_tokens(num_tokens)
         block_m = max(8, 1 << (num_tokens - 1).bit_length())
@@ -149,6 +151,8 @@ def main() -> None:
             tile = triton_linear.choose_tile(num_tokens, n, k, DTYPE)
             if tile:
                 line += f" {layers.time_product(name, in_tiles(tile)):6.2f}"
+            if triton_linear.choose_wide(num_tokens, n, k, DTYPE, num_sms):
+                line += f" {layers.time_product(name, triton_linear.linear):6.2f}"
         chains = (
             layers.time_chain(F.linear),
             layers.time_chain(triton_linear.linear),

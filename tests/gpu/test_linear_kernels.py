@@ -7,18 +7,19 @@ import torch.nn.functional as F
 from nanovllm.kernels import torch_ops
 from nanovllm.kernels.triton.activation import gated_linear, silu_and_mul
 from nanovllm.kernels.triton.hopper_linear import hopper_linear, takes_gated
-from nanovllm.kernels.triton.launch import is_hopper
+from nanovllm.kernels.triton.launch import is_hopper, num_multiprocessors
 from nanovllm.kernels.triton.linear import (
+    PIECES,
     choose_block_m,
-    choose_num_parts,
     choose_tile,
+    choose_wide,
     linear,
     split_linear,
 )
 from nanovllm.kernels.triton.norm import add_rms_norm
 from nanovllm.kernels.triton.rope import qk_norm_rope_store
 from nanovllm.kernels.triton.tiled_linear import tiled_linear
-from nanovllm.kernels.triton.wide_linear import wide_linear
+from nanovllm.kernels.triton.wide_linear import WideTile, wide_linear
 from nanovllm.kernels.types import KVCache, PartialSums, summed
 
 SHAPES = ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (100, 512), (64, 12288))
@@ -103,15 +104,28 @@ def test_gated_product_of_other_sizes() -> None:
 WIDE_SHAPES = ((4096, 1024, torch.bfloat16), (1024, 3072, torch.bfloat16), (1000, 448, torch.half))
 
 
-@pytest.mark.parametrize("num_tokens", [1, 17, 32, 33, 64, 65, 128, 129, 150, 192, 193, 256])
+@pytest.mark.parametrize(
+    "num_tokens", [1, 17, 33, 64, 65, 96, 128, 129, 160, 161, 192, 193, 224, 225, 256]
+)
 @pytest.mark.parametrize(("n", "k", "dtype"), WIDE_SHAPES)
 def test_product_of_wide_tiles_equals_float64(n, k, dtype, num_tokens) -> None:
     if not is_hopper(torch.device("cuda", 0)):
         pytest.skip("needs Hopper")
     x, weight = randn(num_tokens, k, dtype=dtype), randn(n, k, dtype=dtype) / k**0.5
-    for num_parts, bias in ((1, None), (4, None), (3, randn(n, dtype=dtype))):
+    pieces = next(pieces for most, pieces in PIECES.items() if num_tokens <= most)
+    biased = randn(n, dtype=dtype)
+    tiles = (
+        (WideTile(pieces), None),
+        (WideTile(pieces[:1]), biased),  # programs share the tokens
+        (WideTile(pieces, 1, 4), None),
+        (WideTile(pieces, 3), biased),
+        (WideTile(pieces, 3, 3), biased),
+    )
+    for tile, bias in tiles:
         exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-        product = wide_linear(x, weight, bias, num_parts)
+        poison = torch.full((4, num_tokens, n), float("nan"), device="cuda")
+        del poison  # the allocator hands the same memory out again
+        product = wide_linear(x, weight, bias, tile)
         if isinstance(product, PartialSums):
             sums = product.parts.double().sum(0)
             torch.testing.assert_close(sums, exact, rtol=1e-5, atol=1e-4)
@@ -119,12 +133,24 @@ def test_product_of_wide_tiles_equals_float64(n, k, dtype, num_tokens) -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [33, 64, 65, 128, 129, 176, 192, 193, 256])
-@pytest.mark.parametrize(("size", "dtype"), [(3072, torch.bfloat16), (2016, torch.float16)])
-def test_gated_product_of_wide_tiles_equals_two_kernels(size, num_tokens, dtype) -> None:
+@pytest.mark.parametrize(
+    ("size", "k", "groups", "dtype"),
+    [
+        (3072, 1024, 1, torch.bfloat16),
+        (2016, 1024, 1, torch.float16),
+        (0, 2048, 3, torch.bfloat16),
+        (-64, 2048, 3, torch.float16),
+    ],
+)
+def test_gated_product_of_wide_tiles_equals_two_kernels(size, k, groups, num_tokens, dtype) -> None:
     if not is_hopper(torch.device("cuda", 0)):
         pytest.skip("needs Hopper")
-    x, weight = randn(num_tokens, 1024, dtype=dtype), randn(2 * size, 1024, dtype=dtype) / 32
-    assert choose_num_parts(num_tokens, 2 * size, 1024, dtype) == 1
+    num_sms = num_multiprocessors(torch.device("cuda", 0))
+    if groups == 3:
+        size += 96 * num_sms  # a program for each multiprocessor
+    x, weight = randn(num_tokens, k, dtype=dtype), randn(2 * size, k, dtype=dtype) / k**0.5
+    tile = choose_wide(num_tokens, 2 * size, k, dtype, num_sms)
+    assert tile is not None and tile.groups == groups and tile.num_parts == 1
     poison = torch.full((num_tokens, size), float("nan"), device="cuda", dtype=dtype)
     del poison  # the allocator hands the same memory out again
     got = gated_linear(x, weight)
@@ -173,12 +199,22 @@ def test_ops_add_up_parts(num_parts: int) -> None:
     assert torch.equal(*queries) and torch.equal(*caches)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 8, 32, 112, 176, 208])
-def test_chain_in_a_graph_equals_eager(num_tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("num_tokens", "hidden"),
+    [
+        *((num_tokens, 1024) for num_tokens in (1, 8, 32, 112, 176, 208)),
+        *((num_tokens, 4096) for num_tokens in (48, 144, 256)),
+    ],
+)
+def test_chain_in_a_graph_equals_eager(num_tokens: int, hidden: int) -> None:
     """Layers whose launches overlap, replayed with changing inputs."""
-    hidden, intermediate = 1024, 3072
+    intermediate = 3 * hidden
     layers = [
-        (randn(2 * intermediate, hidden) / 32, randn(hidden, intermediate) / 55, randn(hidden))
+        (
+            randn(2 * intermediate, hidden) / hidden**0.5,
+            randn(hidden, intermediate) / intermediate**0.5,
+            randn(hidden),
+        )
         for _ in range(4)
     ]
     x, residual = randn(num_tokens, hidden), randn(num_tokens, hidden)
@@ -206,6 +242,30 @@ def test_chain_in_a_graph_equals_eager(num_tokens: int) -> None:
     assert error < 2e-2
 
 
+def test_choice_of_wide_tiles() -> None:
+    """Weights of Qwen3-0.6B, then of Qwen3-8B on an H200."""
+
+    def choose(num_tokens: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16):
+        return choose_wide(num_tokens, n, k, dtype, 132)
+
+    assert choose(16, 4096, 1024) is None
+    assert choose(17, 4096, 1024) == WideTile((32,))
+    assert choose(33, 4096, 1024) == WideTile((64,))
+    assert choose(128, 6144, 1024) == WideTile((128,))
+    assert choose(128, 1024, 2048) == WideTile((128,), 1, 4)
+    assert choose(160, 1024, 3072) == WideTile((128, 32), 1, 6)
+    assert choose(193, 6144, 1024) == WideTile((128, 64, 32))
+    assert choose(193, 4096, 1024) == WideTile((128,))  # two programs share the tokens
+    assert choose(257, 4096, 1024) is None
+    assert choose(128, 4096, 1024, torch.float32) is None
+    assert choose(32, 6144, 4096) is None
+    assert choose(65, 6144, 4096) == WideTile((64, 32))
+    assert choose(192, 4096, 12288) == WideTile((128, 64), 1, 2)
+    assert choose(225, 4096, 12288) is None
+    assert choose(256, 24576, 4096) == WideTile((128, 128), 3)
+    assert choose(64, 28672, 4096) is None  # more than a wave
+
+
 def test_choice() -> None:
     assert choose_block_m(1, 4096, 1024, torch.bfloat16) == 8
     assert choose_block_m(17, 4096, 1024, torch.bfloat16) == 32
@@ -213,17 +273,6 @@ def test_choice() -> None:
     assert choose_block_m(1, 4096, 1024, torch.float32) is None
     assert choose_block_m(1, 4096, 1000, torch.bfloat16) is None
     assert choose_block_m(1, 24576, 4096, torch.bfloat16) is None
-    assert choose_num_parts(16, 4096, 1024, torch.bfloat16) is None
-    assert choose_num_parts(17, 4096, 1024, torch.bfloat16) == 1
-    assert choose_num_parts(65, 4096, 1024, torch.bfloat16) == 1
-    assert choose_num_parts(128, 6144, 1024, torch.bfloat16) == 1
-    assert choose_num_parts(128, 1024, 2048, torch.bfloat16) == 4
-    assert choose_num_parts(128, 1024, 3072, torch.bfloat16) == 6
-    assert choose_num_parts(257, 4096, 1024, torch.bfloat16) is None
-    assert choose_num_parts(128, 4096, 1024, torch.float32) is None
-    assert choose_num_parts(192, 4096, 12288, torch.bfloat16) == 2
-    assert choose_num_parts(160, 4096, 12288, torch.bfloat16) is None
-    assert choose_num_parts(128, 6144, 4096, torch.bfloat16) is None
     assert choose_tile(1, 24576, 4096, torch.bfloat16) is not None
     assert choose_tile(1, 24576, 4096, torch.float32) is None
     assert choose_tile(64, 24576, 4096, torch.bfloat16) is None

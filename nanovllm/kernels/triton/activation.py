@@ -12,10 +12,17 @@ import triton.language as tl
 
 from nanovllm.kernels.triton.hopper_fused_linear import hopper_silu_linear, takes
 from nanovllm.kernels.triton.hopper_linear import RUN, hopper_gated_linear, takes_gated
-from nanovllm.kernels.triton.launch import await_previous, cdiv, is_hopper, jit, overlap_options
+from nanovllm.kernels.triton.launch import (
+    await_previous,
+    cdiv,
+    is_hopper,
+    jit,
+    num_multiprocessors,
+    overlap_options,
+)
 from nanovllm.kernels.triton.linear import (
     choose_block_m,
-    choose_num_parts,
+    choose_wide,
     linear,
     load_summed,
     parts_of,
@@ -83,8 +90,9 @@ def gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     num_tokens, k = x.shape
     n = weight.shape[0]
     if num_tokens and is_hopper(x.device):
-        if choose_num_parts(num_tokens, n, k, weight.dtype) == 1 and n % (2 * RUN) == 0:
-            product = wide_linear(x, weight, None, 1, is_gated=True)
+        wide = choose_wide(num_tokens, n, k, weight.dtype, num_multiprocessors(x.device))
+        if wide is not None and wide.num_parts == 1 and n % (2 * RUN) == 0:
+            product = wide_linear(x, weight, None, wide, is_gated=True)
             assert isinstance(product, torch.Tensor)
             return product
         block_m = choose_block_m(num_tokens, n, k, weight.dtype)

@@ -17,11 +17,12 @@ from nanovllm.kernels.triton.launch import (
     has_bulk_copies,
     is_hopper,
     jit,
+    num_multiprocessors,
     overlap_options,
     release_next,
 )
 from nanovllm.kernels.triton.tiled_linear import LinearTile, tiled_linear
-from nanovllm.kernels.triton.wide_linear import MAX_TOKENS, ROWS, wide_linear
+from nanovllm.kernels.triton.wide_linear import MAX_TOKENS, ROWS, WideTile, wide_linear
 from nanovllm.kernels.types import LateOutput, LinearOutput, PartialSums, Product
 
 NUM_WARPS = 4
@@ -33,14 +34,26 @@ MAX_HOPPER_TOKENS = 32  # from there on `hopper_linear` has not been measured
 # Other weights are multiplied in tiles of a loop, for so many tokens and rows at most.
 MAX_TILED_TOKENS = 32
 MAX_TILED_ROWS = 32768
-# So many tokens, up to MAX_TOKENS, are multiplied by `wide_linear` where so many programs of so
-# many columns are enough. It wins for all products of Qwen3-0.6B; others were not measured.
-MIN_WIDE_TOKENS = 17
+# From so many tokens on, up to MAX_TOKENS, `wide_linear` multiplies small weights, and large ones.
+MIN_WIDE_TOKENS, MIN_TOKENS_OF_LARGE = 17, 33
+# Small weights: where so many programs of so many columns are enough. Measured with Qwen3-0.6B.
 MAX_WIDE_PROGRAMS = 96
 MAX_WIDE_COLUMNS = 1024
-# Nearly all multiprocessors with half of K each win with so many tokens: Qwen3-8B's O and down.
-HALVED_TOKENS = range(161, 193)
-HALVED_PROGRAMS = range(128, 133)
+# Large ones: where programs of so many warpgroups, and with K in so many parts, are from this share
+# of the multiprocessors to all of them; the most tokens. Measured with Qwen3-8B: QKV; O and down;
+# gate and up.
+LARGE_TILES = ((1, 1, 0.7, 224), (1, 2, 0.9, 224), (3, 1, 0.9, 256))
+# Most tokens -> in which pieces a warpgroup has them.
+PIECES = {
+    32: (32,),
+    64: (64,),
+    96: (64, 32),
+    128: (128,),
+    160: (128, 32),
+    192: (128, 64),
+    224: (128, 64, 32),
+    256: (128, 128),
+}
 SPLIT_LINEAR = True  # off for an ablation
 
 
@@ -108,16 +121,26 @@ def choose_block_m(num_tokens: int, n: int, k: int, dtype: torch.dtype) -> int |
     return None
 
 
-def choose_num_parts(num_tokens: int, n: int, k: int, dtype: torch.dtype) -> int | None:
-    """In how many parts of K `wide_linear` multiplies; None: another kernel does."""
+def choose_wide(
+    num_tokens: int, n: int, k: int, dtype: torch.dtype, num_sms: int
+) -> WideTile | None:
+    """How `wide_linear` multiplies on a GPU of so many multiprocessors; None: another does."""
     is_few = MIN_WIDE_TOKENS <= num_tokens <= MAX_TOKENS
     if not SPLIT_LINEAR or dtype == torch.float32 or k % BLOCK_K or n % ROWS or not is_few:
         return None
+    pieces = next(pieces for most, pieces in PIECES.items() if num_tokens <= most)
     num_parts = min(MAX_WIDE_PROGRAMS // (n // ROWS), k // BLOCK_K)
     if k <= num_parts * MAX_WIDE_COLUMNS:
-        return num_parts
-    is_halved = num_tokens in HALVED_TOKENS and 2 * (n // ROWS) in HALVED_PROGRAMS
-    return 2 if is_halved else None
+        # Of many tokens each program has half, if K is whole and all run at once even then.
+        if num_tokens > 192 and num_parts == 1 and 2 * n // ROWS <= num_sms:
+            pieces = PIECES[128]
+        return WideTile(pieces, 1, num_parts)
+    for groups, num_parts, share, most_tokens in LARGE_TILES:
+        num_programs = cdiv(n, ROWS * groups) * num_parts
+        is_taken = MIN_TOKENS_OF_LARGE <= num_tokens <= most_tokens
+        if is_taken and share * num_sms <= num_programs <= num_sms:
+            return WideTile(pieces, groups, num_parts)
+    return None
 
 
 def choose_tile(num_tokens: int, n: int, k: int, dtype: torch.dtype) -> LinearTile | None:
@@ -137,9 +160,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     n = weight.shape[0]
     if num_tokens == 0 or not has_bulk_copies(x.device):
         return F.linear(x, weight, bias)
-    num_parts = choose_num_parts(num_tokens, n, k, weight.dtype)
-    if num_parts is not None and is_hopper(x.device):
-        return wide_linear(x, weight, bias, num_parts)
+    num_sms = num_multiprocessors(x.device)
+    wide = choose_wide(num_tokens, n, k, weight.dtype, num_sms) if is_hopper(x.device) else None
+    if wide is not None:
+        return wide_linear(x, weight, bias, wide)
     if block_m := choose_block_m(num_tokens, n, k, weight.dtype):
         if block_m <= MAX_HOPPER_TOKENS and is_hopper(x.device):
             return hopper_linear(x, weight, bias, block_m)

@@ -1,13 +1,14 @@
 """Products of 17 to 256 tokens for Hopper, in Gluon: one warp copies, warpgroups compute.
 
-A program multiplies 64 rows of the weight with all tokens, so that every weight is read once, and
-each of its warpgroups has tokens of its own. The weight's rows are those of the matrix instruction.
+A program multiplies 64 rows of the weight for each of its warpgroups with all tokens, so that every
+weight is read from memory once. The weight's rows are those of the matrix instruction. Sizes in
+Triton are powers of two, so a warpgroup has its tokens in up to three pieces, one after the other.
 The copying warp brings columns of both, by bulk tensor copies, into a ring of shared memory: the
 first weights come before the wait for the kernel ahead. Where K is split, the parts are left
 unsummed, as those of kernels/triton/linear.py.
 
-The last tokens' tile ends with the last token, and may begin within the tile before: both store the
-same. Copies of rows past the end take longer than those of rows that exist.
+A piece ends with the last token at the latest, and may begin within the piece before: both store
+the same. Copies of rows past the end take longer than those of rows that exist.
 
 Every stage of the ring has two barriers: "full" when its bytes are there, "free" when all
 warpgroups are done with them; see kernels/triton/hopper_prefill.py.
@@ -21,56 +22,67 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.kernels.triton.launch import (
-    cdiv,
-    num_multiprocessors,
-    overlap_options,
-    with_dry_runs,
-)
+from nanovllm.kernels.device import device_limits
+from nanovllm.kernels.triton.hopper_prefill import start_copy
+from nanovllm.kernels.triton.launch import cdiv, overlap_options, with_dry_runs
 from nanovllm.kernels.types import LinearOutput, PartialSums
 
-ROWS = 64  # of the weight, for a program: those of a matrix instruction
+ROWS = 64  # of the weight, for a warpgroup: those of a matrix instruction
 RUN = 8  # rows of gate, and behind them those of up: one thread gets both of a row
 MAX_TOKENS = 256
+MAX_PIECES = 3  # of the tokens
 BLOCK_K = 64  # columns of a stage
+MAX_STAGES = {32: 12, 256: 8}  # by the most tokens
+RESERVED_BYTES = 7 << 10  # of shared memory, in which stored sums are exchanged
 COPYING_REGISTERS = 24  # of a thread
-COMPUTING_REGISTERS = {1: 240, 2: 240, 3: 160}  # by the number of warpgroups
-# Triton 3.8 has another name for it than 3.6 and 3.7.
-start_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+# Number of warpgroups -> most tokens -> registers of each thread at a program's start, and of those
+# in the second and third warpgroup; the first has what the others leave. Sums and 26 more are the
+# least. With few, a program starts beside one of the kernel ahead.
+REGISTERS = {
+    1: {64: (64, 64), 128: (96, 96), 192: (128, 128), 256: (168, 168)},
+    3: {64: (64, 64), 128: (96, 112), 256: (128, 160)},
+}
 
 
 @gluon.jit
 def _start_stage(tiles, first_row, column, ring, stage, IS_GATED: gl.constexpr):
-    """The copy of a stage's weights; its barrier expects the bytes of x as well."""
+    """The copies of a stage's weights; its barrier expects the bytes of x as well."""
     x_tiles, weight_tiles = tiles
-    weights, xs, full, _free = ring
-    GROUPS: gl.constexpr = xs.shape[0] // weights.shape[0]
+    weights, _xs, full, _free = ring
+    GROUPS: gl.constexpr = weights.shape[0] // full.shape[0]
     full = full.index(stage)
-    num_bytes: gl.constexpr = weight_tiles.block_type.nbytes + GROUPS * x_tiles.block_type.nbytes
-    mbarrier.expect(full, num_bytes)
-    if IS_GATED:
-        runs = weights.index(stage).reshape(weight_tiles.block_shape)
-        start_copy(weight_tiles, [first_row, 0, 0, column], full, runs)
+    num_bytes: gl.constexpr = GROUPS * weight_tiles.block_type.nbytes + x_tiles[0].block_type.nbytes
+    if len(x_tiles) == 1:
+        mbarrier.expect(full, num_bytes)
+    elif len(x_tiles) == 2:
+        mbarrier.expect(full, num_bytes + x_tiles[1].block_type.nbytes)
     else:
-        start_copy(weight_tiles, [first_row, column], full, weights.index(stage))
+        more: gl.constexpr = x_tiles[1].block_type.nbytes + x_tiles[2].block_type.nbytes
+        mbarrier.expect(full, num_bytes + more)
+    for group in gl.static_range(GROUPS):
+        row = first_row + group * weight_tiles.block_shape[0]
+        to = weights.index(stage * GROUPS + group)
+        if IS_GATED:
+            runs = to.reshape(weight_tiles.block_shape)
+            start_copy(weight_tiles, [row, 0, 0, column], full, runs)
+        else:
+            start_copy(weight_tiles, [row, column], full, to)
 
 
 @gluon.jit
-def _copy(tiles, ring, place, IS_GATED: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr):
+def _copy(tiles, ring, place, IS_GATED: gl.constexpr, OVERLAP: gl.constexpr):
     """The copying warp."""
     x_tiles, _weight_tiles = tiles
     _weights, xs, full, free = ring
-    first_row, first_token, last_token, begin, count, _part = place
-    GROUPS: gl.constexpr = xs.shape[0] // STAGES
-    BLOCK_T: gl.constexpr = xs.shape[1]
-    BLOCK_K: gl.constexpr = xs.shape[2]
+    first_row, tokens, begin, count, _part = place
+    STAGES: gl.constexpr = full.shape[0]
+    BLOCK_K: gl.constexpr = xs[0].shape[2]
     # No kernel writes weights: they come before the wait.
     for block in range(gl.minimum(count, STAGES)):
         _start_stage(tiles, first_row, (begin + block) * BLOCK_K, ring, block, IS_GATED)
@@ -82,10 +94,9 @@ def _copy(tiles, ring, place, IS_GATED: gl.constexpr, STAGES: gl.constexpr, OVER
         if block >= STAGES:
             mbarrier.wait(free.index(stage), (block // STAGES + 1) & 1)
             _start_stage(tiles, first_row, column, ring, stage, IS_GATED)
-        for group in gl.static_range(GROUPS):
-            to = xs.index(stage * GROUPS + group)
-            token = gl.minimum(first_token + group * BLOCK_T, last_token)
-            start_copy(x_tiles, [token, column], full.index(stage), to)
+        for piece in gl.static_range(len(xs)):
+            to = xs[piece].index(stage)
+            start_copy(x_tiles[piece], [tokens[piece], column], full.index(stage), to)
 
 
 @gluon.jit
@@ -95,30 +106,76 @@ def _compute(
     ring,
     place,
     num_tokens,
+    n,
     GROUP: gl.constexpr,
-    N: gl.constexpr,
     IS_GATED: gl.constexpr,
     RUN: gl.constexpr,
-    STAGES: gl.constexpr,
 ):
     """A computing warpgroup."""
     weights, xs, full, free = ring
-    first_row, first_token, last_token, _begin, count, part = place
+    first_row, tokens, _begin, count, part = place
+    STAGES: gl.constexpr = full.shape[0]
+    GROUPS: gl.constexpr = weights.shape[0] // STAGES
     ROWS: gl.constexpr = weights.shape[1]
-    GROUPS: gl.constexpr = xs.shape[0] // STAGES
-    BLOCK_T: gl.constexpr = xs.shape[1]
-    first_token = gl.minimum(first_token + GROUP * BLOCK_T, last_token)
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_T, 16])
-    acc = gl.zeros([ROWS, BLOCK_T], gl.float32, layout)
+    PIECES: gl.constexpr = len(xs)
+    T0: gl.constexpr = xs[0].shape[1]
+    T1: gl.constexpr = xs[1].shape[1] if PIECES > 1 else 16
+    T2: gl.constexpr = xs[2].shape[1] if PIECES > 2 else 16
+    layout0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, T0, 16])
+    layout1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, T1, 16])
+    layout2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, T2, 16])
+    acc0 = gl.zeros([ROWS, T0], gl.float32, layout0)
+    acc1 = gl.zeros([ROWS, T1], gl.float32, layout1)
+    acc2 = gl.zeros([ROWS, T2], gl.float32, layout2)
     for block in range(count):
         stage = block % STAGES
         mbarrier.wait(full.index(stage), (block // STAGES) & 1)
-        x = xs.index(stage * GROUPS + GROUP).permute((1, 0))
-        acc = warpgroup_mma(weights.index(stage), x, acc, is_async=True)
-        acc = warpgroup_mma_wait(1, [acc])
+        weight = weights.index(stage * GROUPS + GROUP)
+        acc0 = warpgroup_mma(weight, xs[0].index(stage).permute((1, 0)), acc0, is_async=True)
+        # Wait for the products of the stage before.
+        if PIECES == 1:
+            acc0 = warpgroup_mma_wait(1, [acc0])
+        else:
+            acc1 = warpgroup_mma(weight, xs[1].index(stage).permute((1, 0)), acc1, is_async=True)
+            if PIECES == 2:
+                acc0, acc1 = warpgroup_mma_wait(2, [acc0, acc1])
+            else:
+                x2 = xs[2].index(stage).permute((1, 0))
+                acc2 = warpgroup_mma(weight, x2, acc2, is_async=True)
+                acc0, acc1, acc2 = warpgroup_mma_wait(3, [acc0, acc1, acc2])
         if block > 0:
             mbarrier.arrive(free.index((block - 1) % STAGES))
-    acc = warpgroup_mma_wait(0, [acc])
+    first_row += GROUP * (ROWS // RUN // 2 if IS_GATED else ROWS)
+    if PIECES == 1:
+        acc0 = warpgroup_mma_wait(0, [acc0])
+    elif PIECES == 2:
+        acc0, acc1 = warpgroup_mma_wait(0, [acc0, acc1])
+    else:
+        acc0, acc1, acc2 = warpgroup_mma_wait(0, [acc0, acc1, acc2])
+    _finish(out, bias, acc0, first_row, tokens[0], part, num_tokens, n, layout0, IS_GATED, RUN)
+    if PIECES > 1:
+        _finish(out, bias, acc1, first_row, tokens[1], part, num_tokens, n, layout1, IS_GATED, RUN)
+    if PIECES > 2:
+        _finish(out, bias, acc2, first_row, tokens[2], part, num_tokens, n, layout2, IS_GATED, RUN)
+
+
+@gluon.jit
+def _finish(
+    out,
+    bias,
+    acc,
+    first_row,
+    first_token,
+    part,
+    num_tokens,
+    n,
+    layout: gl.constexpr,
+    IS_GATED: gl.constexpr,
+    RUN: gl.constexpr,
+):
+    """What follows a piece's product."""
+    ROWS: gl.constexpr = acc.shape[0]
+    BLOCK_T: gl.constexpr = acc.shape[1]
     dtype: gl.constexpr = out.dtype.element_ty
     if IS_GATED:
         runs = acc.reshape([ROWS // RUN // 2, 2, RUN, BLOCK_T])
@@ -127,23 +184,23 @@ def _compute(
         up = up.reshape([ROWS // 2, BLOCK_T]).to(dtype).to(gl.float32)
         # Rounded as `silu_and_mul` does.
         act = (gate / (1 + gl.exp(-gate))).to(dtype).to(gl.float32)
-        _store(out, act * up, first_row * RUN, first_token, num_tokens, N // 2)
+        _store(out, act * up, first_row * RUN, first_token, num_tokens, n // 2)
     else:
         row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
         if bias is not None:
-            values = gl.load(bias + row, mask=(row < N) & (part == 0), other=0.0)
+            values = gl.load(bias + row, mask=(row < n) & (part == 0), other=0.0)
             acc += values.to(gl.float32)[:, None]
         if dtype == gl.float32:
             token = first_token + gl.arange(0, BLOCK_T, layout=gl.SliceLayout(0, layout))
-            pointers = out + (part * num_tokens + token).to(gl.int64)[None, :] * N + row[:, None]
-            gl.store(pointers, acc, mask=(row < N)[:, None] & (token < num_tokens)[None, :])
+            pointers = out + (part * num_tokens + token).to(gl.int64)[None, :] * n + row[:, None]
+            gl.store(pointers, acc, mask=(row < n)[:, None] & (token < num_tokens)[None, :])
         else:
-            _store(out, acc, first_row, first_token, num_tokens, N)
+            _store(out, acc, first_row, first_token, num_tokens, n)
 
 
 @gluon.jit
-def _store(out, values, first_row, first_token, num_tokens, N: gl.constexpr):
-    """Values [rows, BLOCK_T], transposed, to out [T, N]: 16 bytes of a token's for each thread."""
+def _store(out, values, first_row, first_token, num_tokens, n):
+    """Values [rows, BLOCK_T], transposed, to out [T, n]: 16 bytes of a token's for each thread."""
     ROWS: gl.constexpr = values.shape[0]
     BLOCK_T: gl.constexpr = values.shape[1]
     LANES: gl.constexpr = ROWS // 8
@@ -151,23 +208,55 @@ def _store(out, values, first_row, first_token, num_tokens, N: gl.constexpr):
     values = gl.convert_layout(values.to(out.dtype.element_ty), layout)
     row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     token = first_token + gl.arange(0, BLOCK_T, layout=gl.SliceLayout(0, layout))
-    pointers = out + token.to(gl.int64)[None, :] * N + row[:, None]
-    gl.store(pointers, values, mask=(row < N)[:, None] & (token < num_tokens)[None, :])
+    pointers = out + token.to(gl.int64)[None, :] * n + row[:, None]
+    gl.store(pointers, values, mask=(row < n)[:, None] & (token < num_tokens)[None, :])
+
+
+@gluon.jit
+def _clamp(first, last):
+    """Where a piece begins that would begin at `first`, and at `last` if it ended with x."""
+    return gl.maximum(gl.minimum(first, last), 0)
+
+
+@gluon.jit
+def _pieces(x_tiles, first, num_tokens, STAGES: gl.constexpr):
+    """Of each piece of the tokens from `first` on: its descriptor, its ring, where it begins."""
+    tiles0, tiles1, tiles2 = x_tiles
+    T0: gl.constexpr = tiles0.block_shape[0]
+    BLOCK_K: gl.constexpr = tiles0.block_shape[1]
+    x0 = gl.allocate_shared_memory(tiles0.dtype, [STAGES, T0, BLOCK_K], tiles0.layout)
+    first0 = _clamp(first, num_tokens - T0)
+    if tiles1 is None:
+        return (tiles0,), (x0,), (first0,)
+    else:
+        T1: gl.constexpr = tiles1.block_shape[0]
+        x1 = gl.allocate_shared_memory(tiles1.dtype, [STAGES, T1, BLOCK_K], tiles1.layout)
+        first1 = _clamp(first + T0, num_tokens - T1)
+        if tiles2 is None:
+            return (tiles0, tiles1), (x0, x1), (first0, first1)
+        else:
+            T2: gl.constexpr = tiles2.block_shape[0]
+            x2 = gl.allocate_shared_memory(tiles2.dtype, [STAGES, T2, BLOCK_K], tiles2.layout)
+            first2 = _clamp(first + T0 + T1, num_tokens - T2)
+            return x_tiles, (x0, x1, x2), (first0, first1, first2)
 
 
 @with_dry_runs
 @gluon.jit(do_not_specialize=["num_tokens", "num_blocks", "blocks_per_part"])
 def _wide_linear_kernel(
-    out,  # [T, N], or float32 [parts, T, N]; IS_GATED: [T, N / 2]
-    x_tiles,  # x [T, K], tensor descriptor of [BLOCK_T, BLOCK_K]; rows past T read as zeros
-    weight_tiles,  # weight [N, K], see `_weight_tiles`; rows past N read as zeros
-    bias,  # [N] or None
+    out,  # [T, n], or float32 [parts, T, n]; IS_GATED: [T, n / 2]
+    x_tiles0,  # x [T, K], tensor descriptors of [tokens of a piece, BLOCK_K]
+    x_tiles1,  # or None
+    x_tiles2,  # or None
+    weight_tiles,  # weight [n, K], see `_weight_tiles`; rows past n read as zeros
+    bias,  # [n] or None
     num_tokens,
+    n,
     num_blocks,  # of BLOCK_K columns
     blocks_per_part,
-    N: gl.constexpr,
+    TOKENS: gl.constexpr,  # of a program: those of all pieces
     ROWS: gl.constexpr,
-    GROUPS: gl.constexpr,  # warpgroups, each of which has BLOCK_T tokens
+    GROUPS: gl.constexpr,  # warpgroups, each of which has ROWS rows
     IS_GATED: gl.constexpr,
     RUN: gl.constexpr,
     STAGES: gl.constexpr,
@@ -177,53 +266,43 @@ def _wide_linear_kernel(
 ):
     if OVERLAP:
         gdc_launch_dependents()
-    dtype: gl.constexpr = x_tiles.dtype
-    BLOCK_T: gl.constexpr = x_tiles.block_shape[0]
-    BLOCK_K: gl.constexpr = x_tiles.block_shape[1]
+    dtype: gl.constexpr = x_tiles0.dtype
+    BLOCK_K: gl.constexpr = x_tiles0.block_shape[1]
     barriers: gl.constexpr = mbarrier.MBarrierLayout()
-    swizzled: gl.constexpr = x_tiles.layout
-    weights = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BLOCK_K], swizzled)
-    xs = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, BLOCK_T, BLOCK_K], swizzled)
+    layout: gl.constexpr = x_tiles0.layout
+    weights = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, ROWS, BLOCK_K], layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(free.index(stage), count=GROUPS)
-    ring = (weights, xs, full, free)
+    all_tiles = x_tiles0, x_tiles1, x_tiles2
+    first = gl.program_id(2) * TOKENS
+    x_tiles, xs, tokens = _pieces(all_tiles, first, num_tokens, STAGES)
     part = gl.program_id(1)
     begin = part * blocks_per_part
     count = gl.minimum(blocks_per_part, num_blocks - begin)
-    rows: gl.constexpr = ROWS // RUN // 2 if IS_GATED else ROWS
-    first_token = gl.program_id(2) * GROUPS * BLOCK_T
-    last_token = gl.maximum(num_tokens - BLOCK_T, 0)
-    place = (gl.program_id(0) * rows, first_token, last_token, begin, count, part)
+    rows: gl.constexpr = GROUPS * (ROWS // RUN // 2 if IS_GATED else ROWS)
+    place = (gl.program_id(0) * rows, tokens, begin, count, part)
     tiles = (x_tiles, weight_tiles)
+    ring = (weights, xs, full, free)
     if GROUPS == 1:
         gl.warp_specialize(
             [
-                (_compute, (out, bias, ring, place, num_tokens, 0, N, IS_GATED, RUN, STAGES)),
-                (_copy, (tiles, ring, place, IS_GATED, STAGES, OVERLAP)),
+                (_compute, (out, bias, ring, place, num_tokens, n, 0, IS_GATED, RUN)),
+                (_copy, (tiles, ring, place, IS_GATED, OVERLAP)),
             ],
             [1],
             [COPYING_REGISTERS],
         )
-    elif GROUPS == 2:
-        gl.warp_specialize(
-            [
-                (_compute, (out, bias, ring, place, num_tokens, 0, N, IS_GATED, RUN, STAGES)),
-                (_compute, (out, bias, ring, place, num_tokens, 1, N, IS_GATED, RUN, STAGES)),
-                (_copy, (tiles, ring, place, IS_GATED, STAGES, OVERLAP)),
-            ],
-            [4, 1],
-            [COMPUTING_REGISTERS, COPYING_REGISTERS],
-        )
     else:
+        gl.static_assert(GROUPS == 3)
         gl.warp_specialize(
             [
-                (_compute, (out, bias, ring, place, num_tokens, 0, N, IS_GATED, RUN, STAGES)),
-                (_compute, (out, bias, ring, place, num_tokens, 1, N, IS_GATED, RUN, STAGES)),
-                (_compute, (out, bias, ring, place, num_tokens, 2, N, IS_GATED, RUN, STAGES)),
-                (_copy, (tiles, ring, place, IS_GATED, STAGES, OVERLAP)),
+                (_compute, (out, bias, ring, place, num_tokens, n, 0, IS_GATED, RUN)),
+                (_compute, (out, bias, ring, place, num_tokens, n, 1, IS_GATED, RUN)),
+                (_compute, (out, bias, ring, place, num_tokens, n, 2, IS_GATED, RUN)),
+                (_copy, (tiles, ring, place, IS_GATED, OVERLAP)),
             ],
             [4, 4, 1],
             [COMPUTING_REGISTERS, COMPUTING_REGISTERS, COPYING_REGISTERS],
@@ -233,28 +312,9 @@ def _wide_linear_kernel(
 class WideTile(NamedTuple):
     """What a program multiplies at a time."""
 
-    tokens: int  # of a warpgroup
-    groups: int  # warpgroups
-    stages: int  # of the ring, at most: as many as shared memory has room for
-
-
-TILES = {
-    32: WideTile(32, 1, 12),
-    64: WideTile(64, 1, 8),
-    128: WideTile(128, 1, 8),
-    192: WideTile(64, 3, 6),
-    256: WideTile(128, 2, 5),
-}  # by the most tokens
-
-
-def choose_tile(num_tokens: int, num_programs: int, num_parts: int, num_sms: int) -> WideTile:
-    """The tile for x [num_tokens, K], if so many programs with all tokens would compute it.
-
-    Of more than 192 tokens each has half, if K is whole and all programs run at once even then.
-    """
-    if num_tokens > 192 and num_parts == 1 and 2 * num_programs <= num_sms:
-        return TILES[128]
-    return next(tile for most, tile in TILES.items() if num_tokens <= most)
+    pieces: tuple[int, ...]  # tokens of each, powers of 2, the largest first
+    groups: int = 1  # warpgroups, of ROWS rows each
+    num_parts: int = 1  # of K
 
 
 @cache
@@ -281,55 +341,63 @@ def wide_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    num_parts: int,
+    tile: WideTile,
     *,
     is_gated: bool = False,
-    tile: WideTile | None = None,
 ) -> LinearOutput:
-    """x [T, K], weight [N, K], bias [N] -> [T, N], with K in so many parts or fewer.
+    """x [T, K], weight [N, K], bias [N] -> [T, N], with K in the tile's parts or fewer.
 
-    T <= MAX_TOKENS, N is a multiple of 8 and K of BLOCK_K. bfloat16 or float16, all contiguous.
+    N is a multiple of 8 and K of BLOCK_K. bfloat16 or float16, all contiguous.
 
     Args:
+        tile: as `choose_wide` in kernels/triton/linear.py chooses it. Programs share the tokens if
+            there are more than its pieces have.
         is_gated: -> `Ops.gated_linear` instead, [T, N / 2]. N is then a multiple of 2 * RUN, there
             is one part and no bias. The bits are those of `silu_and_mul` behind the product.
-        tile: overrides the tuned choice.
     """
     num_tokens, k = x.shape
     n = weight.shape[0]
     assert x.is_contiguous() and weight.is_contiguous()
     assert k % BLOCK_K == 0 and n % 8 == 0
     num_blocks = k // BLOCK_K
-    blocks_per_part = cdiv(num_blocks, num_parts)
+    blocks_per_part = cdiv(num_blocks, tile.num_parts)
     num_parts = cdiv(num_blocks, blocks_per_part)
-    if tile is None:
-        num_sms = num_multiprocessors(x.device)
-        tile = choose_tile(num_tokens, cdiv(n, ROWS) * num_parts, num_parts, num_sms)
     width = n // 2 if is_gated else n
     if num_parts == 1:
         out = torch.empty(num_tokens, width, dtype=x.dtype, device=x.device)
     else:
         out = torch.empty(num_parts, num_tokens, n, dtype=torch.float32, device=x.device)
-    block = [tile.tokens, BLOCK_K]
-    x_tiles = TensorDescriptor(x, [num_tokens, k], [k, 1], block, _layout(2))
-    grid = cdiv(n, ROWS), num_parts, cdiv(num_tokens, tile.tokens * tile.groups)
+    x_tiles = [
+        TensorDescriptor(x, [num_tokens, k], [k, 1], [size, BLOCK_K], _layout(2))
+        for size in tile.pieces
+    ]
+    tokens, rows = sum(tile.pieces), ROWS * tile.groups
+    stage_bytes = (rows + tokens) * BLOCK_K * x.element_size()
+    by_tokens = REGISTERS[tile.groups]
+    registers, computing = next(pair for most, pair in by_tokens.items() if tokens <= most)
+    stages = next(stages for most, stages in MAX_STAGES.items() if tokens <= most)
+    room = device_limits(x.device).shared_memory - RESERVED_BYTES
+    grid = cdiv(n, rows), num_parts, cdiv(num_tokens, tokens)
     _wide_linear_kernel[grid](
         out,
-        x_tiles,
+        *x_tiles,
+        *[None] * (MAX_PIECES - len(x_tiles)),
         _weight_tiles(weight, is_gated),
         bias,
         num_tokens,
+        n,
         num_blocks,
         blocks_per_part,
-        N=n,
+        TOKENS=tokens,
         ROWS=ROWS,
         GROUPS=tile.groups,
         IS_GATED=is_gated,
         RUN=RUN,
-        STAGES=min(tile.stages, blocks_per_part),
-        COMPUTING_REGISTERS=COMPUTING_REGISTERS[tile.groups],
+        STAGES=min(stages, room // stage_bytes),
+        COMPUTING_REGISTERS=computing,
         COPYING_REGISTERS=COPYING_REGISTERS,
         num_warps=4,
+        maxnreg=registers,
         **overlap_options(x.device),
     )
     return out if num_parts == 1 else PartialSums(out, x.dtype)
