@@ -243,7 +243,7 @@ def test_chain_in_a_graph_equals_eager(num_tokens: int, hidden: int) -> None:
 
 
 def test_choice_of_wide_tiles() -> None:
-    """Weights of Qwen3-0.6B, then of Qwen3-8B on an H200."""
+    """Weights of Qwen3-0.6B, then of larger models, on an H200."""
 
     def choose(num_tokens: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16):
         return choose_wide(num_tokens, n, k, dtype, 132)
@@ -264,6 +264,11 @@ def test_choice_of_wide_tiles() -> None:
     assert choose(225, 4096, 12288) is None
     assert choose(256, 24576, 4096) == WideTile((128, 128), 3)
     assert choose(64, 28672, 4096) is None  # more than a wave
+    # Qwen3-30B-A3B's QKV and O.
+    assert choose(32, 5120, 2048) is None and choose(64, 5120, 2048) == WideTile((64,))
+    assert choose(65, 5120, 2048) is None
+    assert choose(192, 2048, 4096) == WideTile((128, 64), 1, 3)
+    assert choose(193, 2048, 4096) is None
 
 
 def test_choice() -> None:

@@ -36,9 +36,10 @@ MAX_TILED_TOKENS = 32
 MAX_TILED_ROWS = 32768
 # From so many tokens on, up to MAX_TOKENS, `wide_linear` multiplies small weights, and large ones.
 MIN_WIDE_TOKENS, MIN_TOKENS_OF_LARGE = 17, 33
-# Small weights: where so many programs of so many columns are enough. Measured with Qwen3-0.6B.
+# Small weights: where so many programs of so many columns are enough, by the most tokens. Measured
+# with Qwen3-0.6B and with QKV and O of Qwen3-30B-A3B.
 MAX_WIDE_PROGRAMS = 96
-MAX_WIDE_COLUMNS = 1024
+MAX_WIDE_COLUMNS = {32: 1024, 64: 2048, 192: 1408, 256: 1024}
 # Large ones: where programs of so many warpgroups, and with K in so many parts, are from this share
 # of the multiprocessors to all of them; the most tokens. Measured with Qwen3-8B: QKV; O and down;
 # gate and up.
@@ -130,7 +131,8 @@ def choose_wide(
         return None
     pieces = next(pieces for most, pieces in PIECES.items() if num_tokens <= most)
     num_parts = min(MAX_WIDE_PROGRAMS // (n // ROWS), k // BLOCK_K)
-    if k <= num_parts * MAX_WIDE_COLUMNS:
+    most = next(most for tokens, most in MAX_WIDE_COLUMNS.items() if num_tokens <= tokens)
+    if k <= num_parts * most:
         # Of many tokens each program has half, if K is whole and all run at once even then.
         if num_tokens > 192 and num_parts == 1 and 2 * n // ROWS <= num_sms:
             pieces = PIECES[128]
