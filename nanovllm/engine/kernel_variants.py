@@ -20,6 +20,7 @@ from nanovllm.engine.sequence import Wants
 from nanovllm.engine.step_plan import StepPlan
 from nanovllm.kernels.device import DeviceLimits, meta_stands_for
 from nanovllm.kernels.ops import Ops
+from nanovllm.kernels.triton import hopper_experts
 from nanovllm.kernels.triton.compilation import Variants
 from nanovllm.kernels.triton.linear import PIECES
 from nanovllm.kernels.triton.moe import FP8_TILES, PACKED_TILES, SORT_CHUNK, TILES
@@ -84,7 +85,8 @@ def _ends_with_experts(model: ModelConfig) -> set[int]:
     """The most tokens for each choice that depends on the pairs of tokens and experts."""
     if not model.num_experts:
         return set()
-    means = {mean for table in (TILES, FP8_TILES, PACKED_TILES) for mean in table}
+    tables = TILES, FP8_TILES, PACKED_TILES, hopper_experts.TILES
+    means = {mean for table in tables for mean in table} | {hopper_experts.MIN_GUESSED}
     pairs = [mean * model.num_experts for mean in means if mean < math.inf]
     pairs += [2**power for power in range(SORT_CHUNK.bit_length())]
     return {int(number) // model.num_experts_per_tok for number in pairs}

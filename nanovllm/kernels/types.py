@@ -23,7 +23,7 @@ ATTENTION_EXTRAS = frozenset({"window", "softcap", "sinks"})  # of `Ops.attend`
 class PartialSums(NamedTuple):
     """A tensor [T, N] in parts that the op which reads it adds up, and then rounds to `dtype`."""
 
-    parts: Tensor  # float32 [P, T, N]
+    parts: Tensor  # float32 [P, T, N], or of `dtype`: added up in float32
     dtype: torch.dtype
 
 

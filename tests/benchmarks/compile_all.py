@@ -57,7 +57,7 @@ def variants() -> Iterator[Job]:
         for tokens in (8, 256, 2048):
             yield "experts", replace(shape, tokens=tokens)
         yield "fp8_products", shape
-    for tokens, dtype in product((1, 64, 512), DTYPES):
+    for tokens, dtype in product((1, 64, 256, 512), DTYPES):
         yield "experts", Shape(dtype=dtype, tokens=tokens)
     for dtype, bits, has_zeros in product(DTYPES, (4, 8), (False, True)):
         shape = Shape(dtype=dtype, bits=bits, has_zeros=has_zeros)

@@ -48,6 +48,7 @@ PLAN = {
         (launches.fp8_products, launches.SHAPE),
         (launches.packed_products, launches.SHAPE),
         (launches.experts, FP8_BLOCKS),
+        (launches.experts, Shape(tokens=256)),
     ],
     (10, 0): [*ATTENTION, (launches.experts, launches.SHAPE)],
     (12, 0): [*ATTENTION],

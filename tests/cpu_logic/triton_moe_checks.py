@@ -8,6 +8,7 @@ import torch
 from nanovllm.kernels import torch_ops
 from nanovllm.kernels.triton import moe as triton_moe
 from nanovllm.kernels.triton.fp8_linear import quantize_rows
+from nanovllm.kernels.triton.hopper_experts import sort_pairs
 from nanovllm.kernels.triton.moe import Tile, Tiles, experts, route
 from nanovllm.kernels.types import (
     FP8_BLOCK,
@@ -48,6 +49,24 @@ def test_sorted_pairs_and_blocks(num_tokens, num_experts, top_k, monkeypatch):
             assert all(ids.flatten()[pair] == expert for pair in pairs)
             seen += pairs
         assert sorted(seen) == list(range(num_tokens * top_k))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "top_k"), [(20, 5, 3), (9, 20, 1), (40, 4, 2), (2, 64, 8)]
+)
+def test_pairs_in_blocks_without_gaps(num_tokens, num_experts, top_k):
+    """Blocks lie in the order of the experts, and each has pairs."""
+    torch.manual_seed(0)
+    ids = torch.rand(num_tokens, num_experts).topk(top_k).indices.int().flatten()
+    found = sort_pairs(ids, num_experts, 16)
+    expected = ids.sort(stable=True)
+    assert torch.equal(found.pairs.long(), expected.indices)
+    place = 0
+    for expert, first, size in found.blocks[: int(found.num_blocks)].tolist():
+        assert first == place and 0 < size <= 16
+        assert (expected.values[first : first + size] == expert).all()
+        place += size
+    assert place == len(ids)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")

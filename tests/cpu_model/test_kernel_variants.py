@@ -59,7 +59,7 @@ MIXTURE = DENSE | {
     "model_type": "qwen3_moe",
     "num_experts": 6,  # logits whose rows are no multiple of 16 bytes
     "num_experts_per_tok": 2,
-    "moe_intermediate_size": 64,
+    "moe_intermediate_size": 128,
     "norm_topk_prob": True,
     "tie_word_embeddings": False,
     "num_hidden_layers": 2,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nanovllm.kernels import torch_ops
+from nanovllm.kernels.triton import hopper_experts
 from nanovllm.kernels.triton.linear import linear
 from nanovllm.kernels.triton.moe import (
     FLOAT32_TILES,
@@ -124,6 +125,31 @@ def test_every_tile_for_any_number_of_tokens(hidden_size, size, num_tokens, tile
         assert relative_error(summed(got), exact) < 8e-3
 
 
+@pytest.mark.parametrize("tile", hopper_experts.TILES.values())
+@pytest.mark.parametrize("guesses", [True, False])
+@pytest.mark.parametrize("num_tokens", [2, 50, 256])
+@pytest.mark.parametrize(("hidden_size", "size"), [(512, 192), (576, 64)])
+def test_every_hopper_tile(hidden_size, size, num_tokens, guesses, tile):
+    """Programs whose first expert is another one than they guessed, and programs without any.
+
+    The same experts for all tokens: each has several blocks, and the others none.
+    """
+    gate_up, down = weights(hidden_size=hidden_size, size=size)
+    x = randn(num_tokens, hidden_size)
+    for preference in (0, 10):
+        logits = distinct_logits(num_tokens)
+        logits[:, 2 : 2 + TOP_K] += preference
+        probabilities = logits.softmax(-1).topk(TOP_K)
+        shares = probabilities.values / probabilities.values.sum(-1, keepdim=True)
+        ids, shares = probabilities.indices.int().flatten(), shares.to(x.dtype).flatten()
+        for _ in range(2):
+            got = hopper_experts.hopper_experts(
+                x, ids, shares, gate_up, down, NUM_EXPERTS, tile=tile, guesses=guesses
+            )
+            exact = exact_experts(x, logits, gate_up, down, TOP_K, True)
+            assert relative_error(summed(got), exact) < 8e-3
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("num_tokens", [1, 7, 33, 256, 257, 1000, 4096])
 @pytest.mark.parametrize(("hidden_size", "size"), [(512, 192), (360, 90)])
@@ -238,7 +264,7 @@ def test_a_token_gets_the_same_in_any_batch_of_the_same_tiles():
     assert torch.equal(part, whole[12:])
 
 
-@pytest.mark.parametrize("num_tokens", [1, 8, 64, 300])
+@pytest.mark.parametrize("num_tokens", [1, 8, 64, 150, 300])
 def test_layers_in_a_graph_equal_eager_ones(num_tokens):
     """Launches that overlap, replayed with tokens that ask for other experts."""
     layers = [

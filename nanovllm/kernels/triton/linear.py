@@ -63,8 +63,9 @@ def load_summed(pointers, mask, part_stride, NUM_PARTS: tl.constexpr, dtype: tl.
     """What `pointers` show, summed over NUM_PARTS parts if there are several, in `dtype`."""
     x = tl.load(pointers, mask=mask, other=0.0)
     if NUM_PARTS > 1:
+        x = x.to(tl.float32)
         for part in tl.static_range(1, NUM_PARTS):
-            x += tl.load(pointers + part * part_stride, mask=mask, other=0.0)
+            x += tl.load(pointers + part * part_stride, mask=mask, other=0.0).to(tl.float32)
     return x.to(dtype)
 
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels.device import INTERPRETER, DeviceLimits, device_limits
+from nanovllm.kernels.triton import hopper_experts
 from nanovllm.kernels.triton.fp8_linear import quantize_rows
 from nanovllm.kernels.triton.launch import await_previous, jit, overlap_options
 from nanovllm.kernels.triton.linear import load_summed, parts_of
@@ -482,35 +483,15 @@ def route(
     router_logits: LinearOutput, num_experts_per_tok: int, norm_topk_prob: bool, block_m: int
 ) -> Routing:
     """The pairs of router_logits [T, E], T > 0, in blocks of at most `block_m`."""
-    logits, num_parts, stride_part, dtype = parts_of(router_logits)
-    num_tokens, num_experts = logits.shape
-    assert logits.stride(1) == 1
+    num_tokens, num_experts = parts_of(router_logits)[0].shape
     num_pairs = num_tokens * num_experts_per_tok
     is_alone = num_tokens == 1
     shape = num_pairs if is_alone else num_blocks(num_pairs, num_experts, block_m), BLOCK_COLUMNS
-    device, options = logits.device, overlap_options(logits.device)
-    weights = torch.empty(num_pairs, dtype=dtype, device=device)
-    expert_ids = torch.empty(num_pairs, dtype=torch.int32, device=device)
-    sorted_pairs = torch.empty_like(expert_ids)
+    device = parts_of(router_logits)[0].device
+    sorted_pairs = torch.empty(num_pairs, dtype=torch.int32, device=device)
     blocks = torch.empty(shape, dtype=torch.int32, device=device)
-    _route_kernel[(num_tokens,)](
-        expert_ids,
-        weights,
-        sorted_pairs if is_alone else None,
-        blocks if is_alone else None,
-        logits,
-        logits.stride(0),
-        stride_part,
-        NUM_PARTS=num_parts,
-        NUM_EXPERTS=num_experts,
-        PADDED_EXPERTS=triton.next_power_of_2(num_experts),
-        TOP_K=num_experts_per_tok,
-        PADDED_TOP_K=triton.next_power_of_2(num_experts_per_tok),
-        NORMALIZE=norm_topk_prob,
-        IS_ALONE=is_alone,
-        num_warps=1,
-        **options,
-    )
+    alone = (sorted_pairs, blocks) if is_alone else (None, None)
+    expert_ids, weights = _choose(router_logits, num_experts_per_tok, norm_topk_prob, *alone)
     if not is_alone:
         _sort_pairs_kernel[(num_experts,)](
             sorted_pairs,
@@ -521,9 +502,47 @@ def route(
             BLOCK_M=block_m,
             CHUNK=min(SORT_CHUNK, max(32, triton.next_power_of_2(num_pairs))),
             num_warps=4 if num_pairs <= 1024 else 8,
-            **options,
+            **overlap_options(device),
         )
     return Routing(weights, sorted_pairs, blocks)
+
+
+def _choose(
+    router_logits: LinearOutput,
+    num_experts_per_tok: int,
+    norm_topk_prob: bool,
+    sorted_pairs: torch.Tensor | None = None,
+    blocks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The experts of router_logits [T, E] [P] int32, and their weights [P].
+
+    With `sorted_pairs` and `blocks` there is one token, and they are written instead of experts.
+    """
+    logits, num_parts, stride_part, dtype = parts_of(router_logits)
+    num_tokens, num_experts = logits.shape
+    assert logits.stride(1) == 1
+    num_pairs, device = num_tokens * num_experts_per_tok, logits.device
+    weights = torch.empty(num_pairs, dtype=dtype, device=device)
+    expert_ids = torch.empty(num_pairs, dtype=torch.int32, device=device)
+    _route_kernel[(num_tokens,)](
+        expert_ids,
+        weights,
+        sorted_pairs,
+        blocks,
+        logits,
+        logits.stride(0),
+        stride_part,
+        NUM_PARTS=num_parts,
+        NUM_EXPERTS=num_experts,
+        PADDED_EXPERTS=triton.next_power_of_2(num_experts),
+        TOP_K=num_experts_per_tok,
+        PADDED_TOP_K=triton.next_power_of_2(num_experts_per_tok),
+        NORMALIZE=norm_topk_prob,
+        IS_ALONE=blocks is not None,
+        num_warps=1,
+        **overlap_options(device),
+    )
+    return expert_ids, weights
 
 
 def _multiply(
@@ -617,6 +636,11 @@ def experts(
     if tiles is None and x.dtype == torch.float32:
         tiles = FLOAT32_TILES
     weights = gate_up_weight, down_weight
+    is_plain = tiles is None and gate_up_bias is None and swiglu is None
+    if is_plain and hopper_experts.takes(x, *weights):
+        assert isinstance(gate_up_weight, torch.Tensor) and isinstance(down_weight, torch.Tensor)
+        chosen = _choose(router_logits, num_experts_per_tok, norm_topk_prob)
+        return hopper_experts.hopper_experts(x, *chosen, gate_up_weight, down_weight, num_experts)
     dequantizes = tiles is None and is_dequantized(weights, x, num_pairs / num_experts)
     if tiles is None:
         dtype = x.dtype if dequantizes else dtype_of(gate_up_weight)
