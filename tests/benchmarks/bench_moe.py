@@ -4,8 +4,8 @@ Random tokens through the layers of Qwen3-30B-A3B (router, experts, sum), distin
 layer, in a CUDA graph. TB/s counts the weights of the experts that tokens asked for, TFLOP/s what
 these computed. `--sweep` tries tiles for each number of tokens; `TILES` in kernels/triton/moe.py
 follows from it. Few tokens have other kernels on Hopper, hopper_experts.py's, whatever tiles the
-first line of a number of tokens names. With `--skew 0.7` 131 tokens ask for 105 of the 128 experts, and many of them for
-the same, as they do in a whole model of random weights.
+first line of a number of tokens names. With `--skew 0.7` 131 tokens ask for 105 of the 128 experts,
+and many of them for the same, as they do in a whole model of random weights.
 """
 
 import argparse

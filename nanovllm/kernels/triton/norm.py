@@ -12,6 +12,7 @@ from nanovllm.kernels.triton.launch import (
     cdiv,
     jit,
     next_power_of_2,
+    num_multiprocessors,
     overlap_options,
     release_next,
 )
@@ -27,6 +28,8 @@ REGISTERS_OF_PARTS = 64
 # From so many rows on the bandwidth counts, not a row's latency: fewer warps wait for each other.
 MANY_ROWS = 1024
 ELEMENTS_PER_WARP_OF_MANY_ROWS = 1024
+MAX_WARPS = 16
+MAX_WARPS_OF_TWO_ROWS = 8  # of parts, where multiprocessors have more than one row
 
 
 @jit(do_not_specialize=["num_rows"])
@@ -84,6 +87,9 @@ def _launch(
     elements_per_warp = ELEMENTS_PER_WARP if num_parts == 1 else ELEMENTS_PER_WARP_OF_PARTS
     if num_rows >= MANY_ROWS:
         elements_per_warp = ELEMENTS_PER_WARP_OF_MANY_ROWS
+    most_warps = MAX_WARPS
+    if num_parts > 1 and num_rows > num_multiprocessors(x.device):
+        most_warps = MAX_WARPS_OF_TWO_ROWS
     _rms_norm_kernel[(cdiv(num_rows, rows),)](
         out,
         x,
@@ -99,7 +105,7 @@ def _launch(
         PADDED_WIDTH=padded_width,
         ROWS=rows,
         ADD=residual is not None,
-        num_warps=min(16, max(1, rows * padded_width // elements_per_warp)),
+        num_warps=min(most_warps, max(1, rows * padded_width // elements_per_warp)),
         **({} if num_parts == 1 else {"maxnreg": REGISTERS_OF_PARTS}),
         **overlap_options(x.device),
     )

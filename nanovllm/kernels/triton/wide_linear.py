@@ -39,6 +39,9 @@ MAX_TOKENS = 256
 MAX_PIECES = 3  # of the tokens
 BLOCK_K = 64  # columns of a stage
 MAX_STAGES = {32: 12, 256: 8}  # by the most tokens
+# From so many tokens on three warpgroups have few stages, and wait long for what all programs read
+# at the same time. So each begins at other columns of K.
+SKEWED_TOKENS = 225
 RESERVED_BYTES = 7 << 10  # of shared memory, in which stored sums are exchanged
 COPYING_REGISTERS = 24  # of a thread
 # Number of warpgroups -> most tokens -> registers of each thread at a program's start, and of those
@@ -76,21 +79,31 @@ def _start_stage(tiles, first_row, column, ring, stage, IS_GATED: gl.constexpr):
 
 
 @gluon.jit
+def _shifted(block, shift, count):
+    """The block of K that is the `block`-th one of a program, whose first is `shift`."""
+    if shift is None:
+        return block
+    else:
+        return (block + shift) % count
+
+
+@gluon.jit
 def _copy(tiles, ring, place, IS_GATED: gl.constexpr, OVERLAP: gl.constexpr):
     """The copying warp."""
     x_tiles, _weight_tiles = tiles
     _weights, xs, full, free = ring
-    first_row, tokens, begin, count, _part = place
+    first_row, tokens, begin, count, shift, _part = place
     STAGES: gl.constexpr = full.shape[0]
     BLOCK_K: gl.constexpr = xs[0].shape[2]
     # No kernel writes weights: they come before the wait.
     for block in range(gl.minimum(count, STAGES)):
-        _start_stage(tiles, first_row, (begin + block) * BLOCK_K, ring, block, IS_GATED)
+        column = (begin + _shifted(block, shift, count)) * BLOCK_K
+        _start_stage(tiles, first_row, column, ring, block, IS_GATED)
     if OVERLAP:
         gdc_wait()
     for block in range(count):
         stage = block % STAGES
-        column = (begin + block) * BLOCK_K
+        column = (begin + _shifted(block, shift, count)) * BLOCK_K
         if block >= STAGES:
             mbarrier.wait(free.index(stage), (block // STAGES + 1) & 1)
             _start_stage(tiles, first_row, column, ring, stage, IS_GATED)
@@ -113,7 +126,7 @@ def _compute(
 ):
     """A computing warpgroup."""
     weights, xs, full, free = ring
-    first_row, tokens, _begin, count, part = place
+    first_row, tokens, _begin, count, _shift, part = place
     STAGES: gl.constexpr = full.shape[0]
     GROUPS: gl.constexpr = weights.shape[0] // STAGES
     ROWS: gl.constexpr = weights.shape[1]
@@ -258,6 +271,7 @@ def _wide_linear_kernel(
     ROWS: gl.constexpr,
     GROUPS: gl.constexpr,  # warpgroups, each of which has ROWS rows
     IS_GATED: gl.constexpr,
+    IS_SKEWED: gl.constexpr,  # programs begin at different columns of K
     RUN: gl.constexpr,
     STAGES: gl.constexpr,
     COMPUTING_REGISTERS: gl.constexpr,
@@ -283,7 +297,10 @@ def _wide_linear_kernel(
     begin = part * blocks_per_part
     count = gl.minimum(blocks_per_part, num_blocks - begin)
     rows: gl.constexpr = GROUPS * (ROWS // RUN // 2 if IS_GATED else ROWS)
-    place = (gl.program_id(0) * rows, tokens, begin, count, part)
+    if IS_SKEWED:
+        place = (gl.program_id(0) * rows, tokens, begin, count, gl.program_id(0) % count, part)
+    else:
+        place = (gl.program_id(0) * rows, tokens, begin, count, None, part)
     tiles = (x_tiles, weight_tiles)
     ring = (weights, xs, full, free)
     if GROUPS == 1:
@@ -353,7 +370,8 @@ def wide_linear(
         tile: as `choose_wide` in kernels/triton/linear.py chooses it. Programs share the tokens if
             there are more than its pieces have.
         is_gated: -> `Ops.gated_linear` instead, [T, N / 2]. N is then a multiple of 2 * RUN, there
-            is one part and no bias. The bits are those of `silu_and_mul` behind the product.
+            is one part and no bias. The bits are those of `silu_and_mul` behind the product, but
+            for skewed programs: these sum up in an order of their own.
     """
     num_tokens, k = x.shape
     n = weight.shape[0]
@@ -392,6 +410,7 @@ def wide_linear(
         ROWS=ROWS,
         GROUPS=tile.groups,
         IS_GATED=is_gated,
+        IS_SKEWED=tile.groups == 3 and num_tokens >= SKEWED_TOKENS,
         RUN=RUN,
         STAGES=min(stages, room // stage_bytes),
         COMPUTING_REGISTERS=computing,
