@@ -13,12 +13,14 @@ from kernel_compilation import CUDA
 from nanovllm.kernels import row_state
 from nanovllm.kernels.ops import Ops
 from nanovllm.kernels.select import select_ops
+from nanovllm.kernels.triton.launch import is_hopper
 from nanovllm.kernels.triton.peer_memory import PeerMemory, num_memory_bytes
 from nanovllm.kernels.types import (
     FP8_DTYPE,
     DecodeMetadata,
     HeadInputs,
     KVCache,
+    LayerEnd,
     LinearOutput,
     LoRAWeights,
     PackedWeight,
@@ -254,6 +256,21 @@ def packed_products(ops: Ops, shape: Shape) -> None:
         ops.packed_linear(empty(tokens, 4 * shape.hidden_size, dtype=shape.dtype), weight)
 
 
+def layer_ends(ops: Ops, shape: Shape) -> None:
+    """What follows attention with packed weights: few tokens and more, the last layer."""
+    hidden, heads, inner = 1024, 2048, 3072
+    norm = empty(hidden, dtype=shape.dtype)
+    o, down = packed(shape, hidden, heads), packed(shape, hidden, inner)
+    gate_up, qkv = packed(shape, 2 * inner, hidden), packed(shape, 1536, hidden)
+    for tokens in (1, 8):
+        for of_next in ((norm, qkv), (None, None)):
+            end = LayerEnd(o, norm, gate_up, down, *of_next, 1e-6, empty(4, dtype=INT32))
+            x, residual = (empty(tokens, size, dtype=shape.dtype) for size in (heads, hidden))
+            finished = ops.layer_end(x, residual, end)
+            is_taken = shape.dtype != FLOAT32 and shape.bits == 4 and not shape.has_zeros
+            assert (finished is not None) == (is_hopper(CUDA) and is_taken)
+
+
 def packed_experts(ops: Ops, shape: Shape) -> None:
     hidden, size = shape.hidden_size, 768
     ops.experts(
@@ -359,6 +376,7 @@ ALL = (
     fp8_products,
     experts,
     packed_products,
+    layer_ends,
     packed_experts,
     adapters,
     delta_net,

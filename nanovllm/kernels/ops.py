@@ -8,8 +8,10 @@ from nanovllm.kernels.types import (
     AttentionMetadata,
     ClampedSwiGLU,
     DecodeInputs,
+    FinishedLayer,
     HeadInputs,
     KVCache,
+    LayerEnd,
     LinearOutput,
     LoRAWeights,
     PackedWeight,
@@ -84,6 +86,15 @@ class Ops(Protocol):
         """x [T, K], weight [N, K] in 4 or 8 bits, bias [N] -> [T, N].
 
         x is not quantised. A weight's value is rounded to x's dtype before the product.
+        """
+
+    def layer_end(self, heads: Tensor, residual: Tensor, end: LayerEnd) -> FinishedLayer | None:
+        """What follows attention, with SiLU, in one operation; None: it does not take them.
+
+        Args:
+            heads: [T, o's columns], of attention.
+            residual: [T, H], to which the products of o and down are added.
+            end: the weights.
         """
 
     def plan_adapters(self, slots: Tensor, num_slots: int) -> object:

@@ -28,6 +28,7 @@ from nanovllm.kernels.types import (
     DecodeInputs,
     DecodeMetadata,
     KVCache,
+    LayerEnd,
     LinearOutput,
     PackedWeight,
     PrefillMetadata,
@@ -723,6 +724,10 @@ def write_back(
     row_table[index, row_state.LENGTH] = positions[live] + 2
 
 
+def layer_end(heads: torch.Tensor, residual: torch.Tensor, end: LayerEnd) -> None:
+    """None: `Ops.layer_end` is several operations here."""
+
+
 Inputs = ParamSpec("Inputs")
 Output = TypeVar("Output")
 
@@ -743,6 +748,7 @@ class TorchOps(AttentionInSteps):
     vocab_linear = staticmethod(vocab_linear)
     fp8_linear = staticmethod(fp8_linear)
     packed_linear = staticmethod(packed_linear)
+    layer_end = staticmethod(layer_end)
     experts = staticmethod(experts)
     copy_units = staticmethod(copy_units)
     attend = staticmethod(attend)

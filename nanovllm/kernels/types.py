@@ -76,6 +76,39 @@ class PackedWeight:
         return replace(self, numbers=self.numbers[part], scales=self.scales[part], zeros=zeros)
 
 
+class LayerEnd(NamedTuple):
+    """What follows a layer's attention, up to the next layer's queries, keys and values.
+
+    Attributes:
+        o: [H, heads].
+        mlp_norm: [H], the weight of the RMS norm ahead of gate and up.
+        gate_up: [2I, H], gate's rows first.
+        down: [H, I].
+        next_norm: [H], of the norm ahead of `qkv`; None: nothing follows down.
+        qkv: [N, H].
+        eps: of both norms.
+        counters: int32 [4], zeros at first, which launches that follow each other share.
+    """
+
+    o: PackedWeight
+    mlp_norm: Tensor
+    gate_up: PackedWeight
+    down: PackedWeight
+    next_norm: Tensor | None
+    qkv: PackedWeight | None
+    eps: float
+    counters: Tensor
+
+
+class FinishedLayer(NamedTuple):
+    """A layer whose residual has everything in it.
+
+    qkv: the next layer's queries, keys and values [T, N]; None: they are to be computed.
+    """
+
+    qkv: Tensor | None
+
+
 @dataclass(frozen=True)
 class LoRAWeights:
     """Of S adapters the low-rank terms of one weight [N, K] (Hu et al. 2021, arXiv 2106.09685).

@@ -10,6 +10,7 @@ from nanovllm.models.base import CausalLM
 from nanovllm.models.head_config import split_architecture
 from nanovllm.models.heads import new_head
 from nanovllm.models.loader import load_model, merged_modules, unpack_unconverted
+from nanovllm.models.packed_layers import finish_layers_at_once
 from nanovllm.models.quantized_checkpoint import unconverted_modules
 from nanovllm.models.registry import family_of, first_supported
 from nanovllm.models.weight_offload import with_layers_on_host
@@ -41,6 +42,8 @@ def new_model(config: Config, context: ModelContext) -> Model:
         if quantization is not None and config.load_format == "auto":
             merged = merged_modules(model)
             unpack_unconverted(model, unconverted_modules(config.model, quantization, merged))
+        if not config.cpu_offload_bytes:  # a layer's weights are there until the layer ends
+            finish_layers_at_once(model.model, context)
         return model
     from nanovllm.models.transformers_model import TransformersForCausalLM
 

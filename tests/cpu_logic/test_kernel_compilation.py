@@ -47,6 +47,7 @@ PLAN = {
         (launches.products_of_heads, launches.SHAPE),
         (launches.fp8_products, launches.SHAPE),
         (launches.packed_products, launches.SHAPE),
+        (launches.layer_ends, launches.SHAPE),
         (launches.experts, FP8_BLOCKS),
     ],
     (10, 0): [*ATTENTION, (launches.experts, launches.SHAPE)],

@@ -70,6 +70,7 @@ WINDOWED = DENSE | {
     "sliding_window": 300,
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"],
 }
+LARGER = DENSE | {"hidden_size": 1024, "num_attention_heads": 16}  # for `Ops.layer_end`
 SIZES = {"max_model_len": 2048, "max_num_batched_tokens": 2048, "max_num_seqs": 140}
 CASES = {
     "dense": (DENSE, HOPPER, {}),
@@ -80,7 +81,7 @@ CASES = {
         ADA,
         {"quantization": "int4", "enable_lora": True, "max_loras": 3, "max_lora_rank": 100},
     ),
-    "4 bits, Hopper": (DENSE, HOPPER, {"quantization": "int4"}),
+    "4 bits, Hopper": (LARGER, HOPPER, {"quantization": "int4"}),
     "fp8": (DENSE, HOPPER, {"quantization": "fp8"}),
     "fp8 cache": (DENSE | {"head_dim": 128}, HOPPER, {"kv_cache_dtype": "fp8"}),
 }

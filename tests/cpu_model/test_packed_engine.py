@@ -1,5 +1,7 @@
 """Weights rounded to 4 and 8 bits on load: the tokens of transformers with these values."""
 
+from collections import Counter
+
 import pytest
 import torch
 from engine_checks import check_varied, generate, greedy, random_prompts, tiny_engine
@@ -10,7 +12,8 @@ from tiny_models import FAMILIES, reference_greedy, save_model
 
 from nanovllm import ArgumentError
 from nanovllm.config import Config
-from nanovllm.kernels.types import PackedWeight
+from nanovllm.kernels import torch_ops
+from nanovllm.kernels.types import FinishedLayer, LayerEnd, PackedWeight
 from nanovllm.layers.linear import RowParallelLinear
 from nanovllm.layers.moe import ExpertWeights
 
@@ -54,6 +57,41 @@ def test_tokens_are_those_of_the_rounded_weights(directories, name, bits, tmp_pa
     with tiny_engine(directories[name], quantization=f"int{bits}", **settings) as llm:
         check(llm, expected)
         check(llm, expected)  # with the prefix of the long prompt from the cache
+
+
+def layer_end(heads, residual, end: LayerEnd) -> FinishedLayer | None:
+    """Of several operations; None for the longer prompts."""
+    if len(heads) > 8:
+        return None
+    residual += torch_ops.packed_linear(heads, end.o)
+    normed = torch_ops.rms_norm(residual, end.mlp_norm, end.eps)
+    act = torch_ops.silu_and_mul(torch_ops.packed_linear(normed, end.gate_up))
+    residual += torch_ops.packed_linear(act, end.down)
+    if end.qkv is None:
+        return FinishedLayer(None)
+    normed = torch_ops.rms_norm(residual, end.next_norm, end.eps)
+    return FinishedLayer(torch_ops.packed_linear(normed, end.qkv))
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_layers_are_finished_at_once(directories, has_bias, tmp_path, monkeypatch):
+    """Where an operation takes all that follows attention, what passes through modules is right."""
+    path = directories["qwen3"]
+    if has_bias:  # on queries, keys and values: the next layer computes them itself
+        path = save_model(tmp_path / "qwen2", seed=3, **FAMILIES["qwen2"])
+    num_finished: Counter[bool] = Counter()
+
+    def counted(heads, residual, end):
+        finished = layer_end(heads, residual, end)
+        if finished is not None:
+            num_finished[finished.qkv is not None] += 1
+        return finished
+
+    monkeypatch.setattr(torch_ops.TorchOps, "layer_end", staticmethod(counted))
+    expected = reference(path, tmp_path / "rounded", 4)
+    with tiny_engine(path, quantization="int4") as llm:
+        check(llm, expected)
+    assert num_finished[False] and bool(num_finished[True]) is not has_bias
 
 
 def test_random_and_new_weights_and_sleep(directories, tmp_path):

@@ -148,7 +148,7 @@ def _await_previous(OVERLAP: gl.constexpr):
 
 
 @gluon.constexpr_function
-def _bits(count: int, stride: int, dim: int, rank: int) -> list[list[int]]:
+def bits_along(count: int, stride: int, dim: int, rank: int) -> list[list[int]]:
     """Bases of a linear layout for the bits of 0 .. count - 1, which are strides along `dim`."""
     return [
         [stride * 2**bit if i == dim else 0 for i in range(rank)]
@@ -157,7 +157,7 @@ def _bits(count: int, stride: int, dim: int, rank: int) -> list[list[int]]:
 
 
 @gluon.jit
-def _unpacked(words, dtype: gl.constexpr, layout: gl.constexpr):
+def unpacked(words, dtype: gl.constexpr, layout: gl.constexpr):
     """int32 [W, ROWS, WORDS] -> [W, ROWS, COLUMNS]: plane, word of a chunk, chunk, half.
 
     `words` is in a layout whose threads hold the four words of a chunk side by side. A word's
@@ -186,7 +186,7 @@ def _unpacked(words, dtype: gl.constexpr, layout: gl.constexpr):
 def _minus_ones(
     num_tokens, dtype: gl.constexpr, W: gl.constexpr, ROWS: gl.constexpr, layout: gl.constexpr
 ):
-    """[W, ROWS, COLUMNS] of numbers -1 as `_unpacked` gives them.
+    """[W, ROWS, COLUMNS] of numbers -1 as `unpacked` gives them.
 
     The compiler must not know them: it would make them anew for every use.
     """
@@ -254,7 +254,7 @@ def _few_tokens_linear_kernel(
     words_layout: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 0, 1], [0, 0, 2], [0, 8, 0], [0, 16 * ROW_WARPS, 0]],
         [[0, 0, 4], [0, 0, 8], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
-        _bits(ROW_WARPS, 16, 1, 3) + _bits(W, 1, 0, 3),
+        bits_along(ROW_WARPS, 16, 1, 3) + bits_along(W, 1, 0, 3),
         [],
         [W, ROWS, WORDS],
     )
@@ -270,7 +270,7 @@ def _few_tokens_linear_kernel(
         ]
         + further_tokens,
         [[0, 0, 0, 8], [0, 0, 0, 16], [0, 0, 1, 0], [0, 0, 2, 0], [0, 0, 4, 0]],
-        _bits(ROW_WARPS, 0, 1, 4) + _bits(W, 1, 0, 4),
+        bits_along(ROW_WARPS, 0, 1, 4) + bits_along(W, 1, 0, 4),
         [],
         [W, 4, TOKENS, 32],
     )
@@ -314,7 +314,7 @@ def _few_tokens_linear_kernel(
     sums = gl.zeros([W, ROWS, TOKENS], gl.float32, layout)
     mbarrier.wait(arrived, 0)
     for i in gl.static_range(STEPS):
-        numbers = _unpacked(words.index(i).load(words_layout), dtype, weight_layout)
+        numbers = unpacked(words.index(i).load(words_layout), dtype, weight_layout)
         # plane, token, chunk, word, half -> the order of the numbers
         x_block = x_of_steps.index(i).load(x_layout).reshape([W, 4, TOKENS, 4, 4, 2])
         x_block = x_block.permute((0, 1, 4, 3, 5, 2)).reshape([W, COLUMNS, TOKENS])

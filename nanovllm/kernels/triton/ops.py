@@ -21,6 +21,7 @@ from nanovllm.kernels.triton.linear import linear
 from nanovllm.kernels.triton.lora import add_adapters, plan_adapters
 from nanovllm.kernels.triton.moe import experts
 from nanovllm.kernels.triton.norm import add_rms_norm, rms_norm
+from nanovllm.kernels.triton.packed_layer import layer_end
 from nanovllm.kernels.triton.packed_linear import packed_linear
 from nanovllm.kernels.triton.prefill_attention import prefill_attention
 from nanovllm.kernels.triton.rope import heads_linear, qk_norm_rope_store
@@ -72,6 +73,7 @@ class TritonKernels(AttentionInSteps):
     vocab_linear = staticmethod(vocab_linear)
     fp8_linear = staticmethod(fp8_linear)
     packed_linear = staticmethod(packed_linear)
+    layer_end = staticmethod(layer_end)
     plan_adapters = staticmethod(plan_adapters)
     add_adapters = staticmethod(add_adapters)
     experts = staticmethod(experts)
