@@ -434,6 +434,41 @@ def test_heads_of_many_rows_are_made_in_decode_attention(heads, dtype, num_rows,
         torch.testing.assert_close(results[0][live], other[live], rtol=tolerance, atol=tolerance)
 
 
+@needs_hopper
+@pytest.mark.parametrize(("tile", "num_parts"), (((64, 2, 3), 1), ((32, 2, 3), 2), ((32, 4, 6), 3)))
+@pytest.mark.parametrize(
+    ("heads", "dtype"),
+    (((16, 8, 128), torch.bfloat16), ((32, 4, 128), torch.bfloat16), ((14, 2, 64), torch.float16)),
+)
+def test_heads_of_few_rows_are_made_by_that_kernel(heads, dtype, tile, num_parts, monkeypatch):
+    """In parts of QKV, with splits that are merged together, and programs that have none."""
+    constants = {"MIN_ROWS": 1, "MAX_PARTS": 3, "MAX_GROUP": 8, "MERGE_ELEMENTS": 2048}
+    constants |= {"IDLE_WAIT": False, "SLOTS_FIRST": True}
+    for name, value in constants.items():
+        monkeypatch.setattr(hopper_fused_decode, name, value)
+    tile = hopper_fused_decode.DecodeTile(*tile)
+    for lens in ([1, 0, 31, 32, 33, 64, 65, 127, 128, 129, 255, 256, 257, 2000], [384] * 8, [640]):
+        sizes = {"block_size": BLOCK_SIZE, "num_parts": num_parts}
+        inputs, cache, metadata, scale = new_tokens(lens, heads, dtype, DEVICE, **sizes)
+        live = metadata.context_lens > 0
+        caches = [KVCache(*(x.clone() for x in cache[:2])) for _ in range(2)]
+        sizes = {"tile": tile.tokens, "programs_per_sm": 3, "min_split": 128}
+        plan = plan_decode(cache, metadata.block_tables, metadata.context_lens, **sizes)
+        planned = replace(metadata, plan=plan)
+        assert hopper_fused_decode.takes(inputs, cache, planned, None)
+        in_steps = AttentionInSteps.attention(OPS, inputs, caches[0], planned, scale)
+        results = [
+            hopper_fused_decode.hopper_fused_decode(inputs, caches[1], planned, scale, tile=tile)
+            for _ in range(5)
+        ]
+        assert all(torch.equal(results[0], result) for result in results), "a race"
+        assert (results[0][~live] == 0).all()
+        for ours, other in zip(caches[1][:2], caches[0][:2], strict=True):
+            assert torch.equal(ours.nan_to_num(), other.nan_to_num())
+        near = 8 * torch.finfo(dtype).eps
+        torch.testing.assert_close(results[0][live], in_steps[live], rtol=near, atol=near)
+
+
 @pytest.mark.parametrize("rows", (8, 48))
 def test_steps_that_follow_each_other_see_all_earlier_tokens(rows):
     """Keys and values are read before the kernel ahead has ended; the same with no overlap."""

@@ -46,6 +46,7 @@ from nanovllm.kernels.types import DecodeMetadata, HeadInputs, KVCache
 MAX_ROWS = 32  # of a step; 0: off, for an ablation
 MAX_GROUP = 7  # query heads of a KV head: with the key's they are at most 8
 MATRIX_ROWS = 16  # of a matrix product's operand
+IDLE_WAIT = True  # programs without a split wait for the kernel ahead; all others do
 
 
 @jit
@@ -135,6 +136,7 @@ def _fused_decode_kernel(
     MERGE_GROUP: tl.constexpr,
     MERGE_PARTS: tl.constexpr,
     WINDOWED: tl.constexpr,
+    IDLE_WAIT: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     release_next(OVERLAP)
@@ -150,7 +152,8 @@ def _fused_decode_kernel(
     first_item = tl.load(item + FIRST_ITEM, cache_modifier=".cg")
     num_splits = tl.load(item + NUM_SPLITS, cache_modifier=".cg")
     if num_splits == 0:
-        await_previous(OVERLAP)
+        if IDLE_WAIT:
+            await_previous(OVERLAP)
         return
     table = block_tables + row * stride_table
     has_newest = (item_index == first_item + num_splits - 1) & (end > begin)
@@ -281,7 +284,13 @@ def fuses(heads: HeadInputs, cache: KVCache, metadata: DecodeMetadata, window: i
     return len(metadata.slot_mapping) <= MAX_ROWS and fits(heads, cache, metadata, window)
 
 
-def fits(heads: HeadInputs, cache: KVCache, metadata: DecodeMetadata, window: int | None) -> bool:
+def fits(
+    heads: HeadInputs,
+    cache: KVCache,
+    metadata: DecodeMetadata,
+    window: int | None,
+    max_group: int = MAX_GROUP,
+) -> bool:
     """Whether decode attention may make the heads of a step, whatever its number of rows.
 
     Not in the last layer of a prefill, whose K/V are those of many tokens, and not where common
@@ -297,7 +306,7 @@ def fits(heads: HeadInputs, cache: KVCache, metadata: DecodeMetadata, window: in
             plan.num_common_tokens is None
             or cutting_window(window, metadata.block_tables, cache.key.shape[1]) is not None
         )
-        and group <= MAX_GROUP
+        and group <= max_group
         and cache.key_scales is None
         and cache.key.dtype != torch.float32
         and head_dim == next_power_of_2(head_dim)
@@ -382,6 +391,7 @@ def fused_decode(
         MERGE_GROUP=merge_group,
         MERGE_PARTS=max(1, MERGE_ELEMENTS // (merge_group * head_dim)),
         WINDOWED=window is not None,
+        IDLE_WAIT=IDLE_WAIT,
         num_warps=num_warps or (NUM_WARPS if tile <= TILE else 2 * NUM_WARPS),
         num_stages=num_stages,
         **overlap_options(qkv.device),

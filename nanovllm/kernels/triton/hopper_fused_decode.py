@@ -40,6 +40,12 @@ from nanovllm.kernels.triton.linear import parts_of
 from nanovllm.kernels.types import DecodeMetadata, HeadInputs, KVCache
 
 MIN_ROWS = 33  # of a step; with fewer `fused_decode` is used
+MAX_PARTS = 1  # in which QKV comes
+MAX_GROUP = 7  # query heads of a KV head; up to 15 with its key they fill a product's operand
+# Of partial outputs that a program merges at a time, for more than one; 0: one split at a time.
+MERGE_ELEMENTS = 0
+IDLE_WAIT = True  # programs without a split wait for the kernel ahead; all others do
+SLOTS_FIRST = False  # what the plan's row needs is looked up before the first tile is copied
 Q_ROWS = gl.constexpr(MATRIX_ROWS)
 # Triton 3.9 has another name for it than 3.6.
 await_threads = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -108,6 +114,69 @@ def _rotated(x, paired, weight, paired_weight, cos, sin, is_first_half, eps, WID
     return gl.where(is_first_half, x_cos - paired_sin, x_cos + paired_sin).to(dtype)
 
 
+@gluon.jit
+def _load_summed(pointers, mask, other, part_stride, NUM_PARTS: gl.constexpr, dtype: gl.constexpr):
+    """`linear.load_summed`."""
+    x = gl.load(pointers, mask=mask, other=other)
+    for part in gl.static_range(1, NUM_PARTS):
+        x += gl.load(pointers + part * part_stride, mask=mask, other=other)
+    return x.to(dtype)
+
+
+@gluon.jit
+def _merge(
+    out,
+    partial,
+    partial_lse,
+    first_head,  # of the row's group, in `out`
+    head,  # the group's first
+    first_item,
+    num_splits,
+    num_heads: gl.constexpr,
+    GROUP: gl.constexpr,
+    PADDED_GROUP: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    PARTS: gl.constexpr,
+):
+    """`decode_attention.merge_splits`, PARTS splits at a time; each thread has its own columns."""
+    WARPS: gl.constexpr = gl.num_warps()
+    COLUMNS: gl.constexpr = HEAD_DIM // 32 // WARPS if HEAD_DIM > 32 * WARPS else 1
+    layout: gl.constexpr = gl.BlockedLayout([1, 1, COLUMNS], [1, 1, 32], [1, 1, WARPS], [2, 1, 0])
+    parts_layout: gl.constexpr = gl.SliceLayout(2, layout)
+    group_layout: gl.constexpr = gl.SliceLayout(0, layout)
+    heads_layout: gl.constexpr = gl.SliceLayout(1, group_layout)
+    member = gl.arange(0, PADDED_GROUP, gl.SliceLayout(0, parts_layout))
+    dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, group_layout))
+    running_max = gl.full([PADDED_GROUP], -1e30, gl.float32, heads_layout)
+    running_sum = gl.zeros([PADDED_GROUP], gl.float32, heads_layout)
+    acc = gl.zeros([PADDED_GROUP, HEAD_DIM], gl.float32, group_layout)
+    for begin in range(0, num_splits, PARTS):
+        part = begin + gl.arange(0, PARTS, gl.SliceLayout(1, parts_layout))
+        index = (first_item + part).to(gl.int64)[:, None] * num_heads + (head + member)[None, :]
+        exists = (part < num_splits)[:, None] & (member < GROUP)[None, :]
+        lse = gl.load(partial_lse + index, mask=exists, other=float("-inf"), cache_modifier=".cg")
+        values = gl.load(
+            partial + (index * HEAD_DIM)[:, :, None] + dim[None, :][None, :, :],
+            mask=exists[:, :, None],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        largest = gl.convert_layout(gl.max(lse, axis=0), heads_layout)
+        new_max = gl.maximum(running_max, largest)
+        correction = gl.exp2(running_max - new_max)
+        in_parts = gl.convert_layout(new_max, gl.SliceLayout(0, parts_layout))
+        share = gl.exp2(lse - in_parts[None, :])
+        added = gl.convert_layout(gl.sum(share, axis=0), heads_layout)
+        running_sum = running_sum * correction + added
+        acc = acc * correction[:, None] + gl.sum(values * share[:, :, None], axis=0)
+        running_max = new_max
+    result = acc / gl.where(running_sum == 0, 1.0, running_sum)[:, None]
+    member = gl.arange(0, PADDED_GROUP, heads_layout)
+    pointers = out + ((first_head + member) * HEAD_DIM)[:, None] + dim[None, :]
+    mask = (member < GROUP)[:, None] & (dim >= 0)[None, :]
+    gl.store(pointers, result.to(out.dtype.element_ty), mask=mask)
+
+
 @with_dry_runs
 @gluon.jit(
     do_not_specialize=["stride_table"],
@@ -133,15 +202,20 @@ def _hopper_fused_decode_kernel(
     block_tables,
     scale_log2,
     stride_qkv,
+    stride_part,  # None: qkv is in one part
     stride_table,
+    NUM_PARTS: gl.constexpr,
     GROUP: gl.constexpr,
     X_ROWS: gl.constexpr,
     MERGE_GROUP: gl.constexpr,
+    MERGE_PARTS: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     NUM_KV_HEADS: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
+    IDLE_WAIT: gl.constexpr,
+    SLOTS_FIRST: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):
     if OVERLAP:
@@ -164,8 +238,12 @@ def _hopper_fused_decode_kernel(
     end = gl.load(item + END, cache_modifier=".cg")
     first_item = gl.load(item + FIRST_ITEM, cache_modifier=".cg")
     num_splits = gl.load(item + NUM_SPLITS, cache_modifier=".cg")
-    if num_splits == 0:
-        if OVERLAP:
+    is_idle = num_splits == 0
+    if SLOTS_FIRST:
+        # Never so in an item with a split; without it the compiler would load them one by one.
+        is_idle |= (row < 0) | (end < begin)
+    if is_idle:
+        if OVERLAP and IDLE_WAIT:
             gdc_wait()
         return
     table = block_tables + row * stride_table
@@ -182,13 +260,24 @@ def _hopper_fused_decode_kernel(
     tiles = (key_tiles, value_tiles)
     column = kv_head * HEAD_DIM
     # Earlier steps wrote them, but for the newest token's: they come before the wait.
-    for early in gl.static_range(STAGES):
-        if early < num_tiles:
-            early_slot = _slot_of(table, begin + early * TILE, BLOCK_SIZE)
-            _start_tile(tiles, ring, early_slot, column, early)
+    if SLOTS_FIRST:
+        position = gl.load(positions + row, cache_modifier=".cg").to(gl.int64)
+        slot = gl.load(slot_mapping + row, cache_modifier=".cg")
+        slots = ()
+        for early in gl.static_range(STAGES):
+            early_start = begin + gl.maximum(gl.minimum(early, num_tiles - 1), 0) * TILE
+            slots += (_slot_of(table, early_start, BLOCK_SIZE),)  # type: ignore[assignment]
+        for early in gl.static_range(STAGES):
+            if early < num_tiles:
+                _start_tile(tiles, ring, slots[early], column, early)
+    else:
+        for early in gl.static_range(STAGES):
+            if early < num_tiles:
+                early_slot = _slot_of(table, begin + early * TILE, BLOCK_SIZE)
+                _start_tile(tiles, ring, early_slot, column, early)
+        position = gl.load(positions + row, cache_modifier=".cg").to(gl.int64)
+        slot = gl.load(slot_mapping + row, cache_modifier=".cg")
 
-    position = gl.load(positions + row, cache_modifier=".cg").to(gl.int64)
-    slot = gl.load(slot_mapping + row, cache_modifier=".cg")
     dim = gl.arange(0, HEAD_DIM, layout=dim_layout)
     paired_dim = gl.where(dim < HALF, dim + HALF, dim - HALF)
     is_first_half = (dim < HALF)[None, :]
@@ -210,11 +299,12 @@ def _hopper_fused_decode_kernel(
     in_heads = (x_row <= GROUP)[:, None]
     if OVERLAP:
         gdc_wait()
-    x = gl.load(x_begin + (x_head * HEAD_DIM)[:, None] + dim[None, :], mask=in_heads, other=0.0)
-    paired = gl.load(
-        x_begin + (x_head * HEAD_DIM)[:, None] + paired_dim[None, :], mask=in_heads, other=0.0
-    )
-    v_new = gl.load(x_begin + (k_head + NUM_KV_HEADS) * HEAD_DIM + dim)
+    x_pointers = x_begin + (x_head * HEAD_DIM)[:, None] + dim[None, :]
+    x = _load_summed(x_pointers, in_heads, 0.0, stride_part, NUM_PARTS, dtype)
+    paired_pointers = x_begin + (x_head * HEAD_DIM)[:, None] + paired_dim[None, :]
+    paired = _load_summed(paired_pointers, in_heads, 0.0, stride_part, NUM_PARTS, dtype)
+    v_pointers = x_begin + (k_head + NUM_KV_HEADS) * HEAD_DIM + dim
+    v_new = _load_summed(v_pointers, None, None, stride_part, NUM_PARTS, dtype)
     x = _rotated(x, paired, weight, paired_weight, cos, sin, is_first_half, eps, HEAD_DIM)
     v_new = gl.where(gl.abs(v_new.to(gl.float32)) < float("inf"), v_new, 0.0).to(dtype)
     bits = gl.where(is_key, x.to(gl.int16, bitcast=True), 0).to(gl.int32)
@@ -287,7 +377,14 @@ def _hopper_fused_decode_kernel(
         arrived = gl.atomic_add(
             arrivals + row * NUM_KV_HEADS + kv_head, 1, sem="acq_rel", scope="gpu"
         )
-        if (arrived + 1) % num_splits == 0:
+        is_last = (arrived + 1) % num_splits == 0
+        if MERGE_PARTS > 1:
+            if is_last:
+                _merge(
+                    out, partial, partial_lse, row * num_heads + kv_head * GROUP, kv_head * GROUP,
+                    first_item, num_splits, num_heads, GROUP, MERGE_GROUP, HEAD_DIM, MERGE_PARTS,
+                )  # fmt: skip
+        elif is_last:
             merge_layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
             merge_rows: gl.constexpr = gl.SliceLayout(1, merge_layout)
             of_group = gl.arange(0, MERGE_GROUP, layout=merge_rows)
@@ -327,9 +424,9 @@ def takes(heads: HeadInputs, cache: KVCache, metadata: DecodeMetadata, window: i
     return (
         is_hopper(cache.key.device)
         and len(metadata.slot_mapping) >= MIN_ROWS
-        and fits(heads, cache, metadata, window)
+        and fits(heads, cache, metadata, window, MAX_GROUP)
         and cutting_window(window, metadata.block_tables, num_slots) is None
-        and parts_of(heads.qkv)[1] == 1
+        and parts_of(heads.qkv)[1] <= MAX_PARTS
         and head_dim in HEAD_DIMS
         and num_slots % MIN_BLOCK_SIZE == 0
     )
@@ -348,8 +445,8 @@ def hopper_fused_decode(
     The last argument overrides the tuned choice.
     """
     qkv, q_norm_weight, k_norm_weight, eps, cos_sin, positions = heads
-    qkv, num_parts, _, dtype = parts_of(qkv)
-    assert num_parts == 1 and cache.key.is_contiguous() and cache.value.is_contiguous()
+    qkv, num_parts, stride_part, dtype = parts_of(qkv)
+    assert cache.key.is_contiguous() and cache.value.is_contiguous()
     key_cache, value_cache = cache[:2]
     num_blocks, block_size, num_kv_heads, head_dim = key_cache.shape
     batch_size = qkv.shape[0]
@@ -361,6 +458,7 @@ def hopper_fused_decode(
         tile = next(tile for most, tile in TILES.items() if row_heads <= most)
     num_items, tokens = len(plan.items), min(tile.tokens, plan.tile)
     group = num_heads // num_kv_heads
+    merge_group = next_power_of_2(group)
     partial = torch.empty((num_items, num_heads, head_dim), dtype=torch.float32, device=qkv.device)
     partial_lse = torch.empty((num_items, num_heads), dtype=torch.float32, device=qkv.device)
     scale_log2, _ = score_scales(scale, None)
@@ -386,15 +484,20 @@ def hopper_fused_decode(
         metadata.block_tables,
         scale_log2,
         qkv.stride(0),
+        stride_part if num_parts > 1 else None,
         metadata.block_tables.stride(0),
+        NUM_PARTS=num_parts,
         GROUP=group,
         X_ROWS=max(2 * tile.num_warps, next_power_of_2(group + 1)),
-        MERGE_GROUP=next_power_of_2(group),
+        MERGE_GROUP=merge_group,
+        MERGE_PARTS=max(1, MERGE_ELEMENTS // (merge_group * head_dim)),
         HEAD_DIM=head_dim,
         NUM_KV_HEADS=num_kv_heads,
         BLOCK_SIZE=block_size,
         TILE=tokens,
         STAGES=tile.num_stages,
+        IDLE_WAIT=IDLE_WAIT,
+        SLOTS_FIRST=SLOTS_FIRST,
         num_warps=tile.num_warps,
         **overlap_options(qkv.device),
     )

@@ -114,13 +114,13 @@ class TritonOps(TritonKernels):
         if isinstance(metadata, DecodeMetadata) and metadata.logits_indices is None:
             if isinstance(heads.qkv, Product):
                 heads = heads._replace(qkv=linear(*heads.qkv))
+            is_plain = softcap is None and sinks is None
+            if is_plain and hopper_fused_decode.takes(heads, cache, metadata, window):
+                return hopper_fused_decode.hopper_fused_decode(heads, cache, metadata, scale)
             if fuses(heads, cache, metadata, window):
                 return fused_decode(
                     heads, cache, metadata, scale, window=window, softcap=softcap, sinks=sinks
                 )
-            is_plain = softcap is None and sinks is None
-            if is_plain and hopper_fused_decode.takes(heads, cache, metadata, window):
-                return hopper_fused_decode.hopper_fused_decode(heads, cache, metadata, scale)
         return super().attention(
             heads, cache, metadata, scale, window=window, softcap=softcap, sinks=sinks
         )
