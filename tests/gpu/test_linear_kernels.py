@@ -103,7 +103,7 @@ def test_gated_product_of_other_sizes() -> None:
 WIDE_SHAPES = ((4096, 1024, torch.bfloat16), (1024, 3072, torch.bfloat16), (1000, 448, torch.half))
 
 
-@pytest.mark.parametrize("num_tokens", [1, 64, 65, 128, 129, 150, 192, 193, 256])
+@pytest.mark.parametrize("num_tokens", [1, 8, 9, 17, 32, 64, 65, 128, 129, 150, 192, 193, 256])
 @pytest.mark.parametrize(("n", "k", "dtype"), WIDE_SHAPES)
 def test_product_of_wide_tiles_equals_float64(n, k, dtype, num_tokens) -> None:
     if not is_hopper(torch.device("cuda", 0)):

@@ -83,13 +83,13 @@ def gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     num_tokens, k = x.shape
     n = weight.shape[0]
     if num_tokens and is_hopper(x.device):
-        block_m = choose_block_m(num_tokens, n, k, weight.dtype)
-        if block_m and takes_gated(num_tokens, n, k):
-            return hopper_gated_linear(x, weight, block_m)
         if choose_num_parts(num_tokens, n, k, weight.dtype) == 1 and n % (2 * RUN) == 0:
             product = wide_linear(x, weight, None, 1, is_gated=True)
             assert isinstance(product, torch.Tensor)
             return product
+        block_m = choose_block_m(num_tokens, n, k, weight.dtype)
+        if block_m and takes_gated(num_tokens, n, k):
+            return hopper_gated_linear(x, weight, block_m)
     return silu_and_mul(linear(x, weight))
 
 

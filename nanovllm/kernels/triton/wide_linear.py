@@ -236,9 +236,15 @@ class WideTile(NamedTuple):
     tokens: int  # of a warpgroup
     groups: int  # warpgroups
     stages: int  # of the ring, at most: as many as shared memory has room for
+    # Of each thread when a program starts. None: all of a multiprocessor's, so that no program of
+    # the next kernel can come beside it.
+    registers: int | None = None
 
 
 TILES = {
+    8: WideTile(8, 1, 8),
+    16: WideTile(16, 1, 8),
+    32: WideTile(32, 1, 8),
     64: WideTile(64, 1, 8),
     128: WideTile(128, 1, 8),
     192: WideTile(64, 3, 6),
@@ -312,6 +318,7 @@ def wide_linear(
     block = [tile.tokens, BLOCK_K]
     x_tiles = TensorDescriptor(x, [num_tokens, k], [k, 1], block, _layout(2))
     grid = cdiv(n, ROWS), num_parts, cdiv(num_tokens, tile.tokens * tile.groups)
+    limit = {} if tile.registers is None else {"maxnreg": tile.registers}
     _wide_linear_kernel[grid](
         out,
         x_tiles,
@@ -329,6 +336,7 @@ def wide_linear(
         COMPUTING_REGISTERS=COMPUTING_REGISTERS[tile.groups],
         COPYING_REGISTERS=COPYING_REGISTERS,
         num_warps=4,
+        **limit,
         **overlap_options(x.device),
     )
     return out if num_parts == 1 else PartialSums(out, x.dtype)
