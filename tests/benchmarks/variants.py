@@ -19,6 +19,13 @@ class Variant:
 
 NEVER = 2**62  # of anything that is counted
 
+RING = {
+    "kernels.triton.hopper_fused_decode.MIN_ROWS": 1,
+    "kernels.triton.hopper_fused_decode.MAX_PARTS": 8,
+    "kernels.triton.hopper_fused_decode.MERGE_ELEMENTS": 2048,
+    "kernels.triton.hopper_fused_decode.IDLE_WAIT": False,
+    "kernels.triton.hopper_fused_decode.SLOTS_FIRST": True,
+}
 VARIANTS = {
     "no-overlap": Variant({"async_scheduling": False}),
     "no-graphs": Variant({"enforce_eager": True}),
@@ -30,6 +37,20 @@ VARIANTS = {
             "kernels.triton.hopper_fused_decode.MIN_ROWS": 2**31,
         }
     ),
+    # Attention of all decode steps by Hopper's kernel, with more of it, and its own plan.
+    "ring-few-rows": Variant(constants=RING),
+    "ring-few-rows-2": Variant(
+        constants=RING | {"kernels.triton.decode_attention.PROGRAMS_PER_SM": {2**31: 2}}
+    ),
+    "ring-few-rows-64": Variant(
+        constants=RING
+        | {
+            "kernels.triton.decode_attention.PROGRAMS_PER_SM": {2**31: 2},
+            "kernels.triton.decode_attention.SMALL_BATCH_TILE": 64,
+        }
+    ),
+    # Products of more than 8 tokens by `wide_linear`.
+    "wide-few-rows": Variant(constants={"kernels.triton.linear.MIN_WIDE_TOKENS": 9}),
     "no-common-prefix": Variant(constants={"engine.common_prefix.MIN_SPARED_TOKENS": NEVER}),
     "no-joint-admission": Variant(constants={"engine.scheduling_policy.ADMISSION_INTERVAL": 0}),
     "no-prefix-caching": Variant({"enable_prefix_caching": False}),
