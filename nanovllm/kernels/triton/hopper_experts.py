@@ -365,107 +365,41 @@ def _hopper_experts_kernel(
         mbarrier.init(free.index(stage), count=1)
     ring = (weights, xs, full, free)
     TILES: gl.constexpr = (WIDTH * (2 if IS_GATED else 1) + ROWS - 1) // ROWS
+    # Triton takes the arguments of roles as tuples written out.
     if IS_GATED:
         gl.warp_specialize(
             [
-                (
-                    _compute,
-                    (
-                        out,
-                        routing_weights,
-                        sorted_pairs,
-                        ring,
-                        blocks,
-                        num_blocks,
-                        num_tokens,
-                        WIDTH,
-                        IS_GATED,
-                        RUN,
-                        NUM_K,
-                        TILES,
-                        TOP_K,
-                        GUESSES,
-                        OVERLAP,
-                    ),
-                ),
-                (
-                    _gather,
-                    (
-                        x,
-                        sorted_pairs,
-                        ring,
-                        blocks,
-                        num_blocks,
-                        NUM_K,
-                        TILES,
-                        TOP_K,
-                        GUESSES,
-                        OVERLAP,
-                    ),
-                ),
-                (
-                    _copy,
-                    (
-                        x_tiles,
-                        weight_tiles,
-                        ring,
-                        blocks,
-                        num_blocks,
-                        WIDTH,
-                        IS_GATED,
-                        NUM_K,
-                        TILES,
-                        GUESSES,
-                        OVERLAP,
-                    ),
-                ),
+                (_compute, (
+                    out, routing_weights, sorted_pairs, ring, blocks, num_blocks, num_tokens,
+                    WIDTH, IS_GATED, RUN, NUM_K, TILES, TOP_K, GUESSES, OVERLAP,
+                )),
+                (_gather, (
+                    x, sorted_pairs, ring, blocks, num_blocks,
+                    NUM_K, TILES, TOP_K, GUESSES, OVERLAP,
+                )),
+                (_copy, (
+                    x_tiles, weight_tiles, ring, blocks, num_blocks,
+                    WIDTH, IS_GATED, NUM_K, TILES, GUESSES, OVERLAP,
+                )),
             ],
             [4, 1],
             [GATHERING_REGISTERS, COPYING_REGISTERS],
-        )
+        )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (
-                    _compute,
-                    (
-                        out,
-                        routing_weights,
-                        sorted_pairs,
-                        ring,
-                        blocks,
-                        num_blocks,
-                        num_tokens,
-                        WIDTH,
-                        IS_GATED,
-                        RUN,
-                        NUM_K,
-                        TILES,
-                        TOP_K,
-                        GUESSES,
-                        OVERLAP,
-                    ),
-                ),
-                (
-                    _copy,
-                    (
-                        x_tiles,
-                        weight_tiles,
-                        ring,
-                        blocks,
-                        num_blocks,
-                        WIDTH,
-                        IS_GATED,
-                        NUM_K,
-                        TILES,
-                        GUESSES,
-                        OVERLAP,
-                    ),
-                ),
+                (_compute, (
+                    out, routing_weights, sorted_pairs, ring, blocks, num_blocks, num_tokens,
+                    WIDTH, IS_GATED, RUN, NUM_K, TILES, TOP_K, GUESSES, OVERLAP,
+                )),
+                (_copy, (
+                    x_tiles, weight_tiles, ring, blocks, num_blocks,
+                    WIDTH, IS_GATED, NUM_K, TILES, GUESSES, OVERLAP,
+                )),
             ],
             [1],
             [COPYING_REGISTERS],
-        )
+        )  # fmt: skip
 
 
 @cache
