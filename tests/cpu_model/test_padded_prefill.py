@@ -7,6 +7,7 @@ from quick_reference import quick_reference
 from tiny_models import save_family
 
 from nanovllm import SamplingParams
+from nanovllm.engine.layer_kinds import FewLayers
 from nanovllm.engine.prefill_graphs import PaddedSize, PrefillGraphs, new_padded_inputs, run_padded
 from nanovllm.engine.prefill_inputs import PrefillInputs
 
@@ -17,7 +18,7 @@ MAX_TOKENS = 4
 class PaddedSteps(PrefillGraphs):
     """Steps with padding, one operation after another."""
 
-    def _run_and_capture(self, size: PaddedSize) -> None:
+    def _run_and_capture(self, size: PaddedSize, few: FewLayers) -> None:
         self.used = []  # numbers of tokens: of the padded step, without padding, sampled, copies
 
     def replay(self, size, step, arrays):
