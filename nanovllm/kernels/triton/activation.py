@@ -11,7 +11,7 @@ import torch
 import triton.language as tl
 
 from nanovllm.kernels.triton.hopper_fused_linear import hopper_silu_linear, takes
-from nanovllm.kernels.triton.hopper_linear import RUN, hopper_gated_linear, takes_gated
+from nanovllm.kernels.triton.hopper_linear import hopper_gated_linear, takes_gated
 from nanovllm.kernels.triton.launch import (
     await_previous,
     cdiv,
@@ -27,6 +27,7 @@ from nanovllm.kernels.triton.linear import (
     load_summed,
     parts_of,
 )
+from nanovllm.kernels.triton.weight_tiles import RUN
 from nanovllm.kernels.triton.wide_linear import wide_linear
 from nanovllm.kernels.types import LinearOutput
 

@@ -15,8 +15,7 @@ Every stage of the ring has two barriers: "full" when its bytes are there, "free
 warpgroup is done with them; see kernels/triton/hopper_prefill.py.
 """
 
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -42,12 +41,18 @@ from nanovllm.kernels.triton.launch import (
     overlap_options,
     with_dry_runs,
 )
+from nanovllm.kernels.triton.weight_tiles import (
+    COLUMNS,
+    RUN,
+    silu_of_runs,
+    tile_layout,
+    weight_tiles,
+)
 from nanovllm.kernels.types import PackedWeight, PartialSums
 
 MIN_TOKENS, MAX_TOKENS = 2, 256
 ROWS = 128  # of the weight, for a program: those of two matrix instructions
-RUN = 8  # rows of gate, and behind them those of up: one thread gets both of a row
-BLOCK_K = 64  # columns of a stage
+BLOCK_K = COLUMNS  # of a stage
 COPYING_REGISTERS = 24  # of a thread
 REGISTERS = 96  # of each thread when a program starts: others have room beside it
 GATHERING_REGISTERS = 40
@@ -291,15 +296,10 @@ def _compute(
         acc = warpgroup_mma_wait(0, [acc])
         mbarrier.arrive(free.index((done - 1) % STAGES))
         if IS_GATED:
-            runs = acc.reshape([ROWS // RUN // 2, 2, RUN, BLOCK_M])
-            gate, up = gl.split(runs.permute(0, 2, 3, 1))
-            gate = gate.reshape([ROWS // 2, BLOCK_M]).to(dtype).to(gl.float32)
-            up = up.reshape([ROWS // 2, BLOCK_M]).to(dtype).to(gl.float32)
-            # Rounded as `silu_and_mul` does.
-            act = (gate / (1 + gl.exp(-gate))).to(dtype).to(gl.float32)
+            act = silu_of_runs(acc, RUN, dtype)
             LANES: gl.constexpr = ROWS // 16
             to: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, 4], [0, 1])
-            values = gl.convert_layout((act * up).to(dtype), to)
+            values = gl.convert_layout(act.to(dtype), to)
             row = gl.arange(0, ROWS // 2, layout=gl.SliceLayout(1, to))
             row += index % TILES * (ROWS // 2)
             place = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, to))
@@ -326,7 +326,7 @@ def _hopper_experts_kernel(
     out,  # IS_GATED: [P, WIDTH], sorted; else [TOP_K, T, WIDTH]
     x,  # IS_GATED: [T, K]; else None
     x_tiles,  # else sorted x [P, K] as tiles of [BLOCK_M, BLOCK_K]; rows past P read as zeros
-    weight_tiles,  # see `_weight_tiles`
+    weight_tiles,  # see weight_tiles.py
     routing_weights,  # [P]
     sorted_pairs,  # [P] int32
     blocks,  # [>= num_blocks, 3] int32
@@ -400,27 +400,6 @@ def _hopper_experts_kernel(
             [1],
             [COPYING_REGISTERS],
         )  # fmt: skip
-
-
-@cache
-def _layout(rank: int) -> Any:
-    """Of a tile of BLOCK_K columns in shared memory, as matrix instructions read it."""
-    return gl.NVMMASharedLayout(2 * BLOCK_K, 16, rank)
-
-
-def _weight_tiles(weight: torch.Tensor, num_experts: int, is_gated: bool) -> Any:
-    """A tensor descriptor of tiles [ROWS, BLOCK_K] of the experts' weights [E * N, K].
-
-    With is_gated they are RUN rows of the first half of an expert's, RUN of its second, and so on.
-    """
-    n, k = weight.shape
-    if not is_gated:
-        return TensorDescriptor(weight, [n, k], [k, 1], [ROWS, BLOCK_K], _layout(2))
-    runs_of_half = n // num_experts // 2 // RUN
-    num_runs = (2 * num_experts - 1) * runs_of_half
-    strides = [RUN * k, runs_of_half * RUN * k, k, 1]
-    block = [ROWS // RUN // 2, 2, RUN, BLOCK_K]
-    return TensorDescriptor(weight, [num_runs, 2, RUN, k], strides, block, _layout(4))
 
 
 class SortedPairs(NamedTuple):
@@ -504,13 +483,16 @@ def hopper_experts(
         (products, activations, down_weight),
     ):
         is_gated, k = out is activations, weight.shape[1]
-        block = [tile.pairs, BLOCK_K]
+        x_tiles = None
+        if not is_gated:
+            block = [tile.pairs, BLOCK_K]
+            x_tiles = TensorDescriptor(rows, [num_pairs, k], [k, 1], block, tile_layout(2))
         assert rows.is_contiguous() and weight.is_contiguous() and k % BLOCK_K == 0
         _hopper_experts_kernel[(num_programs,)](
             out,
             rows if is_gated else None,
-            None if is_gated else TensorDescriptor(rows, [num_pairs, k], [k, 1], block, _layout(2)),
-            _weight_tiles(weight, num_experts, is_gated),
+            x_tiles,
+            weight_tiles(weight, ROWS, is_gated, num_experts),
             routing_weights,
             *pairs,
             num_tokens,

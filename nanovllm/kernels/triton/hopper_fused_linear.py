@@ -15,7 +15,6 @@ bytes. It keeps two numbers of the dtype in an int32, and one instruction comput
 Barriers are as in `hopper_prefill`. The rounding is that of the separate kernels.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -30,11 +29,12 @@ from triton.experimental.gluon.nvidia import hopper
 
 from nanovllm.kernels.triton.hopper_prefill import start_copy
 from nanovllm.kernels.triton.launch import cdiv, is_hopper, num_multiprocessors, with_dry_runs
+from nanovllm.kernels.triton.weight_tiles import COLUMNS, tile_layout
 from nanovllm.kernels.types import KVCache, Product
 
 BLOCK_M = 128  # tokens of a tile
 BLOCK_N = 256  # weight rows of a tile
-BLOCK_K = 64  # columns of a step: 128 bytes, by which shared memory is swizzled
+BLOCK_K = COLUMNS  # of a step
 NUM_STAGES = 4  # steps in the ring
 RUN = 32  # neighbouring columns of a tile that four threads have
 GROUP_M = 16  # tiles of x that are multiplied side by side with the same weights
@@ -488,11 +488,6 @@ def _hopper_fused_linear_kernel(
     )  # fmt: skip
 
 
-@cache
-def _layout(rank: int) -> Any:
-    return gl.NVMMASharedLayout(2 * BLOCK_K, 16, rank)
-
-
 def _weight_tiles(weight: torch.Tensor, num_rows: int) -> Any:
     """A tensor descriptor of [num_rows, BLOCK_K] of a weight [N, K], in runs of RUN rows.
 
@@ -501,7 +496,7 @@ def _weight_tiles(weight: torch.Tensor, num_rows: int) -> Any:
     n, k = weight.shape
     shape, strides = [n // RUN, 4, 4, 2, k], [RUN * k, 2 * k, 8 * k, k, 1]
     block = [num_rows // RUN, 4, 4, 2, BLOCK_K]
-    return hopper.TensorDescriptor(weight, shape, strides, block, _layout(5))
+    return hopper.TensorDescriptor(weight, shape, strides, block, tile_layout(5))
 
 
 def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -580,7 +575,7 @@ def _launch(
     num_tiles = cdiv(num_tokens, BLOCK_M) * (n // BLOCK_N)
     _hopper_fused_linear_kernel[(min(num_multiprocessors(x.device), num_tiles),)](
         out,
-        hopper.TensorDescriptor(x, [num_tokens, k], [k, 1], [BLOCK_M, BLOCK_K], _layout(2)),
+        hopper.TensorDescriptor(x, [num_tokens, k], [k, 1], [BLOCK_M, BLOCK_K], tile_layout(2)),
         _weight_tiles(weight, rows_of_copy),
         num_tokens,
         *rest,

@@ -9,9 +9,6 @@ all of K instead, and of gate and of up the same rows. It adds the parts up in t
 rounds as `silu_and_mul` does, so it gives the bits that this kernel gives behind the product.
 """
 
-from functools import cache
-from typing import Any
-
 import torch
 import triton.language as tl
 from triton.experimental import gluon
@@ -22,16 +19,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nanovllm.kernels.triton.hopper_prefill import start_copy
 from nanovllm.kernels.triton.launch import cdiv, overlap_options, with_dry_runs
+from nanovllm.kernels.triton.weight_tiles import COLUMNS, RUN, silu_of_runs, weight_tiles
 from nanovllm.kernels.types import LinearOutput, PartialSums
 
 BLOCK_N = 64  # weight rows of a program: the rows of Hopper's smallest matrix instruction
-RUN = 8  # rows of gate, and behind them those of up: one thread gets both of a row
 BLOCK_K = 512  # weight columns of a part: with BLOCK_N 64 KiB, so two programs share an SM
-CHUNK = 64  # columns of a copy: 128 bytes, by which shared memory is swizzled
+CHUNK = COLUMNS  # of a copy
 CHUNKS_PER_BARRIER = 4
 NUM_WARPS = 4
 # With 1,024 columns 128 KiB of shared memory for the weights and 64 KiB for x.
@@ -57,7 +53,7 @@ def _multiply(weights, x, arrived, acc, PART: gl.constexpr, CHUNKS: gl.constexpr
 def _hopper_linear_kernel(
     out,  # [T, N], or float32 [parts, T, N]; IS_GATED: [T, N / 2]
     x,  # [T, K]
-    weight_tiles,  # weight [N, K] in tiles of CHUNK columns, see `_tiles`
+    weight_tiles,  # weight [N, K] in tiles of CHUNK columns, see weight_tiles.py
     bias,  # [N] or None
     num_tokens,
     N: gl.constexpr,
@@ -130,13 +126,9 @@ def _hopper_linear_kernel(
     else:
         product = warpgroup_mma_wait(0, [product])
     if IS_GATED:
-        runs_of_both = product.reshape([BLOCK_N // RUN // 2, 2, RUN, BLOCK_M])
-        gate, up = gl.split(runs_of_both.permute(0, 2, 3, 1))
-        gate = gate.reshape([BLOCK_N // 2, BLOCK_M]).to(dtype).to(gl.float32)
-        up = up.reshape([BLOCK_N // 2, BLOCK_M]).to(dtype).to(gl.float32)
-        act = (gate / (1 + gl.exp(-gate))).to(dtype).to(gl.float32)
+        act = silu_of_runs(product, RUN, dtype)
         out_layout: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [1, 4], [0, 1])
-        _store(out, act * up, tile, num_tokens, N // 2, out_layout)
+        _store(out, act, tile, num_tokens, N // 2, out_layout)
     else:
         _store(out + part * num_tokens * N, product, tile, num_tokens, N, layout)
 
@@ -151,25 +143,6 @@ def _store(out, values, tile, num_tokens, N: gl.constexpr, layout: gl.constexpr)
     token = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, layout))
     mask = (row < N)[:, None] & (token < num_tokens)[None, :]
     gl.store(out + token[None, :] * N + row[:, None], values, mask=mask)
-
-
-@cache
-def _layout(rank: int) -> Any:
-    return gl.NVMMASharedLayout(2 * CHUNK, 16, rank)
-
-
-def _tiles(weight: torch.Tensor, is_gated: bool) -> Any:
-    """A tensor descriptor of tiles [BLOCK_N, CHUNK] of a weight [N, K].
-
-    With is_gated they are RUN rows of the weight's first half, RUN of its second, and so on.
-    """
-    n, k = weight.shape
-    if not is_gated:
-        return TensorDescriptor(weight, [n, k], [k, 1], [BLOCK_N, CHUNK], _layout(2))
-    num_runs = n // 2 // RUN
-    strides = [RUN * k, num_runs * RUN * k, k, 1]
-    block = [BLOCK_N // RUN // 2, 2, RUN, CHUNK]
-    return TensorDescriptor(weight, [num_runs, 2, RUN, k], strides, block, _layout(4))
 
 
 def hopper_linear(
@@ -218,7 +191,7 @@ def _launch(
     _hopper_linear_kernel[(cdiv(n, BLOCK_N), num_parts)](
         out,
         x,
-        _tiles(weight, is_gated),
+        weight_tiles(weight, BLOCK_N, is_gated),
         bias,
         num_tokens,
         N=n,

@@ -14,8 +14,7 @@ Every stage of the ring has two barriers: "full" when its bytes are there, "free
 warpgroups are done with them; see kernels/triton/hopper_prefill.py.
 """
 
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from triton.experimental import gluon
@@ -31,13 +30,19 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from nanovllm.kernels.device import device_limits
 from nanovllm.kernels.triton.hopper_prefill import start_copy
 from nanovllm.kernels.triton.launch import cdiv, overlap_options, with_dry_runs
+from nanovllm.kernels.triton.weight_tiles import (
+    COLUMNS,
+    RUN,
+    silu_of_runs,
+    tile_layout,
+    weight_tiles,
+)
 from nanovllm.kernels.types import LinearOutput, PartialSums
 
 ROWS = 64  # of the weight, for a warpgroup: those of a matrix instruction
-RUN = 8  # rows of gate, and behind them those of up: one thread gets both of a row
 MAX_TOKENS = 256
 MAX_PIECES = 3  # of the tokens
-BLOCK_K = 64  # columns of a stage
+BLOCK_K = COLUMNS  # of a stage
 MAX_STAGES = {32: 12, 256: 8}  # by the most tokens
 # From so many tokens on three warpgroups have few stages, and wait long for what all programs read
 # at the same time. So each begins at other columns of K.
@@ -191,13 +196,8 @@ def _finish(
     BLOCK_T: gl.constexpr = acc.shape[1]
     dtype: gl.constexpr = out.dtype.element_ty
     if IS_GATED:
-        runs = acc.reshape([ROWS // RUN // 2, 2, RUN, BLOCK_T])
-        gate, up = gl.split(runs.permute(0, 2, 3, 1))
-        gate = gate.reshape([ROWS // 2, BLOCK_T]).to(dtype).to(gl.float32)
-        up = up.reshape([ROWS // 2, BLOCK_T]).to(dtype).to(gl.float32)
-        # Rounded as `silu_and_mul` does.
-        act = (gate / (1 + gl.exp(-gate))).to(dtype).to(gl.float32)
-        _store(out, act * up, first_row * RUN, first_token, num_tokens, n // 2)
+        act = silu_of_runs(acc, RUN, dtype)
+        _store(out, act, first_row * RUN, first_token, num_tokens, n // 2)
     else:
         row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
         if bias is not None:
@@ -261,7 +261,7 @@ def _wide_linear_kernel(
     x_tiles0,  # x [T, K], tensor descriptors of [tokens of a piece, BLOCK_K]
     x_tiles1,  # or None
     x_tiles2,  # or None
-    weight_tiles,  # weight [n, K], see `_weight_tiles`; rows past n read as zeros
+    weight_tiles,  # weight [n, K], see weight_tiles.py; rows past n read as zeros
     bias,  # [n] or None
     num_tokens,
     n,
@@ -334,26 +334,6 @@ class WideTile(NamedTuple):
     num_parts: int = 1  # of K
 
 
-@cache
-def _layout(rank: int) -> Any:
-    """Of a tile of BLOCK_K columns in shared memory, as matrix instructions read it."""
-    return gl.NVMMASharedLayout(2 * BLOCK_K, 16, rank)
-
-
-def _weight_tiles(weight: torch.Tensor, is_gated: bool) -> Any:
-    """A tensor descriptor of tiles [ROWS, BLOCK_K] of a weight [N, K].
-
-    With is_gated they are RUN rows of the weight's first half, RUN of its second, and so on.
-    """
-    n, k = weight.shape
-    if not is_gated:
-        return TensorDescriptor(weight, [n, k], [k, 1], [ROWS, BLOCK_K], _layout(2))
-    num_runs = n // 2 // RUN
-    strides = [RUN * k, num_runs * RUN * k, k, 1]
-    block = [ROWS // RUN // 2, 2, RUN, BLOCK_K]
-    return TensorDescriptor(weight, [num_runs, 2, RUN, k], strides, block, _layout(4))
-
-
 def wide_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -386,7 +366,7 @@ def wide_linear(
     else:
         out = torch.empty(num_parts, num_tokens, n, dtype=torch.float32, device=x.device)
     x_tiles = [
-        TensorDescriptor(x, [num_tokens, k], [k, 1], [size, BLOCK_K], _layout(2))
+        TensorDescriptor(x, [num_tokens, k], [k, 1], [size, BLOCK_K], tile_layout(2))
         for size in tile.pieces
     ]
     tokens, rows = sum(tile.pieces), ROWS * tile.groups
@@ -400,7 +380,7 @@ def wide_linear(
         out,
         *x_tiles,
         *[None] * (MAX_PIECES - len(x_tiles)),
-        _weight_tiles(weight, is_gated),
+        weight_tiles(weight, ROWS, is_gated),
         bias,
         num_tokens,
         n,
