@@ -112,8 +112,10 @@ def _rotated(x, paired, weight, paired_weight, cos, sin, is_first_half, eps, WID
 def _load_summed(pointers, mask, other, part_stride, NUM_PARTS: gl.constexpr, dtype: gl.constexpr):
     """`linear.load_summed`."""
     x = gl.load(pointers, mask=mask, other=other)
-    for part in gl.static_range(1, NUM_PARTS):
-        x += gl.load(pointers + part * part_stride, mask=mask, other=other)
+    if NUM_PARTS > 1:
+        x = x.to(gl.float32)
+        for part in gl.static_range(1, NUM_PARTS):
+            x += gl.load(pointers + part * part_stride, mask=mask, other=other).to(gl.float32)
     return x.to(dtype)
 
 

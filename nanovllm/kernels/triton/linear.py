@@ -163,10 +163,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     n = weight.shape[0]
     if num_tokens == 0 or not has_bulk_copies(x.device):
         return F.linear(x, weight, bias)
-    num_sms = num_multiprocessors(x.device)
-    wide = choose_wide(num_tokens, n, k, weight.dtype, num_sms) if is_hopper(x.device) else None
-    if wide is not None:
-        return wide_linear(x, weight, bias, wide)
+    if is_hopper(x.device):
+        wide = choose_wide(num_tokens, n, k, weight.dtype, num_multiprocessors(x.device))
+        if wide is not None:
+            return wide_linear(x, weight, bias, wide)
     if block_m := choose_block_m(num_tokens, n, k, weight.dtype):
         if block_m <= MAX_HOPPER_TOKENS and is_hopper(x.device):
             return hopper_linear(x, weight, bias, block_m)

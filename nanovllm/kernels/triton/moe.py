@@ -483,11 +483,11 @@ def route(
     router_logits: LinearOutput, num_experts_per_tok: int, norm_topk_prob: bool, block_m: int
 ) -> Routing:
     """The pairs of router_logits [T, E], T > 0, in blocks of at most `block_m`."""
-    num_tokens, num_experts = parts_of(router_logits)[0].shape
+    logits = parts_of(router_logits)[0]
+    (num_tokens, num_experts), device = logits.shape, logits.device
     num_pairs = num_tokens * num_experts_per_tok
     is_alone = num_tokens == 1
     shape = num_pairs if is_alone else num_blocks(num_pairs, num_experts, block_m), BLOCK_COLUMNS
-    device = parts_of(router_logits)[0].device
     sorted_pairs = torch.empty(num_pairs, dtype=torch.int32, device=device)
     blocks = torch.empty(shape, dtype=torch.int32, device=device)
     alone = (sorted_pairs, blocks) if is_alone else (None, None)
@@ -514,7 +514,7 @@ def _choose(
     sorted_pairs: torch.Tensor | None = None,
     blocks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The experts of router_logits [T, E] [P] int32, and their weights [P].
+    """The experts that router_logits [T, E] choose, [P] int32, and their weights [P].
 
     With `sorted_pairs` and `blocks` there is one token, and they are written instead of experts.
     """

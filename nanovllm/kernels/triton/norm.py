@@ -29,7 +29,7 @@ REGISTERS_OF_PARTS = 64
 MANY_ROWS = 1024
 ELEMENTS_PER_WARP_OF_MANY_ROWS = 1024
 MAX_WARPS = 16
-MAX_WARPS_OF_TWO_ROWS = 8  # of two parts, where multiprocessors have more than one row
+MAX_WARPS_OF_TWO_PARTS = 8  # where multiprocessors have more than one row
 
 
 @jit(do_not_specialize=["num_rows"])
@@ -89,7 +89,7 @@ def _launch(
         elements_per_warp = ELEMENTS_PER_WARP_OF_MANY_ROWS
     most_warps = MAX_WARPS
     if num_parts == 2 and num_rows > num_multiprocessors(x.device):
-        most_warps = MAX_WARPS_OF_TWO_ROWS
+        most_warps = MAX_WARPS_OF_TWO_PARTS
     _rms_norm_kernel[(cdiv(num_rows, rows),)](
         out,
         x,
