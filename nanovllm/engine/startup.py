@@ -104,7 +104,7 @@ def start_model_runner(
         agree: exchanges this rank's number of KV blocks for the smallest of all ranks.
     """
     is_cuda = device.type == "cuda"
-    free_at_start = torch.cuda.mem_get_info(device)[0] if is_cuda else 0
+    free_at_start = free_gpu_bytes(device) if is_cuda else 0
     ops = choose_ops(config, device)
     new_runner = AdapterRunner if config.enable_lora else ModelRunner
     with compiling_ahead(config, device, tp, ops):
@@ -231,6 +231,17 @@ def check_fits(config: Config, device: torch.device) -> None:
         decide_num_blocks(config, per_block, None)
 
 
+def free_gpu_bytes(device: torch.device) -> int:
+    """What is free of `device`, once what this process has dropped is given back.
+
+    An engine that is dropped may wait for the garbage collector. Its memory would come back while
+    the next engine starts, which would take more than there is.
+    """
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
 def available_gpu_bytes(
     device: torch.device, utilization: float, free_at_start: int, peak_activation_bytes: int
 ) -> int:
@@ -239,9 +250,7 @@ def available_gpu_bytes(
     What other processes hold counts against the device, not against us.
     """
     total = torch.cuda.mem_get_info(device)[1]
-    gc.collect()
-    torch.cuda.empty_cache()
-    held = free_at_start - torch.cuda.mem_get_info(device)[0]
+    held = free_at_start - free_gpu_bytes(device)
     return cache_bytes(total, utilization, free_at_start, held, peak_activation_bytes)
 
 

@@ -37,6 +37,7 @@ from nanovllm.engine.startup import (
     run_largest_prefill,
 )
 from nanovllm.errors import ArgumentError, shown
+from nanovllm.kernels.device import limits_like, meta_stands_for
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -316,8 +317,11 @@ def new_dry_runner(config: Config, capability: tuple[int, int]) -> DryRunner:
 
 
 def dry_run(config: Config, gpu_memory: int, capability: tuple[int, int]) -> MemoryEstimate:
-    """`estimate` of a checked configuration, for one GPU, without advice."""
-    with LiveMemory() as live:
+    """`estimate` of a checked configuration, for one GPU, without advice.
+
+    Kernels differ in what they take: those of this compute capability run.
+    """
+    with meta_stands_for(limits_like(capability)), LiveMemory() as live:
         runner = new_dry_runner(config, capability)
         built = live.bytes
         weights = _weights(runner.model)

@@ -59,6 +59,12 @@ def meta_stands_for(limits: DeviceLimits) -> Iterator[None]:
         _limits_of_meta.reset(token)
 
 
+def limits_like(capability: tuple[int, int]) -> DeviceLimits:
+    """Of the known GPU with this compute capability, or else with the next lower one."""
+    lower = (known for known in KNOWN_GPUS if known <= capability)
+    return KNOWN_GPUS[max(lower, default=min(KNOWN_GPUS))]
+
+
 def device_limits(device: torch.device) -> DeviceLimits:
     """The limits of a CUDA device; of "meta" see `meta_stands_for`; else the interpreter's."""
     if device.type == "cuda":

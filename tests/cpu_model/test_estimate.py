@@ -134,19 +134,30 @@ def test_kv_blocks_are_those_of_an_engine_with_the_same_memory(write, raw, kv_ca
     assert (again.kv_cache, again.problem) == (found.kv_cache, None)
 
 
-def test_activations_are_those_of_the_widest_place(write):
+@pytest.mark.parametrize(
+    ("capability", "num_hidden", "num_inner"), [(ADA, 4, 3), (HOPPER, 5, 1)], ids=["8.9", "9.0"]
+)
+def test_activations_are_those_of_the_widest_place(write, capability, num_hidden, num_inner):
     """In the MLP: gate and up, their product, and four rows of the hidden size.
 
-    These are the residual, the MLP's input, and what attention and the layer before gave.
+    These are the residual, the MLP's input, and what attention and the layer before gave. Hopper's
+    kernel gives the product alone: there the MLP's output is beside it.
     """
     tokens = 8192
     options = {"max_num_batched_tokens": tokens, "max_num_seqs": 4}
-    config = Config.from_kwargs(write(DENSE | {"num_hidden_layers": 3}), options)
-    hidden, inner = DENSE["hidden_size"], DENSE["intermediate_size"]
-    expected = 2 * tokens * (4 * hidden + 3 * inner)
+    hidden, inner = 640, 4096
+    wide = {"num_hidden_layers": 3, "hidden_size": hidden, "intermediate_size": inner}
+    config = Config.from_kwargs(write(DENSE | wide), options)
+    expected = 2 * tokens * (num_hidden * hidden + num_inner * inner)
     inputs = tokens * (4 + 4 + 8)  # ids, positions, slots
-    found = dry_run(config, 4 * GIB, ADA).prefill_activations
+    found = dry_run(config, 4 * GIB, capability).prefill_activations
     assert 0 <= found - expected - inputs < 8192
+
+
+def test_an_unknown_gpu_is_like_the_next_lower_one(dense):
+    config = Config.from_kwargs(dense, {})
+    known, unknown = (dry_run(config, 4 * GIB, capability) for capability in (ADA, (8, 10)))
+    assert unknown.activations == known.activations
 
 
 def test_half_the_tokens_of_a_step_take_half_the_activations(dense):

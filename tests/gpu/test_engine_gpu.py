@@ -221,6 +221,17 @@ def test_dropping_the_engine_frees_its_memory(model_dir):
     assert abs(used_bytes() - level) < 100 << 20
 
 
+def test_memory_of_a_dropped_engine_is_not_counted_as_the_next_ones(model_dir):
+    gc.collect()
+    torch.cuda.empty_cache()
+    share, total, others = 0.1, torch.cuda.mem_get_info(0)[1], used_bytes()
+    llm = small_engine(model_dir, kv_cache_memory_bytes=8 << 30, num_kvcache_blocks=None)
+    llm.itself = llm  # only the garbage collector frees it
+    del llm
+    with LLM(str(model_dir), gpu_memory_utilization=share, max_model_len=1024):
+        assert used_bytes() - others <= share * total
+
+
 def test_a_share_too_small_is_refused_with_the_knob(model_dir):
     with pytest.raises(ValueError, match="gpu_memory_utilization"):
         LLM(str(model_dir), gpu_memory_utilization=0.005)
