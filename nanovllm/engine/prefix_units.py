@@ -5,9 +5,13 @@ other tokens behind, so it gets a block of its own. The leading units of COPY_UN
 equal are copied into it and not computed. Every layer copies after it has stored the K/V of the
 step's tokens and before its attention reads. So the other block may be one that the same step
 computes: of prompts that come together the first one computes what all have in common.
+
+The last block of a sequence that has ended is seldom full. A conversation goes on behind all of its
+tokens, and copies them. A prompt that leaves it before its end does not: the same prompt, given
+again, is computed as before.
 """
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable
 
 import numpy as np
@@ -18,10 +22,62 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels.cache_units import MIN_COPIED_TOKENS
 
 
+class Beginnings:
+    """The tokens of blocks by the prefix id before them, sorted.
+
+    So those with most in common with other tokens are beside their place.
+    """
+
+    def __init__(self) -> None:
+        self._following: dict[int, list[tuple[bytes, int]]] = {}
+        self._entries: dict[int, tuple[int, bytes]] = {}  # of each block
+
+    def following(self, prefix_id: int) -> list[tuple[bytes, int]]:
+        """Tokens and ids of the blocks behind this prefix, sorted; not to be changed."""
+        return self._following.get(prefix_id, [])
+
+    def set(self, block_id: int, prefix_id: int, tokens: bytes) -> None:
+        """Enter a block, or other tokens of it."""
+        self.pop(block_id)
+        self._entries[block_id] = prefix_id, tokens
+        insort(self._following.setdefault(prefix_id, []), (tokens, block_id))
+
+    def pop(self, block_id: int) -> tuple[int, bytes] | None:
+        """Forget a block, if it was entered: its prefix id and tokens."""
+        if (entry := self._entries.pop(block_id, None)) is None:
+            return None
+        prefix_id, tokens = entry
+        following = self._following[prefix_id]
+        del following[bisect_left(following, (tokens, block_id))]
+        if not following:
+            del self._following[prefix_id]
+        return entry
+
+    def longest_in(self, prefix_id: int, tokens: bytes, least: int) -> tuple[int, bytes] | None:
+        """The block with most tokens, `least` bytes of them or more, with which `tokens` begin."""
+        following = self.following(prefix_id)
+        while len(tokens) >= least:
+            # What `tokens` begin with is before them. Others between end their common tokens.
+            place = bisect_right(following, tokens, key=_tokens_of)
+            if not place:
+                return None
+            found, block_id = following[place - 1]
+            num_equal = count_equal(tokens, found) * TOKEN_BYTES
+            if num_equal == len(found):
+                return (block_id, found) if num_equal >= least else None
+            tokens = tokens[:num_equal]
+        return None
+
+
+def _tokens_of(entry: tuple[bytes, int]) -> bytes:
+    return entry[0]
+
+
 class UnitBlockManager(BlockManager):
     """A `BlockManager` that also finds blocks which begin like the next block of a prompt.
 
-    These are the blocks in the prefix cache, and those of running sequences that are not full yet.
+    These are the blocks in the prefix cache, and those that are not full: of running sequences, and
+    of ended ones until somebody takes the block.
 
     Args:
         num_blocks: blocks in the pool.
@@ -35,10 +91,8 @@ class UnitBlockManager(BlockManager):
     ) -> None:
         super().__init__(num_blocks, block_size, enable_prefix_caching)
         self.unit = unit
-        # By the prefix id before them: the tokens and ids of blocks, sorted. So the block with most
-        # in common with some tokens is one of the two beside their place.
-        self._following: dict[int, list[tuple[bytes, int]]] = {}
-        self._beginnings: dict[int, tuple[int, bytes]] = {}  # of each such block
+        self._beginnings = Beginnings()  # of cached blocks and of running sequences' last ones
+        self._ends = Beginnings()  # last blocks of ended sequences
         # Of the step that is scheduled: free blocks that it copies from, and by block that it
         # copies into, the units' sources one after another: (first unit, number of units).
         self._free_sources: set[int] = set()
@@ -82,13 +136,15 @@ class UnitBlockManager(BlockManager):
         if not self.enable_prefix_caching or not seq.may_read_prefix_cache:
             return None, b""
         prefix_id = self.blocks[matched[-1]].prefix_id if matched else seq.features.prefix_root
-        if (following := self._following.get(prefix_id)) is None:
+        following = self._beginnings.following(prefix_id)
+        if not following and not self._ends.following(prefix_id):
             return None, b""
         index, keys = len(matched), seq.block_keys
         start = index * self.block_size
         tokens = keys[index][1] if index < len(keys) else pack_tokens(seq.token_ids[start:])
         # The last token is computed in any case, as its logits are needed.
         most = min(self.block_size - self.unit, seq.num_tokens - 1 - start)
+        before_last = tokens[: (seq.num_tokens - 1 - start) * TOKEN_BYTES]
         tokens = tokens[: most // self.unit * self.unit * TOKEN_BYTES]
         source, copied = None, b""
         more = -(-MIN_COPIED_TOKENS // self.unit) * self.unit * TOKEN_BYTES
@@ -102,7 +158,18 @@ class UnitBlockManager(BlockManager):
                 num_units = count_equal(tokens, others, self.unit)
                 source, copied = block, tokens[: num_units * self.unit * TOKEN_BYTES]
                 more = len(copied) + self.unit * TOKEN_BYTES
+        end = self._ends.longest_in(prefix_id, before_last, more)
+        if end is not None and self.can_allocate(seq, matched, 1):
+            source, copied = self.blocks[end[0]], tokens[: len(end[1])]
+            copied = copied[: len(copied) // (self.unit * TOKEN_BYTES) * self.unit * TOKEN_BYTES]
         return source, copied
+
+    def deallocate(self, seq: Sequence) -> None:
+        """See `BlockManager.deallocate`; the last block may be copied from until it is taken."""
+        # The newest token has no K/V yet.
+        num_known = max(seq.num_tokens - 1, seq.num_prompt_tokens)
+        self.cache_blocks(seq, min(num_known, seq.num_computed_tokens))
+        super().deallocate(seq)
 
     def cache_blocks(self, seq: Sequence, num_computed_tokens: int) -> None:
         """See `BlockManager.cache_blocks`; the last block need not be full."""
@@ -116,9 +183,7 @@ class UnitBlockManager(BlockManager):
             prefix_id = parent.prefix_id if parent else seq.features.prefix_root
             start = index * self.block_size
             tokens = block.tokens or pack_tokens(seq.token_ids[start:num_computed_tokens])
-            self._forget_beginning(block)
-            self._beginnings[block.block_id] = prefix_id, tokens
-            insort(self._following.setdefault(prefix_id, []), (tokens, block.block_id))
+            self._beginnings.set(block.block_id, prefix_id, tokens)
 
     def _hold(self, block: Block) -> None:
         super()._hold(block)
@@ -127,20 +192,14 @@ class UnitBlockManager(BlockManager):
     def _release(self, block: Block) -> None:
         super()._release(block)
         if block.ref_count == 0 and block.hash is None:
-            self._forget_beginning(block)
+            entry = self._beginnings.pop(block.block_id)
+            if entry is not None:
+                self._ends.set(block.block_id, *entry)
 
     def _forget(self, block: Block) -> None:
-        self._forget_beginning(block)
+        self._beginnings.pop(block.block_id)
+        self._ends.pop(block.block_id)
         super()._forget(block)
-
-    def _forget_beginning(self, block: Block) -> None:
-        if block.block_id not in self._beginnings:
-            return
-        prefix_id, tokens = self._beginnings.pop(block.block_id)
-        following = self._following[prefix_id]
-        del following[bisect_left(following, (tokens, block.block_id))]
-        if not following:
-            del self._following[prefix_id]
 
 
 def copied_units(copies: list[tuple[int, int, int]]) -> np.ndarray:

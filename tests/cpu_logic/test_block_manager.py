@@ -141,10 +141,16 @@ def test_repeated_prompt_of_600_tokens_hits_two_blocks_of_256():
     assert cached == [0, 512]
 
 
-@pytest.mark.parametrize(("num_generated", "num_cached"), [(300, 512), (212, 256), (213, 512)])
-def test_next_turn_hits_the_blocks_that_were_computed_in_full(num_generated, num_cached):
-    """At exactly 512 tokens the last one's K/V was never written, so its block cannot be cached."""
-    scheduler = make_scheduler(kvcache_block_size=256)
+@pytest.mark.parametrize(
+    ("block_size", "num_generated", "num_cached"),
+    [
+        *((256, 300, 592), (256, 212, 504), (256, 213, 512), (256, 3, 296)),  # units of 8
+        *((15, 300, 585), (15, 285, 570), (15, 286, 585)),  # whole blocks alone
+    ],
+)
+def test_next_turn_hits_what_was_computed(block_size, num_generated, num_cached):
+    """The last token's K/V was never written, so a block that ends with it cannot be cached."""
+    scheduler = make_scheduler(kvcache_block_size=block_size, num_kvcache_blocks=90)
     first = make_seq(list(range(300)), max_tokens=num_generated)
     scheduler.add(first)
     drain(scheduler)

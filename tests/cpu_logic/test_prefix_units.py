@@ -115,6 +115,34 @@ def test_a_block_that_is_not_full_is_a_source_while_its_sequence_runs(is_running
 
 
 @pytest.mark.parametrize(
+    ("length", "num_cached"),
+    [(609, 608), (610, 608), (620, 608), (608, 512), (560, 512), (300, 296)],
+)
+def test_what_goes_on_behind_an_ended_sequence_copies_its_last_block(length, num_cached):
+    """Of 609 tokens 608 were computed: 2 blocks and 12 units. Shorter prompts end within them."""
+    scheduler = scheduler_of()
+    scheduler.add(make_seq(STEM[:600], max_tokens=9))
+    drain(scheduler)
+    text = [*STEM[:600], *([7] * 9)]
+    seq = make_seq([*text, *STEM[:20]][:length], max_tokens=1, request_id=1)
+    scheduler.add(seq)
+    assert step(scheduler)[1] == length - num_cached
+    assert seq.num_cached_tokens == num_cached
+    check_all_released(scheduler)
+
+
+def test_an_ended_block_that_was_taken_is_no_source():
+    scheduler = scheduler_of(num_blocks=2)
+    scheduler.add(make_seq(STEM[:300], max_tokens=2))
+    drain(scheduler)
+    scheduler.add(make_seq([9] * 300, max_tokens=1, request_id=1))
+    drain(scheduler)
+    scheduler.add(make_seq(STEM[:400], max_tokens=1, request_id=2))
+    assert drain(scheduler) == [400]
+    check_all_released(scheduler)
+
+
+@pytest.mark.parametrize(
     ("length", "num_cached"), [(16, 0), (17, 16), (24, 16), (25, 24), (200, 192)]
 )
 def test_the_last_token_is_always_computed(length, num_cached):

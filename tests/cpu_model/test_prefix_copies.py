@@ -41,3 +41,20 @@ def test_scales_of_an_fp8_cache_are_copied(tiny_dir):
     with tiny_engine(tiny_dir, kv_cache_dtype="fp8") as llm:
         assert generate(llm, PROMPTS, greedy(MAX_TOKENS)) == expected
         assert llm.scheduler.stats.num_prefix_cache_hits == 3 * 464
+
+
+def test_a_conversation_goes_on_with_what_was_computed(tiny_dir):
+    """Each turn computes what the user adds, up to 8 tokens of the turn before, and its newest."""
+    added = random_prompts([290, 40, 3, 21], seed=5)
+    with tiny_engine(tiny_dir) as llm:
+        for _ in range(2):  # the second time the first turn is known, too
+            text: list[int] = []
+            for turn, ids in enumerate(added):
+                num_known = len(text) - 1
+                text += ids
+                [output] = llm.generate([text], greedy(9), use_tqdm=False)
+                assert [output["token_ids"]] == reference_greedy(tiny_dir, [text], 9)
+                if turn:
+                    assert num_known - 8 < output.num_cached_tokens <= num_known
+                text += output["token_ids"]
+        check_nothing_is_held(llm)

@@ -8,7 +8,7 @@ from tiny_models import VOCAB_SIZE, save_model
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.kernels import torch_ops
-from nanovllm.kernels.cache_units import COPY_UNIT
+from nanovllm.kernels.cache_units import COPY_UNIT, MIN_COPIED_TOKENS
 from nanovllm.kernels.device import device_limits
 from nanovllm.kernels.select import select_ops
 from nanovllm.kernels.types import FP8_DTYPE, FP8_MIN_CAPABILITY, KVCache
@@ -63,4 +63,14 @@ def test_tokens_are_those_without_a_prefix_cache(tmp_path, kv_cache_dtype):
             results.append([output["token_ids"] for output in outputs])
             spared = {output.num_cached_tokens for output in outputs[1:]}
             assert spared == ({464} if enable_prefix_caching else {0})
+            # The next turn goes on within a block. Its K/V are those of decode steps.
+            turns = [[*p, *o["token_ids"], *p[:30]] for p, o in zip(prompts, outputs, strict=True)]
+            outputs = llm.generate(turns, params, use_tqdm=False)
+            if kv_cache_dtype == "auto":  # in fp8 they are rounded from other last bits
+                results[-1] += [output["token_ids"] for output in outputs]
+            for prompt, output in zip(prompts, outputs, strict=True):
+                known = (len(prompt) + 19) // COPY_UNIT * COPY_UNIT if enable_prefix_caching else 0
+                if known % 256 < MIN_COPIED_TOKENS:
+                    known -= known % 256
+                assert output.num_cached_tokens == known
     assert results[0] == results[1]
