@@ -9,10 +9,10 @@ from nanovllm.config import Config
 from nanovllm.engine.executor import LaunchedStep
 from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.queue_order import queue_order
 from nanovllm.engine.recovery import Recovery
 from nanovllm.engine.request import Request, RequestTable
 from nanovllm.engine.request_output import Outputs, raise_failed
-from nanovllm.engine.scheduling_policy import longest_first
 from nanovllm.engine.startup import prepare
 from nanovllm.engine.step_stats import log_step
 from nanovllm.guards.lifecycle import Lifecycle
@@ -159,7 +159,7 @@ class LLMEngine(Lifecycle):
             self._next_request_id += 1
             self.requests.add(request)
         seqs = [seq for request in requests for seq in request.sequences]
-        for seq in longest_first(seqs, self.scheduler.max_num_seqs):
+        for seq in queue_order(seqs, self.scheduler):
             self.scheduler.add(seq)
 
     def run(self, requests: list[Request], use_tqdm: bool | Callable[..., object]) -> Outputs:

@@ -1,6 +1,6 @@
 """Who is admitted next, when that is worth a step, and who is preempted first.
 
-The order by priority is in priority_queue.py.
+The order by priority is in priority_queue.py, that of one call's sequences in queue_order.py.
 """
 
 from collections import deque
@@ -39,18 +39,6 @@ def is_worth_admitting(
         num_free_slots >= min(num_waiting, ADMISSION_SHARE * num_slots)
         and num_free_blocks >= ADMISSION_SHARE * num_blocks
     )
-
-
-def longest_first(seqs: list[Sequence], num_slots: int) -> list[Sequence]:
-    """The order in which sequences that come in one call are queued.
-
-    Where they outnumber the slots, those that may get the most tokens come first, so that the last
-    steps run many sequences and not a few long ones (Graham 1969, SIAM J. Appl. Math. 17). Equal
-    ones keep their order. Nothing that comes later is put before them.
-    """
-    if len(seqs) <= num_slots:
-        return seqs
-    return sorted(seqs, key=lambda seq: seq.num_prompt_tokens - seq.max_length)
 
 
 class FCFSQueue(deque[Sequence]):
