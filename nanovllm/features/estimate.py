@@ -50,7 +50,7 @@ UNITS = {"": 1, "b": 1} | {
 DEFAULT_CAPABILITY = (8, 9)  # of most cards of 8 to 24 GiB
 # What a dry run cannot see, measured or as documented:
 CONTEXT_BYTES = 500 * MIB  # of a process on a GPU: CUDA, before anything is computed
-LIBRARY_BYTES = 100 * MIB  # kernels, once the largest steps have loaded theirs
+LIBRARY_BYTES = 200 * MIB  # kernels, once the largest steps have loaded theirs
 WORKSPACE_BYTES = {True: 32 * MIB, False: 8320 * 1024}  # torch's of cuBLAS: on Hopper and later
 GRAPH_LAYER_BYTES = 64 * 1024  # of the driver, for each layer of each captured graph
 NCCL_BYTES = 300 * MIB  # of each rank, where there are several
