@@ -11,6 +11,7 @@ tokens, and copies them. A prompt that leaves it before its end does not: the sa
 again, is computed as before.
 """
 
+import sys
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable
 
@@ -58,7 +59,7 @@ class Beginnings:
         following = self.following(prefix_id)
         while len(tokens) >= least:
             # What `tokens` begin with is before them. Others between end their common tokens.
-            place = bisect_right(following, tokens, key=_tokens_of)
+            place = bisect_right(following, (tokens, sys.maxsize))
             if not place:
                 return None
             found, block_id = following[place - 1]
@@ -67,10 +68,6 @@ class Beginnings:
                 return (block_id, found) if num_equal >= least else None
             tokens = tokens[:num_equal]
         return None
-
-
-def _tokens_of(entry: tuple[bytes, int]) -> bytes:
-    return entry[0]
 
 
 class UnitBlockManager(BlockManager):
