@@ -56,6 +56,28 @@ def test_workloads_with_many_preemptions_complete_rightly():
     assert least_sum(properties.tight_workloads(), 60) > 30
 
 
+def test_conversations_complete_rightly():
+    """Every second request goes on behind the one before it, when that has ended or earlier."""
+    find, found = prefix_units.Beginnings.longest_in, []
+
+    def count(*args):
+        found.append(find(*args))
+        return found[-1]
+
+    @settings(RUNS, max_examples=150)
+    @given(properties.workloads(), st.integers(1, 3), st.integers(0, 20))
+    def run_conversations(workload, unit, pause):
+        workload.is_caching, workload.max_model_len = True, 24
+        workload.block_size, workload.budget = max(3, workload.block_size), workload.budget + 24
+        for before, request in zip(workload.requests[::2], workload.requests[1::2], strict=False):
+            request.goes_on, request.arrival = True, before.arrival + pause
+        run(workload, unit)
+
+    with patch.object(prefix_units.Beginnings, "longest_in", count):
+        run_conversations()
+    assert sum(block is not None for block in found) > 30
+
+
 # ---- what is found ------------------------------------------------------------------------------
 
 STEM = list(range(1000))

@@ -30,6 +30,7 @@ class Request:
     temperature: float
     arrival: int  # step before which it is queued
     abort_after: int | None  # steps after its arrival
+    goes_on: bool = False  # its stem is the request before it with its completion
 
 
 @dataclass
@@ -84,14 +85,19 @@ def workloads(draw) -> Workload:
     )
 
 
-def build_sequences(workload: Workload) -> list[Sequence]:
+def build_sequences(workload: Workload, eos_token_ids: frozenset[int]) -> list[Sequence]:
     """The sequences as the engine would number and limit them."""
     pool_size = workload.num_blocks * workload.block_size
     longest = min(workload.max_model_len - 1, pool_size)
     stem = [(i * i + i // 3) % 3 for i in range(longest)]
     sequences = []
     for request_id, request in enumerate(workload.requests):
-        prompt = (stem[: request.stem_length] + request.own_tokens)[:longest] or [0]
+        start = stem[: request.stem_length]
+        if request.goes_on and sequences:
+            before = sequences[-1]
+            completion, _ = expected_completion(before, workload.vocab_size, eos_token_ids)
+            start = before.prompt_token_ids + completion
+        prompt = (start + request.own_tokens)[:longest] or [0]
         params = SamplingParams(request.temperature, request.max_tokens, request.ignore_eos)
         max_length = min(workload.max_model_len, pool_size + 1, len(prompt) + request.max_tokens)
         seed = 0x9E3779B97F4A7C15 * (request_id // 2) % 2**64  # some pairs complete alike
@@ -111,7 +117,7 @@ def run(workload: Workload) -> FakeEngine:
     )
     max_blocks = -(-workload.max_model_len // workload.block_size)
     engine = FakeEngine(scheduler, workload.vocab_size, max_blocks, workload.is_overlapped)
-    sequences = build_sequences(workload)
+    sequences = build_sequences(workload, scheduler.eos_token_ids)
     arrivals = [request.arrival for request in workload.requests]
     aborts = [
         None if request.abort_after is None else request.arrival + request.abort_after
