@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from tiny_models import VOCAB_SIZE, reference_greedy, save_family, save_model
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine import prefill_graphs
 
 MAX_TOKENS = 24
 GIB, MIB = 1 << 30, 1 << 20
@@ -78,11 +79,13 @@ def test_float32_gives_the_tokens_of_transformers(model_dir, reference, graphs, 
 
 @pytest.mark.parametrize("graphs", [True, False])
 @pytest.mark.parametrize("settings", [{}, CHUNKS], ids=["whole", "chunks"])
-def test_copies_are_never_late_nor_early(large_dir, graphs, settings):
+def test_copies_are_never_late_nor_early(large_dir, graphs, settings, monkeypatch):
     """Layers whose copies take longer than their kernels, and prefills that take longer than both.
 
-    The kernels are the same with and without, so the numbers are, too.
+    The kernels are the same with and without, so the numbers are, too. Weights on the host exclude
+    graphs of padded prefill steps.
     """
+    monkeypatch.setattr(prefill_graphs, "LARGEST", 0)
     prompts = random_prompts([5, 600, 17, 300, *range(30, 60, 4)], seed=3)
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     runs = []
