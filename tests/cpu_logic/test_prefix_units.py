@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from scheduling_helpers import check_all_released, drain, make_scheduler, make_seq, step
 
 from nanovllm.engine import cache_groups, prefix_units
-from nanovllm.engine.prefix_units import UnitBlockManager, copied_units
+from nanovllm.engine.packed_tokens import TOKEN_BYTES, pack_tokens
+from nanovllm.engine.prefix_units import Beginnings, UnitBlockManager, copied_units
 from nanovllm.kernels.cache_units import COPY_UNIT
 
 RUNS = settings(deadline=None, derandomize=True, database=None)
@@ -76,6 +77,25 @@ def test_conversations_complete_rightly():
     with patch.object(prefix_units.Beginnings, "longest_in", count):
         run_conversations()
     assert sum(block is not None for block in found) > 30
+
+
+TEXTS = st.lists(st.integers(0, 1), min_size=1, max_size=9).map(pack_tokens)
+
+
+@settings(RUNS, max_examples=400)
+@given(st.lists(TEXTS, max_size=30), TEXTS, st.integers(1, 4))
+def test_the_longest_entry_with_which_tokens_begin_is_found(texts, tokens, num_least):
+    entries, least = Beginnings(), num_least * TOKEN_BYTES
+    for block_id, text in enumerate(texts):
+        entries.set(block_id, 1, text)
+    for block_id in range(0, len(texts), 3):
+        assert entries.pop(block_id) == (1, texts[block_id])
+        texts[block_id] = b""
+    fitting = [len(text) for text in texts if len(text) >= least and tokens.startswith(text)]
+    found = entries.longest_in(1, tokens, least)
+    assert (found and len(found[1])) == (max(fitting) if fitting else None)
+    assert found is None or texts[found[0]] == found[1]
+    assert entries.longest_in(2, tokens, least) is None
 
 
 # ---- what is found ------------------------------------------------------------------------------
