@@ -13,7 +13,7 @@ again, is computed as before.
 
 import sys
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 
 import numpy as np
 
@@ -24,45 +24,59 @@ from nanovllm.kernels.cache_units import MIN_COPIED_TOKENS
 
 
 class Beginnings:
-    """The tokens of blocks by the prefix id before them, sorted.
+    """The tokens of blocks, those of each key sorted; a key tells at least what is before them.
 
     So those with most in common with other tokens are beside their place.
     """
 
     def __init__(self) -> None:
-        self._following: dict[int, list[tuple[bytes, int]]] = {}
-        self._entries: dict[int, tuple[int, bytes]] = {}  # of each block
+        self._sorted: dict[Hashable, list[tuple[bytes, int]]] = {}
+        self._entries: dict[int, tuple[Hashable, bytes]] = {}  # of each block
+        self._unsorted: dict[Hashable, dict[int, list[int]]] = {}  # tokens by block
+        self._unsorted_keys: dict[int, Hashable] = {}  # of each such block
 
-    def following(self, prefix_id: int) -> list[tuple[bytes, int]]:
-        """Tokens and ids of the blocks behind this prefix, sorted; not to be changed."""
-        return self._following.get(prefix_id, [])
+    def of_key(self, key: Hashable) -> list[tuple[bytes, int]]:
+        """Tokens and ids of the blocks with this key, sorted; not to be changed."""
+        if unsorted := self._unsorted.pop(key, None):
+            for block_id, token_ids in unsorted.items():
+                del self._unsorted_keys[block_id]
+                self.set(block_id, key, pack_tokens(token_ids))
+        return self._sorted.get(key, [])
 
-    def set(self, block_id: int, prefix_id: int, tokens: bytes) -> None:
+    def set(self, block_id: int, key: Hashable, tokens: bytes) -> None:
         """Enter a block, or other tokens of it."""
         self.pop(block_id)
-        self._entries[block_id] = prefix_id, tokens
-        insort(self._following.setdefault(prefix_id, []), (tokens, block_id))
+        self._entries[block_id] = key, tokens
+        insort(self._sorted.setdefault(key, []), (tokens, block_id))
 
-    def pop(self, block_id: int) -> tuple[int, bytes] | None:
-        """Forget a block, if it was entered: its prefix id and tokens."""
-        if (entry := self._entries.pop(block_id, None)) is None:
-            return None
-        prefix_id, tokens = entry
-        following = self._following[prefix_id]
-        del following[bisect_left(following, (tokens, block_id))]
-        if not following:
-            del self._following[prefix_id]
-        return entry
+    def add_unsorted(self, block_id: int, key: Hashable, token_ids: list[int]) -> None:
+        """Enter a new block that is seldom looked for: the work is left to whoever does."""
+        self._unsorted.setdefault(key, {})[block_id] = token_ids
+        self._unsorted_keys[block_id] = key
 
-    def longest_in(self, prefix_id: int, tokens: bytes, least: int) -> tuple[int, bytes] | None:
+    def pop(self, block_id: int) -> None:
+        """Forget a block, if it was entered."""
+        if (entry := self._entries.pop(block_id, None)) is not None:
+            key, tokens = entry
+            entries = self._sorted[key]
+            del entries[bisect_left(entries, (tokens, block_id))]
+            if not entries:
+                del self._sorted[key]
+        elif (unsorted_key := self._unsorted_keys.pop(block_id, None)) is not None:
+            unsorted = self._unsorted[unsorted_key]
+            del unsorted[block_id]
+            if not unsorted:
+                del self._unsorted[unsorted_key]
+
+    def longest_in(self, key: Hashable, tokens: bytes, least: int) -> tuple[int, bytes] | None:
         """The block with most tokens, `least` bytes of them or more, with which `tokens` begin."""
-        following = self.following(prefix_id)
+        entries = self.of_key(key)
         while len(tokens) >= least:
             # What `tokens` begin with is before them. Others between end their common tokens.
-            place = bisect_right(following, (tokens, sys.maxsize))
+            place = bisect_right(entries, (tokens, sys.maxsize))
             if not place:
                 return None
-            found, block_id = following[place - 1]
+            found, block_id = entries[place - 1]
             num_equal = count_equal(tokens, found) * TOKEN_BYTES
             if num_equal == len(found):
                 return (block_id, found) if num_equal >= least else None
@@ -88,8 +102,11 @@ class UnitBlockManager(BlockManager):
     ) -> None:
         super().__init__(num_blocks, block_size, enable_prefix_caching)
         self.unit = unit
-        self._beginnings = Beginnings()  # of cached blocks and of running sequences' last ones
-        self._ends = Beginnings()  # last blocks of ended sequences
+        # Of cached blocks and of running sequences' last ones, by the prefix id before them.
+        self._beginnings = Beginnings()
+        # Last blocks of ended sequences. Their keys also tell the first tokens: prompts that begin
+        # otherwise have nothing to do with them.
+        self._ends = Beginnings()
         # Of the step that is scheduled: free blocks that it copies from, and by block that it
         # copies into, the units' sources one after another: (first unit, number of units).
         self._free_sources: set[int] = set()
@@ -133,11 +150,12 @@ class UnitBlockManager(BlockManager):
         if not self.enable_prefix_caching or not seq.may_read_prefix_cache:
             return None, b""
         prefix_id = self.blocks[matched[-1]].prefix_id if matched else seq.features.prefix_root
-        following = self._beginnings.following(prefix_id)
-        if not following and not self._ends.following(prefix_id):
-            return None, b""
         index, keys = len(matched), seq.block_keys
         start = index * self.block_size
+        following = self._beginnings.of_key(prefix_id)
+        end_key = self._end_key(prefix_id, seq, start)
+        if not following and not self._ends.of_key(end_key):
+            return None, b""
         tokens = keys[index][1] if index < len(keys) else pack_tokens(seq.token_ids[start:])
         # The last token is computed in any case, as its logits are needed.
         most = min(self.block_size - self.unit, seq.num_tokens - 1 - start)
@@ -155,7 +173,7 @@ class UnitBlockManager(BlockManager):
                 num_units = count_equal(tokens, others, self.unit)
                 source, copied = block, tokens[: num_units * self.unit * TOKEN_BYTES]
                 more = len(copied) + self.unit * TOKEN_BYTES
-        end = self._ends.longest_in(prefix_id, before_last, more)
+        end = self._ends.longest_in(end_key, before_last, more)
         if end is not None and self.can_allocate(seq, matched, 1):
             source, copied = self.blocks[end[0]], tokens[: len(end[1])]
             copied = copied[: len(copied) // (self.unit * TOKEN_BYTES) * self.unit * TOKEN_BYTES]
@@ -164,9 +182,23 @@ class UnitBlockManager(BlockManager):
     def deallocate(self, seq: Sequence) -> None:
         """See `BlockManager.deallocate`; the last block may be copied from until it is taken."""
         # The newest token has no K/V yet.
-        num_known = max(seq.num_tokens - 1, seq.num_prompt_tokens)
-        self.cache_blocks(seq, min(num_known, seq.num_computed_tokens))
+        num_known = min(max(seq.num_tokens - 1, seq.num_prompt_tokens), seq.num_computed_tokens)
+        index, num_last = divmod(num_known, self.block_size)
+        is_findable = self.enable_prefix_caching and index == seq.num_hashed_blocks
+        if not is_findable or num_last < MIN_COPIED_TOKENS:
+            super().deallocate(seq)
+            return
+        table, prefix_id = seq.block_table, seq.features.prefix_root
+        block_id = table[index]
+        if index:
+            prefix_id = self.blocks[table[index - 1]].prefix_id
         super().deallocate(seq)
+        start = num_known - num_last
+        key = self._end_key(prefix_id, seq, start)
+        self._ends.add_unsorted(block_id, key, seq.token_ids[start:num_known])
+
+    def _end_key(self, prefix_id: int, seq: Sequence, start: int) -> Hashable:
+        return prefix_id, *seq.token_ids[start : start + MIN_COPIED_TOKENS]
 
     def cache_blocks(self, seq: Sequence, num_computed_tokens: int) -> None:
         """See `BlockManager.cache_blocks`; the last block need not be full."""
@@ -189,9 +221,7 @@ class UnitBlockManager(BlockManager):
     def _release(self, block: Block) -> None:
         super()._release(block)
         if block.ref_count == 0 and block.hash is None:
-            entry = self._beginnings.pop(block.block_id)
-            if entry is not None:
-                self._ends.set(block.block_id, *entry)
+            self._beginnings.pop(block.block_id)
 
     def _forget(self, block: Block) -> None:
         self._beginnings.pop(block.block_id)
