@@ -217,7 +217,11 @@ def test_prefill_attention_other_shapes(block_size, heads, lens):
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("heads", ((16, 8, 128), (4, 4, 64), (24, 2, 128)))
-@pytest.mark.parametrize("lens", ((LENS_Q, LENS_K), (SHORT_LENS_Q, SHORT_LENS_K)))
+@pytest.mark.parametrize(
+    "lens",
+    ((LENS_Q, LENS_K), (SHORT_LENS_Q, SHORT_LENS_K), ([70], [300])),
+    ids=("long", "short", "an item for each program"),
+)
 def test_prefill_attention_in_three_roles(lens, heads, dtype, monkeypatch):
     """The kernel with a copying warp computes what the other one does, each time the same.
 
@@ -250,7 +254,7 @@ def test_prefill_attention_in_three_roles(lens, heads, dtype, monkeypatch):
         cu_seqlens_k=torch.cat([ends_k, ends_k[-1:].expand(5)]),
         block_tables=torch.cat([tables, 0 * tables[:5]]),
         max_seqlen_q=sum(LENS_Q),
-        bounds=ints([len(LENS_Q), max(LENS_Q), max(LENS_K)]),
+        bounds=ints([len(lens[0]), max(lens[0]), max(lens[1])]),
     )
     assert torch.equal(OPS.attend(query, cache, padded, scale), results[0])
 
