@@ -26,47 +26,42 @@ from nanovllm.kernels.cache_units import MIN_COPIED_TOKENS
 class Beginnings:
     """The tokens of blocks, those of each key sorted; a key tells at least what is before them.
 
-    So those with most in common with other tokens are beside their place.
+    So those with most in common with other tokens are beside their place. They are sorted when
+    somebody looks at them: most are never looked at.
     """
 
     def __init__(self) -> None:
-        self._sorted: dict[Hashable, list[tuple[bytes, int]]] = {}
         self._entries: dict[int, tuple[Hashable, bytes]] = {}  # of each block
-        self._unsorted: dict[Hashable, dict[int, list[int]]] = {}  # tokens by block
-        self._unsorted_keys: dict[int, Hashable] = {}  # of each such block
+        self._sorted: dict[Hashable, list[tuple[bytes, int]]] = {}
+        self._unsorted: dict[Hashable, set[int]] = {}  # further blocks
 
     def of_key(self, key: Hashable) -> list[tuple[bytes, int]]:
         """Tokens and ids of the blocks with this key, sorted; not to be changed."""
-        if unsorted := self._unsorted.pop(key, None):
-            for block_id, token_ids in unsorted.items():
-                del self._unsorted_keys[block_id]
-                self.set(block_id, key, pack_tokens(token_ids))
+        for block_id in self._unsorted.pop(key, ()):
+            insort(self._sorted.setdefault(key, []), (self._entries[block_id][1], block_id))
         return self._sorted.get(key, [])
 
     def set(self, block_id: int, key: Hashable, tokens: bytes) -> None:
         """Enter a block, or other tokens of it."""
         self.pop(block_id)
         self._entries[block_id] = key, tokens
-        insort(self._sorted.setdefault(key, []), (tokens, block_id))
-
-    def add_unsorted(self, block_id: int, key: Hashable, token_ids: list[int]) -> None:
-        """Enter a new block that is seldom looked for: the work is left to whoever does."""
-        self._unsorted.setdefault(key, {})[block_id] = token_ids
-        self._unsorted_keys[block_id] = key
+        self._unsorted.setdefault(key, set()).add(block_id)
 
     def pop(self, block_id: int) -> None:
         """Forget a block, if it was entered."""
-        if (entry := self._entries.pop(block_id, None)) is not None:
-            key, tokens = entry
+        if block_id not in self._entries:
+            return
+        key, tokens = self._entries.pop(block_id)
+        unsorted = self._unsorted.get(key, set())
+        if block_id in unsorted:
+            unsorted.remove(block_id)
+            if not unsorted:
+                del self._unsorted[key]
+        else:
             entries = self._sorted[key]
             del entries[bisect_left(entries, (tokens, block_id))]
             if not entries:
                 del self._sorted[key]
-        elif (unsorted_key := self._unsorted_keys.pop(block_id, None)) is not None:
-            unsorted = self._unsorted[unsorted_key]
-            del unsorted[block_id]
-            if not unsorted:
-                del self._unsorted[unsorted_key]
 
     def longest_in(self, key: Hashable, tokens: bytes, least: int) -> tuple[int, bytes] | None:
         """The block with most tokens, `least` bytes of them or more, with which `tokens` begin."""
@@ -195,7 +190,7 @@ class UnitBlockManager(BlockManager):
         super().deallocate(seq)
         start = num_known - num_last
         key = self._end_key(prefix_id, seq, start)
-        self._ends.add_unsorted(block_id, key, seq.token_ids[start:num_known])
+        self._ends.set(block_id, key, pack_tokens(seq.token_ids[start:num_known]))
 
     def _end_key(self, prefix_id: int, seq: Sequence, start: int) -> Hashable:
         return prefix_id, *seq.token_ids[start : start + MIN_COPIED_TOKENS]
