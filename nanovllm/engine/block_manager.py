@@ -137,9 +137,8 @@ class BlockManager:
         """
         if not self.enable_prefix_caching:
             return
-        root = seq.features.prefix_root
         for index in range(seq.num_hashed_blocks, num_computed_tokens // self.block_size):
-            parent = self.blocks[seq.block_table[index - 1]].prefix_id if index else root
+            parent = self._prefix_before(seq, seq.block_table, index)
             block = self.blocks[seq.block_table[index]]
             block_hash, tokens = self._block_key(seq, index)
             twin = self._find(block_hash, tokens, parent)
@@ -160,6 +159,10 @@ class BlockManager:
             tokens = pack_tokens(seq.token_ids[start : start + self.block_size])
             keys.append((self.compute_hash(tokens, keys[-1][0] if keys else root), tokens))
         return keys[index]
+
+    def _prefix_before(self, seq: Sequence, table: list[int], index: int) -> int:
+        """The prefix id that ends before block `index` of `table`; those before are cached."""
+        return self.blocks[table[index - 1]].prefix_id if index else seq.features.prefix_root
 
     def _find(self, block_hash: int, tokens: bytes, parent_prefix_id: int) -> Block | None:
         for block_id in self.hash_to_block_ids.get(block_hash, ()):

@@ -144,20 +144,21 @@ class UnitBlockManager(BlockManager):
         """The block with most in common behind the matched ones, and the tokens of these units."""
         if not self.enable_prefix_caching or not seq.may_read_prefix_cache:
             return None, b""
-        prefix_id = self.blocks[matched[-1]].prefix_id if matched else seq.features.prefix_root
         index, keys = len(matched), seq.block_keys
+        prefix_id = self._prefix_before(seq, matched, index)
         start = index * self.block_size
         following = self._beginnings.of_key(prefix_id)
         end_key = self._end_key(prefix_id, seq, start)
         if not following and not self._ends.of_key(end_key):
             return None, b""
         tokens = keys[index][1] if index < len(keys) else pack_tokens(seq.token_ids[start:])
+        unit_bytes = self.unit * TOKEN_BYTES
         # The last token is computed in any case, as its logits are needed.
         most = min(self.block_size - self.unit, seq.num_tokens - 1 - start)
         before_last = tokens[: (seq.num_tokens - 1 - start) * TOKEN_BYTES]
-        tokens = tokens[: most // self.unit * self.unit * TOKEN_BYTES]
+        tokens = tokens[: most // self.unit * unit_bytes]
         source, copied = None, b""
-        more = -(-MIN_COPIED_TOKENS // self.unit) * self.unit * TOKEN_BYTES
+        more = -(-MIN_COPIED_TOKENS // self.unit) * unit_bytes
         place = bisect_left(following, (tokens,))
         for others, block_id in following[max(0, place - 1) : place + 1]:
             if len(tokens) < more or tokens[:more] != others[:more]:
@@ -166,12 +167,13 @@ class UnitBlockManager(BlockManager):
             # A free block that is copied from is one less for the sequence.
             if block.ref_count or self.can_allocate(seq, matched, 1):
                 num_units = count_equal(tokens, others, self.unit)
-                source, copied = block, tokens[: num_units * self.unit * TOKEN_BYTES]
-                more = len(copied) + self.unit * TOKEN_BYTES
+                source, copied = block, tokens[: num_units * unit_bytes]
+                more = len(copied) + unit_bytes
         end = self._ends.longest_in(end_key, before_last, more)
         if end is not None and self.can_allocate(seq, matched, 1):
-            source, copied = self.blocks[end[0]], tokens[: len(end[1])]
-            copied = copied[: len(copied) // (self.unit * TOKEN_BYTES) * self.unit * TOKEN_BYTES]
+            block_id, others = end
+            source = self.blocks[block_id]
+            copied = tokens[: len(others) // unit_bytes * unit_bytes]
         return source, copied
 
     def deallocate(self, seq: Sequence) -> None:
@@ -183,13 +185,9 @@ class UnitBlockManager(BlockManager):
         if not is_findable or num_last < MIN_COPIED_TOKENS:
             super().deallocate(seq)
             return
-        table, prefix_id = seq.block_table, seq.features.prefix_root
-        block_id = table[index]
-        if index:
-            prefix_id = self.blocks[table[index - 1]].prefix_id
+        block_id, start = seq.block_table[index], num_known - num_last
+        key = self._end_key(self._prefix_before(seq, seq.block_table, index), seq, start)
         super().deallocate(seq)
-        start = num_known - num_last
-        key = self._end_key(prefix_id, seq, start)
         self._ends.set(block_id, key, pack_tokens(seq.token_ids[start:num_known]))
 
     def _end_key(self, prefix_id: int, seq: Sequence, start: int) -> Hashable:
@@ -203,8 +201,7 @@ class UnitBlockManager(BlockManager):
             return
         for index in range(first, self.num_blocks_for(num_computed_tokens)):
             block = self.blocks[seq.block_table[index]]
-            parent = self.blocks[seq.block_table[index - 1]] if index else None
-            prefix_id = parent.prefix_id if parent else seq.features.prefix_root
+            prefix_id = self._prefix_before(seq, seq.block_table, index)
             start = index * self.block_size
             tokens = block.tokens or pack_tokens(seq.token_ids[start:num_computed_tokens])
             self._beginnings.set(block.block_id, prefix_id, tokens)
