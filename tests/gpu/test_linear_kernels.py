@@ -11,6 +11,7 @@ from nanovllm.kernels.triton.launch import is_hopper, num_multiprocessors
 from nanovllm.kernels.triton.linear import (
     PIECES,
     choose_block_m,
+    choose_gated,
     choose_tile,
     choose_wide,
     linear,
@@ -132,7 +133,25 @@ def test_product_of_wide_tiles_equals_float64(n, k, dtype, num_tokens) -> None:
         torch.testing.assert_close(summed(product), exact.to(dtype), rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("num_tokens", [33, 64, 65, 128, 129, 176, 192, 193, 256])
+@pytest.mark.parametrize("num_tokens", [1, 3, 8, 9, 16, 17, 32, 64])
+@pytest.mark.parametrize(("n", "k", "dtype"), WIDE_SHAPES)
+def test_programs_that_share_a_multiprocessor(n, k, dtype, num_tokens) -> None:
+    """Few tokens: the rings are shorter, and the sums are the same."""
+    if not is_hopper(torch.device("cuda", 0)):
+        pytest.skip("needs Hopper")
+    x, weight = randn(num_tokens, k, dtype=dtype), randn(n, k, dtype=dtype) / k**0.5
+    biased = randn(n, dtype=dtype)
+    pieces = next(pieces for most, pieces in PIECES.items() if num_tokens <= most)
+    for num_parts in (1, 3):
+        alone = summed(wide_linear(x, weight, biased, WideTile(pieces, 1, num_parts)))
+        exact = F.linear(x.double(), weight.double(), biased.double())
+        torch.testing.assert_close(alone, exact.to(dtype), rtol=1e-2, atol=1e-3)
+        for programs_per_sm in (2, 3):
+            tile = WideTile(pieces, 1, num_parts, programs_per_sm)
+            assert torch.equal(summed(wide_linear(x, weight, biased, tile)), alone)
+
+
+@pytest.mark.parametrize("num_tokens", [32, 33, 64, 65, 128, 129, 176, 192, 193, 256])
 @pytest.mark.parametrize(
     ("size", "k", "groups", "dtype"),
     [
@@ -149,8 +168,8 @@ def test_gated_product_of_wide_tiles_equals_two_kernels(size, k, groups, num_tok
     if groups == 3:
         size += 96 * num_sms  # a program for each multiprocessor
     x, weight = randn(num_tokens, k, dtype=dtype), randn(2 * size, k, dtype=dtype) / k**0.5
-    tile = choose_wide(num_tokens, 2 * size, k, dtype, num_sms)
-    assert tile is not None and tile.groups == groups and tile.num_parts == 1
+    tile = choose_gated(num_tokens, 2 * size, k, dtype, num_sms)
+    assert tile is not None and tile.groups == groups
     poison = torch.full((num_tokens, size), float("nan"), device="cuda", dtype=dtype)
     del poison  # the allocator hands the same memory out again
     got = gated_linear(x, weight)
@@ -204,7 +223,7 @@ def test_ops_add_up_parts(num_parts: int) -> None:
     ("num_tokens", "hidden"),
     [
         *((num_tokens, 1024) for num_tokens in (1, 8, 32, 112, 176, 208)),
-        *((num_tokens, 4096) for num_tokens in (48, 144, 256)),
+        *((num_tokens, 4096) for num_tokens in (1, 8, 16, 32, 48, 144, 256)),
     ],
 )
 def test_chain_in_a_graph_equals_eager(num_tokens: int, hidden: int) -> None:
@@ -238,7 +257,7 @@ def test_chain_in_a_graph_equals_eager(num_tokens: int, hidden: int) -> None:
         residual.copy_(randn(num_tokens, hidden))
         graph.replay()
         assert torch.equal(out, forward(linear, gated_linear))
-        if hidden == 1024 or num_tokens < SKEWED_TOKENS:
+        if num_tokens < SKEWED_TOKENS:
             assert torch.equal(out, in_two_kernels(linear))
     error = (out.float() - in_two_kernels(F.linear).float()).norm() / out.float().norm()
     assert error < 2e-2
@@ -260,17 +279,38 @@ def test_choice_of_wide_tiles() -> None:
     assert choose(193, 4096, 1024) == WideTile((128,))  # two programs share the tokens
     assert choose(257, 4096, 1024) is None
     assert choose(128, 4096, 1024, torch.float32) is None
-    assert choose(32, 6144, 4096) is None
+    assert choose(1, 4096, 4096, torch.float32) is None
+    assert choose(1, 6144, 4096) == WideTile((8,), 1, 2, 2)
+    assert choose(9, 4096, 12288) == WideTile((16,), 1, 4, 2)
+    assert choose(16, 24576, 4096) == WideTile((16,), 1, 1, 3)
+    assert choose(1, 28672, 4096) == WideTile((8,), 1, 1, 2)  # more than three for each
+    assert choose(1, 1000, 4096) is None and choose(1, 6144, 4000) is None
+    assert choose(32, 6144, 4096) == WideTile((32,))
     assert choose(65, 6144, 4096) == WideTile((64, 32))
     assert choose(192, 4096, 12288) == WideTile((128, 64), 1, 2)
     assert choose(225, 4096, 12288) is None
+    assert choose(32, 24576, 4096) == WideTile((32,), 3)
     assert choose(256, 24576, 4096) == WideTile((128, 128), 3)
-    assert choose(64, 28672, 4096) is None  # more than a wave
+    assert choose(33, 28672, 4096) == WideTile((64,), 1, 1, 2)
+    assert choose(65, 28672, 4096) is None  # more than a wave
     # Qwen3-30B-A3B's QKV and O.
-    assert choose(32, 5120, 2048) is None and choose(64, 5120, 2048) == WideTile((64,))
-    assert choose(65, 5120, 2048) is None
+    assert choose(16, 5120, 2048) == WideTile((16,), 1, 3, 2)
+    assert choose(64, 5120, 2048) == WideTile((64,)) and choose(65, 5120, 2048) is None
+    assert choose(16, 2048, 4096) is None  # `hopper_linear`
     assert choose(192, 2048, 4096) == WideTile((128, 64), 1, 3)
     assert choose(193, 2048, 4096) is None
+
+
+def test_choice_of_gated_tiles() -> None:
+    """Weights of Qwen3-0.6B, then of Qwen3-8B, on an H200."""
+
+    def choose(num_tokens: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16):
+        return choose_gated(num_tokens, n, k, dtype, 132)
+
+    assert choose(256, 6144, 1024) == choose_wide(256, 6144, 1024, torch.bfloat16, 132)
+    assert choose(257, 6144, 1024) is None
+    assert choose(1, 24576, 4096) == WideTile((8,), 1, 1, 3)
+    assert choose(1, 4096, 4096) is None  # SiLU needs all of K
 
 
 def test_choice() -> None:

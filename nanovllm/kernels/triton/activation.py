@@ -22,12 +22,11 @@ from nanovllm.kernels.triton.launch import (
 )
 from nanovllm.kernels.triton.linear import (
     choose_block_m,
-    choose_wide,
+    choose_gated,
     linear,
     load_summed,
     parts_of,
 )
-from nanovllm.kernels.triton.weight_tiles import RUN
 from nanovllm.kernels.triton.wide_linear import wide_linear
 from nanovllm.kernels.types import LinearOutput
 
@@ -91,8 +90,8 @@ def gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     num_tokens, k = x.shape
     n = weight.shape[0]
     if num_tokens and is_hopper(x.device):
-        wide = choose_wide(num_tokens, n, k, weight.dtype, num_multiprocessors(x.device))
-        if wide is not None and wide.num_parts == 1 and n % (2 * RUN) == 0:
+        wide = choose_gated(num_tokens, n, k, weight.dtype, num_multiprocessors(x.device))
+        if wide is not None:
             product = wide_linear(x, weight, None, wide, is_gated=True)
             assert isinstance(product, torch.Tensor)
             return product

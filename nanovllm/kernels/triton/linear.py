@@ -34,8 +34,8 @@ MAX_HOPPER_TOKENS = 32  # from there on `hopper_linear` has not been measured
 # Other weights are multiplied in tiles of a loop, for so many tokens and rows at most.
 MAX_TILED_TOKENS = 32
 MAX_TILED_ROWS = 32768
-# From so many tokens on, up to MAX_TOKENS, `wide_linear` multiplies small weights, and large ones.
-MIN_WIDE_TOKENS, MIN_TOKENS_OF_LARGE = 17, 33
+# `wide_linear` multiplies large weights up to MAX_TOKENS, small ones from so many tokens on.
+MIN_WIDE_TOKENS = 17
 # Small weights: where so many programs of so many columns are enough, by the most tokens. Measured
 # with Qwen3-0.6B and with QKV and O of Qwen3-30B-A3B.
 MAX_WIDE_PROGRAMS = 96
@@ -44,8 +44,13 @@ MAX_WIDE_COLUMNS = {32: 1024, 64: 2048, 192: 1408, 256: 1024}
 # of the multiprocessors to all of them; the most tokens. Measured with Qwen3-8B: QKV; O and down;
 # gate and up.
 LARGE_TILES = ((1, 1, 0.7, 224), (1, 2, 0.9, 224), (3, 1, 0.9, 256))
+# Other large weights and so many tokens: K in as many parts as make so many programs for each
+# multiprocessor. Where these are up to three, all run at once, else two at a time.
+MAX_FEW_TOKENS, PROGRAMS_OF_PARTS = 64, 2
 # Most tokens -> in which pieces a warpgroup has them.
 PIECES = {
+    8: (8,),
+    16: (16,),
     32: (32,),
     64: (64,),
     96: (64, 32),
@@ -127,10 +132,11 @@ def choose_wide(
     num_tokens: int, n: int, k: int, dtype: torch.dtype, num_sms: int
 ) -> WideTile | None:
     """How `wide_linear` multiplies on a GPU of so many multiprocessors; None: another does."""
-    is_few = MIN_WIDE_TOKENS <= num_tokens <= MAX_TOKENS
-    if not SPLIT_LINEAR or dtype == torch.float32 or k % BLOCK_K or n % ROWS or not is_few:
+    if not _suits_wide(n, k, dtype) or not 0 < num_tokens <= MAX_TOKENS:
         return None
-    pieces = next(pieces for most, pieces in PIECES.items() if num_tokens <= most)
+    if num_tokens < MIN_WIDE_TOKENS:
+        return _choose_for_few(num_tokens, n, k, dtype, num_sms)
+    pieces = _pieces(num_tokens)
     num_parts = min(MAX_WIDE_PROGRAMS // (n // ROWS), k // BLOCK_K)
     most = next(most for tokens, most in MAX_WIDE_COLUMNS.items() if num_tokens <= tokens)
     if k <= num_parts * most:
@@ -140,10 +146,37 @@ def choose_wide(
         return WideTile(pieces, 1, num_parts)
     for groups, num_parts, share, most_tokens in LARGE_TILES:
         num_programs = cdiv(n, ROWS * groups) * num_parts
-        is_taken = MIN_TOKENS_OF_LARGE <= num_tokens <= most_tokens
-        if is_taken and share * num_sms <= num_programs <= num_sms:
+        if num_tokens <= most_tokens and share * num_sms <= num_programs <= num_sms:
             return WideTile(pieces, groups, num_parts)
-    return None
+    return _choose_for_few(num_tokens, n, k, dtype, num_sms)
+
+
+def _choose_for_few(
+    num_tokens: int, n: int, k: int, dtype: torch.dtype, num_sms: int
+) -> WideTile | None:
+    """For large weights and few tokens."""
+    if num_tokens > MAX_FEW_TOKENS or choose_block_m(num_tokens, n, k, dtype):
+        return None  # that has less latency
+    num_parts = max(1, min(PROGRAMS_OF_PARTS * num_sms // (n // ROWS), k // BLOCK_K))
+    programs_per_sm = cdiv(n // ROWS * num_parts, num_sms)
+    per_sm = programs_per_sm if programs_per_sm <= 3 else 2
+    return WideTile(_pieces(num_tokens), 1, num_parts, per_sm)
+
+
+def choose_gated(
+    num_tokens: int, n: int, k: int, dtype: torch.dtype, num_sms: int
+) -> WideTile | None:
+    """How `wide_linear` multiplies and computes SiLU; None: it does not."""
+    tile = choose_wide(num_tokens, n, k, dtype, num_sms)
+    return tile if tile is not None and tile.num_parts == 1 else None
+
+
+def _suits_wide(n: int, k: int, dtype: torch.dtype) -> bool:
+    return SPLIT_LINEAR and dtype != torch.float32 and k % BLOCK_K == 0 and n % ROWS == 0
+
+
+def _pieces(num_tokens: int) -> tuple[int, ...]:
+    return next(pieces for most, pieces in PIECES.items() if num_tokens <= most)
 
 
 def choose_tile(num_tokens: int, n: int, k: int, dtype: torch.dtype) -> LinearTile | None:

@@ -1,4 +1,4 @@
-"""Products of 17 to 256 tokens for Hopper, in Gluon: one warp copies, warpgroups compute.
+"""Products of up to 256 tokens for Hopper, in Gluon: one warp copies, warpgroups compute.
 
 A program multiplies 64 rows of the weight for each of its warpgroups with all tokens, so that every
 weight is read from memory once. The weight's rows are those of the matrix instruction. Sizes in
@@ -6,6 +6,9 @@ Triton are powers of two, so a warpgroup has its tokens in up to three pieces, o
 The copying warp brings columns of both, by bulk tensor copies, into a ring of shared memory: the
 first weights come before the wait for the kernel ahead. Where K is split, the parts are left
 unsummed, as those of kernels/triton/linear.py.
+
+Of few tokens the weights' bytes are all that counts. Several programs share a multiprocessor then:
+while one stores its sums and the next one starts, the copies of the others go on.
 
 A piece ends with the last token at the latest, and may begin within the piece before: both store
 the same. Copies of rows past the end take longer than those of rows that exist.
@@ -27,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.kernels.device import device_limits
+from nanovllm.kernels.device import RESERVED_SHARED_MEMORY, device_limits
 from nanovllm.kernels.triton.hopper_prefill import start_copy
 from nanovllm.kernels.triton.launch import cdiv, overlap_options, with_dry_runs
 from nanovllm.kernels.triton.weight_tiles import (
@@ -332,6 +335,7 @@ class WideTile(NamedTuple):
     pieces: tuple[int, ...]  # tokens of each, powers of 2, the largest first
     groups: int = 1  # warpgroups, of ROWS rows each
     num_parts: int = 1  # of K
+    programs_per_sm: int = 1  # that share a multiprocessor's memory
 
 
 def wide_linear(
@@ -374,7 +378,8 @@ def wide_linear(
     by_tokens = REGISTERS[tile.groups]
     registers, computing = next(pair for most, pair in by_tokens.items() if tokens <= most)
     stages = next(stages for most, stages in MAX_STAGES.items() if tokens <= most)
-    room = device_limits(x.device).shared_memory - RESERVED_BYTES
+    room = device_limits(x.device).shared_memory + RESERVED_SHARED_MEMORY
+    room = room // tile.programs_per_sm - RESERVED_SHARED_MEMORY - RESERVED_BYTES
     grid = cdiv(n, rows), num_parts, cdiv(num_tokens, tokens)
     _wide_linear_kernel[grid](
         out,
