@@ -22,13 +22,13 @@ from nanovllm.kernels.device import DeviceLimits, meta_stands_for
 from nanovllm.kernels.ops import Ops
 from nanovllm.kernels.triton import hopper_experts
 from nanovllm.kernels.triton.compilation import Variants
-from nanovllm.kernels.triton.linear import PIECES
+from nanovllm.kernels.triton.linear import PIECES, SHARES
 from nanovllm.kernels.triton.moe import FP8_TILES, PACKED_TILES, SORT_CHUNK, TILES
 from nanovllm.kernels.triton.peer_memory import PeerMemory, num_memory_bytes
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.sampling.batch import edited_width
 
-MAX_TILED_TOKENS = 512  # from there on no choice of tiles differs between powers of 2
+MAX_TILED_TOKENS = 512  # from there on only shares differ between powers of 2
 FEW = 3  # of the largest and of the smallest sizes, for what does not depend on the size
 
 
@@ -71,12 +71,13 @@ def record_variants(
 def token_counts(most: int, further_ends: Iterable[int] = ()) -> list[int]:
     """Numbers up to `most`, ascending: both ends of each range of tokens with the same tiles.
 
-    They change after powers of 2, multiples of 64, those of PIECES and `further_ends`. In each is a
-    multiple of 16, if there is one, and another number: what the number multiplies may be aligned
-    or not.
+    They change after powers of 2, multiples of 64, those of PIECES and of its SHARES, and
+    `further_ends`. In each is a multiple of 16, if there is one, and another number: what the
+    number multiplies may be aligned or not.
     """
     ends = {2**power for power in range(most.bit_length())} | {*range(64, MAX_TILED_TOKENS, 64)}
-    ends |= {most, *PIECES, *further_ends}
+    ends |= {share * end for share in (1, *SHARES) for end in PIECES}
+    ends |= {most, *further_ends}
     counts = {1, 2, 3, *ends, *(end + 1 for end in ends), *(end // 16 * 16 for end in ends)}
     return sorted(count for count in counts if 1 <= count <= most)
 

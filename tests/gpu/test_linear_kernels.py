@@ -151,6 +151,22 @@ def test_programs_that_share_a_multiprocessor(n, k, dtype, num_tokens) -> None:
             assert torch.equal(summed(wide_linear(x, weight, biased, tile)), alone)
 
 
+@pytest.mark.parametrize("num_tokens", [449, 512, 513, 769, 1000, 1024])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gated_product_of_tokens_that_programs_share(num_tokens, dtype) -> None:
+    if not is_hopper(torch.device("cuda", 0)):
+        pytest.skip("needs Hopper")
+    num_sms = num_multiprocessors(torch.device("cuda", 0))
+    size, k = num_sms // 4 * 96, 1024
+    assert choose_gated(num_tokens, 2 * size, k, dtype, num_sms) is not None
+    x, weight = randn(num_tokens, k, dtype=dtype), randn(2 * size, k, dtype=dtype) / k**0.5
+    poison = torch.full((num_tokens, size), float("nan"), device="cuda", dtype=dtype)
+    del poison  # the allocator hands the same memory out again
+    got = gated_linear(x, weight)
+    gate, up = (x.double() @ weight.double().T).chunk(2, dim=-1)
+    torch.testing.assert_close(got, (F.silu(gate) * up).to(dtype), rtol=2e-2, atol=2e-3)
+
+
 @pytest.mark.parametrize("num_tokens", [32, 33, 64, 65, 128, 129, 176, 192, 193, 256])
 @pytest.mark.parametrize(
     ("size", "k", "groups", "dtype"),
@@ -222,7 +238,7 @@ def test_ops_add_up_parts(num_parts: int) -> None:
 @pytest.mark.parametrize(
     ("num_tokens", "hidden"),
     [
-        *((num_tokens, 1024) for num_tokens in (1, 8, 32, 112, 176, 208)),
+        *((num_tokens, 1024) for num_tokens in (1, 8, 32, 112, 176, 208, 640)),
         *((num_tokens, 4096) for num_tokens in (1, 8, 16, 32, 48, 144, 256)),
     ],
 )
@@ -308,9 +324,16 @@ def test_choice_of_gated_tiles() -> None:
         return choose_gated(num_tokens, n, k, dtype, 132)
 
     assert choose(256, 6144, 1024) == choose_wide(256, 6144, 1024, torch.bfloat16, 132)
-    assert choose(257, 6144, 1024) is None
+    assert choose(257, 6144, 1024) is None and choose(448, 6144, 1024) is None
+    assert choose(449, 6144, 1024) == WideTile((128,), 3)
+    assert choose(640, 6144, 1024) == WideTile((128, 32), 3)
+    assert choose(1024, 6144, 1024) == WideTile((128, 128), 3)
+    assert choose(1025, 6144, 1024) is None
+    assert choose(640, 6144, 1024, torch.float32) is None
     assert choose(1, 24576, 4096) == WideTile((8,), 1, 1, 3)
     assert choose(1, 4096, 4096) is None  # SiLU needs all of K
+    assert choose(512, 24576, 4096) is None and choose(512, 6144, 4096) is None
+    assert choose(512, 12288, 2048) == WideTile((128, 128), 3)
 
 
 def test_choice() -> None:

@@ -60,6 +60,9 @@ PIECES = {
     224: (128, 64, 32),
     256: (128, 128),
 }
+# Only with SiLU, from so many tokens on and up to so many columns of K: tokens in one of these
+# numbers of shares, if that makes nearly a program for each multiprocessor.
+MIN_SHARED_TOKENS, MAX_SHARED_COLUMNS, SHARES = 449, 2048, (2, 4)
 SPLIT_LINEAR = True  # off for an ablation
 
 
@@ -167,8 +170,16 @@ def choose_gated(
     num_tokens: int, n: int, k: int, dtype: torch.dtype, num_sms: int
 ) -> WideTile | None:
     """How `wide_linear` multiplies and computes SiLU; None: it does not."""
-    tile = choose_wide(num_tokens, n, k, dtype, num_sms)
-    return tile if tile is not None and tile.num_parts == 1 else None
+    if num_tokens <= MAX_TOKENS:
+        tile = choose_wide(num_tokens, n, k, dtype, num_sms)
+        return tile if tile is not None and tile.num_parts == 1 else None
+    num_programs = cdiv(n, 3 * ROWS)
+    num_shares = num_sms // num_programs
+    is_taken = MIN_SHARED_TOKENS <= num_tokens <= num_shares * MAX_TOKENS and num_shares in SHARES
+    fills = num_shares * num_programs >= 0.9 * num_sms
+    if is_taken and fills and k <= MAX_SHARED_COLUMNS and _suits_wide(n, k, dtype):
+        return WideTile(_pieces(cdiv(num_tokens, num_shares)), 3)
+    return None
 
 
 def _suits_wide(n: int, k: int, dtype: torch.dtype) -> bool:
