@@ -222,8 +222,9 @@ def scales_of(shape: Shape, n: int, k: int) -> torch.Tensor:
 def fp8_products(ops: Ops, shape: Shape) -> None:
     if ops.has_fp8_products:
         n, k = 4096, 4 * shape.hidden_size
-        x, weight = empty(64, k, dtype=shape.dtype), empty(n, k, dtype=FP8_DTYPE)
-        ops.fp8_linear(x, weight, scales_of(shape, n, k))
+        weight = empty(n, k, dtype=FP8_DTYPE)
+        for rows in (8, 64, 128):
+            ops.fp8_linear(empty(rows, k, dtype=shape.dtype), weight, scales_of(shape, n, k))
 
 
 def experts(ops: Ops, shape: Shape) -> None:

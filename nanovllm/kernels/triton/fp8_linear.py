@@ -9,55 +9,35 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.triton.launch import await_previous, jit, overlap_options
+from nanovllm.kernels.triton.launch import (
+    await_previous,
+    is_hopper,
+    jit,
+    num_multiprocessors,
+    overlap_options,
+    release_next,
+)
+from nanovllm.kernels.triton.linear import choose_for_few
 from nanovllm.kernels.triton.tiled_linear import LinearTile, tiled_linear
+from nanovllm.kernels.triton.wide_linear import WideTile, wide_linear
 from nanovllm.kernels.types import FP8_BLOCK, FP8_DTYPE, FP8_MAX, FP8_MIN_AMAX, LinearOutput
 
-# Rows of the weight, at most -> tokens, at most -> tile; see bench_fp8_linear.py. Three
-# programs of 64 rows for each multiprocessor of an H200 are all there are at a time: weights of
-# more rows take tiles of 128. For more tokens torch's product wins.
-MANY_ROWS = 64 * 3 * 132
-TILES_OF_FEW_ROWS = {
-    16: LinearTile(16, 64, 256, 4, 5, 1),
-    32: LinearTile(32, 64, 256, 4, 5, 1),
-    64: LinearTile(64, 64, 256, 4, 5, 1),
-    128: LinearTile(128, 64, 128, 4, 8, 1),
-}
+# `wide_linear` multiplies few tokens. With more than these and scales of rows, it costs more to add
+# up the parts of a split K than to leave some multiprocessors with one program instead of two.
+MAX_TOKENS_OF_MANY_PARTS = 16
+# More tokens: rows of the weight, at most -> tokens, at most -> tile; see bench_fp8_linear.py. For
+# others torch's product wins.
 TILES = {
-    4096: TILES_OF_FEW_ROWS
-    | {192: LinearTile(64, 128, 128, 4, 8, 1), 256: LinearTile(128, 128, 128, 4, 6, 1)},
-    16384: TILES_OF_FEW_ROWS,
-    MANY_ROWS: {
-        16: LinearTile(16, 64, 256, 4, 3, 2),
-        32: LinearTile(32, 64, 256, 4, 3, 2),
-        64: LinearTile(64, 64, 128, 4, 4, 2),
+    4096: {
+        128: LinearTile(128, 64, 128, 4, 8, 1),
+        192: LinearTile(64, 128, 128, 4, 8, 1),
+        256: LinearTile(128, 128, 128, 4, 6, 1),
     },
-    float("inf"): {
-        16: LinearTile(16, 128, 128, 4, 6, 2),
-        32: LinearTile(32, 128, 128, 4, 4, 2),
-        64: LinearTile(64, 128, 128, 4, 4, 2),
-    },
+    16384: {128: LinearTile(128, 64, 128, 4, 8, 1)},
 }
 # Where the scales are those of blocks; there block_k is one.
-BLOCK_TILES_OF_FEW_ROWS = {
-    16: LinearTile(16, 64, 128, 4, 4, 2),
-    32: LinearTile(32, 64, 128, 4, 6, 2),
-    64: LinearTile(64, 64, 128, 4, 4, 2),
-}
 TILES_OF_BLOCKS = {
-    4096: BLOCK_TILES_OF_FEW_ROWS
-    | {128: LinearTile(128, 64, 128, 8, 6, 1), 256: LinearTile(128, 128, 128, 8, 4, 1)},
-    16384: BLOCK_TILES_OF_FEW_ROWS,
-    MANY_ROWS: {
-        16: LinearTile(16, 64, 128, 4, 6, 2),
-        32: LinearTile(32, 64, 128, 4, 4, 2),
-        64: LinearTile(64, 64, 128, 4, 4, 2),
-    },
-    float("inf"): {
-        16: LinearTile(16, 128, 128, 4, 6, 2),
-        32: LinearTile(32, 64, 128, 4, 4, 2),
-        64: LinearTile(64, 128, 128, 4, 4, 2),
-    },
+    4096: {128: LinearTile(128, 64, 128, 8, 6, 1), 256: LinearTile(128, 128, 128, 8, 4, 1)}
 }
 MIN_RAGGED_TOKENS = 512  # below, torch's product of a multiple of 128 tokens is faster
 TORCH_MULTIPLE = 16  # of tokens, so that a column of scales is a multiple of 16 bytes
@@ -78,6 +58,7 @@ def _quantize_kernel(
     FP8_MIN_AMAX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    release_next(OVERLAP)
     await_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, NUM_GROUPS)
@@ -107,6 +88,11 @@ def fp8_linear(
     if num_tokens == 0:
         return x.new_empty(0, len(weight))
     group = FP8_BLOCK if scales.dim() == 2 else None
+    if is_hopper(x.device) and (few := _choose_for_few(x, weight, by_blocks=group is not None)):
+        values, x_scales = quantize_rows(x, group)
+        return wide_linear(
+            values, weight, bias, few, x_scales=x_scales, scales=scales, dtype=x.dtype
+        )
     if tile := choose_tile(num_tokens, weight, scales):
         values, x_scales = quantize_rows(x, group, multiple=tile.block_m)
         return tiled_linear(values, weight, bias, tile, x.dtype, num_tokens, x_scales, scales)
@@ -115,12 +101,18 @@ def fp8_linear(
     return scaled_mm(values, x_scales, weight, scales, bias, x.dtype)[:num_tokens]
 
 
+def _choose_for_few(x: torch.Tensor, weight: torch.Tensor, by_blocks: bool) -> WideTile | None:
+    (num_tokens, k), n = x.shape, len(weight)
+    programs = 2 if by_blocks or num_tokens <= MAX_TOKENS_OF_MANY_PARTS else 1
+    return choose_for_few(num_tokens, n, k, num_multiprocessors(x.device), programs)
+
+
 def choose_tile(num_tokens: int, weight: torch.Tensor, scales: torch.Tensor) -> LinearTile | None:
-    """The tile of `tiled_linear`, or None if torch's product is faster."""
+    """The tile of `tiled_linear` for many tokens, or None if torch's product is faster."""
     n, k = weight.shape
     by_blocks = scales.dim() == 2
     table = TILES_OF_BLOCKS if by_blocks else TILES
-    tiles = next(tiles for most, tiles in table.items() if n <= most)
+    tiles = next((tiles for most, tiles in table.items() if n <= most), {})
     for most, tile in tiles.items():
         if num_tokens <= most:
             return tile

@@ -44,9 +44,9 @@ MAX_WIDE_COLUMNS = {32: 1024, 64: 2048, 192: 1408, 256: 1024}
 # of the multiprocessors to all of them; the most tokens. Measured with Qwen3-8B: QKV; O and down;
 # gate and up.
 LARGE_TILES = ((1, 1, 0.7, 224), (1, 2, 0.9, 224), (3, 1, 0.9, 256))
-# Other large weights and so many tokens: K in as many parts as make so many programs for each
-# multiprocessor. Where these are up to three, all run at once, else two at a time.
-MAX_FEW_TOKENS, PROGRAMS_OF_PARTS = 64, 2
+# Other large weights and so many tokens: K in as many parts as make two programs for each
+# multiprocessor. Where its programs are up to three, all run at once, else two at a time.
+MAX_FEW_TOKENS, MIN_BYTES_OF_PART = 64, 1024
 # Most tokens -> in which pieces a warpgroup has them.
 PIECES = {
     8: (8,),
@@ -138,7 +138,8 @@ def choose_wide(
     if not _suits_wide(n, k, dtype) or not 0 < num_tokens <= MAX_TOKENS:
         return None
     if num_tokens < MIN_WIDE_TOKENS:
-        return _choose_for_few(num_tokens, n, k, dtype, num_sms)
+        is_small = choose_block_m(num_tokens, n, k, dtype)  # that has less latency
+        return None if is_small else choose_for_few(num_tokens, n, 2 * k, num_sms)
     pieces = _pieces(num_tokens)
     num_parts = min(MAX_WIDE_PROGRAMS // (n // ROWS), k // BLOCK_K)
     most = next(most for tokens, most in MAX_WIDE_COLUMNS.items() if num_tokens <= tokens)
@@ -151,17 +152,23 @@ def choose_wide(
         num_programs = cdiv(n, ROWS * groups) * num_parts
         if num_tokens <= most_tokens and share * num_sms <= num_programs <= num_sms:
             return WideTile(pieces, groups, num_parts)
-    return _choose_for_few(num_tokens, n, k, dtype, num_sms)
+    is_small = choose_block_m(num_tokens, n, k, dtype)
+    return None if is_small else choose_for_few(num_tokens, n, 2 * k, num_sms)
 
 
-def _choose_for_few(
-    num_tokens: int, n: int, k: int, dtype: torch.dtype, num_sms: int
+def choose_for_few(
+    num_tokens: int, n: int, row_bytes: int, num_sms: int, programs_of_parts: int = 2
 ) -> WideTile | None:
-    """For large weights and few tokens."""
-    if num_tokens > MAX_FEW_TOKENS or choose_block_m(num_tokens, n, k, dtype):
-        return None  # that has less latency
-    num_parts = max(1, min(PROGRAMS_OF_PARTS * num_sms // (n // ROWS), k // BLOCK_K))
-    programs_per_sm = cdiv(n // ROWS * num_parts, num_sms)
+    """How `wide_linear` multiplies few tokens and large weights; None: they are too many.
+
+    row_bytes: of the weight. programs_of_parts: for each multiprocessor, by splitting K.
+    """
+    if num_tokens > MAX_FEW_TOKENS:
+        return None
+    num_tiles = cdiv(n, ROWS)
+    most_parts = max(1, row_bytes // MIN_BYTES_OF_PART)
+    num_parts = max(1, min(programs_of_parts * num_sms // num_tiles, most_parts))
+    programs_per_sm = cdiv(num_tiles * num_parts, num_sms)
     per_sm = programs_per_sm if programs_per_sm <= 3 else 2
     return WideTile(_pieces(num_tokens), 1, num_parts, per_sm)
 

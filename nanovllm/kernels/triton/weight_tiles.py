@@ -11,24 +11,28 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-COLUMNS = 64  # of a tile: 128 bytes, by which shared memory is swizzled
+TILE_BYTES = 128  # of a row of a tile: by so many shared memory is swizzled
+COLUMNS = TILE_BYTES // 2  # of a tile in half precision
 RUN = 8  # rows of gate, and behind them those of up
 
 
 @cache
-def tile_layout(rank: int) -> Any:
-    """Of a tile of COLUMNS columns in shared memory, as matrix instructions read it."""
-    return gl.NVMMASharedLayout(2 * COLUMNS, 16, rank)
+def tile_layout(rank: int, bits: int = 16) -> Any:
+    """Of a tile of TILE_BYTES a row in shared memory, as matrix instructions read it."""
+    return gl.NVMMASharedLayout(TILE_BYTES, bits, rank)
 
 
 def weight_tiles(weight: torch.Tensor, rows: int, is_gated: bool, num_experts: int = 1) -> Any:
     """A tensor descriptor of tiles [rows, COLUMNS] of a weight [N, K], or of experts' [E * N, K].
 
     With is_gated a tile has RUN rows of the first half of an expert's N, RUN of its second, and on.
+    Of an fp8 weight, without is_gated, a tile has TILE_BYTES columns.
     """
     n, k = weight.shape
     if not is_gated:
-        return TensorDescriptor(weight, [n, k], [k, 1], [rows, COLUMNS], tile_layout(2))
+        size = weight.element_size()
+        block = [rows, TILE_BYTES // size]
+        return TensorDescriptor(weight, [n, k], [k, 1], block, tile_layout(2, 8 * size))
     runs_of_half = n // num_experts // 2 // RUN
     num_runs = (2 * num_experts - 1) * runs_of_half  # at which a tile may begin
     strides = [RUN * k, runs_of_half * RUN * k, k, 1]

@@ -13,6 +13,9 @@ while one stores its sums and the next one starts, the copies of the others go o
 A piece ends with the last token at the latest, and may begin within the piece before: both store
 the same. Copies of rows past the end take longer than those of rows that exist.
 
+With fp8 weights x is quantised, and scales are as in kernels/triton/fp8_linear.py. Those of blocks
+belong to a stage each, and its product is added to the sums with them.
+
 Every stage of the ring has two barriers: "full" when its bytes are there, "free" when all
 warpgroups are done with them; see kernels/triton/hopper_prefill.py.
 """
@@ -34,18 +37,17 @@ from nanovllm.kernels.device import RESERVED_SHARED_MEMORY, device_limits
 from nanovllm.kernels.triton.hopper_prefill import start_copy
 from nanovllm.kernels.triton.launch import cdiv, overlap_options, with_dry_runs
 from nanovllm.kernels.triton.weight_tiles import (
-    COLUMNS,
     RUN,
+    TILE_BYTES,
     silu_of_runs,
     tile_layout,
     weight_tiles,
 )
-from nanovllm.kernels.types import LinearOutput, PartialSums
+from nanovllm.kernels.types import FP8_BLOCK, LinearOutput, PartialSums
 
 ROWS = 64  # of the weight, for a warpgroup: those of a matrix instruction
 MAX_TOKENS = 256
 MAX_PIECES = 3  # of the tokens
-BLOCK_K = COLUMNS  # of a stage
 MAX_STAGES = {32: 12, 256: 8}  # by the most tokens
 # From so many tokens on three warpgroups have few stages, and wait long for what all programs read
 # at the same time. So each begins at other columns of K.
@@ -122,15 +124,15 @@ def _copy(tiles, ring, place, IS_GATED: gl.constexpr, OVERLAP: gl.constexpr):
 
 @gluon.jit
 def _compute(
-    out,
-    bias,
+    product,  # out, bias, num_tokens, n
+    factors,  # x_scales, scales, stride_x_scales, num_blocks
     ring,
     place,
-    num_tokens,
-    n,
     GROUP: gl.constexpr,
+    SCALE_BLOCK: gl.constexpr,
     IS_GATED: gl.constexpr,
     RUN: gl.constexpr,
+    OVERLAP: gl.constexpr,
 ):
     """A computing warpgroup."""
     weights, xs, full, free = ring
@@ -142,12 +144,19 @@ def _compute(
     T0: gl.constexpr = xs[0].shape[1]
     T1: gl.constexpr = xs[1].shape[1] if PIECES > 1 else 16
     T2: gl.constexpr = xs[2].shape[1] if PIECES > 2 else 16
-    layout0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, T0, 16])
-    layout1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, T1, 16])
-    layout2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, T2, 16])
+    K: gl.constexpr = 256 // xs[0].dtype.primitive_bitwidth  # of a matrix instruction
+    layout0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, T0, K])
+    layout1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, T1, K])
+    layout2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, T2, K])
     acc0 = gl.zeros([ROWS, T0], gl.float32, layout0)
     acc1 = gl.zeros([ROWS, T1], gl.float32, layout1)
     acc2 = gl.zeros([ROWS, T2], gl.float32, layout2)
+    IS_SCALED: gl.constexpr = factors[1] is not None
+    if OVERLAP and IS_SCALED:
+        gdc_wait()
+    if SCALE_BLOCK > 0:
+        acc0 = _sum_of_blocks(acc0, product[2], factors, ring, place, layout0, SCALE_BLOCK)
+        count = 0
     for block in range(count):
         stage = block % STAGES
         mbarrier.wait(full.index(stage), (block // STAGES) & 1)
@@ -173,31 +182,73 @@ def _compute(
         acc0, acc1 = warpgroup_mma_wait(0, [acc0, acc1])
     else:
         acc0, acc1, acc2 = warpgroup_mma_wait(0, [acc0, acc1, acc2])
-    _finish(out, bias, acc0, first_row, tokens[0], part, num_tokens, n, layout0, IS_GATED, RUN)
+    follows = (product, factors, part)
+    _finish(follows, acc0, first_row, tokens[0], layout0, SCALE_BLOCK, IS_GATED, RUN)
     if PIECES > 1:
-        _finish(out, bias, acc1, first_row, tokens[1], part, num_tokens, n, layout1, IS_GATED, RUN)
+        _finish(follows, acc1, first_row, tokens[1], layout1, SCALE_BLOCK, IS_GATED, RUN)
     if PIECES > 2:
-        _finish(out, bias, acc2, first_row, tokens[2], part, num_tokens, n, layout2, IS_GATED, RUN)
+        _finish(follows, acc2, first_row, tokens[2], layout2, SCALE_BLOCK, IS_GATED, RUN)
+
+
+@gluon.jit
+def _factors_of_block(factors, row, block, token, num_tokens, SCALE_BLOCK: gl.constexpr):
+    """For products of a block of K with each token."""
+    x_scales, scales, stride_x_scales, num_blocks = factors
+    scale = gl.load(scales + row // SCALE_BLOCK * num_blocks + block)
+    return gl.load(x_scales + block * stride_x_scales + token, token < num_tokens, 0.0) * scale
+
+
+@gluon.jit
+def _sum_of_blocks(
+    acc, num_tokens, factors, ring, place, layout: gl.constexpr, SCALE_BLOCK: gl.constexpr
+):
+    """acc + the product whose blocks of K have scales of their own, by one warpgroup in one piece.
+
+    The scales of a block are asked for while the block before is multiplied.
+    """
+    weights, xs, full, free = ring
+    row, tokens, begin, count, _shift, _part = place
+    STAGES: gl.constexpr = full.shape[0]
+    token = tokens[0] + gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, layout))
+    next_factors = _factors_of_block(factors, row, begin, token, num_tokens, SCALE_BLOCK)
+    for block in range(count):
+        block_factors = next_factors
+        following = begin + gl.minimum(block + 1, count - 1)
+        next_factors = _factors_of_block(factors, row, following, token, num_tokens, SCALE_BLOCK)
+        stage = block % STAGES
+        mbarrier.wait(full.index(stage), (block // STAGES) & 1)
+        x = xs[0].index(stage).permute((1, 0))
+        product = gl.zeros_like(acc)
+        product = warpgroup_mma(weights.index(stage), x, product, use_acc=False, is_async=True)
+        product = warpgroup_mma_wait(0, [product])
+        mbarrier.arrive(free.index(stage))
+        acc += product * block_factors[None, :]
+    return acc
 
 
 @gluon.jit
 def _finish(
-    out,
-    bias,
+    follows,
     acc,
     first_row,
     first_token,
-    part,
-    num_tokens,
-    n,
     layout: gl.constexpr,
+    SCALE_BLOCK: gl.constexpr,
     IS_GATED: gl.constexpr,
     RUN: gl.constexpr,
 ):
     """What follows a piece's product."""
+    product, factors, part = follows
+    out, bias, num_tokens, n = product
     ROWS: gl.constexpr = acc.shape[0]
     BLOCK_T: gl.constexpr = acc.shape[1]
     dtype: gl.constexpr = out.dtype.element_ty
+    x_scales, scales, _stride, _num_blocks = factors
+    if scales is not None and SCALE_BLOCK == 0:
+        row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+        token = first_token + gl.arange(0, BLOCK_T, layout=gl.SliceLayout(0, layout))
+        acc *= gl.load(scales + row, row < n, 0.0)[:, None]
+        acc *= gl.load(x_scales + token, token < num_tokens, 0.0)[None, :]
     if IS_GATED:
         act = silu_of_runs(acc, RUN, dtype)
         _store(out, act, first_row * RUN, first_token, num_tokens, n // 2)
@@ -258,18 +309,22 @@ def _pieces(x_tiles, first, num_tokens, STAGES: gl.constexpr):
 
 
 @with_dry_runs
-@gluon.jit(do_not_specialize=["num_tokens", "num_blocks", "blocks_per_part"])
+@gluon.jit(do_not_specialize=["num_tokens", "num_blocks", "blocks_per_part", "stride_x_scales"])
 def _wide_linear_kernel(
     out,  # [T, n], or float32 [parts, T, n]; IS_GATED: [T, n / 2]
     x_tiles0,  # x [T, K], tensor descriptors of [tokens of a piece, BLOCK_K]
     x_tiles1,  # or None
     x_tiles2,  # or None
-    weight_tiles,  # weight [n, K], see weight_tiles.py; rows past n read as zeros
+    weight_tiles,  # weight [n, K], see weight_tiles.py; what is past n or K reads as zeros
     bias,  # [n] or None
+    x_scales,  # of fp8 x: float32 [T], or [num_blocks, T], else None
+    scales,  # of fp8 weights: float32 [n], or [ceil(n / FP8_BLOCK), num_blocks], else None
     num_tokens,
     n,
-    num_blocks,  # of BLOCK_K columns
+    num_blocks,  # of TILE_BYTES of a row
     blocks_per_part,
+    stride_x_scales,
+    SCALE_BLOCK: gl.constexpr,  # rows of the weight with a scale for each block of K; 0: none have
     TOKENS: gl.constexpr,  # of a program: those of all pieces
     ROWS: gl.constexpr,
     GROUPS: gl.constexpr,  # warpgroups, each of which has ROWS rows
@@ -306,10 +361,14 @@ def _wide_linear_kernel(
         place = (gl.program_id(0) * rows, tokens, begin, count, None, part)
     tiles = (x_tiles, weight_tiles)
     ring = (weights, xs, full, free)
+    product = (out, bias, num_tokens, n)
+    factors = (x_scales, scales, stride_x_scales, num_blocks)
+    # fmt: off
     if GROUPS == 1:
         gl.warp_specialize(
             [
-                (_compute, (out, bias, ring, place, num_tokens, n, 0, IS_GATED, RUN)),
+                (_compute,
+                 (product, factors, ring, place, 0, SCALE_BLOCK, IS_GATED, RUN, OVERLAP)),
                 (_copy, (tiles, ring, place, IS_GATED, OVERLAP)),
             ],
             [1],
@@ -319,14 +378,18 @@ def _wide_linear_kernel(
         gl.static_assert(GROUPS == 3)
         gl.warp_specialize(
             [
-                (_compute, (out, bias, ring, place, num_tokens, n, 0, IS_GATED, RUN)),
-                (_compute, (out, bias, ring, place, num_tokens, n, 1, IS_GATED, RUN)),
-                (_compute, (out, bias, ring, place, num_tokens, n, 2, IS_GATED, RUN)),
+                (_compute,
+                 (product, factors, ring, place, 0, SCALE_BLOCK, IS_GATED, RUN, OVERLAP)),
+                (_compute,
+                 (product, factors, ring, place, 1, SCALE_BLOCK, IS_GATED, RUN, OVERLAP)),
+                (_compute,
+                 (product, factors, ring, place, 2, SCALE_BLOCK, IS_GATED, RUN, OVERLAP)),
                 (_copy, (tiles, ring, place, IS_GATED, OVERLAP)),
             ],
             [4, 4, 1],
             [COMPUTING_REGISTERS, COMPUTING_REGISTERS, COPYING_REGISTERS],
         )
+    # fmt: on
 
 
 class WideTile(NamedTuple):
@@ -345,10 +408,15 @@ def wide_linear(
     tile: WideTile,
     *,
     is_gated: bool = False,
+    x_scales: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> LinearOutput:
     """x [T, K], weight [N, K], bias [N] -> [T, N], with K in the tile's parts or fewer.
 
-    N is a multiple of 8 and K of BLOCK_K. bfloat16 or float16, all contiguous.
+    Rows of x, weight and result are a multiple of 16 bytes. All contiguous, in bfloat16 or float16.
+    Or x and weight are fp8 and the result is in `dtype`, with x_scales and scales as in
+    `tiled_linear`; with those of blocks the tile has one warpgroup and one piece.
 
     Args:
         tile: as `choose_wide` in kernels/triton/linear.py chooses it. Programs share the tokens if
@@ -359,22 +427,25 @@ def wide_linear(
     """
     num_tokens, k = x.shape
     n = weight.shape[0]
+    block_k = TILE_BYTES // x.element_size()
     assert x.is_contiguous() and weight.is_contiguous()
-    assert k % BLOCK_K == 0 and n % 8 == 0
-    num_blocks = k // BLOCK_K
+    num_blocks = cdiv(k, block_k)
+    dtype = dtype or x.dtype
     blocks_per_part = cdiv(num_blocks, tile.num_parts)
     num_parts = cdiv(num_blocks, blocks_per_part)
     width = n // 2 if is_gated else n
     if num_parts == 1:
-        out = torch.empty(num_tokens, width, dtype=x.dtype, device=x.device)
+        out = torch.empty(num_tokens, width, dtype=dtype, device=x.device)
     else:
         out = torch.empty(num_parts, num_tokens, n, dtype=torch.float32, device=x.device)
     x_tiles = [
-        TensorDescriptor(x, [num_tokens, k], [k, 1], [size, BLOCK_K], tile_layout(2))
+        TensorDescriptor(
+            x, [num_tokens, k], [k, 1], [size, block_k], tile_layout(2, 8 * x.element_size())
+        )
         for size in tile.pieces
     ]
     tokens, rows = sum(tile.pieces), ROWS * tile.groups
-    stage_bytes = (rows + tokens) * BLOCK_K * x.element_size()
+    stage_bytes = (rows + tokens) * TILE_BYTES
     by_tokens = REGISTERS[tile.groups]
     registers, computing = next(pair for most, pair in by_tokens.items() if tokens <= most)
     stages = next(stages for most, stages in MAX_STAGES.items() if tokens <= most)
@@ -387,10 +458,14 @@ def wide_linear(
         *[None] * (MAX_PIECES - len(x_tiles)),
         weight_tiles(weight, ROWS, is_gated),
         bias,
+        x_scales,
+        scales,
         num_tokens,
         n,
         num_blocks,
         blocks_per_part,
+        0 if x_scales is None else x_scales.stride(1),
+        SCALE_BLOCK=FP8_BLOCK if scales is not None and scales.dim() == 2 else 0,
         TOKENS=tokens,
         ROWS=ROWS,
         GROUPS=tile.groups,
@@ -404,4 +479,4 @@ def wide_linear(
         maxnreg=registers,
         **overlap_options(x.device),
     )
-    return out if num_parts == 1 else PartialSums(out, x.dtype)
+    return out if num_parts == 1 else PartialSums(out, dtype)
