@@ -125,7 +125,7 @@ def test_every_tile_for_any_number_of_tokens(hidden_size, size, num_tokens, tile
         assert relative_error(summed(got), exact) < 8e-3
 
 
-@pytest.mark.parametrize("tile", hopper_experts.TILES.values())
+@pytest.mark.parametrize("tile", [*hopper_experts.TILES.values(), hopper_experts.TILE_OF_ONE_TOKEN])
 @pytest.mark.parametrize("guesses", [True, False])
 @pytest.mark.parametrize("num_tokens", [2, 50, 256])
 @pytest.mark.parametrize(("hidden_size", "size"), [(512, 192), (576, 64)])

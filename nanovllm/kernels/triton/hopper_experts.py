@@ -1,7 +1,7 @@
 """Experts of few tokens for Hopper, in Gluon: sort the pairs, then two grouped products.
 
 What bounds them is the bandwidth of the experts' weights, so copies of weights never stop. A
-program of a product stays on its multiprocessor and takes one tile after another: ROWS rows of an
+program of a product stays on its multiprocessor and takes one tile after another: rows of an
 expert's weight times a block of its pairs. One warp copies columns of weights into a ring of shared
 memory, by bulk tensor copies, four warps of the first product fetch the tokens of the pairs, and a
 warpgroup multiplies both. The weight's rows are those of the matrix instruction. Copies for the
@@ -50,8 +50,7 @@ from nanovllm.kernels.triton.weight_tiles import (
 )
 from nanovllm.kernels.types import PackedWeight, PartialSums
 
-MIN_TOKENS, MAX_TOKENS = 2, 256
-ROWS = 128  # of the weight, for a program: those of two matrix instructions
+MAX_TOKENS = 256
 BLOCK_K = COLUMNS  # of a stage
 COPYING_REGISTERS = 24  # of a thread
 REGISTERS = 96  # of each thread when a program starts: others have room beside it
@@ -68,10 +67,12 @@ class Tile(NamedTuple):
 
     pairs: int
     stages: int  # of the ring
+    rows: int = 128  # of the weight: those of two matrix instructions
 
 
 # Mean pairs per expert, at most -> tile.
 TILES = {9: Tile(16, 11), float("inf"): Tile(32, 10)}
+TILE_OF_ONE_TOKEN = Tile(16, 16, 64)
 
 
 @jit(do_not_specialize=["num_pairs"])
@@ -438,10 +439,19 @@ def sort_pairs(
     return result
 
 
+def pairs_of_one_token(num_pairs: int, device: torch.device) -> SortedPairs:
+    """Uninitialised; each pair is a block."""
+    return SortedPairs(
+        torch.empty(num_pairs, dtype=torch.int32, device=device),
+        torch.empty(num_pairs, BLOCK_COLUMNS.value, dtype=torch.int32, device=device),
+        torch.empty(1, dtype=torch.int32, device=device),
+    )
+
+
 def takes(x: torch.Tensor, *weights: torch.Tensor | PackedWeight) -> bool:
     """Whether `hopper_experts` computes x [T, H] with these weights, which have no biases."""
     return (
-        MIN_TOKENS <= len(x) <= MAX_TOKENS
+        0 < len(x) <= MAX_TOKENS
         and is_hopper(x.device)
         and x.dtype != torch.float32
         and all(isinstance(w, torch.Tensor) and w.dtype == x.dtype for w in weights)
@@ -457,13 +467,14 @@ def hopper_experts(
     down_weight: torch.Tensor,
     num_experts: int,
     *,
+    pairs: SortedPairs | None = None,
     tile: Tile | None = None,
     guesses: bool | None = None,
 ) -> PartialSums:
     """x [T, H], and of each pair the expert and its weight [P] -> [T, H], a part for each slot.
 
-    The parts have x's dtype. See `Ops.experts` for the weights of experts. `tile` and `guesses`
-    override the tuned choice.
+    The parts have x's dtype. See `Ops.experts` for the weights of experts. With `pairs`, which need
+    no sort, expert_ids are not read. `tile` and `guesses` override the tuned choice.
     """
     (num_tokens, hidden_size), num_pairs = x.shape, len(expert_ids)
     top_k = num_pairs // num_tokens
@@ -471,10 +482,12 @@ def hopper_experts(
     mean_pairs = num_pairs / num_experts
     if tile is None:
         tile = next(tile for most, tile in TILES.items() if mean_pairs <= most)
+        tile = TILE_OF_ONE_TOKEN if num_tokens == 1 else tile
     if guesses is None:
         guesses = mean_pairs >= MIN_GUESSED
     num_programs = num_multiprocessors(x.device)
-    pairs = sort_pairs(expert_ids, num_experts, tile.pairs, least_blocks=num_programs)
+    if pairs is None:
+        pairs = sort_pairs(expert_ids, num_experts, tile.pairs, least_blocks=num_programs)
     activations = torch.empty(num_pairs, size, dtype=x.dtype, device=x.device)
     shape = top_k, num_tokens, hidden_size
     products = torch.empty(shape, dtype=x.dtype, device=x.device)
@@ -492,7 +505,7 @@ def hopper_experts(
             out,
             rows if is_gated else None,
             x_tiles,
-            weight_tiles(weight, ROWS, is_gated, num_experts),
+            weight_tiles(weight, tile.rows, is_gated, num_experts),
             routing_weights,
             *pairs,
             num_tokens,
@@ -503,7 +516,7 @@ def hopper_experts(
             GUESSES=is_gated and guesses,
             BLOCK_M=tile.pairs,
             BLOCK_K=BLOCK_K,
-            ROWS=ROWS,
+            ROWS=tile.rows,
             RUN=RUN,
             STAGES=min(tile.stages, k // BLOCK_K),
             COPYING_REGISTERS=COPYING_REGISTERS,

@@ -15,7 +15,7 @@ import triton.language as tl
 from nanovllm.kernels.device import INTERPRETER, DeviceLimits, device_limits
 from nanovllm.kernels.triton import hopper_experts
 from nanovllm.kernels.triton.fp8_linear import quantize_rows
-from nanovllm.kernels.triton.launch import await_previous, jit, overlap_options
+from nanovllm.kernels.triton.launch import await_previous, jit, overlap_options, release_next
 from nanovllm.kernels.triton.linear import load_summed, parts_of
 from nanovllm.kernels.triton.packed_linear import (
     MAX_BLOCK_COLUMNS,
@@ -135,6 +135,7 @@ def _route_kernel(
     routing_weights,  # [P]
     sorted_pairs,  # IS_ALONE: [P] int32, else None
     blocks,  # IS_ALONE: [P, 3] int32, else None
+    num_blocks,  # [1] int32 or None
     logits,  # [T, NUM_EXPERTS], in NUM_PARTS parts
     stride_logits,
     stride_part,
@@ -148,6 +149,7 @@ def _route_kernel(
     OVERLAP: tl.constexpr,
 ):
     """One token: softmax over its experts, then the most probable ones, the lowest id of equals."""
+    release_next(OVERLAP)
     await_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = routing_weights.dtype.element_ty
@@ -180,6 +182,8 @@ def _route_kernel(
         tl.store(blocks + slot * 3, ids, mask=is_slot)
         tl.store(blocks + slot * 3 + 1, slot, mask=is_slot)
         tl.store(blocks + slot * 3 + 2, 1, mask=is_slot)
+        if num_blocks is not None:
+            tl.store(num_blocks, TOP_K)
     else:
         tl.store(expert_ids + token * TOP_K + slot, ids, mask=is_slot)
 
@@ -490,8 +494,8 @@ def route(
     shape = num_pairs if is_alone else num_blocks(num_pairs, num_experts, block_m), BLOCK_COLUMNS
     sorted_pairs = torch.empty(num_pairs, dtype=torch.int32, device=device)
     blocks = torch.empty(shape, dtype=torch.int32, device=device)
-    alone = (sorted_pairs, blocks) if is_alone else (None, None)
-    expert_ids, weights = _choose(router_logits, num_experts_per_tok, norm_topk_prob, *alone)
+    alone = (sorted_pairs, blocks, None) if is_alone else None
+    expert_ids, weights = _choose(router_logits, num_experts_per_tok, norm_topk_prob, alone)
     if not is_alone:
         _sort_pairs_kernel[(num_experts,)](
             sorted_pairs,
@@ -511,12 +515,11 @@ def _choose(
     router_logits: LinearOutput,
     num_experts_per_tok: int,
     norm_topk_prob: bool,
-    sorted_pairs: torch.Tensor | None = None,
-    blocks: torch.Tensor | None = None,
+    alone: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The experts that router_logits [T, E] choose, [P] int32, and their weights [P].
 
-    With `sorted_pairs` and `blocks` there is one token, and they are written instead of experts.
+    alone: of the only token, pairs, blocks and their number: they are written instead of experts.
     """
     logits, num_parts, stride_part, dtype = parts_of(router_logits)
     num_tokens, num_experts = logits.shape
@@ -527,8 +530,7 @@ def _choose(
     _route_kernel[(num_tokens,)](
         expert_ids,
         weights,
-        sorted_pairs,
-        blocks,
+        *(alone or (None, None, None)),
         logits,
         logits.stride(0),
         stride_part,
@@ -538,7 +540,7 @@ def _choose(
         TOP_K=num_experts_per_tok,
         PADDED_TOP_K=triton.next_power_of_2(num_experts_per_tok),
         NORMALIZE=norm_topk_prob,
-        IS_ALONE=blocks is not None,
+        IS_ALONE=alone is not None,
         num_warps=1,
         **overlap_options(device),
     )
@@ -639,8 +641,11 @@ def experts(
     is_plain = tiles is None and gate_up_bias is None and swiglu is None
     if is_plain and hopper_experts.takes(x, *weights):
         assert isinstance(gate_up_weight, torch.Tensor) and isinstance(down_weight, torch.Tensor)
-        chosen = _choose(router_logits, num_experts_per_tok, norm_topk_prob)
-        return hopper_experts.hopper_experts(x, *chosen, gate_up_weight, down_weight, num_experts)
+        alone = hopper_experts.pairs_of_one_token(num_pairs, x.device) if num_tokens == 1 else None
+        chosen = _choose(router_logits, num_experts_per_tok, norm_topk_prob, alone)
+        return hopper_experts.hopper_experts(
+            x, *chosen, gate_up_weight, down_weight, num_experts, pairs=alone
+        )
     dequantizes = tiles is None and is_dequantized(weights, x, num_pairs / num_experts)
     if tiles is None:
         dtype = x.dtype if dequantizes else dtype_of(gate_up_weight)
