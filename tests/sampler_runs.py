@@ -98,14 +98,15 @@ def reference_completion(spec: Spec) -> list[int]:
             logits[token_id] -= params.frequency_penalty * count + params.presence_penalty
         if params.temperature > 0:
             logits = filtered(logits, params)
-        scores = torch_ops.gumbel_scores(
+        _, drawn = torch_ops.sample(
             logits.unsqueeze(0),
             torch.tensor([params.temperature]),
             torch.from_numpy(np.array([[spec.seed]], dtype=np.uint64).view(np.int32)),
             torch.tensor([position], dtype=torch.int32),
             0,
+            VOCAB_SIZE,
         )
-        generated.append(int(scores.argmax()))
+        generated.append(int(drawn))
     return generated
 
 

@@ -346,13 +346,16 @@ class Ops(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """A token for each row by Gumbel-max sampling; the plain argmax at temperature 0.
 
+        The noise is a function of (seed, position, token id) and (seed, position, token id //
+        DRAW_GROUP) alone, so a draw is the same in any batch, on any ranks and in any step.
+
         Args:
             logits: [B, V], of token ids [first_token_id, first_token_id + V).
             temperatures: [B] float32. A row below 0 is skipped: its logits are not read, it scores
                 -inf and its token is any valid one.
             seeds: [B, 2] int32.
             positions: [B] int32.
-            first_token_id: see logits.
+            first_token_id: see logits; a multiple of DRAW_GROUP.
             vocab_size: ids from here on never win.
             thresholds: [B] float32; a token whose logit is less never wins.
 

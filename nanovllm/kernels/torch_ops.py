@@ -7,7 +7,7 @@ changed in place, and unwritten cache slots (which may hold NaN) never reach a r
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from nanovllm.kernels.attention_steps import AttentionInSteps
 from nanovllm.kernels.cache_units import COPY_UNIT
 from nanovllm.kernels.types import (
     ATTENTION_EXTRAS,
+    DRAW_GROUP,
     FP8_BLOCK,
     FP8_DTYPE,
     FP8_MAX,
@@ -576,34 +577,88 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ _shift_right(x, 16)
 
 
-def gumbel_scores(
-    logits: torch.Tensor,
-    temperatures: torch.Tensor,
-    seeds: torch.Tensor,
-    positions: torch.Tensor,
-    first_token_id: int,
+def exponentials(
+    seeds: torch.Tensor, positions: torch.Tensor, numbers: torch.Tensor, of_tokens: bool
 ) -> torch.Tensor:
-    """log2(e) * logit / temperature - log2(E): the argmax is a draw from the softmax.
+    """log2(e) times a draw from the exponential distribution of rate 1, float32 [B, N].
 
-    logits [B, V] -> float32 [B, V]. E is exponential and a function of (seed, position, token id)
-    alone, so a draw is the same in any batch, on any rank and in any step. Temperature 0 leaves
-    the logit as it is.
+    Each is a function of (seed, position, number) alone. Groups and tokens draw from two streams.
+
+    Args:
+        seeds: [B, 2] int32.
+        positions: [B] int32.
+        numbers: int32 [N] or [B, N], of groups or of tokens.
+        of_tokens: which of the streams.
     """
-    token_ids = torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32)
     # Every draw walks over the 32-bit integers from a start and in steps of its own, a step for
-    # each token id, and hashes them: lowbias32 without its outermost shift.
+    # each number, and hashes them: lowbias32 without its outermost shift.
     start = _mix(seeds[:, 0] ^ _mix(positions))
     step = _mix(seeds[:, 1] ^ start) | 1
-    bits = start.unsqueeze(1) + (token_ids + (first_token_id + 1)) * step.unsqueeze(1)
+    if of_tokens:
+        start = _mix(start ^ step)
+    bits = start.unsqueeze(1) + (numbers + 1) * step.unsqueeze(1)
     bits = (bits ^ _shift_right(bits, 16)) * 0x7FEB352D
     bits = (bits ^ _shift_right(bits, 15)) * (0x846CA68B - 2**32)
     # v in (0, 1): the bits as an unsigned number. log1p keeps the digits of a small v: the winners.
     v = (bits.long() & 0xFFFFFFFF).float() * (2.0**-32 - 2.0**-56) + 2.0**-33
-    exponential = -torch.log1p(-v) * math.log2(math.e)
-    hot = (temperatures > 0).unsqueeze(1)
-    rate = math.log2(math.e) / torch.where(temperatures > 0, temperatures, 1).unsqueeze(1)
-    logits = logits.float()
-    return torch.where(hot, logits * rate - torch.log2(exponential), logits)
+    return -torch.log1p(-v) * math.log2(math.e)
+
+
+def _in_groups(logits: torch.Tensor, thresholds: torch.Tensor | None) -> torch.Tensor:
+    """logits [B, V] -> float32 [B, DRAW_GROUP, V / DRAW_GROUP rounded up]: a column is a group.
+
+    What never wins is -inf.
+    """
+    padding = -logits.shape[1] % DRAW_GROUP
+    if padding:
+        logits = F.pad(logits, (0, padding), value=-torch.inf)
+    columns = logits.unflatten(1, (-1, DRAW_GROUP)).transpose(1, 2).contiguous().float()
+    columns = columns.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    if thresholds is not None:
+        columns = columns.masked_fill(columns < thresholds.view(-1, 1, 1), -torch.inf)
+    return columns
+
+
+def _rates(temperatures: torch.Tensor) -> torch.Tensor:
+    """log2(e) / temperature, [B, 1]; any number for greedy rows."""
+    return math.log2(math.e) / torch.where(temperatures > 0, temperatures, 1).unsqueeze(1)
+
+
+def group_scores(
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    first_group: int,
+) -> torch.Tensor:
+    """log2(W) - log2(E): the argmax is a draw of a group with odds W. [B, G, N] -> float32 [B, N].
+
+    W is the sum of exp(logit / temperature) over the G tokens of a group, and E an exponential.
+    Temperature 0 scores the largest logit. logits are float32 and without NaN.
+    """
+    largest = logits.amax(1)
+    reference = largest.clamp(-3e38, 3e38)  # finite: no inf - inf
+    rates = _rates(temperatures)
+    weights = (logits - reference.unsqueeze(1)).mul_(rates.unsqueeze(1)).exp2_()
+    weight = reduce(torch.add, weights.unbind(1))  # in one order, however many groups there are
+    numbers = torch.arange(logits.shape[2], device=logits.device, dtype=torch.int32) + first_group
+    noise = torch.log2(exponentials(seeds, positions, numbers, of_tokens=False))
+    scores = torch.log2(weight) + (reference * rates - noise)
+    return torch.where((temperatures > 0).unsqueeze(1), scores, largest)
+
+
+def token_scores(
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    token_ids: torch.Tensor,
+) -> torch.Tensor:
+    """The same among the tokens of a group: logits float32 [B, G], of token_ids int32 [B, G]."""
+    distance = logits - logits.amax(1, keepdim=True).clamp(-3e38, 3e38)
+    noise = torch.log2(exponentials(seeds, positions, token_ids, of_tokens=True))
+    scores = distance * _rates(temperatures) - noise
+    return torch.where((temperatures > 0).unsqueeze(1), scores, logits)
 
 
 def sample(
@@ -615,35 +670,45 @@ def sample(
     vocab_size: int,
     thresholds: torch.Tensor | None = None,
     *,
-    scores_part: Callable[..., torch.Tensor] = gumbel_scores,
+    scores_part: Callable[..., torch.Tensor] = group_scores,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gumbel-max sampling: (scores [B] float32, token_ids [B] int32); see `Ops.sample`.
 
+    Adding -log(-log(u)) of uniform u to log-odds and taking the largest draws with these odds
+    (Gumbel 1954). It is a race: of exponentials with rates w the first is i with odds w_i, and it
+    comes after an exponential time with rate sum(w), whichever it is. So a group of tokens can race
+    as one with the sum of their weights, and the winner's tokens race again among themselves.
+
     A NaN never wins; a slice that is all padding and a row that is skipped score -inf.
-    `scores_part` is `gumbel_scores` or its compiled form.
+    `scores_part` is `group_scores` or its compiled form.
     """
+    assert first_token_id % DRAW_GROUP == 0
     batch_size = logits.shape[0]
     scores = logits.new_full((batch_size,), -torch.inf, dtype=torch.float32)
-    columns = torch.zeros(batch_size, dtype=torch.int64, device=logits.device)
+    columns = torch.zeros(batch_size, dtype=torch.int32, device=logits.device)
     logits = logits[:, : max(0, vocab_size - first_token_id)]
     num_columns = logits.shape[1]
     if num_columns > 0 and batch_size > 0:
         hot = bool((temperatures > 0).any())
+        in_group = torch.arange(DRAW_GROUP, device=logits.device, dtype=torch.int32)
         rows = max(1, MAX_SAMPLE_ELEMENTS // num_columns)
         for begin in range(0, batch_size, rows):
             part = slice(begin, begin + rows)
-            scored = logits[part].float()
+            draw = temperatures[part], seeds[part], positions[part]
+            groups = _in_groups(logits[part], None if thresholds is None else thresholds[part])
             if hot:
-                scored = scores_part(
-                    logits[part], temperatures[part], seeds[part], positions[part], first_token_id
-                )
-            loses = scored.isnan() | (temperatures[part] < 0).unsqueeze(1)
-            if thresholds is not None:
-                loses |= logits[part].float() < thresholds[part].unsqueeze(1)
-            scored = scored.masked_fill(loses, -torch.inf)
-            columns[part] = scored.argmax(dim=1)  # the first of equals
-            scores[part] = scored.gather(1, columns[part].unsqueeze(1)).squeeze(1)
-    return scores, (columns + first_token_id).clamp(max=vocab_size - 1).int()
+                scored = scores_part(groups, *draw, first_token_id // DRAW_GROUP)
+            else:
+                scored = groups.amax(1)
+            best = scored.argmax(dim=1, keepdim=True)  # the first of equals
+            scores[part] = scored.gather(1, best).squeeze(1)
+            tokens = groups.gather(2, best.unsqueeze(1).expand(-1, DRAW_GROUP, 1)).squeeze(2)
+            first = best.int() * DRAW_GROUP
+            if hot:
+                tokens = token_scores(tokens, *draw, first + in_group + first_token_id)
+            columns[part] = first.squeeze(1) + tokens.argmax(dim=1)
+        scores.masked_fill_(temperatures < 0, -torch.inf)
+    return scores, (columns + first_token_id).clamp(max=vocab_size - 1)
 
 
 def filter_thresholds(
@@ -766,7 +831,7 @@ class TorchOps(AttentionInSteps):
             qk_norm_rope_store, pure_part=_compiled(qk_norm_rope, compiles)
         )
         self.sample: Callable[..., tuple[torch.Tensor, torch.Tensor]] = partial(
-            sample, scores_part=_compiled(gumbel_scores, compiles)
+            sample, scores_part=_compiled(group_scores, compiles)
         )
 
     def gated_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ FP8_MAX = 448.0  # the largest number of FP8_DTYPE
 FP8_MIN_AMAX = 2.0**-100  # a head whose elements are all below is stored as zeros
 FP8_MIN_CAPABILITY = (8, 9)  # of a GPU that converts FP8_DTYPE
 PACKED_RUN = 8  # neighbouring columns that as many int16 of a `PackedWeight` hold
+DRAW_GROUP = 8  # neighbouring token ids, from a multiple of it on, that race as one in `Ops.sample`
 FP8_BLOCK = 128  # rows and columns of a weight's block that has a scale of its own
 ATTENTION_EXTRAS = frozenset({"window", "softcap", "sinks"})  # of `Ops.attend`
 

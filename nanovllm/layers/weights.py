@@ -8,10 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from nanovllm.kernels.types import DRAW_GROUP
 from nanovllm.layers.context import ModelContext
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
-VOCAB_ALIGNMENT = 64  # rows per rank are a multiple, which matrix products like
+# Rows per rank are a multiple: matrix products like it, and `Ops.sample` needs whole groups.
+VOCAB_ALIGNMENT = 8 * DRAW_GROUP
 MAX_PIECE = 1 << 26  # numbers of a tensor that are read and quantised at a time
 PIECE_ALIGNMENT = 128  # rows of a piece are a multiple, so that it cuts through no block of scales
 

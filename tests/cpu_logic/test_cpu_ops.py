@@ -102,8 +102,8 @@ def test_the_same_tokens_are_sampled(temperature, logit):
     logits = torch.randn(2, 9)
     logits[1, 4] = logits[1, 6] = logit
     args = logits, torch.tensor([0.0, temperature]), torch.ones(2, 2).int(), torch.ones(2).int()
-    for first, thresholds in ((0, None), (3, None), (0, torch.tensor([9.0, 0.0]))):
-        results = [ops.sample(*args, first, 8, thresholds) for ops in (CpuOps(), torch_ops)]
+    for first, thresholds in ((0, None), (16, None), (0, torch.tensor([9.0, 0.0]))):
+        results = [ops.sample(*args, first, first + 8, thresholds) for ops in (CpuOps(), torch_ops)]
         assert all(map(torch.equal, *results))
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nanovllm.kernels import torch_ops
+from nanovllm.kernels.types import DRAW_GROUP
 
 DTYPES = (torch.float32, torch.bfloat16)
 # Case 43: what a filter leaves of .5, .3, .15, .05 (top_k, top_p, min_p -> odds).
@@ -129,17 +130,33 @@ def test_draws_follow_the_filtered_softmax(filters, odds):
     torch.testing.assert_close(shares, torch.tensor(odds), rtol=0, atol=0.017)
 
 
-def test_a_survivor_that_wins_alone_wins_among_survivors():
-    """The race is the same race: a filter changes a draw only if it takes the winner away."""
-    logits = torch.randn(2000, 50)
+@pytest.mark.parametrize("filters", ((20, 1.0, 0.0), (0, 0.8, 0.0), (0, 1.0, 0.1)))
+def test_draws_follow_the_filtered_softmax_over_many_groups(filters):
+    """Groups that survive whole, in part, and not at all."""
+    row, temperature = torch.randn(53, generator=torch.Generator().manual_seed(5)), 0.7
+    kept = sorted(survivors(row, temperature, *filters))
+    assert 5 < len(kept) < 40
+    thresholds = thresholds_of(row.unsqueeze(0), temperature, *filters, 53)
+    _, ids = draws(row.expand(20_000, -1), temperature, thresholds.expand(20_000))
+    counts = ids.bincount(minlength=53).double()
+    assert counts[kept].sum() == len(ids)
+    expected = (row[kept].double() / temperature).softmax(0) * len(ids)
+    chi_square = ((counts[kept] - expected).square() / expected).sum()
+    assert abs(chi_square - (len(kept) - 1)) < 4 * np.sqrt(2 * len(kept))
+
+
+def test_a_winner_whose_group_survives_wins_among_survivors():
+    """The race is the same race: a filter takes groups away or makes them later."""
+    logits = torch.randn(2000, 48)
     scores, ids = draws(logits, 1.0, None)
-    thresholds = thresholds_of(logits, 1.0, 10, 1.0, 0.0, 50)
+    thresholds = thresholds_of(logits, 1.0, 40, 1.0, 0.0, 48)
     filtered_scores, filtered_ids = draws(logits, 1.0, thresholds)
-    survives = logits.gather(1, ids.long()[:, None])[:, 0] >= thresholds
-    assert 0.3 < survives.float().mean() < 0.9
+    groups = (logits >= thresholds[:, None]).unflatten(1, (-1, DRAW_GROUP))
+    survives = groups.all(2).gather(1, ids.long()[:, None] // DRAW_GROUP)[:, 0]
+    assert 0.1 < survives.float().mean() < 0.9
     assert torch.equal(ids[survives], filtered_ids[survives])
     assert torch.equal(scores[survives], filtered_scores[survives])
-    assert (filtered_scores[~survives] < scores[~survives]).all()
+    assert (filtered_scores <= scores).all()
     assert (logits.gather(1, filtered_ids.long()[:, None])[:, 0] >= thresholds).all()
 
 

@@ -16,6 +16,7 @@ from nanovllm.kernels.cpu_ops import CpuOps
 from nanovllm.kernels.device import DeviceLimits
 from nanovllm.kernels.select import select_ops
 from nanovllm.kernels.types import (
+    DRAW_GROUP,
     FP8_DTYPE,
     FP8_MAX,
     FP8_MIN_AMAX,
@@ -440,51 +441,158 @@ def test_draws_follow_the_softmax(temperature, odds, varied):
     torch.testing.assert_close(shares, torch.tensor(odds), rtol=0, atol=0.017)
 
 
-def test_noise_matches_plain_unsigned_arithmetic():
-    """The formula, written out with Python's integers and floats."""
-    word = 2**32 - 1
+def chi_square_deviation(ids: torch.Tensor, odds: torch.Tensor) -> float:
+    """How many standard deviations the tokens' chi-square is from its mean; odds are float64."""
+    odds = odds / odds.sum()
+    assert (ids.bincount(minlength=len(odds))[odds == 0] == 0).all()
+    # Cells of at least five expected draws: the rare tokens together.
+    cell = torch.where(odds * len(ids) >= 5, torch.arange(len(odds)) + 1, 0)
+    expected = torch.zeros(len(odds) + 1, dtype=torch.float64).index_add(0, cell, odds * len(ids))
+    counts = cell[ids.long()].bincount(minlength=len(expected)).double()
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    freedom = max(len(expected) - 1, 1)
+    chi_square = ((counts - expected).square() / expected).sum().item()
+    return abs(chi_square - freedom) / math.sqrt(2 * freedom)
 
-    def mix(x: int) -> int:
-        x ^= x >> 16
-        x = x * 0x7FEB352D & word
-        x ^= x >> 15
-        x = x * 0x846CA68B & word
-        return x ^ x >> 16
 
-    seed_lo, seed_hi, position, first_token_id = 0xFEDCBA98, 0x80000001, 4711, 70_000
-    logit, temperature = 3.5, 0.7
-    scores = torch_ops.gumbel_scores(
-        torch.full((1, 500), logit),
-        torch.tensor([temperature]),
+@pytest.mark.parametrize("vocab_size", (8, 13, 100, 1003))
+@pytest.mark.parametrize("temperature", (0.1, 0.6, 3.0))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_draws_follow_the_softmax_over_many_groups(vocab_size, temperature, dtype):
+    generator = torch.Generator().manual_seed(vocab_size)
+    row = (2 * torch.randn(vocab_size, generator=generator)).to(dtype)
+    _, ids = draw(row.expand(20_000, -1), temperature)
+    odds = (row.double() / temperature).softmax(0)
+    assert chi_square_deviation(ids, odds) < 4
+    # Within every group, whichever groups won.
+    for first in range(0, vocab_size, DRAW_GROUP):
+        own = ids[(ids >= first) & (ids < first + DRAW_GROUP)] - first
+        if len(own) >= 50:
+            assert chi_square_deviation(own, odds[first : first + DRAW_GROUP]) < 5
+
+
+def test_arrivals_are_exponential_whichever_token_wins():
+    """So ranks' scores can be compared: Kolmogorov-Smirnov, for all draws and for each winner's."""
+    generator = torch.Generator().manual_seed(0)
+    logits, temperature = torch.randn(20, generator=generator), 0.8
+    scores, ids = draw(logits.expand(30_000, -1), temperature)
+    total = (logits.double() / temperature).exp().sum()
+    arrivals = torch.exp2(-scores.double()) * math.log(2) * total
+    parts = [arrivals[ids == token_id] for token_id in range(20)]
+    assert sum(len(part) > 500 for part in parts) > 10
+    for part in (arrivals, *parts):
+        shares = torch.sort(-torch.expm1(-part)).values
+        exact = (torch.arange(len(part)) + 0.5) / len(part)
+        assert (shares - exact).abs().max().item() * math.sqrt(len(part)) < 1.95  # 0.1 %
+
+
+@pytest.mark.parametrize("temperature", (0.3, 1.0))
+def test_what_never_wins_does_not_change_the_odds_of_its_group(temperature):
+    """NaN, -inf, padding and a threshold, beside tokens that may win."""
+    generator = torch.Generator().manual_seed(1)
+    row = torch.randn(40, generator=generator)
+    thresholds = torch.full((20_000,), -1.0)
+    row[[0, 9, 10, 33]] = torch.nan
+    row[[3, 11, *range(16, 24)]] = -torch.inf
+    row[37:] = 50.0  # behind the vocabulary
+    words = torch.zeros(20_000, 2, dtype=torch.int32)
+    words[:, 1] = torch.arange(20_000)
+    args = torch.full((20_000,), temperature), words, words[:, 0], 0, 37
+    odds = (row[:37].double() / temperature).exp().nan_to_num(0)
+    _, ids = torch_ops.sample(row.expand(20_000, -1), *args)
+    assert chi_square_deviation(ids, odds) < 4
+    _, ids = torch_ops.sample(row.expand(20_000, -1), *args, thresholds)
+    assert chi_square_deviation(ids, odds.masked_fill(~(row[:37] >= -1), 0)) < 4
+
+
+def test_infinite_logits_win():
+    logits = torch.randn(6, 40)
+    logits[0, 21] = logits[1, 3] = logits[2, 39] = logits[3, 30] = torch.inf
+    logits[:2, 20] = logits[3, 31] = torch.nan
+    logits[3, 24:30] = -torch.inf
+    logits[4] = -torch.inf
+    scores, ids = draw(logits, [1.0, 0.2, 0.0, 3.0, 1.0, 1.0])
+    assert ids[:4].tolist() == [21, 3, 39, 30] and (scores[:4] == torch.inf).all()
+    assert scores[4] == -torch.inf and scores[5].isfinite()
+
+
+WORD = 2**32 - 1
+
+
+def plain_mix(x: int) -> int:
+    x ^= x >> 16
+    x = x * 0x7FEB352D & WORD
+    x ^= x >> 15
+    x = x * 0x846CA68B & WORD
+    return x ^ x >> 16
+
+
+def plain_exponential(
+    seed_lo: int, seed_hi: int, position: int, number: int, of_token: bool
+) -> float:
+    """The formula, written out with Python's integers and floats; of rate 1."""
+    start = plain_mix(seed_lo ^ plain_mix(position))
+    step = plain_mix(seed_hi ^ start) | 1
+    if of_token:
+        start = plain_mix(start ^ step)
+    bits = start + (number + 1) * step & WORD
+    bits = (bits ^ bits >> 16) * 0x7FEB352D & WORD
+    bits = (bits ^ bits >> 15) * 0x846CA68B & WORD
+    return -math.log1p(-(bits + 0.5) * 2.0**-32)
+
+
+@pytest.mark.parametrize("of_tokens", (False, True))
+def test_noise_matches_plain_unsigned_arithmetic(of_tokens):
+    seed_lo, seed_hi, position, first = 0xFEDCBA98, 0x80000001, 4711, 70_000
+    got = torch_ops.exponentials(
         torch.tensor([[seed_lo - 2**32, seed_hi - 2**32]], dtype=torch.int32),
         torch.tensor([position], dtype=torch.int32),
-        first_token_id,
+        torch.arange(first, first + 500, dtype=torch.int32),
+        of_tokens,
     )
-    start = mix(seed_lo ^ mix(position))
-    step = mix(seed_hi ^ start) | 1
-    expected = []
-    for token_id in range(first_token_id, first_token_id + 500):
-        bits = start + (token_id + 1) * step & word
-        bits = (bits ^ bits >> 16) * 0x7FEB352D & word
-        bits = (bits ^ bits >> 15) * 0x846CA68B & word
-        exponential = -math.log1p(-(bits + 0.5) * 2.0**-32) / math.log(2)
-        expected.append(logit / temperature / math.log(2) - math.log2(exponential))
-    torch.testing.assert_close(scores[0], torch.tensor(expected), rtol=1e-5, atol=1e-5)
+    expected = [
+        math.log2(plain_exponential(seed_lo, seed_hi, position, number, of_tokens) / math.log(2))
+        for number in range(first, first + 500)
+    ]
+    torch.testing.assert_close(got[0].log2(), torch.tensor(expected), rtol=1e-5, atol=1e-5)
 
 
-def noise_bits(seed_words: torch.Tensor, positions: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """The random 32-bit numbers [B, num_tokens] int64 behind the scores at logit 0."""
-    scores = torch_ops.gumbel_scores(
-        torch.zeros(len(positions), num_tokens),
-        torch.ones(len(positions)),
-        seed_words,
-        positions,
-        first_token_id=0,
+@pytest.mark.parametrize("temperature", (0.4, 1.3))
+def test_tokens_are_those_of_the_race_written_out(temperature):
+    """Groups that arrive at E / W, then the first group's tokens, in Python's floats."""
+    generator = torch.Generator().manual_seed(2)
+    logits = 2 * torch.randn(100, 45, generator=generator)
+    position, first_token_id = 77, 16
+    scores, ids = draw(
+        logits, temperature, position=position, first_token_id=first_token_id, vocab_size=100
     )
-    return (2**32 * -torch.expm1(-math.log(2) * torch.exp2(-scores.double()))).long()
+    for seed, row in enumerate((logits.double() / temperature).exp().tolist()):
+        key = seed, 12345, position
+        weights = dict(enumerate(row, first_token_id))
+        groups: dict[int, list[int]] = {}
+        for token_id in weights:
+            groups.setdefault(token_id // DRAW_GROUP, []).append(token_id)
+        arrivals = {
+            group: plain_exponential(*key, group, False) / sum(weights[i] for i in members)
+            for group, members in groups.items()
+        }
+        best = min(arrivals, key=arrivals.__getitem__)
+        order = {i: plain_exponential(*key, i, True) / weights[i] for i in groups[best]}
+        assert ids[seed] == min(order, key=order.__getitem__)
+        expected = -math.log2(arrivals[best] / math.log(2))
+        assert math.isclose(scores[seed], expected, abs_tol=1e-5)
 
 
-@pytest.mark.parametrize("varied", ("token", "position", "seed_low", "seed_high"))
+def noise_bits(
+    seed_words: torch.Tensor, positions: torch.Tensor, num_tokens: int, of_tokens: bool = False
+) -> torch.Tensor:
+    """The random 32-bit numbers [B, num_tokens] int64 behind the exponentials."""
+    numbers = torch.arange(num_tokens, dtype=torch.int32)
+    arrivals = torch_ops.exponentials(seed_words, positions, numbers, of_tokens)
+    return (2**32 * -torch.expm1(-math.log(2) * arrivals.double())).long()
+
+
+@pytest.mark.parametrize("varied", ("token", "position", "seed_low", "seed_high", "stream"))
 def test_noise_of_neighbours_is_uniform_and_independent(varied):
     """Chi-square over 32 x 32 cells of the noise and that of a neighbour, and of winners alone."""
     num_draws, num_tokens = 200, 10_000
@@ -494,10 +602,14 @@ def test_noise_of_neighbours_is_uniform_and_independent(varied):
     if varied == "position":
         positions = count
     else:
-        words[:, int(varied == "seed_high")] = count
+        words[:, int(varied in ("seed_high", "stream"))] = count
     bits = noise_bits(words, positions, num_tokens)
     if varied == "token":
         pairs = [(bits[:, :-lag], bits[:, lag:]) for lag in (1, 2, 3, 8, 16, 100, 256, 2048, 4096)]
+    elif varied == "stream":  # a group's and those of its tokens, of the first and of the others
+        of_tokens = noise_bits(words, positions, DRAW_GROUP * num_tokens, of_tokens=True)
+        pairs = [(bits, of_tokens[:, i::DRAW_GROUP]) for i in (0, 1, DRAW_GROUP - 1)]
+        pairs.append((bits, of_tokens[:, :num_tokens]))
     else:
         pairs = [(bits[:-lag], bits[lag:]) for lag in (1, 2, 3, 8, 16, 64, 128)]
     for mine, neighbour in pairs:
@@ -518,10 +630,9 @@ def test_first_arrivals_follow_the_exponential():
     words = torch.zeros(num_draws, 2, dtype=torch.int32)
     words[:, 0] = torch.arange(num_draws)
     zeros = torch.zeros(num_draws, dtype=torch.int32)
-    scores = torch_ops.gumbel_scores(
-        torch.zeros(num_draws, num_tokens), torch.ones(num_draws), words, zeros, 0
-    )
-    earliest = torch.exp2(-scores.max(dim=1).values.double()) * math.log(2) * num_tokens
+    numbers = torch.arange(num_tokens, dtype=torch.int32)
+    arrivals = torch_ops.exponentials(words, zeros, numbers, of_tokens=False)
+    earliest = arrivals.amin(dim=1).double() * math.log(2) * num_tokens
     shares = torch.sort(-torch.expm1(-earliest)).values
     exact = (torch.arange(num_draws) + 0.5) / num_draws
     assert (shares - exact).abs().max().item() * math.sqrt(num_draws) < 1.95  # 0.1 % of fair draws
@@ -532,10 +643,8 @@ def test_extreme_bits_give_finite_noise(monkeypatch):
     one = torch.ones(1, dtype=torch.int32)
     # The hash turns 0 into 0 and this number into 2^32 - 1: the earliest and the latest arrival.
     for number, arrival in ((0, 2.0**-33 / math.log(2)), (0xDDFFEFCB - 2**32, 24.0)):
-        scores = torch_ops.gumbel_scores(
-            torch.zeros(1, 1), torch.ones(1), one.expand(1, 2), one, first_token_id=number - 1
-        )
-        torch.testing.assert_close(scores.item(), -math.log2(arrival), rtol=1e-5, atol=1e-5)
+        got = torch_ops.exponentials(one.expand(1, 2), one, one * number - 1, of_tokens=False)
+        torch.testing.assert_close(got.item(), arrival, rtol=1e-5, atol=0)
 
 
 def test_draws_are_repeatable_and_independent_of_the_batch():
@@ -579,19 +688,30 @@ def test_padded_vocabulary_is_never_drawn():
 
 
 @pytest.mark.parametrize("temperature", (0.0, 0.9))
-def test_shards_of_the_vocabulary_merge_to_the_whole(temperature):
-    logits = torch.randn(64, 96)
-    scores, ids = draw(logits, temperature, position=2, vocab_size=50)
+@pytest.mark.parametrize(("width", "vocab_size"), ((32, 50), (512, 1003), (8, 21)))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_shards_of_the_vocabulary_merge_to_the_whole(temperature, width, vocab_size, dtype):
+    """The last shard is all padding."""
+    logits = torch.randn(64, -(-vocab_size // width) * width + width).to(dtype)
+    scores, ids = draw(logits, temperature, position=2, vocab_size=vocab_size)
     shards = [
-        draw(part, temperature, position=2, first_token_id=32 * rank, vocab_size=50)
-        for rank, part in enumerate(logits.split(32, 1))
+        draw(part, temperature, position=2, first_token_id=width * rank, vocab_size=vocab_size)
+        for rank, part in enumerate(logits.split(width, 1))
     ]
     shard_scores, shard_ids = (torch.stack(parts) for parts in zip(*shards, strict=True))
-    assert (shard_scores[2] == -torch.inf).all()  # the last shard is all padding
-    assert (shard_ids[2] == 49).all()
+    assert (shard_scores[-1] == -torch.inf).all() and (shard_ids[-1] == vocab_size - 1).all()
     best = shard_scores.argmax(0, keepdim=True)
     assert torch.equal(shard_ids.gather(0, best)[0], ids)
     assert torch.equal(shard_scores.gather(0, best)[0], scores)
+
+
+def test_logits_are_not_changed():
+    for vocab_size in (5, 8, 50):
+        logits = torch.randn(3, vocab_size)
+        logits[:, 1] = torch.nan
+        before = logits.clone()
+        draw(logits, [0.0, 1.0, -1.0])
+        torch.testing.assert_close(logits, before, equal_nan=True, rtol=0, atol=0)
 
 
 def test_nan_logits_give_a_valid_id():

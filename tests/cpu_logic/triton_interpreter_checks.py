@@ -222,18 +222,21 @@ def test_prefill_attention(heads, dtype, block_size, prefills, is_fp8):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab_size", (50, 2048, 2049, 5000))
 def test_sample(dtype, vocab_size):
-    """Mixed temperatures, padded columns that would win, NaN, ties, slices of the vocabulary."""
-    logits = torch.randn(6, vocab_size + 8).to(dtype)
+    """Mixed temperatures, padded columns that would win, NaN, infinities, ties, slices."""
+    logits = torch.randn(9, vocab_size + 8).to(dtype)
     logits[:, vocab_size:] = 100
     logits[1, [vocab_size - 1, 3]] = 50  # a tie
     logits[2] = torch.nan
-    logits[3, 7] = torch.nan
-    temperatures = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.3, 2.0])
-    words = torch.randint(-(2**31), 2**31, (7, 2)).int()
-    positions = torch.arange(6, dtype=torch.int32) * 1000
-    for first in (0, vocab_size // 2, vocab_size):
+    logits[3, torch.rand(vocab_size + 8) < 0.5] = torch.nan
+    logits[6, [11, vocab_size - 2]] = torch.inf
+    logits[7, torch.rand(vocab_size + 8) < 0.95] = -torch.inf
+    logits[8] = -torch.inf
+    temperatures = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.3, 2.0, 1.0, 0.7, 1.0])
+    words = torch.randint(-(2**31), 2**31, (10, 2)).int()
+    positions = torch.arange(9, dtype=torch.int32) * 1000
+    for first in (0, vocab_size // 16 * 8, -(-vocab_size // 8) * 8):
         part = logits[:, first:]  # rows are not contiguous
-        args = part, temperatures, words[:6], positions, first, vocab_size
+        args = part, temperatures, words[:9], positions, first, vocab_size
         scores, ids = OPS.sample(*args)
         expected_scores, expected_ids = torch_ops.sample(*args)
         assert torch.equal(ids, expected_ids)

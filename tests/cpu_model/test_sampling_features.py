@@ -1,6 +1,7 @@
 """Sampling parameters in the engine: logprobs against transformers, all kinds in one batch."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -284,8 +285,8 @@ def test_json_without_whitespace(tiny_dir, llm):
     def compact(text: str) -> str:
         return json.dumps(json.loads(text), separators=(",", ":"))
 
-    found = texts(llm, json=schema)
-    assert any(text != compact(text) for text in found)  # else it would prove nothing
+    found = texts(llm, json=schema)  # they need not end
+    assert any(re.search(r"[\[{,:]\s", text) for text in found)  # else it would prove nothing
     found = texts(llm, json=schema, disable_any_whitespace=True)
     config = {"backend": "xgrammar", "disable_any_whitespace": True}
     with tiny_engine(tiny_dir, structured_outputs_config=config) as other:

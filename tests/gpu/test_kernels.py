@@ -360,6 +360,46 @@ def test_draws_follow_the_softmax(temperature, odds):
     torch.testing.assert_close(shares.cpu(), torch.tensor(odds), rtol=0, atol=0.017)
 
 
+@pytest.mark.parametrize("temperature", (0.3, 1.0))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_draws_follow_the_softmax_over_many_groups(dtype, temperature):
+    """Chi-square over 1,003 tokens; the rare ones are one cell."""
+    draws = 20_000
+    row = (randn(1003) * 2).to(dtype)
+    words = torch.zeros(draws, 2, dtype=torch.int32, device=DEVICE)
+    words[:, 1] = torch.arange(draws)
+    temperatures = torch.full((draws,), temperature, device=DEVICE)
+    logits = row.expand(draws, -1).contiguous()
+    _, ids = OPS.sample(logits, temperatures, words, torch.zeros_like(words[:, 0]), 0, 1003)
+    expected = (row.double() / temperature).softmax(0) * draws
+    counts, rare = ids.bincount(minlength=1003).double(), expected < 5
+    counts = torch.cat([counts[~rare], counts[rare].sum().view(1)])
+    expected = torch.cat([expected[~rare], expected[rare].sum().view(1)])
+    chi_square = ((counts - expected).square() / expected).sum().item()
+    assert abs(chi_square - (len(counts) - 1)) < 5 * (2 * len(counts)) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_thresholds", (False, True))
+def test_logits_that_are_no_numbers_leave_their_groups_in_the_race(dtype, has_thresholds):
+    """NaN, -inf and +inf among others, as torch's operations have them."""
+    logits, temperatures, words, positions = sample_args(70, 9000, dtype)
+    logits[torch.rand(70, 9000, device=DEVICE) < 0.3] = torch.nan
+    logits[:, ::5] = -torch.inf
+    logits[:10, 4321] = torch.inf
+    logits[10:20, :8000] = torch.nan
+    temperatures[20:30] = -1
+    thresholds = torch.randn(70, device=DEVICE) if has_thresholds else None
+    args = logits, temperatures, words, positions, 0, 8990, thresholds
+    scores, ids = OPS.sample(*args)
+    expected_scores, expected_ids = torch_ops.sample(*args)
+    torch.testing.assert_close(scores, expected_scores, rtol=1e-5, atol=1e-4)
+    is_sampled = temperatures >= 0
+    assert (ids != expected_ids)[is_sampled].sum() <= 1
+    assert (ids[:10] == 4321).all() and (scores[:10] == torch.inf).all()
+    assert not logits.gather(1, ids.long().unsqueeze(1))[is_sampled].isnan().any()
+
+
 def test_nan_logits_give_a_valid_id():
     logits = torch.full((2, 5000), torch.nan, device=DEVICE)
     logits[1, 4321] = -5.0
