@@ -80,16 +80,14 @@ class Scheduler:
 
     def _is_prefill_due(self) -> bool:
         """Whether what waits is worth a prefill step now, as far as it fits."""
-        num_running = len(self.running)
-        if not num_running or not self.running[-1].is_prefilled:
+        if not self.running or not (last := self.running[-1]).is_prefilled:
             return True
-        num_free_blocks = self.block_manager.num_free_blocks - self.config.watermark * num_running
-        return is_worth_admitting(
-            len(self.waiting),
-            self.num_decodes_since_prefill,
-            slots=(self.max_num_seqs - num_running, self.max_num_seqs),
-            blocks=(num_free_blocks, len(self.block_manager.blocks)),
-        )
+        num_running, manager, config = len(self.running), self.block_manager, self.config
+        num_decodes, block_size = self.num_decodes_since_prefill, manager.block_size
+        num_free_tokens = (manager.num_free_blocks - config.watermark * num_running) * block_size
+        slots = (self.max_num_seqs - num_running, self.max_num_seqs)
+        tokens = (num_free_tokens, len(manager.blocks) * block_size, config.max_num_batched_tokens)
+        return is_worth_admitting(self.waiting, last.num_cached_tokens, num_decodes, slots, tokens)
 
     def _schedule_prefill(self) -> list[Sequence]:
         scheduled: list[Sequence] = []

@@ -5,40 +5,45 @@ The order by priority is in priority_queue.py, that of one call's sequences in q
 
 from collections import deque
 from collections.abc import Sequence as Items
+from itertools import islice
 
 from nanovllm.engine.sequence import Sequence
 
 # When sequences that decode are held up for those that wait; see `is_worth_admitting`.
-ADMISSION_SHARE = 1 / 8  # this much of the slots and of the blocks is free
+ADMISSION_SHARE = 1 / 8  # this much of the slots and of the cache is free
 ADMISSION_INTERVAL = 24  # or so many decode steps have passed since the last prefill step
 
 
 def is_worth_admitting(
-    num_waiting: int,
+    waiting: Items[Sequence],
+    num_cached: int,
     num_decodes_since_prefill: int,
     slots: tuple[int, int],
-    blocks: tuple[float, int],
+    tokens: tuple[float, int, int],
 ) -> bool:
     """Whether what waits is worth a prefill step while other sequences decode.
 
     A prefill step holds up all that decode, for about as long with one short prompt as with ten. So
-    sequences are admitted together: when a share of slots and blocks is free (or as many slots as
-    sequences wait), and else at intervals. What fits is therefore admitted after ADMISSION_INTERVAL
-    decode steps at most, and at once where little runs or the last prefill is long ago.
+    sequences are admitted together: when a share of slots and cache is free, or less that is enough
+    for all that wait or for a full step, and else at intervals. What fits is therefore admitted
+    after ADMISSION_INTERVAL decode steps at most, and at once where little runs or the last prefill
+    is long ago. Those that wait are taken to have as much cached as the last one.
 
     Args:
-        num_waiting: sequences that wait.
+        waiting: sequences that wait, the next one first.
+        num_cached: tokens of the prompt admitted last that were cached.
         num_decodes_since_prefill: decode steps since the last prefill step.
         slots: how many sequences more may run, and how many may at most.
-        blocks: how many KV blocks are free for them, and how many there are.
+        tokens: how many the free KV blocks hold, how many all of them, and how many a step
+            computes at most.
     """
     if num_decodes_since_prefill >= ADMISSION_INTERVAL:
         return True
-    (num_free_slots, num_slots), (num_free_blocks, num_blocks) = slots, blocks
-    return (
-        num_free_slots >= min(num_waiting, ADMISSION_SHARE * num_slots)
-        and num_free_blocks >= ADMISSION_SHARE * num_blocks
-    )
+    (num_free, num_slots), (num_free_tokens, num_tokens, step_size) = slots, tokens
+    if num_free_tokens < min(ADMISSION_SHARE * num_tokens, step_size):
+        return False
+    many = num_free >= min(len(waiting), ADMISSION_SHARE * num_slots)
+    return many or sum(s.num_tokens - num_cached for s in islice(waiting, num_free)) >= step_size
 
 
 class FCFSQueue(deque[Sequence]):

@@ -198,15 +198,61 @@ def test_new_request_is_admitted_at_once_where_little_runs():
         assert step(scheduler)[1] == -1 - request_id
 
 
-@pytest.mark.parametrize(("num_free", "num_decodes"), [(5, 1), (4, ADMISSION_INTERVAL)])
-def test_few_freed_blocks_are_given_out_together_at_intervals(num_free, num_decodes):
-    """40 blocks, one for each sequence, bound what runs; an eighth of them is 5."""
-    scheduler = make_scheduler(max_num_seqs=64, num_kvcache_blocks=40, kvcache_block_size=64)
+@pytest.mark.parametrize(
+    ("prompt_lens", "num_decodes"),
+    [([320], 1), ([160, 160], 1), ([319], ADMISSION_INTERVAL), ([160, 159], ADMISSION_INTERVAL)],
+)
+def test_prompts_that_fill_a_step_are_admitted_at_once(prompt_lens, num_decodes):
+    """One or two of 32 slots are free, less than an eighth, and more wait than these."""
+    num_free = len(prompt_lens)
+    scheduler = make_scheduler(max_num_seqs=32, max_num_batched_tokens=320, num_kvcache_blocks=1000)
+    running = add_prompts(scheduler, [10] * 32, max_tokens=200)
+    waiting = add_prompts(scheduler, [*prompt_lens, 320, 320, 320, 320])
+    for seq in running[:num_free]:
+        seq.max_length = 12
+    assert step(scheduler) == (running, 320)
+    assert step(scheduler)[1] == -32
+    for _ in range(num_decodes - 1):
+        assert step(scheduler)[1] == num_free - 32
+    assert step(scheduler) == (waiting[:num_free], sum(prompt_lens))
+
+
+def test_cached_tokens_fill_no_step():
+    """All prompts begin with the same 160 tokens, and two of 32 slots are free."""
+    scheduler = make_scheduler(max_num_seqs=32, max_num_batched_tokens=320, num_kvcache_blocks=1000)
+    seqs = [make_seq([3] * 160 + [i], max_tokens=200, request_id=i) for i in range(40)]
+    for seq in seqs:
+        scheduler.add(seq)
+    for seq in seqs[:2]:
+        seq.max_length = 163
+    assert step(scheduler) == (seqs[:32], 161 + 31)
+    assert step(scheduler)[1] == -32
+    for _ in range(ADMISSION_INTERVAL - 1):
+        assert step(scheduler)[1] == -30
+    assert step(scheduler) == (seqs[32:34], 2)
+
+
+@pytest.mark.parametrize(
+    ("step_size", "num_free", "num_decodes"),
+    [
+        (16384, 5, 1),  # an eighth of the blocks
+        (16384, 4, ADMISSION_INTERVAL),
+        (128, 2, 1),  # as many as a step's tokens take
+        (128, 1, ADMISSION_INTERVAL),
+    ],
+)
+def test_few_freed_blocks_are_given_out_together_at_intervals(step_size, num_free, num_decodes):
+    """40 blocks, one for each sequence, bound what runs."""
+    scheduler = make_scheduler(
+        max_num_batched_tokens=step_size, num_kvcache_blocks=40, kvcache_block_size=64
+    )
     sequences = add_prompts(scheduler, [20] * 50, max_tokens=40)
     for seq in sequences[:num_free]:
         seq.max_length = 22
-    assert step(scheduler) == (sequences[:40], 40 * 20)
-    assert step(scheduler)[1] == -40
+    numbers = [step(scheduler)[1]]
+    while numbers[-1] > 0:
+        numbers.append(step(scheduler)[1])
+    assert (sum(numbers[:-1]), numbers[-1]) == (40 * 20, -40)
     for _ in range(num_decodes - 1):
         assert step(scheduler)[1] == num_free - 40
     assert step(scheduler) == (sequences[40 : 40 + num_free], 20 * num_free)
@@ -271,7 +317,7 @@ def longest_wait_for_what_is_free(seed: int) -> int:
 
 
 def test_what_fits_is_never_left_waiting_for_more_than_an_interval():
-    waits = [longest_wait_for_what_is_free(seed) for seed in range(16)]
+    waits = [longest_wait_for_what_is_free(seed) for seed in range(16, 32)]
     assert max(waits) == ADMISSION_INTERVAL
 
 
