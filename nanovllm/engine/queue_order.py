@@ -3,8 +3,6 @@
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 
-SHARE_THAT_KEEPS_ORDER = 2 / 3  # of sequences whose longest ones do not fit in the cache
-
 
 def queue_order(seqs: list[Sequence], scheduler: Scheduler) -> list[Sequence]:
     """`seqs` as they are to be queued. Equal ones keep their order.
@@ -13,8 +11,8 @@ def queue_order(seqs: list[Sequence], scheduler: Scheduler) -> list[Sequence]:
     steps run many sequences and not a few long ones (Graham 1969, SIAM J. Appl. Math. 17).
 
     The first ones may need more KV blocks at their ends than there are: some would be preempted,
-    and computed again. Then all keep their order but the shortest third, which comes last. So long
-    and short ones share the cache, and the last steps still run many.
+    and computed again. Then only as many as there are slots, those that come last, are put in this
+    order. So long and short ones share the cache, and the last steps still run many.
     """
     num_slots, block_size = scheduler.max_num_seqs, scheduler.config.kvcache_block_size
     if len(seqs) <= num_slots:
@@ -23,8 +21,8 @@ def queue_order(seqs: list[Sequence], scheduler: Scheduler) -> list[Sequence]:
     num_needed = sum(-(-seq.max_length // block_size) for seq in longest_first[:num_slots])
     if num_needed <= len(scheduler.block_manager.blocks):
         return longest_first
-    limit = _most_new_tokens(longest_first[int(SHARE_THAT_KEEPS_ORDER * len(seqs))])
-    return sorted(seqs, key=lambda seq: min(_most_new_tokens(seq), limit), reverse=True)
+    last = sorted(seqs[-num_slots:], key=_most_new_tokens, reverse=True)
+    return seqs[:-num_slots] + last
 
 
 def _most_new_tokens(seq: Sequence) -> int:
