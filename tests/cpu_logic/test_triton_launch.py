@@ -2,7 +2,11 @@
 
 import importlib
 import pkgutil
+import threading
+import time
+from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,9 +16,13 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 import nanovllm.kernels.triton  # noqa: E402
+from nanovllm.kernels.triton import compilation, launcher  # noqa: E402
 from nanovllm.kernels.triton import launch as triton_launch  # noqa: E402
-from nanovllm.kernels.triton import launcher  # noqa: E402
-from nanovllm.kernels.triton.compilation import compiling_for  # noqa: E402
+from nanovllm.kernels.triton.compilation import (  # noqa: E402
+    Compilation,
+    Variant,
+    compiling_for,
+)
 
 
 def kernels() -> dict[str, object]:
@@ -136,6 +144,42 @@ def test_a_repeated_launch_calls_what_triton_would(unspecialized):
                 num_first = len(num_own)
     assert num_first < len(launches())
     assert len(num_own) == num_first  # in the second round Triton is never asked
+
+
+def test_kernels_are_loaded_one_after_the_other(monkeypatch):
+    """By threads that compile ahead, and by first launches: see `launcher.LOADING`."""
+    loading = threading.Lock()
+
+    def load():
+        assert loading.acquire(blocking=False), "two threads load at once"
+        time.sleep(0.02)
+        loading.release()
+
+    class Compiled:
+        metadata_group: ClassVar[dict[str, str]] = {}
+        function, packed_metadata = 0, ()
+        run = property(lambda self: load() or (lambda *args: None))
+
+    def run(*args, warmup, **options):
+        compiled = Compiled()
+        if not warmup:
+            compiled.run()
+        return compiled
+
+    kernel = triton.JITFunction(kernel_of_all_kinds)
+    kernel.params[5].is_constexpr = kernel.params[6].is_constexpr = True
+    kernel.run = run
+    triton_launch.with_dry_runs(kernel)
+    constants = {"WIDTH": 1, "OVERLAP": False}
+    variants = [Variant(kernel, (number, None, None, None, None), constants) for number in range(4)]
+    monkeypatch.setattr(compilation, "may_fork", lambda: False)
+    monkeypatch.setattr(compilation, "num_cores", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    with compiling_for((9, 0)):
+        ahead = Compilation(variants, (9, 0), torch.device("cuda", 0))
+        for number in range(4):
+            kernel[(1,)](number, None, None, None, None, **constants)
+        assert ahead.wait() == []
 
 
 def test_who_listens_to_launches_hears_all(monkeypatch):

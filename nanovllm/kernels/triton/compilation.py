@@ -1,8 +1,8 @@
 """Kernels compiled before they are launched: what a dry run would launch, in several processes.
 
 They are forked copies of this one, which reads the kernels from Triton's cache on disk when they
-are done. Where it cannot be copied, threads compile: Triton's passes, LLVM, the assembler and, up
-to Triton 3.6, the C compiler of a kernel's launcher leave Python's lock to others.
+are done. Where it cannot be copied, threads compile: Triton's passes, LLVM and the assembler leave
+Python's lock to others. They load one kernel after the other, see `LOADING`.
 """
 
 import os
@@ -23,7 +23,7 @@ from triton.runtime.cache import FileCacheManager
 
 from nanovllm.kernels.triton.compiler_key import compiler_key
 from nanovllm.kernels.triton.compiler_processes import MAX_TASKS, CompilerProcesses, may_fork
-from nanovllm.kernels.triton.launcher import ALIGNMENT, DESCRIPTORS, recording
+from nanovllm.kernels.triton.launcher import ALIGNMENT, DESCRIPTORS, LOADING, recording
 
 GRID = (1,)  # of no launch
 MAX_PROCESSES = 16  # each needs some 200 MiB while it compiles
@@ -171,7 +171,8 @@ class Compilation:
         with nullcontext() if self._device is None else torch.cuda.device(self._device):
             compiled = self._variants[index].compile()
             if self._device is not None:
-                compiled.run  # noqa: B018 (reading it makes the launcher and loads the kernel)
+                with LOADING:
+                    compiled.run  # noqa: B018 (reading it makes the launcher and loads the kernel)
         self.files.update(compiled.metadata_group.values())
         return compiled
 

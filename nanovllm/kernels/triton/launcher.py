@@ -1,5 +1,6 @@
 """Launches of Triton's kernels, most of them without the bindings and look-ups of Triton's own."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,6 +15,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 ALIGNMENT = 16  # bytes of a pointer, and what an integer is a multiple of: Triton compiles for both
 DESCRIPTORS = (TensorDescriptor, hopper.TensorDescriptor)
 FUSED = {"enable_fp_fusion": True}
+# Held by whoever loads a kernel. Up to Triton 3.6 what launches it is a Python module, and all have
+# one name: of two threads that load at once, one may get the launcher of the other's kernel.
+LOADING = threading.Lock()
 # Takes a kernel, its arguments and its options.
 Recorder = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
 _recorder: ContextVar[Recorder | None] = ContextVar("recorder of dry launches", default=None)
@@ -61,11 +65,13 @@ class Launcher:
         key = tuple(kind)
         prepared = self._prepared.get(key)
         if prepared is None:
-            compiled = self.run(*args, grid=grid, warmup=False, **options, **FUSED)
+            with LOADING:
+                compiled = self.run(*args, grid=grid, warmup=False, **options, **FUSED)
+                call = compiled.run
             assert all((i >= len(args)) == p.is_constexpr for i, p in enumerate(self.kernel.params))
             constants = [options[param.name] for param in self.kernel.params[len(args) :]]
             self._prepared[key] = _Prepared(
-                compiled.run, compiled.function, compiled.packed_metadata, constants
+                call, compiled.function, compiled.packed_metadata, constants
             )
             return compiled
         run, function, metadata, constants = prepared
