@@ -141,7 +141,9 @@ def test_logits_are_as_close_to_the_truth_as_those_of_transformers(tiny_dir, tru
     # 1e-4 is far above fp32 rounding.
     assert error <= 1.5 * (rounded - truth).square().mean().sqrt() + 1e-4
     best = truth.topk(2).values
-    is_clear = best[:, 0] - best[:, 1] > 20 * error
+    # Seven times what the difference of two logits is off in the mean. How far off bfloat16 is, and
+    # so how many prompts are clear, depends on the CPU's instructions.
+    is_clear = best[:, 0] - best[:, 1] > 10 * error
     assert is_clear.sum() >= 10
     expected = truth.argmax(-1)
     clear = is_clear.nonzero().flatten().tolist()
