@@ -102,6 +102,7 @@ def fp8_linear(
 
 
 def _choose_for_few(x: torch.Tensor, weight: torch.Tensor, by_blocks: bool) -> WideTile | None:
+    """The tile of `wide_linear` for few tokens."""
     (num_tokens, k), n = x.shape, len(weight)
     programs = 2 if by_blocks or num_tokens <= MAX_TOKENS_OF_MANY_PARTS else 1
     return choose_for_few(num_tokens, n, k, num_multiprocessors(x.device), programs)

@@ -34,7 +34,7 @@ MAX_HOPPER_TOKENS = 32  # from there on `hopper_linear` has not been measured
 # Other weights are multiplied in tiles of a loop, for so many tokens and rows at most.
 MAX_TILED_TOKENS = 32
 MAX_TILED_ROWS = 32768
-# `wide_linear` multiplies large weights up to MAX_TOKENS, small ones from so many tokens on.
+# From so many tokens on `wide_linear` multiplies small weights, and large ones by LARGE_TILES.
 MIN_WIDE_TOKENS = 17
 # Small weights: where so many programs of so many columns are enough, by the most tokens. Measured
 # with Qwen3-0.6B and with QKV and O of Qwen3-30B-A3B.
@@ -137,9 +137,17 @@ def choose_wide(
     """How `wide_linear` multiplies on a GPU of so many multiprocessors; None: another does."""
     if not _suits_wide(n, k, dtype) or not 0 < num_tokens <= MAX_TOKENS:
         return None
+    if tile := _choose_by_programs(num_tokens, n, k, num_sms):
+        return tile
+    if choose_block_m(num_tokens, n, k, dtype):  # a kernel with less latency
+        return None
+    return choose_for_few(num_tokens, n, 2 * k, num_sms)
+
+
+def _choose_by_programs(num_tokens: int, n: int, k: int, num_sms: int) -> WideTile | None:
+    """The tile where one wave of programs multiplies small weights, or fills the GPU with large."""
     if num_tokens < MIN_WIDE_TOKENS:
-        is_small = choose_block_m(num_tokens, n, k, dtype)  # that has less latency
-        return None if is_small else choose_for_few(num_tokens, n, 2 * k, num_sms)
+        return None
     pieces = _pieces(num_tokens)
     num_parts = min(MAX_WIDE_PROGRAMS // (n // ROWS), k // BLOCK_K)
     most = next(most for tokens, most in MAX_WIDE_COLUMNS.items() if num_tokens <= tokens)
@@ -152,8 +160,7 @@ def choose_wide(
         num_programs = cdiv(n, ROWS * groups) * num_parts
         if num_tokens <= most_tokens and share * num_sms <= num_programs <= num_sms:
             return WideTile(pieces, groups, num_parts)
-    is_small = choose_block_m(num_tokens, n, k, dtype)
-    return None if is_small else choose_for_few(num_tokens, n, 2 * k, num_sms)
+    return None
 
 
 def choose_for_few(
