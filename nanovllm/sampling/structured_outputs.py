@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from nanovllm.errors import MAX_SHOWN, ArgumentError, shown
+from nanovllm.guards.versions import MIN_LLGUIDANCE, older_than
 from nanovllm.inputs.plain_tokenizer import in_full
 from nanovllm.inputs.token_bytes import token_bytes
 from nanovllm.sampling.grammar_process import TrialProcess
@@ -47,6 +48,7 @@ MAX_STEP_SHARE = 0.05  # of the time limit, for one step of a grammar
 MAX_PROBES = (
     1000  # beginnings of keys that are looked at to find out whether a token has any after it
 )
+INSTALLATION = "pip install 'nanovllm[structured-outputs]'"
 LIMITS = {"verbose_errors": False}
 # JSON strings without \\uXXXX, so that each string has one spelling and each text is Unicode.
 JSON_OPTIONS: Any = {"json_allowed_escapes": 'nrbtf\\"'}
@@ -208,7 +210,7 @@ class GrammarCompiler:
         timeout: seconds that one compilation may take.
 
     Raises:
-        ArgumentError: llguidance is not installed or cannot use the tokenizer.
+        ArgumentError: llguidance is not installed, is too old or cannot use the tokenizer.
     """
 
     def __init__(
@@ -221,9 +223,12 @@ class GrammarCompiler:
         try:
             import llguidance.hf
         except ImportError:
+            raise ArgumentError(f"structured outputs need llguidance: {INSTALLATION}") from None
+        if installed := older_than(MIN_LLGUIDANCE, "llguidance"):
             raise ArgumentError(
-                "structured outputs need llguidance: pip install 'nanovllm[structured-outputs]'"
-            ) from None
+                f"structured outputs need llguidance {MIN_LLGUIDANCE} or newer, {installed} is "
+                f"installed: {INSTALLATION}"
+            )
         self._end_token_ids = sorted(end_token_ids)
         table = token_bytes(tokenizer)
         try:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import nanovllm
-from nanovllm.guards.versions import MIN_TRANSFORMERS, check_transformers
+from nanovllm.guards.versions import MIN_LLGUIDANCE, MIN_TRANSFORMERS, check_transformers
 
 tomllib = pytest.importorskip("tomllib", reason="of Python 3.11 and later")
 
@@ -48,6 +48,11 @@ def test_an_older_transformers_is_refused_by_name(monkeypatch, installed):
     monkeypatch.setattr("nanovllm.guards.versions.version", lambda name: installed)
     with pytest.raises(ImportError, match=f"{installed} is installed.*needs {MIN_TRANSFORMERS}"):
         check_transformers()
+
+
+def test_the_extras_ask_for_the_same_version():
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert f"llguidance>={MIN_LLGUIDANCE},<2" in extras["structured-outputs"]
 
 
 @pytest.mark.parametrize("installed", [MIN_TRANSFORMERS, "5.100.0", "6.0"])

@@ -11,6 +11,7 @@ import real_tokenizers
 import torch
 
 from nanovllm.errors import ArgumentError
+from nanovllm.guards.versions import MIN_LLGUIDANCE
 from nanovllm.sampling.structured_outputs import Grammar, GrammarCompiler, fill_bitmasks
 from nanovllm.sampling_params import StructuredOutputsParams
 
@@ -265,6 +266,15 @@ def test_unusable_tokenizers_are_named():
     ):
         with pytest.raises(ArgumentError, match=f"structured outputs, tokenizer: .*{message}"):
             GrammarCompiler(*args)
+
+
+@pytest.mark.parametrize("installed", ["1.8.9", "0.7.30"])
+def test_an_older_library_is_refused_by_name(monkeypatch, installed):
+    """1.6.1 fails with a TypeError in the middle of a call."""
+    monkeypatch.setattr("nanovllm.guards.versions.version", lambda name: installed)
+    needed = rf"llguidance {MIN_LLGUIDANCE} or newer, {installed} is installed: pip install"
+    with pytest.raises(ArgumentError, match=needed):
+        GrammarCompiler(real_tokenizers.load("austen"), 4096, {2})
 
 
 def test_without_the_library(monkeypatch):
