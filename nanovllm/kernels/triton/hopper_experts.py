@@ -411,6 +411,15 @@ class SortedPairs(NamedTuple):
     num_blocks: torch.Tensor  # [1] int32
 
 
+def empty_pairs(num_pairs: int, most_blocks: int, device: torch.device) -> SortedPairs:
+    """Uninitialised."""
+    return SortedPairs(
+        torch.empty(num_pairs, dtype=torch.int32, device=device),
+        torch.empty(most_blocks, BLOCK_COLUMNS.value, dtype=torch.int32, device=device),
+        torch.empty(1, dtype=torch.int32, device=device),
+    )
+
+
 def sort_pairs(
     expert_ids: torch.Tensor, num_experts: int, block_m: int, least_blocks: int = 0
 ) -> SortedPairs:
@@ -421,11 +430,7 @@ def sort_pairs(
     num_pairs, device = len(expert_ids), expert_ids.device
     # No choice of experts needs more.
     most_blocks = max(num_pairs // block_m + min(num_pairs, num_experts), least_blocks)
-    result = SortedPairs(
-        torch.empty_like(expert_ids),
-        torch.empty(most_blocks, BLOCK_COLUMNS.value, dtype=torch.int32, device=device),
-        torch.empty(1, dtype=torch.int32, device=device),
-    )
+    result = empty_pairs(num_pairs, most_blocks, device)
     _sort_pairs_kernel[(num_experts,)](
         *result,
         expert_ids,
@@ -437,15 +442,6 @@ def sort_pairs(
         **overlap_options(device),
     )
     return result
-
-
-def pairs_of_one_token(num_pairs: int, device: torch.device) -> SortedPairs:
-    """Uninitialised; each pair is a block."""
-    return SortedPairs(
-        torch.empty(num_pairs, dtype=torch.int32, device=device),
-        torch.empty(num_pairs, BLOCK_COLUMNS.value, dtype=torch.int32, device=device),
-        torch.empty(1, dtype=torch.int32, device=device),
-    )
 
 
 def takes(x: torch.Tensor, *weights: torch.Tensor | PackedWeight) -> bool:

@@ -641,7 +641,9 @@ def experts(
     is_plain = tiles is None and gate_up_bias is None and swiglu is None
     if is_plain and hopper_experts.takes(x, *weights):
         assert isinstance(gate_up_weight, torch.Tensor) and isinstance(down_weight, torch.Tensor)
-        alone = hopper_experts.pairs_of_one_token(num_pairs, x.device) if num_tokens == 1 else None
+        alone = None
+        if num_tokens == 1:  # each pair is a block
+            alone = hopper_experts.empty_pairs(num_pairs, num_pairs, x.device)
         chosen = _choose(router_logits, num_experts_per_tok, norm_topk_prob, alone)
         return hopper_experts.hopper_experts(
             x, *chosen, gate_up_weight, down_weight, num_experts, pairs=alone
